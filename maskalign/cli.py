@@ -98,6 +98,14 @@ def convert(src: Path, dst: Path, to: Optional[Literal["repa", "safetensors"]] =
     convert_checkpoint(src, dst, to=to)
 
 
+# The arguments that are given by position; all the others are options.
+POSITIONAL = {
+    "data build": ["source"],
+    "data check": ["data"],
+    "data show": ["data"],
+    "sample": ["run"],
+    "convert": ["src", "dst"],
+}
 COMMANDS = {
     "data build": data_build,
     "data encode": data_encode,
@@ -141,10 +149,16 @@ def make_parser(name, **kwargs):
 
 
 def run_function(name, function, argv):
+    import docstring_parser
+
     parser = make_parser(name, description=SUMMARIES[name])
-    parser.add_function_arguments(function, as_group=False)
-    options = parser.instantiate_classes(parser.parse_args(argv))
-    function(**{key: value for key, value in options.as_dict().items() if key != "config"})
+    positional = POSITIONAL.get(name, [])
+    help_of = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__).params}
+    for argument in positional:
+        annotation = function.__annotations__[argument]
+        parser.add_argument(argument, metavar=argument.upper(), type=annotation, help=help_of[argument])
+    parser.add_function_arguments(function, as_group=False, skip=set(positional))
+    function(**parser.parse_args(argv).as_dict())
 
 
 def run_train(argv):
