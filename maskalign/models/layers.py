@@ -1,0 +1,198 @@
+"""The parts of a SiT block and its embeddings, under REPA's parameter names."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ATTENTIONS = ("auto", "sdpa", "math")
+
+
+def modulate(x, shift, scale):
+    """x (B, N, D) * (1 + scale) + shift, with shift and scale (B, D)."""
+    return torch.addcmul(shift.unsqueeze(1), x, 1 + scale.unsqueeze(1))
+
+
+class PatchEmbed(nn.Module):
+    """Patches to tokens, row-major. The parameters are those of a convolution with stride = kernel; it is computed as
+    one matmul, which also serves inputs of a lower precision and any memory layout."""
+
+    def __init__(self, patch_size, in_channels, width):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, patch_size, patch_size)
+
+    def forward(self, x):
+        """x (B, C, H, W) -> (B, N, D)."""
+        p = self.patch_size
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
+
+
+def patchify(x, patch_size):
+    """(B, C, H, W) -> (B, N, p*p*C): the layout in which the final layer predicts a token, (p, p, C)."""
+    p = patch_size
+    batch, channels, height, width = x.shape
+    x = x.reshape(batch, channels, height // p, p, width // p, p).permute(0, 2, 4, 3, 5, 1)
+    return x.flatten(3).flatten(1, 2)
+
+
+def unpatchify(tokens, patch_size, grid):
+    """(B, N, p*p*C) -> (B, C, H, W), the inverse of `patchify` on a token grid (rows, columns)."""
+    p = patch_size
+    rows, columns = grid
+    x = tokens.unflatten(1, grid).unflatten(-1, (p, p, -1)).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(tokens.shape[0], -1, rows * p, columns * p)
+
+
+def sincos_position_embedding(width, grid):
+    """Fixed 2-D sine-cosine position embedding (MAE's, as SiT and REPA use it).
+
+    Half of the channels for each axis, the width axis first; inside a half sine then cosine; frequencies
+    10000^(-i / (D/4)), computed in float64.
+
+    Returns:
+        (1, N, D) float32.
+    """
+    rows, columns = grid
+    frequency = 1.0 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+    def axis(positions):
+        angle = positions.to(torch.float64)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row = torch.arange(rows).repeat_interleave(columns)
+    column = torch.arange(columns).repeat(rows)
+    return torch.cat([axis(column), axis(row)], dim=1).float().unsqueeze(0)
+
+
+class TimestepEmbedder(nn.Module):
+    """256 sinusoidal features of t in [0, 1], unscaled, then Linear-SiLU-Linear."""
+
+    def __init__(self, width, features=256, max_period=10000):
+        super().__init__()
+        self.features = features
+        self.max_period = max_period
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def sinusoid(self, t):
+        """t (B,) -> (B, features) in t's precision, at least float32: cosines, then sines."""
+        half = self.features // 2
+        precise = torch.promote_types(t.dtype, torch.float32)
+        frequency = torch.exp(-math.log(self.max_period) / half * torch.arange(half, dtype=precise, device=t.device))
+        angle = t.to(precise)[:, None] * frequency
+        return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+    def forward(self, t):
+        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A table with one row per class and a last one for "no class"."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, labels):
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with qkv bias.
+
+    Args:
+        implementation: `sdpa` (torch's fused kernel), `math` (matmul, softmax, matmul) or `auto`: on a CPU and short
+            sequences the three plain operations are faster than the fused kernel, whose backward is slow there;
+            everywhere else the fused kernel.
+    """
+
+    def __init__(self, width, heads, qk_norm=False, implementation="auto"):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}")
+        if implementation not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {implementation!r}")
+        self.heads = heads
+        self.head_dim = width // heads
+        self.implementation = implementation
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        """x (B, N, D) -> (B, N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        plain = self.implementation == "math" or (
+            self.implementation == "auto" and x.device.type == "cpu" and x.shape[1] <= 512
+        )
+        if plain:
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            out = scores.softmax(dim=-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class AdaLN(nn.Sequential):
+    """SiLU and a linear from the condition to `chunks` vectors of the model's width; zero at the start (adaLN-Zero)."""
+
+    def __init__(self, width, chunks):
+        super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
+        self.chunks = chunks
+
+    def forward(self, c):
+        return super().forward(c).chunk(self.chunks, dim=-1)
+
+    def reset_to_zero(self):
+        nn.init.zeros_(self[1].weight)
+        nn.init.zeros_(self[1].bias)
+
+
+class Block(nn.Module):
+    """SiT block: attention and MLP, each behind adaLN-Zero (DiT, arXiv 2212.09748, figure 3)."""
+
+    def __init__(self, width, heads, mlp_ratio=4.0, qk_norm=False, attention="auto"):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads, qk_norm, attention)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = AdaLN(width, 6)
+
+    def forward(self, x, c):
+        """x (B, n, D) for any number of tokens n, condition c (B, D)."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, zero at the start."""
+
+    def __init__(self, width, patch_size, out_channels):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = AdaLN(width, 2)
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c)
+        return self.linear(modulate(self.norm_final(x), shift, scale))

@@ -1,0 +1,121 @@
+"""Subsets of tokens: how many are kept, which ones, and how the dropped ones come back.
+
+The keep ratio and the samplers are settings because the MaskAlign abstract (arXiv 2606.08788) leaves them open;
+`bypass` is TREAD's way to bring tokens back (arXiv 2501.04765), `fuse` is SPRINT's (arXiv 2510.21986).
+"""
+
+import torch
+from torch import nn
+
+SUBSET_SAMPLERS = ("uniform", "grid", "block")
+
+
+def keep_count(keep_ratio, tokens, multiple=8):
+    """Number of tokens K that a keep ratio stands for, rounded so that compiled graphs see few shapes.
+
+    Args:
+        keep_ratio: share of tokens to keep, in (0, 1].
+        tokens: number of tokens N.
+        multiple: K is the nearest multiple of this (at least one multiple, at most N); a ratio of 1 gives N.
+    """
+    if not 0 < keep_ratio <= 1:
+        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
+    if keep_ratio == 1:
+        return tokens
+    # Halves go up: the banker's rounding of Python's round() would pull 0.5 of 144 tokens down.
+    return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
+
+
+def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device=None):
+    """Draw `count` distinct token indices per image.
+
+    Every sampler gives each token a random priority and keeps the lowest ones, so that one launch serves the batch.
+
+    Args:
+        batch: number of images B.
+        grid: (rows, columns) of the token grid, N = rows * columns.
+        count: number of tokens to keep, K, in [0, N].
+        sampler: `uniform` (every subset equally likely), `grid` (an equal share from every 2x2 cell, random
+            inside it; where K is no multiple of the number of cells, random cells give one more) or `block`
+            (one square of the tokens nearest to a random centre).
+        generator: torch.Generator of `device`.
+
+    Returns:
+        (B, K) int64, ascending in every row.
+    """
+    rows, columns = grid
+    tokens = rows * columns
+    if not 0 <= count <= tokens:
+        raise ValueError(f"count must be in [0, {tokens}], got {count}")
+    priority = torch.rand(batch, tokens, generator=generator, device=device)
+    if sampler == "grid":
+        priority = _rank_in_cell(priority, rows, columns) + _cell_jitter(batch, rows, columns, generator, device)
+    elif sampler == "block":
+        centre = torch.rand(batch, 2, 1, generator=generator, device=device)
+        row = torch.arange(tokens, device=device) // columns
+        column = torch.arange(tokens, device=device) % columns
+        distance = torch.maximum(
+            (row - centre[:, 0] * (rows - 1)).abs(), (column - centre[:, 1] * (columns - 1)).abs()
+        )
+        # A little noise breaks ties between tokens on the same ring; distances of rings differ by 1.
+        priority = distance + 0.5 * priority
+    elif sampler != "uniform":
+        raise ValueError(f"sampler must be one of {SUBSET_SAMPLERS}, got {sampler!r}")
+    return priority.argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def _cells(rows, columns, device):
+    """Index of the 2x2 cell of every token, (N,), and the number of cells; edge cells of odd grids are smaller."""
+    row = torch.arange(rows, device=device)[:, None] // 2
+    column = torch.arange(columns, device=device)[None, :] // 2
+    across = (columns + 1) // 2
+    return (row * across + column).flatten(), across * ((rows + 1) // 2)
+
+
+def _rank_in_cell(priority, rows, columns):
+    """Place (0..3) of every token among the tokens of its 2x2 cell, by priority."""
+    cell, _ = _cells(rows, columns, priority.device)
+    order = (priority + cell).argsort(dim=1)  # priorities are below 1, so cells stay apart
+    sorted_cell = cell[order]
+    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    first_of_cell = torch.searchsorted(sorted_cell, sorted_cell)
+    return torch.empty_like(priority).scatter_(1, order, (position - first_of_cell).to(priority.dtype))
+
+
+def _cell_jitter(batch, rows, columns, generator, device):
+    """A number in [0, 1) per image and cell, given to each of its tokens."""
+    cell, cells = _cells(rows, columns, device)
+    return torch.rand(batch, cells, generator=generator, device=device)[:, cell]
+
+
+def gather_tokens(x, subset):
+    """Rows `subset` (B, K) of x (B, N, D), as (B, K, D)."""
+    return x.gather(1, subset.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def scatter_tokens(x, subset, values):
+    """x (B, N, D) with its rows `subset` (B, K) replaced by `values` (B, K, D)."""
+    return x.scatter(1, subset.unsqueeze(-1).expand(-1, -1, x.shape[-1]), values.to(x.dtype))
+
+
+class Fuse(nn.Module):
+    """SPRINT's restore: kept tokens and a learned mask token fill the grid, then a linear joins it with the state
+    before the drop.
+
+    (SPRINT, arXiv 2510.21986, section 3: `h = Linear([f_shallow ; pad(g_deep)])`.)
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.linear = nn.Linear(2 * width, width)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, before, deep, subset=None):
+        """before (B, N, D), deep (B, K, D) at rows `subset`, or all N rows where subset is None; returns (B, N, D)."""
+        if subset is not None:
+            padding = self.mask_token.to(deep.dtype).expand(before.shape)
+            deep = scatter_tokens(padding, subset, deep)
+        return self.linear(torch.cat([before, deep], dim=-1))
