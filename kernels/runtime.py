@@ -1,0 +1,160 @@
+"""What both operations share: where a call runs, how its arguments are checked, how a kernel becomes an operator.
+
+Environment variables:
+    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the Triton
+        path on CPU tensors too. Triton decides this while it decorates a kernel, so the variable counts as it was
+        when this package was imported; set it before starting Python.
+    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per call).
+    MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
+"""
+
+import os
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # No Triton wheel for this platform (macOS, for one): the CPU reference still works.
+    triton = tl = None
+
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+INDICES = (torch.int32, torch.int64)
+
+_tracing_shapes = False
+
+
+def jit(function):
+    """`triton.jit`, or the bare function where there is no Triton (it is never launched there)."""
+    return function if triton is None else triton.jit(function)
+
+
+def use_triton(*tensors):
+    """Whether a call with these tensors runs the kernels: on CUDA and ROCm always, on the CPU under the interpreter."""
+    if triton is None:
+        return False
+    return INTERPRET or any(t is not None and t.device.type == "cuda" for t in tensors)
+
+
+def debug():
+    """Whether the checks that cost a synchronisation on a GPU were asked for."""
+    return os.environ.get("MASKALIGN_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+# ---- Operators -------------------------------------------------------------------------------------------------
+
+
+def kernel_op(name):
+    """Decorator: `torch.library.triton_op` for a function that allocates its outputs and launches kernels.
+
+    The function itself serves as the fake kernel, so it must only allocate, view and launch. Interpreted kernels
+    cannot be traced into a graph, so under TRITON_INTERPRET=1 the same function becomes an opaque custom operator with
+    the same schema, whose fake kernel is the function with its launches left out.
+    """
+
+    def decorate(function):
+        if not INTERPRET:
+            return torch.library.triton_op(name, function, mutates_args=())
+        op = torch.library.custom_op(name, function, mutates_args=())
+
+        def fake(*args, **kwargs):
+            global _tracing_shapes
+            _tracing_shapes = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                _tracing_shapes = False
+
+        op.register_fake(fake)
+        return op
+
+    return decorate
+
+
+class _NoLaunch:
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+def wrap_triton(kernel):
+    """`torch.library.wrap_triton` that also takes interpreted kernels on every supported PyTorch."""
+    if _tracing_shapes:
+        return _NoLaunch()
+    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
+
+
+def check_interpretable(op, **tensors):
+    """Refuse float64 on the Triton path, whose arithmetic is float32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            fail(op, name, tensor, "bfloat16, float16 or float32 (float64 runs on the CPU reference only)")
+
+
+# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected -----
+
+
+def describe(tensor):
+    """'shape (2, 3) float32 on cpu' for an error message."""
+    if not isinstance(tensor, torch.Tensor):
+        return f"a {type(tensor).__name__}"
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"of shape {tuple(tensor.shape)}, {dtype}, on {tensor.device}"
+
+
+def fail(op, name, tensor, expected):
+    raise ValueError(f"{op}: {name} is {describe(tensor)}; expected {expected}")
+
+
+def check_tensor(op, name, tensor, dims, sizes, dtypes, device=None):
+    """Check one argument and learn the sizes it fixes.
+
+    Args:
+        dims: one letter per dimension, such as "BNC".
+        sizes: dict from letter to size; letters not yet in it are added from this tensor.
+        dtypes: the accepted dtypes.
+        device: the device of the arguments before, or None for the first one.
+    """
+    spelled = "(" + ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims) + (",)" if len(dims) == 1 else ")")
+    if not isinstance(tensor, torch.Tensor):
+        fail(op, name, tensor, f"a tensor of shape {spelled}")
+    if tensor.dim() != len(dims):
+        fail(op, name, tensor, f"{len(dims)} dimension{'s' * (len(dims) != 1)}, {spelled}")
+    for letter, size in zip(dims, tensor.shape, strict=True):
+        if sizes.setdefault(letter, size) != size:
+            fail(op, name, tensor, f"shape {spelled}")
+    if tensor.dtype not in dtypes:
+        fail(op, name, tensor, "dtype " + " or ".join(str(d).removeprefix("torch.") for d in dtypes))
+    if device is not None and tensor.device != device:
+        fail(op, name, tensor, f"device {device}, as the arguments before it")
+
+
+def check_subset(op, subset, num_tokens, distinct):
+    """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats one.
+
+    Only where it costs no synchronisation: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never while a
+    graph is traced.
+    """
+    if torch.compiler.is_compiling() or subset.numel() == 0 or _is_abstract(subset):
+        return
+    if subset.device.type != "cpu" and not debug():
+        return
+    low, high = (int(v) for v in torch.aminmax(subset))
+    if low < 0 or high >= num_tokens:
+        fail(op, "subset", subset, f"indices in [0, {num_tokens}), found {low if low < 0 else high}")
+    if distinct:
+        ordered = subset.sort(dim=1).values
+        repeated = ordered[:, 1:] == ordered[:, :-1]
+        if bool(repeated.any()):
+            row, column = (int(v) for v in repeated.nonzero()[0])
+            fail(op, "subset", subset, f"distinct indices per row, found {int(ordered[row, column])} twice in row {row}")
+
+
+def _is_abstract(tensor):
+    """A tensor without data (fake, meta, functional): there is nothing to check."""
+    return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def rows_contiguous(tensor):
+    """The tensor with its last dimension laid out densely; any pitch between rows is left as it is."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
