@@ -135,7 +135,7 @@ def check_subset(op, subset, num_tokens, distinct):
     Only where it costs no synchronisation: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never while a
     graph is traced.
     """
-    if torch.compiler.is_compiling() or subset.numel() == 0 or _is_abstract(subset):
+    if torch.compiler.is_compiling() or subset.numel() == 0 or is_abstract(subset):
         return
     if subset.device.type != "cpu" and not debug():
         return
@@ -150,7 +150,7 @@ def check_subset(op, subset, num_tokens, distinct):
             fail(op, "subset", subset, f"distinct indices per row, found {int(ordered[row, column])} twice in row {row}")
 
 
-def _is_abstract(tensor):
+def is_abstract(tensor):
     """A tensor without data (fake, meta, functional): there is nothing to check."""
     return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 

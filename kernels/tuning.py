@@ -1,0 +1,81 @@
+"""Which of a kernel's few configurations runs: a fixed default, or the fastest one measured once per shape.
+
+A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a handful of
+them, the first being the default, chosen by reasoning that its file explains. Nothing is timed unless asked for, so a run
+repeats bit for bit by default; under torch.compile and in the interpreter nothing is ever timed.
+
+Environment variables:
+    MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape is seen (eager calls only), keep the
+        fastest, and write it to the cache file. Later runs, compiled ones too, read it from there.
+    MASKALIGN_KERNELS_CACHE: the cache file; default ~/.cache/maskalign_kernels/configurations.json. It is read only
+        with MASKALIGN_KERNELS_AUTOTUNE=1 (tune and use) or =cached (use, never time).
+"""
+
+import functools
+import json
+import os
+import pathlib
+
+import torch
+
+from .runtime import INTERPRET, is_abstract, triton
+
+
+def mode():
+    """'off', 'cached' or 'on'."""
+    value = os.environ.get("MASKALIGN_KERNELS_AUTOTUNE", "0").lower()
+    return "off" if value in ("", "0", "off") else "cached" if value == "cached" else "on"
+
+
+def cache_path():
+    default = pathlib.Path.home() / ".cache" / "maskalign_kernels" / "configurations.json"
+    return pathlib.Path(os.environ.get("MASKALIGN_KERNELS_CACHE", default))
+
+
+@functools.cache
+def _chosen(path):
+    """The choices in a cache file, read once per process; an unreadable file counts as empty."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _save(path, choices):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}")
+    part.write_text(json.dumps(choices, indent=1, sort_keys=True))
+    part.replace(path)  # Atomic: several ranks may tune at once, and the last one wins.
+
+
+def choose(kernel_name, key, configs, tensor, launch):
+    """The configuration to launch with.
+
+    Args:
+        key: tuple of the sizes and dtypes that the best choice depends on; plain ints and strings, never symbolic sizes.
+        configs: the list; configs[0] is the default.
+        tensor: one of the call's tensors, which tells the device and whether there is data at all.
+        launch: function of a configuration that launches the kernel once; its outputs are overwritten by the real launch.
+    """
+    if INTERPRET or mode() == "off":
+        return configs[0]
+    path = cache_path()
+    choices = _chosen(path)
+    abstract = is_abstract(tensor) or torch.compiler.is_compiling()
+    name = "" if abstract and not torch.cuda.is_available() else torch.cuda.get_device_name()
+    entry = "|".join([name, f"triton {triton.__version__}", kernel_name, *map(str, key)])
+    if choices.get(entry) in configs:
+        return choices[entry]
+    if abstract or mode() == "cached":
+        return configs[0]
+    # A configuration that does not fit the device (shared memory, registers) is passed over.
+    times = []
+    for index, config in enumerate(configs):
+        try:
+            times.append((triton.testing.do_bench(lambda config=config: launch(config), warmup=10, rep=40), index))
+        except triton.runtime.errors.OutOfResources:
+            continue
+    choices[entry] = configs[min(times)[1]] if times else configs[0]
+    _save(path, choices)
+    return choices[entry]
