@@ -89,8 +89,13 @@ def _cell_jitter(batch, rows, columns, generator, device):
 
 
 def gather_tokens(x, subset):
-    """Rows `subset` (B, K) of x (B, N, D), as (B, K, D)."""
-    return x.gather(1, subset.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """Rows `subset` (B, K) of x (B, N, D), as (B, K, D).
+
+    One index_select over flattened rows: `gather` with an expanded index is several times slower on a CPU.
+    """
+    batch, tokens, width = x.shape
+    first = torch.arange(batch, device=subset.device).unsqueeze(1) * tokens
+    return x.reshape(-1, width).index_select(0, (subset + first).flatten()).view(batch, -1, width)
 
 
 def scatter_tokens(x, subset, values):

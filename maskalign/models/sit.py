@@ -4,7 +4,7 @@ The forward pass is DESIGN section 2 in order: embed, mix, drop, route, tap, res
 subset it is SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), weight for weight.
 """
 
-from typing import NamedTuple, Optional
+from typing import List, NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -35,7 +35,7 @@ class SiTOutput(NamedTuple):
     """
 
     velocity: torch.Tensor
-    aligned: list
+    aligned: List[torch.Tensor]
     aligned_index: Optional[torch.Tensor]
 
 
@@ -147,7 +147,7 @@ class SiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
         nn.init.zeros_(self.final_layer.linear.bias)
 
-    def forward(self, x, t, labels, subset=None, align_subset=None):
+    def forward(self, x, t, labels, subset=None, align_subset=None, align=True):
         """Predict the velocity, on all tokens or on a subset of them.
 
         Args:
@@ -157,6 +157,7 @@ class SiT(nn.Module):
             subset: (B, K) int64, ascending: the tokens that take the route. None: all tokens (evaluation).
             align_subset: (B, n) int64: which of the tokens present at the tap are aligned, by their position among
                 those. None: all that are present (with `route="none"`: those of `subset`).
+            align: False leaves the projectors out, for steps without an alignment loss.
 
         Returns:
             SiTOutput.
@@ -179,7 +180,7 @@ class SiT(nn.Module):
                     if dropping:
                         tokens = gather_tokens(tokens, subset)
             tokens = block(tokens, c)
-            if depth + 1 == self.align_depth and self.projectors:
+            if align and depth + 1 == self.align_depth and self.projectors:
                 present = subset if dropping and start <= depth < end else None
                 aligned, aligned_index = self._tap(tokens, present, subset, align_subset)
             if depth + 1 == end and self.restore != "none":

@@ -1,0 +1,13 @@
+"""The trainer: the loop, its optimiser, checkpoints, schedules and logs."""
+
+from maskalign._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "train": "trainer",
+        "load_model": "checkpoint",
+        "TrainStep": "step",
+        "Optimizer": "optimizer",
+    },
+)
