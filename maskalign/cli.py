@@ -162,12 +162,16 @@ def run_function(name, function, argv):
 
 
 def run_train(argv):
-    from maskalign.config import Config, parse_config
+    from maskalign.config import parse_config
 
-    config: Config = parse_config(make_parser("train", description=SUMMARIES["train"]), argv)
+    config = parse_config(argv, prog="maskalign train", description=SUMMARIES["train"])
+    # The data set is looked at before torch is imported: most mistakes are found within a second.
+    from maskalign.training.preflight import check_data
+
+    manifest, facts = check_data(config)
     from maskalign.training.trainer import train
 
-    train(config)
+    train(config, manifest, facts)
 
 
 def dispatch(argv):
@@ -193,7 +197,7 @@ def dispatch(argv):
 
 
 def main(argv=None):
-    """Run one command; a user's mistake ends in one line and status 2, a failure of the work in one line and status 1."""
+    """Run one command. A user's mistake ends in one line and status 2, a failure of the work in one line and status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         dispatch(argv)

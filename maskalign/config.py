@@ -11,6 +11,7 @@ from typing import List, Literal, Optional, Tuple, Union
 
 from maskalign.errors import UsageError
 from maskalign.models.presets import preset_sizes
+from maskalign.teachers.names import parse_teachers
 
 
 @dataclass
@@ -282,7 +283,7 @@ def validate(config):
     if method.align_ratio is not None:
         _validate_schedule("method.align_ratio", method.align_ratio, 0, 1, "must be in (0, 1]", open_low=True)
     if method.restore != "none" and method.route == "none":
-        raise UsageError("method.restore: nothing is dropped with method.route none; set restore to none or give a route")
+        raise UsageError("method.restore: nothing is dropped with method.route none; set restore none or give a route")
     if config.model.projector == "conv":
         start, end = (0, depth) if method.route == "all" else (0, 0) if method.route == "none" else method.route
         inside = start < align_depth and (align_depth <= end or method.restore == "none")
@@ -323,8 +324,8 @@ def validate(config):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
-    if config.training.max_seconds is not None:
-        _require(config.training.max_seconds > 0, "training.max_seconds", config.training.max_seconds, "must be above 0")
+    seconds = config.training.max_seconds
+    _require(seconds is None or seconds > 0, "training.max_seconds", seconds, "must be above 0")
     batch, parts = config.training.batch_size, config.training.accumulation
     _require(batch % parts == 0, "training.accumulation", parts, f"must divide training.batch_size {batch}")
     if config.parallel.plan != "none":
@@ -346,9 +347,8 @@ def validate_with_data(config, manifest):
     else:
         input_size, in_channels = manifest.resolution, manifest.channels
     patch = sizes["patch_size"]
-    _require(
-        input_size % patch == 0, "model.patch_size", patch, f"must divide the input size {input_size} of {config.data.path}"
-    )
+    rule = f"must divide the input size {input_size} of {config.data.path}"
+    _require(input_size % patch == 0, "model.patch_size", patch, rule)
     batch = config.training.batch_size
     _require(
         batch <= manifest.num_samples,
@@ -358,9 +358,10 @@ def validate_with_data(config, manifest):
     )
     teachers = []
     if max(_values(as_schedule(config.method.align_weight))) > 0:
-        if not config.teacher.names:
+        names = parse_teachers(config.teacher.names)
+        if not names:
             raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
-        for name in config.teacher.names:
+        for name in names:
             cached = name in manifest.teachers
             if config.teacher.mode == "cached" and not cached:
                 there = ", ".join(manifest.teachers) or "none"
@@ -382,28 +383,55 @@ def validate_with_data(config, manifest):
     }
 
 
-def parse_config(parser, argv):
-    """Read `--config FILE.yaml` and `--section.key value` into a checked `Config`.
-
-    Args:
-        parser: a jsonargparse ArgumentParser without arguments.
-        argv: the command line after the command's name.
-
-    Raises:
-        UsageError: for an unknown key, a bad value or a rule of `validate`.
-    """
-    from jsonargparse import set_parsing_settings
+def make_config_parser(**kwargs):
+    """A jsonargparse parser of `--config FILE.yaml` and `--section.key value`."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class ConfigParser(ArgumentParser):
+        def error(self, message, ex=None):
+            raise UsageError(_with_suggestion(" ".join(str(message).split())))
+
+    parser = ConfigParser(**kwargs)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(Config, as_group=False)
-    try:
-        config = parser.instantiate_classes(parser.parse_args(argv))
-    except UsageError as error:
-        raise UsageError(_with_suggestion(str(error))) from None
+    return parser
+
+
+def parse_config(argv, **kwargs):
+    """Read a command line into a checked `Config`.
+
+    Args:
+        argv: `--config FILE.yaml` and `--section.key value`, in any order; later ones win.
+        kwargs: those of jsonargparse's ArgumentParser.
+
+    Raises:
+        UsageError: an unknown key, a bad value or a rule of `validate`.
+    """
+    parser = make_config_parser(**kwargs)
+    config = parser.instantiate_classes(parser.parse_args(argv))
     config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
     validate(config)
     return config
+
+
+def load_config(path):
+    """A checked `Config` from a YAML file."""
+    return parse_config(["--config", str(path)])
+
+
+def dump_config(config):
+    """All settings as YAML that `load_config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def _plain(value):
+    if hasattr(value, "__dataclass_fields__"):
+        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def all_keys(cls=Config, prefix=""):
@@ -423,7 +451,7 @@ def _with_suggestion(message):
     wrong = match.group(1) or match.group(2)
     near = get_close_matches(wrong, all_keys(), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"there is no setting {wrong!r}{hint} (maskalign train --help lists the settings)"
+    return f"there is no setting {wrong!r}{hint}; maskalign train --help lists them"
 
 
 def _get(config, key):

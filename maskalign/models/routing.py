@@ -54,9 +54,7 @@ def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device
         centre = torch.rand(batch, 2, 1, generator=generator, device=device)
         row = torch.arange(tokens, device=device) // columns
         column = torch.arange(tokens, device=device) % columns
-        distance = torch.maximum(
-            (row - centre[:, 0] * (rows - 1)).abs(), (column - centre[:, 1] * (columns - 1)).abs()
-        )
+        distance = torch.maximum((row - centre[:, 0] * (rows - 1)).abs(), (column - centre[:, 1] * (columns - 1)).abs())
         # A little noise breaks ties between tokens on the same ring; distances of rings differ by 1.
         priority = distance + 0.5 * priority
     elif sampler != "uniform":

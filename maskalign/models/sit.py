@@ -119,7 +119,14 @@ class SiT(nn.Module):
         self.reset_parameters()
         # Built, and their random numbers drawn, after the backbone: with one seed every recipe starts from the same one.
         self.mixer = make_mixer(
-            mixer, width, self.grid, heads, hidden=mixer_hidden, mlp_ratio=mlp_ratio, qk_norm=qk_norm, attention=attention
+            mixer,
+            width,
+            self.grid,
+            heads,
+            hidden=mixer_hidden,
+            mlp_ratio=mlp_ratio,
+            qk_norm=qk_norm,
+            attention=attention,
         )
         self.mixer.apply(_init_linear)
         self.mixer.apply(_zero_adaln)

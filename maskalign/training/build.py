@@ -1,0 +1,34 @@
+"""From settings and what the data set holds to a model; the same facts rebuild it from a checkpoint without the data."""
+
+from maskalign.config import model_sizes
+from maskalign.models.sit import SiT
+
+
+def build_model(config, facts):
+    """The student of a run.
+
+    Args:
+        config: `Config`.
+        facts: dict with input_size, in_channels, num_classes and teacher_dims (one int per teacher).
+
+    Returns:
+        SiT in float32 with fresh weights from torch's global generator.
+    """
+    sizes = model_sizes(config)
+    model, method = config.model, config.method
+    return SiT(
+        input_size=facts["input_size"],
+        in_channels=facts["in_channels"],
+        num_classes=facts["num_classes"],
+        teacher_dims=facts["teacher_dims"],
+        **sizes,
+        mlp_ratio=model.mlp_ratio,
+        qk_norm=model.qk_norm,
+        projector=model.projector,
+        projector_dim=model.projector_dim,
+        mixer=model.mixer,
+        mixer_hidden=model.mixer_hidden,
+        route=method.route if isinstance(method.route, str) else tuple(method.route),
+        restore=method.restore,
+        attention=model.attention,
+    )

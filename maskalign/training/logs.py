@@ -1,0 +1,108 @@
+"""What a run tells while it goes: metrics.csv, TensorBoard, the progress bar, and the loss curves as a picture."""
+
+import csv
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+COLUMNS = [
+    "step",
+    "time",
+    "loss",
+    "velocity_loss",
+    "align_loss",
+    "grad_norm",
+    "lr",
+    "keep_ratio",
+    "align_weight",
+    "images_per_second",
+    "peak_memory_mib",
+    "data_wait",
+    "epoch",
+    "skipped_steps",
+    "bad_samples",
+]
+
+
+def peak_memory_mib(device):
+    """Peak memory of the device's allocator, or of this process on a CPU, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class MetricsFile:
+    """metrics.csv of a run: one row per logged interval. Losses and norm are means over the interval, times in seconds.
+
+    A resumed run drops the rows after its checkpoint first, so a step stands in the file once.
+    """
+
+    def __init__(self, path, step):
+        rows = [row for row in read_metrics(path) if row["step"] <= step] if Path(path).exists() else []
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
+        self.writer.writeheader()
+        for row in rows:
+            self.write(row)
+
+    def write(self, row):
+        formatted = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        # Exact where a test or a restart compares: losses are float32.
+        formatted |= {key: f"{row[key]:.9g}" for key in ("loss", "velocity_loss", "align_loss", "grad_norm", "time")}
+        self.writer.writerow({key: formatted[key] for key in COLUMNS})
+        self.file.flush()
+
+    def close(self):
+        self.file.close()
+
+
+def read_metrics(path):
+    """Rows of a metrics.csv as dicts of numbers; a half-written last line is left out."""
+    rows = []
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            try:
+                numbers = {key: float(row[key]) for key in COLUMNS}
+            except (TypeError, ValueError, KeyError):
+                continue
+            for key in ("step", "epoch", "skipped_steps", "bad_samples"):
+                numbers[key] = int(numbers[key])
+            rows.append(numbers)
+    return rows
+
+
+def draw_curves(rows, path, title):
+    """Plot losses, alignment cosine, gradient norm, and speed against steps into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [row["step"] for row in rows]
+    panels = [
+        ("velocity loss", [row["velocity_loss"] for row in rows], "#1f5fa8"),
+        ("alignment: mean cosine", [-row["align_loss"] for row in rows], "#2a8c55"),
+        ("gradient norm (log)", [row["grad_norm"] for row in rows], "#a85a1f"),
+        ("images per second", [row["images_per_second"] for row in rows], "#6b4ba3"),
+    ]
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.2), sharex=True, layout="constrained")
+    for axis, (name, values, colour) in zip(axes.flat, panels, strict=True):
+        axis.plot(steps, values, color=colour, linewidth=1.6)
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[1, 0].set_yscale("log")
+    # Where the keep ratio changes, the loss is over other tokens: show it behind the curve.
+    keep = axes[0, 0].twinx()
+    keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="grey", alpha=0.12, linewidth=0)
+    keep.set_ylim(0, 1.02)
+    keep.set_ylabel("keep ratio (grey)", fontsize=8)
+    keep.spines[["top"]].set_visible(False)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

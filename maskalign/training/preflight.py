@@ -1,0 +1,33 @@
+"""Checks of a run against its data set and its run folder; imports no torch."""
+
+from pathlib import Path
+
+from maskalign.config import validate_with_data
+from maskalign.data.manifest import Manifest
+from maskalign.errors import UsageError
+
+
+def check_data(config):
+    """Read the data set's manifest and hold the settings against it.
+
+    Returns:
+        (manifest, facts), see `config.validate_with_data`.
+
+    Raises:
+        UsageError: the data set is not there, or does not fit the settings; or the run folder is in use.
+    """
+    manifest = Manifest.load(config.data.path)
+    facts = validate_with_data(config, manifest)
+    run_dir, resume = Path(config.run_dir), config.training.resume
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UsageError(f"run_dir: {run_dir} is a file; choose a folder")
+    if resume == "never" and any(run_dir.glob("checkpoints/step_*")):
+        raise UsageError(
+            f"training.resume: never, but {run_dir} holds checkpoints; choose another run_dir, or resume auto"
+        )
+    if resume not in ("auto", "never") and not Path(resume).is_dir():
+        raise UsageError(f"training.resume: {resume!r} is neither auto, never nor the folder of a checkpoint")
+    init_from = config.training.init_from
+    if init_from is not None and not Path(init_from).exists():
+        raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
+    return manifest, facts

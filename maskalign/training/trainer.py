@@ -1,0 +1,399 @@
+"""The loop: read, step, log, sample, save; stop cleanly; go on where it stopped."""
+
+import logging
+import signal
+import threading
+import time
+from pathlib import Path
+
+import torch
+from torch.func import functional_call
+from tqdm import tqdm
+
+from maskalign.config import dump_config
+from maskalign.data.stream import ShardStream
+from maskalign.errors import RunError, UsageError
+from maskalign.objective.flow_matching import sample_posterior
+from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
+from maskalign.training import checkpoint
+from maskalign.training.build import build_model
+from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
+from maskalign.training.optimizer import Optimizer
+from maskalign.training.parallel import compile_model, place, tune_host
+from maskalign.training.previews import Previews
+from maskalign.training.step import TrainStep
+
+log = logging.getLogger(__name__)
+
+
+def train(config, manifest, facts):
+    """Train a model, or go on with a run.
+
+    Args:
+        config: `Config`.
+        manifest: the data set's `Manifest`.
+        facts: what `config.validate_with_data` returned for the two.
+
+    Returns:
+        dict with step, seconds, run_dir and whether the run is `finished`.
+
+    Raises:
+        UsageError: the settings cannot work. RunError: the training failed.
+    """
+    return Trainer(config, manifest, facts).run()
+
+
+class Features:
+    """Teacher features of a batch on the student's grid: from the shards, or computed from the images.
+
+    Args:
+        config, manifest: of the run.
+        teachers: list of (name, cached).
+        grid: (rows, columns) of the student's tokens.
+        device: where the features are used.
+    """
+
+    def __init__(self, config, manifest, teachers, grid, device):
+        self.grid = grid
+        self.device = device
+        self.sources = []
+        weights = config.teacher.weights
+        for name, cached in teachers:
+            if cached:
+                self.sources.append(
+                    (name, None, tuple(manifest.teachers[name]["grid"]), manifest.teachers[name]["dim"])
+                )
+                continue
+            own = dict(weights=weights, image_size=manifest.resolution, device=device)
+            if name in manifest.teachers:
+                teacher = load_teacher_like(name, manifest.teachers[name], **own)
+            else:
+                teacher = load_teacher(name, normalize=config.teacher.normalize, **own)
+            self.sources.append((name, teacher, teacher.grid, teacher.dim))
+
+    @property
+    def dims(self):
+        return [dim for _, _, _, dim in self.sources]
+
+    @torch.no_grad()
+    def __call__(self, batch):
+        """One (b, N, Dz) per teacher, floating or int8."""
+        out = []
+        for name, teacher, grid, _ in self.sources:
+            if teacher is None:
+                z = batch[name].to(self.device, non_blocking=True)
+            else:
+                z = teacher(batch["image"].to(self.device, non_blocking=True))
+            # int8 rows have no common length, which a weighted mean of neighbours needs: resample before storing.
+            out.append(z if grid == self.grid else resample_tokens(z.float(), grid, self.grid))
+        return out
+
+
+class Trainer:
+    def __init__(self, config, manifest, facts):
+        self.config = config
+        self.manifest = manifest
+        self.placement = place(config.training)
+        self.device = self.placement.device
+        tune_host(self.device)
+        self.run_dir = Path(config.run_dir)
+        resume = self._find_resume()
+        state = checkpoint.read_state(resume) if resume else None
+
+        sizes_grid = self._grid(config, facts)
+        self.features = Features(config, manifest, facts["teachers"], sizes_grid, self.device)
+        self.facts = {
+            "input_size": facts["input_size"],
+            "in_channels": facts["in_channels"],
+            "num_classes": facts["num_classes"],
+            "teacher_dims": self.features.dims,
+            "teachers": [name for name, _ in facts["teachers"]],
+            "class_names": manifest.class_names,
+            "latent": manifest.latent,
+        }
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, self.facts).to(self.device)
+        if config.training.init_from and not resume:
+            self._init_from(config.training.init_from)
+        self.optimizer = Optimizer(self.model, config.optimizer, self.placement.dtype)
+        self.stream = ShardStream(
+            config.data.path,
+            batch_size=config.training.batch_size,
+            seed=config.seed,
+            rank=self.placement.rank,
+            world_size=self.placement.world_size,
+            num_workers=config.data.num_workers,
+            max_bad_fraction=config.data.max_bad_fraction,
+            allow_pipe=config.data.allow_pipe,
+            cache_dir=config.data.cache_dir,
+        )
+        self.step = 0
+        self.seconds = 0.0  # of training, without samples and checkpoints
+        self.skipped_steps = 0
+        self.bad_samples = 0
+        if resume:
+            self._resume(resume, state)
+        if config.training.compile:
+            compile_model(self.model)
+        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement)
+        self.previews = Previews(config, self.facts, self.device)
+        self.stop_requested = threading.Event()
+
+    @staticmethod
+    def _grid(config, facts):
+        from maskalign.config import model_sizes
+
+        return (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
+
+    def _find_resume(self):
+        resume = self.config.training.resume
+        if resume == "never":
+            return None
+        if resume == "auto":
+            found = checkpoint.complete_checkpoints(self.run_dir)
+            return found[-1] if found else None
+        return checkpoint.find(resume)
+
+    def _init_from(self, path):
+        from maskalign.models.convert import load_weights
+
+        weights = load_weights(path)
+        own = dict(self.model.named_parameters())
+        for name, tensor in weights.items():
+            if name in own and own[name].shape != tensor.shape:
+                raise UsageError(
+                    f"training.init_from: {path}: {name} has shape {tuple(tensor.shape)}, the model's is "
+                    f"{tuple(own[name].shape)}"
+                )
+        missing = [
+            name for name in own if name not in weights and not name.startswith(("mixer.", "fuse.", "projectors."))
+        ]
+        if missing:
+            raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                if name in weights:
+                    parameter.copy_(weights[name])
+
+    def _resume(self, path, state):
+        there, here = state["facts"], self.facts
+        for key in ("input_size", "in_channels", "num_classes", "teacher_dims"):
+            if there[key] != here[key]:
+                raise UsageError(f"{path}: was trained with {key} {there[key]}, the settings give {here[key]}")
+        checkpoint.load_tensors(path, self.optimizer.tensors())
+        self.optimizer.after_load()
+        self.step = state["step"]
+        self.seconds = state["seconds"]
+        self.skipped_steps = state["skipped_steps"]
+        self.bad_samples = state["bad_samples"]
+        self.stream.load_state_dict(state["stream"])
+        log.info("resumed from %s at step %d", path, self.step)
+
+    def run(self):
+        config = self.config
+        if self.progress() >= 1:
+            print(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
+            return self._result(finished=True)
+        self._prepare_run_dir()
+        self.metrics = MetricsFile(self.run_dir / "metrics.csv", self.step)
+        self.tensorboard = self._tensorboard()
+        previous = self._catch_signals()
+        try:
+            with self._bar() as self.bar:
+                self._loop()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.metrics.close()
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        finished = self.progress() >= 1
+        if finished:
+            print(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
+        else:
+            print(
+                f"stopped at step {self.step}; the checkpoint is in {self.run_dir / checkpoint.FOLDER}, the same command "
+                f"goes on from there (training.resume {config.training.resume})"
+            )
+        return self._result(finished)
+
+    def _result(self, finished):
+        return {"step": self.step, "seconds": self.seconds, "run_dir": str(self.run_dir), "finished": finished}
+
+    def progress(self):
+        """Share of the run that is done, in [0, 1]: of the steps, or of the time where that ends first."""
+        training = self.config.training
+        share = self.step / training.max_steps
+        if training.max_seconds is not None:
+            share = max(share, self.seconds / training.max_seconds)
+        return min(1.0, share)
+
+    def _prepare_run_dir(self):
+        try:
+            (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
+            self.config_yaml = dump_config(self.config)
+            (self.run_dir / "config.yaml").write_text(self.config_yaml)
+        except OSError as error:
+            raise UsageError(
+                f"run_dir: {self.run_dir} cannot be written to ({error.strerror}); choose another"
+            ) from None
+
+    def _tensorboard(self):
+        if not self.config.training.tensorboard:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step + 1)
+
+    def _bar(self):
+        training = self.config.training
+        disable = not training.progress
+        if training.max_seconds is None:
+            return tqdm(total=training.max_steps, initial=self.step, desc="train", unit="step", disable=disable)
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} of at most {total_fmt} s{postfix}"
+        total = round(training.max_seconds)
+        return tqdm(total=total, initial=int(self.seconds), desc="train", bar_format=layout, disable=disable)
+
+    def _catch_signals(self):
+        """The first SIGINT or SIGTERM ends the loop after the step in hand; a second one ends it at once."""
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def handler(number, frame):
+            if self.stop_requested.is_set():
+                raise KeyboardInterrupt
+            self.stop_requested.set()
+            tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+
+        return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _prepare(self, moments, posterior):
+        latent = self.manifest.latent
+        return sample_posterior(moments.float(), posterior, latent["scale"], latent["bias"])
+
+    def _loop(self):
+        training = self.config.training
+        device = self.device
+        zeros = dict(dtype=torch.float64, device=device)
+        sums, healthy = torch.zeros(4, **zeros), torch.zeros((), **zeros)
+        in_a_row = torch.zeros((), **zeros)
+        since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
+        # Often enough to stop in time, and as seldom as logging where that is more often.
+        check_every = min(training.log_every, training.max_nonfinite)
+        batches = iter(self.stream)
+        while self.progress() < 1 and not self.stop_requested.is_set():
+            start = time.perf_counter()
+            batch = next(batches)
+            self.bad_samples += batch["bad"]
+            labels = batch["label"].to(device, non_blocking=True)
+            teachers = self.features(batch)
+            if self.manifest.latent is not None:
+                inputs, prepare = batch["moments"].to(device, non_blocking=True), self._prepare
+            else:
+                inputs, prepare = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1, None
+            result = self.train_step(
+                self.step, self.progress(), inputs, labels, teachers, first_slot=batch["slot"], prepare=prepare
+            )
+            good = ~result.skipped
+            row = torch.stack([result.loss, result.velocity_loss, result.align_loss, result.grad_norm.float()]).double()
+            sums += torch.where(good, row, 0)
+            healthy += good
+            in_a_row = torch.where(good, 0, in_a_row + 1)
+            self.step += 1
+            last = self.step >= training.max_steps
+            if self.step % check_every == 0 or last:
+                self._check_finite(in_a_row)
+            self.seconds += time.perf_counter() - start
+            last = last or self.progress() >= 1
+
+            # A first row soon: somebody is watching the first seconds of a run.
+            if self.step % training.log_every == 0 or last or self.step == 1 or self.stop_requested.is_set():
+                steps = self.step - since["step"]
+                self._log(result, sums, healthy, steps, since)
+                sums.zero_()
+                healthy.zero_()
+                since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
+            self._advance_bar()
+            if self.step % training.checkpoint_every == 0 or last or self.stop_requested.is_set():
+                self._save()
+            if last or (training.sample_every and self.step % training.sample_every == 0):
+                self._sample()
+
+    def _advance_bar(self):
+        done = self.step if self.config.training.max_seconds is None else min(int(self.seconds), self.bar.total)
+        self.bar.update(done - self.bar.n)
+
+    def _check_finite(self, in_a_row):
+        count = int(in_a_row)
+        if count >= self.config.training.max_nonfinite:
+            raise RunError(
+                f"the loss or its gradient was not finite in {count} steps in a row, the last of them step {self.step}; "
+                "lower optimizer.lr, or use training.precision fp32, and go on from the last checkpoint"
+            )
+
+    def _log(self, result, sums, healthy, steps, since):
+        good = int(healthy)
+        self.skipped_steps += steps - good
+        loss, velocity, alignment, norm = (sums / max(good, 1) if good else sums * float("nan")).tolist()
+        seconds = max(self.seconds - since["seconds"], 1e-9)
+        row = {
+            "step": self.step,
+            "time": self.seconds,
+            "loss": loss,
+            "velocity_loss": velocity,
+            "align_loss": alignment,
+            "grad_norm": norm,
+            "lr": result.lr,
+            "keep_ratio": result.keep_ratio,
+            "align_weight": result.align_weight,
+            "images_per_second": steps * self.config.training.batch_size / seconds,
+            "peak_memory_mib": peak_memory_mib(self.device),
+            "data_wait": self.stream.wait_seconds - since["wait"],
+            "epoch": self.step * self.config.training.batch_size // self.manifest.num_samples,
+            "skipped_steps": self.skipped_steps,
+            "bad_samples": self.bad_samples,
+        }
+        self.metrics.write(row)
+        if self.tensorboard is not None:
+            for key, value in row.items():
+                if key != "step":
+                    self.tensorboard.add_scalar(f"train/{key}", value, self.step)
+        self.bar.set_postfix_str(
+            f"step {self.step}, loss {loss:.4f}, cosine {-alignment:.3f}, {row['images_per_second']:.1f} images/s"
+        )
+
+    def _save(self):
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "skipped_steps": self.skipped_steps,
+            "bad_samples": self.bad_samples,
+            "seed": self.config.seed,
+            "facts": self.facts,
+            "stream": self.stream.state_dict(),
+        }
+        checkpoint.save(
+            self.run_dir,
+            self.step,
+            self.optimizer.tensors(),
+            state,
+            self.config_yaml,
+            keep=self.config.training.keep_checkpoints,
+        )
+
+    def _sample(self):
+        weights = self.optimizer.ema_state()
+        self.model.eval()
+
+        def model(x, t, labels):
+            return functional_call(self.model, weights, (x, t, labels), strict=False)
+
+        path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
+        self.previews.draw(model, self.step, path)
+        self.model.train()
+        draw_curves(read_metrics(self.run_dir / "metrics.csv"), self.run_dir / "curves.png", str(self.run_dir))
+        if self.tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            self.tensorboard.add_image("samples", np.asarray(Image.open(path)), self.step, dataformats="HWC")
