@@ -1,7 +1,535 @@
-"""Token mixing fused with the row gather."""
+"""Token mixing fused with the row gather: only the kept rows of the mixed tokens are ever written.
+
+    out[b, k] = x[b, n] + gate[b] * (w2[n] @ H[b] + b2[n]),   n = subset[b, k]
+    H = gelu(A),   A = w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1      (T, D) per image, along the token axis
+
+The modulation is constant along the tokens, so it leaves the product: with Z = w1 @ LayerNorm(x),
+A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles of D. Two launches forward:
+
+    statistics  reads x, writes the mean and 1/std of each row
+    mix         reads x by (image, tile of D), keeps Z and H on the chip, writes the kept rows
+
+and three backward, which recompute H (only the statistics are saved). With Q = w2[kept]^T @ dout and S = dA * (1 + scale):
+
+    hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
+                dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes H, S (T, D) and each token's sum of
+                LayerNorm(x) * dLayerNorm(x) over the tile
+    tokens      reads x, dout, H, S by (tile of N, images): dw1, dw2, db2 added over D and over a few images in registers,
+                and dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)), written once
+    sums        adds the partial weight gradients in a fixed order (torch.sum), so a run repeats bit for bit
+
+Products take operands in one dtype, x's or autocast's, and accumulate in float32; all else is float32.
+"""
+
+import torch
 
 from . import reference
+from .runtime import (
+    FLOATS, INDICES, check_interpretable, check_subset, check_tensor, jit, kernel_op, rows_contiguous, tl, use_triton,
+    wrap_triton,
+)
+from .tuning import choose
+
+OP = "mix_and_drop"
+EPS = 1e-6
+MAX_HIDDEN = 1024  # A wider hidden layer does not fit on the chip: it takes the reference path on a GPU, too.
+
+# ---- Kernels -----------------------------------------------------------------------------------------------------
+
+
+@jit
+def _statistics_kernel(
+    x, mean, rstd, stride_xb, stride_xn, total, N, D, eps,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows per program; one pass over memory where a row fits a block (WHOLE), two otherwise."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = row < total
+    start = x + (row // N) * stride_xb + (row % N) * stride_xn
+    offs_d = tl.arange(0, BLOCK_D)
+    # Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
+    first = tl.load(start, mask=live, other=0.0).to(tl.float32)
+    mu = tl.zeros((ROWS,), tl.float32)
+    var = tl.zeros((ROWS,), tl.float32)
+    if WHOLE:
+        inside = live[:, None] & (offs_d < D)[None, :]
+        v = tl.load(start[:, None] + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
+        v = tl.where(inside, v - first[:, None], 0.0)
+        mu += tl.sum(v, axis=1) / D
+        v = tl.where(inside, v - mu[:, None], 0.0)
+        var += tl.sum(v * v, axis=1)
+    else:
+        for d in range(0, D, BLOCK_D):
+            inside = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            mu += tl.sum(tl.where(inside, v - first[:, None], 0.0), axis=1)
+        mu = mu / D
+        for d in range(0, D, BLOCK_D):
+            inside = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=inside, other=0.0).to(tl.float32)
+            v = tl.where(inside, v - first[:, None] - mu[:, None], 0.0)
+            var += tl.sum(v * v, axis=1)
+    tl.store(mean + row, first + mu, mask=live)
+    tl.store(rstd + row, tl.rsqrt(var / D + eps), mask=live)
+
+
+@jit
+def _gelu(a):
+    """GELU, tanh form: a * sigmoid(2 z), z = sqrt(2 / pi) (a + 0.044715 a^3)."""
+    return a * tl.sigmoid(1.5957691216057308 * a * (1.0 + 0.044715 * a * a))
+
+
+@jit
+def _gelu_and_slope(a):
+    s = tl.sigmoid(1.5957691216057308 * a * (1.0 + 0.044715 * a * a))
+    # Beyond |a| = 15 the sigmoid is 0 or 1 and its slope 0; the clamp keeps inf * 0 out of the product.
+    c = tl.minimum(tl.maximum(a, -15.0), 15.0)
+    slope = s + s * (1.0 - s) * 1.5957691216057308 * c * (1.0 + 0.134145 * c * c)
+    return a * s, slope
+
+
+@jit
+def _row_statistics_kernel(x, mean, rstd, stride_xb, stride_xn, rows, N, D, eps,
+                           ONE_PASS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = row < rows
+    start = x + (row // N) * stride_xb + (row % N) * stride_xn
+    offs_d = tl.arange(0, BLOCK_D)
+    # Measured from the row's first element, so that a constant row has variance 0 exactly whatever its size.
+    first = tl.load(start, mask=live, other=0.0).to(tl.float32)
+    if ONE_PASS:
+        keep = live[:, None] & (offs_d < D)[None, :]
+        v = tl.load(start[:, None] + offs_d[None, :], mask=keep, other=0.0).to(tl.float32)
+        v = tl.where(keep, v - first[:, None], 0.0)
+        mu = tl.sum(v, axis=1) / D
+        v = tl.where(keep, v - mu[:, None], 0.0)
+        var = tl.sum(v * v, axis=1) / D
+    else:
+        mu = tl.zeros((BLOCK_R,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            keep = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=keep, other=0.0).to(tl.float32)
+            mu += tl.sum(tl.where(keep, v - first[:, None], 0.0), axis=1)
+        mu = mu / D
+        var = tl.zeros((BLOCK_R,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            keep = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=keep, other=0.0).to(tl.float32)
+            v = tl.where(keep, v - first[:, None] - mu[:, None], 0.0)
+            var += tl.sum(v * v, axis=1)
+        var = var / D
+    tl.store(mean + row, first + mu, mask=live)
+    tl.store(rstd + row, tl.rsqrt(var + eps), mask=live)
+
+
+@jit
+def _load_rows(base, offs_n, offs_d, stride_n, N, D):
+    """Tile (BLOCK_N, BLOCK_D) of token rows; zeros outside."""
+    return tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :],
+                   mask=(offs_n < N)[:, None] & (offs_d < D)[None, :], other=0.0)
+
+
+@jit
+def _normalise(rows, mean, rstd, offs_n, N):
+    """LayerNorm of a tile of rows, float32; zeros in the rows outside."""
+    mu = tl.load(mean + offs_n, mask=offs_n < N, other=0.0)
+    rs = tl.load(rstd + offs_n, mask=offs_n < N, other=0.0)
+    return (rows.to(tl.float32) - mu[:, None]) * rs[:, None]
+
+
+@jit
+def _load_matrix(base, offs_r, offs_c, R, C):
+    """Tile of a dense matrix (R, C); zeros outside."""
+    return tl.load(base + offs_r[:, None] * C + offs_c[None, :],
+                   mask=(offs_r < R)[:, None] & (offs_c < C)[None, :], other=0.0)
+
+
+@jit
+def _kept_rows(subset, offs_k, K):
+    """The token that each kept row is."""
+    if subset is not None:
+        rows = tl.load(subset + offs_k, mask=offs_k < K, other=0)
+    else:
+        rows = offs_k
+    return rows.to(tl.int32)
+
+
+@jit
+def _load_vector(base, offs, size):
+    return tl.load(base + offs, mask=offs < size, other=0.0).to(tl.float32)
+
+
+@jit
+def _mix_kernel(x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
+                stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset,
+                N, K, D, T,
+                PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = tl.arange(0, BLOCK_T)
+    x += b * stride_xb
+    mean += b * N
+    rstd += b * N
+    if subset is not None:
+        subset += b * stride_subset
+
+    z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    w1_sum = tl.zeros((BLOCK_T,), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
+        normed = _normalise(rows, mean, rstd, n + offs_n, N).to(PRODUCT)
+        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
+        z = tl.dot(w1_tile, normed, z, input_precision=PRECISION)
+        w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, D)
+    offset = w1_sum[:, None] * _load_vector(shift + b * stride_shift, offs_d, D)[None, :]
+    gates = _load_vector(gate + b * stride_gate, offs_d, D)
+    h = _gelu(z * modulation[None, :] + offset + _load_vector(b1, offs_t, T)[:, None]).to(PRODUCT)
+
+    out += b * K * D
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        kept = _kept_rows(subset, offs_k, K)
+        w2_part = _load_matrix(w2, kept, offs_t, N, T).to(PRODUCT)
+        y = tl.dot(w2_part, h, input_precision=PRECISION) + _load_vector(b2, kept, N)[:, None]
+        residual = _load_rows(x, kept, offs_d, stride_xn, N, D)
+        y = residual.to(tl.float32) + gates[None, :] * y
+        tl.store(out + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :], y.to(out.dtype.element_ty),
+                 mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
+
+
+@jit
+def _hidden_grad_kernel(dy, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
+                        dshift, dscale, dgate, hidden, ds, sums, projected,
+                        stride_dyb, stride_dyk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate,
+                        stride_subset, N, K, D, T,
+                        PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+    b = tl.program_id(1).to(tl.int64)
+    tile_d = tl.program_id(0)
+    part = b * tl.num_programs(0) + tile_d
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = tl.arange(0, BLOCK_T)
+    in_d = offs_d < D
+    x += b * stride_xb
+    dy += b * stride_dyb
+    mean += b * N
+    rstd += b * N
+    if subset is not None:
+        subset += b * stride_subset
+
+    gates = _load_vector(gate + b * stride_gate, offs_d, D)
+    q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    dgates = tl.zeros((BLOCK_D,), tl.float32)
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        kept = _kept_rows(subset, offs_k, K)
+        grads = _load_rows(dy, offs_k, offs_d, stride_dyk, K, D)
+        w2_part = _load_matrix(w2, kept, offs_t, N, T).to(PRODUCT)
+        q = tl.dot(tl.trans(w2_part), grads.to(PRODUCT), q, input_precision=PRECISION)
+        dgates += tl.sum(grads.to(tl.float32) * _load_vector(b2, kept, N)[:, None], axis=0)
+
+    z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    w1_sum = tl.zeros((BLOCK_T,), tl.float32)
+    for n in range(0, N, BLOCK_N):
+        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
+        normed = _normalise(rows, mean, rstd, n + offs_n, N).to(PRODUCT)
+        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
+        z = tl.dot(w1_tile, normed, z, input_precision=PRECISION)
+        w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
+
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, D)
+    shifts = _load_vector(shift + b * stride_shift, offs_d, D)
+    a = z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + _load_vector(b1, offs_t, T)[:, None]
+    h, slope = _gelu_and_slope(a)
+    dgates += tl.sum(h * q, axis=0)
+    tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
+    keep = (offs_t < T)[:, None] & in_d[None, :]
+    at = (b * T + offs_t)[:, None] * D + offs_d[None, :]
+    tl.store(hidden + at, h.to(PRODUCT), mask=keep)
+
+    da = q * gates[None, :] * slope
+    tl.store(dshift + b * D + offs_d, tl.sum(da * w1_sum[:, None], axis=0).to(dshift.dtype.element_ty), mask=in_d)
+    tl.store(dscale + b * D + offs_d, tl.sum(da * z, axis=0).to(dscale.dtype.element_ty), mask=in_d)
+    grad_z = da * modulation[None, :]
+    sums += part * 3 * T + offs_t
+    tl.store(sums, tl.sum(da, axis=1), mask=offs_t < T)
+    tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=offs_t < T)
+    tl.store(sums + 2 * T, tl.sum(grad_z, axis=1), mask=offs_t < T)
+    grad_z = grad_z.to(PRODUCT)
+    tl.store(ds + at, grad_z, mask=keep)
+
+    projected += part * N
+    for n in range(0, N, BLOCK_N):
+        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
+        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
+        dnormed = tl.dot(tl.trans(w1_tile), grad_z, input_precision=PRECISION)
+        along = tl.sum(dnormed * _normalise(rows, mean, rstd, n + offs_n, N), axis=1)
+        tl.store(projected + n + offs_n, along, mask=n + offs_n < N)
+
+
+@jit
+def _token_grad_kernel(dy, x, mean, rstd, gate, w1, subset, hidden, ds, sums, projected,
+                       dx, dw1, dw2, db2,
+                       stride_dyb, stride_dyk, stride_xb, stride_xn, stride_gate, stride_subset,
+                       B, N, K, D, T, TILES, IMAGES,
+                       PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+                       BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+    group = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_t = tl.arange(0, BLOCK_T)
+    in_n = offs_n < N
+    in_t = offs_t < T
+    w1_tile = _load_matrix(w1, offs_t, offs_n, T, N)
+    dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    db2_tile = tl.zeros((BLOCK_N,), tl.float32)
+    for image in range(0, tl.minimum(IMAGES, B - group * IMAGES)):
+        b = group.to(tl.int64) * IMAGES + image
+        if subset is not None:
+            slot = tl.full((BLOCK_N,), -1, tl.int32)
+            for k in range(0, K, BLOCK_K):
+                offs_k = k + tl.arange(0, BLOCK_K)
+                rows = tl.load(subset + b * stride_subset + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+                hits = tl.where(rows[None, :] == offs_n[:, None], offs_k[None, :], -1)
+                slot = tl.maximum(slot, tl.max(hits, axis=1))
+        else:
+            slot = offs_n
+        kept = (slot >= 0) & in_n
+        mu = tl.load(mean + b * N + offs_n, mask=in_n, other=0.0)
+        rs = tl.load(rstd + b * N + offs_n, mask=in_n, other=0.0)
+        along = tl.zeros((BLOCK_N,), tl.float32)
+        shifted = tl.zeros((BLOCK_T,), tl.float32)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for tile in range(0, TILES):
+            part = b * TILES + tile
+            along += tl.load(projected + part * N + offs_n, mask=in_n, other=0.0)
+            shifted += tl.load(sums + (part * 3 + 1) * T + offs_t, mask=in_t, other=0.0)
+            total += tl.load(sums + (part * 3 + 2) * T + offs_t, mask=in_t, other=0.0)
+        along = along / D
+        middle = tl.sum(w1_tile.to(PRODUCT).to(tl.float32) * total[:, None], axis=0) / D
+        dw1_tile += tl.where(in_n[None, :], shifted[:, None], 0.0)
+
+        for d in range(0, D, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            in_d = offs_d < D
+            keep_td = in_t[:, None] & in_d[None, :]
+            at = offs_t[:, None] * D + offs_d[None, :]
+            grad_z = tl.load(ds + b * T * D + at, mask=keep_td, other=0.0)
+            h = tl.load(hidden + b * T * D + at, mask=keep_td, other=0.0)
+            rows_n = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, N, D)
+            normed = (rows_n.to(tl.float32) - mu[:, None]) * rs[:, None]
+            grads = tl.load(dy + b * stride_dyb + slot.to(tl.int64)[:, None] * stride_dyk + offs_d[None, :],
+                            mask=kept[:, None] & in_d[None, :], other=0.0).to(tl.float32)
+            gated = grads * _load_vector(gate + b * stride_gate, offs_d, D)[None, :]
+            db2_tile += tl.sum(gated, axis=1)
+            dw2_tile = tl.dot(gated.to(PRODUCT), tl.trans(h), dw2_tile, input_precision=PRECISION)
+            dw1_tile = tl.dot(grad_z, tl.trans(normed.to(PRODUCT)), dw1_tile, input_precision=PRECISION)
+            dnormed = tl.dot(tl.trans(w1_tile.to(PRODUCT)), grad_z, input_precision=PRECISION)
+            grad_x = grads + rs[:, None] * (dnormed - middle[:, None] - normed * along[:, None])
+            tl.store(dx + (b * N + offs_n)[:, None] * D + offs_d[None, :], grad_x.to(dx.dtype.element_ty),
+                     mask=in_n[:, None] & in_d[None, :])
+    part = group.to(tl.int64)
+    tl.store(dw1 + (part * T + offs_t)[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
+    tl.store(dw2 + (part * N + offs_n)[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
+    tl.store(db2 + part * N + offs_n, db2_tile, mask=in_n)
+
+
+# ---- Launchers ---------------------------------------------------------------------------------------------------
+
+
+def _power_of_two(size):
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _block_t(T):
+    return max(16, _power_of_two(T))
+
+
+def statistics_config(D):
+    """Whole rows up to 8192 elements, about 4096 elements a program: 16 bytes and more per thread."""
+    block = min(8192, max(16, _power_of_two(D)))
+    return {"WHOLE": D <= block, "ROWS": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 8 if block > 4096 else 4}
+
+
+def mix_configs(T, product):
+    return _configs(T, product, {64: (64, 64, 64, 4, 3), 128: (64, 64, 64, 8, 2), 256: (32, 32, 64, 8, 2)})
+
+
+def hidden_configs(T, product):
+    return _configs(T, product, {64: (64, 32, 64, 8, 2), 128: (32, 32, 64, 8, 2), 256: (32, 32, 32, 8, 2)})
+
+
+def tokens_configs(T, product):
+    return _configs(T, product, {64: (32, 64, 32, 4, 2), 128: (16, 32, 64, 8, 2), 256: (16, 64, 32, 8, 2)})
+
+
+def _configs(T, product, table):
+    n, k, d, warps, stages = table.get(max(64, _block_t(T)), (16, 16, 16, 8, 1))
+    return [{"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}]
+
+
+def _precision(product):
+    """Float32 products on tensor cores with float32's accuracy, where the machine has no float32 matrix units."""
+    return "tf32x3" if product == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _tl(dtype):
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _cdiv(a, b):
+    return (a + b - 1) // b
+
+
+@kernel_op("maskalign_kernels::mix_and_drop")
+def _mix_op(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
+    w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
+    subset: torch.Tensor | None, product: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The kept rows, and the mean and 1/std of all rows."""
+    B, N, D = x.shape
+    T = w1.shape[0]
+    K = N if subset is None else subset.shape[1]
+    mean = x.new_empty((B, N), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    out = x.new_empty((B, K, D))
+    if out.numel() == 0:
+        return out, mean.zero_(), rstd.zero_()
+    config = statistics_config(D)
+    wrap_triton(_statistics_kernel)[(_cdiv(B * N, config["ROWS"]),)](
+        x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **config
+    )
+
+    def launch(config):
+        wrap_triton(_mix_kernel)[(_cdiv(D, config["BLOCK_D"]), B)](
+            x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
+            x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), gate.stride(0),
+            0 if subset is None else subset.stride(0), N, K, D, T,
+            PRODUCT=_tl(product), PRECISION=_precision(product), BLOCK_T=_block_t(T), **config,
+        )  # fmt: skip
+
+    launch(choose("mix", (N, D, T, x.dtype, product), mix_configs(T, product), x, launch))
+    return out, mean, rstd
+
+
+@kernel_op("maskalign_kernels::mix_and_drop_backward")
+def _mix_backward_op(
+    dout: torch.Tensor, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
+    w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
+    subset: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor, product: torch.dtype,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    """Gradients of x, shift, scale, gate, w1, b1, w2, b2."""
+    B, N, D = x.shape
+    T = w1.shape[0]
+    K = dout.shape[1]
+    if dout.numel() == 0:
+        return tuple(t.new_zeros(t.shape) for t in (x, shift, scale, gate, w1, b1, w2, b2))
+    dx = x.new_empty((B, N, D))
+    dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
+    hidden = x.new_empty((B, T, D), dtype=product)
+    ds = torch.empty_like(hidden)
+    strides = (x.stride(0), x.stride(1))
+    stride_subset = 0 if subset is None else subset.stride(0)
+    constants = {"PRODUCT": _tl(product), "PRECISION": _precision(product), "BLOCK_T": _block_t(T)}
+
+    config = hidden_configs(T, product)[0]
+    tiles = _cdiv(D, config["BLOCK_D"])
+    sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
+    along = x.new_empty((B, tiles, N), dtype=torch.float32)
+    wrap_triton(_hidden_grad_kernel)[(tiles, B)](
+        dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
+        dshift, dscale, dgate, hidden, ds, sums, along,
+        dout.stride(0), dout.stride(1), *strides, shift.stride(0), scale.stride(0), gate.stride(0), stride_subset,
+        N, K, D, T, **constants, **config,
+    )  # fmt: skip
+
+    config = tokens_configs(T, product)[0]
+    blocks = _cdiv(N, config["BLOCK_N"])
+    images = images_per_program(B, blocks)
+    groups = _cdiv(B, images)
+    dw1 = x.new_empty((groups, T, N), dtype=torch.float32)
+    dw2 = x.new_empty((groups, N, T), dtype=torch.float32)
+    db2 = x.new_empty((groups, N), dtype=torch.float32)
+    wrap_triton(_token_grad_kernel)[(blocks, groups)](
+        dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
+        dout.stride(0), dout.stride(1), *strides, gate.stride(0), stride_subset,
+        B, N, K, D, T, tiles, images, **constants, **config,
+    )  # fmt: skip
+    db1 = sums[:, :, 0].sum((0, 1))
+    return (
+        dx, dshift, dscale, dgate, dw1.sum(0).to(w1.dtype), db1.to(b1.dtype), dw2.sum(0).to(w2.dtype),
+        db2.sum(0).to(b2.dtype),
+    )  # fmt: skip
+
+
+def images_per_program(B, blocks):
+    """Images whose weight gradients one program adds up: as many as leave 512 programs to fill a GPU."""
+    return max(1, B * blocks // 512)
+
+
+# ---- Autograd and the public function ----------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.product = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(*tensors, mean, rstd)
+
+
+def _backward(ctx, dout, *_):
+    grads = _mix_backward_op(rows_contiguous(dout), *ctx.saved_tensors, ctx.product)
+    return *grads, None, None
+
+
+_mix_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
-    return reference.mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset)
+    """Rows `subset` of x + gate * (w2 @ gelu(w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1) + b2).
+
+    The products run along the tokens, so every kept token has seen all of them (mixer of MLP-Mixer, arXiv 2105.01601,
+    with the modulation of DiT's adaLN-Zero, arXiv 2212.09748). LayerNorm has no affine, eps 1e-6; GELU is the tanh form.
+
+    Args:
+        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU float64 too. Any pitch between rows.
+        shift, scale, gate: (B, D).
+        w1, b1, w2, b2: (T, N), (T,), (N, T), (N,). Any of the dtypes: the matrix products run in x's dtype, or in
+            autocast's where that is on, and accumulate in float32.
+        subset: (B, K) int32 or int64, distinct indices in [0, N) in any order; None keeps all N tokens.
+
+    Returns:
+        (B, K, D) in x's dtype, rows in the order of `subset`; (B, N, D) where subset is None.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or (on the CPU; on a GPU with
+            MASKALIGN_KERNELS_DEBUG=1) an index outside [0, N) or twice in a row.
+    """
+    sizes = {}
+    floats = (*FLOATS, torch.float64)
+    check_tensor(OP, "x", x, "BND", sizes, floats)
+    for name, tensor in (("shift", shift), ("scale", scale), ("gate", gate)):
+        check_tensor(OP, name, tensor, "BD", sizes, floats, x.device)
+    for name, tensor, dims in (("w1", w1, "TN"), ("b1", b1, "T"), ("w2", w2, "NT"), ("b2", b2, "N")):
+        check_tensor(OP, name, tensor, dims, sizes, floats, x.device)
+    if subset is not None:
+        check_tensor(OP, "subset", subset, "BK", sizes, INDICES, x.device)
+        check_subset(OP, subset, sizes["N"], distinct=True)
+    product = x.dtype
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        product = torch.get_autocast_dtype(x.device.type)
+    if not use_triton(x) or sizes["T"] > MAX_HIDDEN:
+        return reference.mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset, product)
+    check_interpretable(OP, x=x, shift=shift, scale=scale, gate=gate, w1=w1, b1=b1, w2=w2, b2=b2)
+    x, shift, scale, gate = map(rows_contiguous, (x, shift, scale, gate))
+    w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
+    return _mix_op(x, shift, scale, gate, w1, b1, w2, b2, None if subset is None else rows_contiguous(subset), product)[0]
