@@ -1,0 +1,21 @@
+"""Teachers: frozen image encoders whose tokens the student is aligned with.
+
+teacher = load_teacher("efficientnet-lite0")    # or dinov2-b, timm:MODEL; several: load_teachers("a,b")
+z = teacher(images)                             # (B, 3, H, W) uint8 -> (B, tokens, dim) float32
+"""
+
+from maskalign._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "parse_teachers": "names",
+        "Teacher": "teacher",
+        "load_teacher": "teacher",
+        "load_teachers": "teacher",
+        "load_teacher_like": "teacher",
+        "resample_tokens": "tokens",
+        "normalise_tokens": "tokens",
+        "quantise_rows": "tokens",
+    },
+)

@@ -1,0 +1,145 @@
+"""A teacher: a frozen encoder, its tokens resampled and normalised as asked; and how to load one by name."""
+
+import torch
+from torch import nn
+
+from maskalign.errors import UsageError
+from maskalign.teachers.encoders import Dinov2, EfficientNetLite0, TimmEncoder
+from maskalign.teachers.names import check_normalisation, check_teacher_name, parse_teachers
+from maskalign.teachers.tokens import normalise_tokens, resample_tokens
+
+# Images per pass on CPUs. Larger activations are given back to the system after every layer and faulted in
+# again: EfficientNet-Lite0 runs half as fast with 16 images at a time as with 4.
+CPU_CHUNK = 4
+
+
+class Teacher(nn.Module):
+    """A frozen encoder of images.
+
+    Attributes:
+        name: the name that it was loaded by.
+        dim: width of its tokens.
+        grid: (gh, gw) of the tokens that it returns.
+        normalize: "none", "spatial" or "mean".
+    """
+
+    def __init__(self, name, encoder, *, normalize="none", mean=None, grid=None):
+        super().__init__()
+        self.name = name
+        self.encoder = encoder
+        self.dim = encoder.dim
+        self.normalize = check_normalisation(normalize)
+        self.grid = tuple(grid) if grid is not None else encoder.grid
+        if normalize == "mean":
+            if mean is None:
+                raise UsageError(
+                    f"teacher {name}: normalize mean needs the data set's mean token, which is in its manifest "
+                    "after maskalign data encode --normalize mean"
+                )
+            mean = torch.as_tensor(mean, dtype=torch.float32)
+            if mean.shape != (self.dim,):
+                raise UsageError(
+                    f"teacher {name}: the mean token has {mean.numel()} numbers, expected {self.dim}"
+                )
+        self.register_buffer("mean", mean if normalize == "mean" else None, persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    @property
+    def tokens(self):
+        """Number of tokens, gh * gw."""
+        return self.grid[0] * self.grid[1]
+
+    def train(self, mode=True):
+        """A teacher stays as it is: its norms and dropouts are never in training mode."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        """Tokens of images.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+
+        Returns:
+            (B, gh * gw, dim) float32, row-major.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            shape = tuple(images.shape)
+            raise ValueError(f"images are {images.dtype} {shape}, expected torch.uint8 (B, 3, H, W)")
+        chunk = CPU_CHUNK if images.device.type == "cpu" else max(1, len(images))
+        # Autocast would make the tokens depend on where the call stands; the teacher has a dtype of its own.
+        with torch.autocast(images.device.type, enabled=False):
+            z = torch.cat([self.encoder(part).float() for part in images.split(chunk)])
+            z = resample_tokens(z, self.encoder.grid, self.grid)
+            return normalise_tokens(z, self.normalize, self.mean)
+
+
+def load_teacher(
+    name,
+    *,
+    weights=None,
+    normalize="none",
+    mean=None,
+    grid=None,
+    image_size=None,
+    device="cpu",
+    dtype=None,
+):
+    """Load a teacher by name.
+
+    Args:
+        name: "efficientnet-lite0" (stride 32: 8x8 tokens), "efficientnet-lite0:16" (16x16 tokens),
+            "dinov2-s", "-b", "-l", "-g", or "timm:MODEL".
+        weights: "hub", "random" (for tests), or the path of a .safetensors / .pth file; None is the hub, and
+            for efficientnet-lite0 the installed weights.
+        normalize: "none", "spatial" (iREPA) or "mean" (needs `mean`).
+        mean: the data set's mean token, `dim` numbers.
+        grid: (gh, gw) to resample the tokens to, e.g. the student's; None keeps the teacher's own.
+        image_size: side of the images in pixels, from which DINOv2 takes its input size (224 for less than
+            512, 448 for less than 768, and so on); None is 256.
+        device: where it runs.
+        dtype: of its weights and activations, None is float32; the tokens come out in float32.
+
+    Returns:
+        Teacher, frozen and in eval mode.
+
+    Raises:
+        UsageError: no such name, no weights, or weights that do not fit; the hub not reachable.
+    """
+    check_teacher_name(name)
+    check_normalisation(normalize)
+    weights = str(weights) if weights is not None else None
+    if name.startswith("dinov2-"):
+        encoder = Dinov2(name.removeprefix("dinov2-"), weights or "hub", image_size or 256, name)
+    elif name.startswith("efficientnet-lite0"):
+        encoder = EfficientNetLite0(16 if name.endswith(":16") else 32, weights, name)
+    else:
+        encoder = TimmEncoder(name.removeprefix("timm:"), weights or "hub", name)
+    encoder.requires_grad_(False)
+    if dtype is not None:
+        encoder.network.to(dtype)
+    return Teacher(name, encoder, normalize=normalize, mean=mean, grid=grid).to(device)
+
+
+def load_teachers(names, *, weights=None, **kwargs):
+    """Load several teachers: `names` and `weights` (one for all, or one each) as lists or with commas."""
+    names = parse_teachers(names)
+    sources = [None] if weights is None else weights.split(",") if isinstance(weights, str) else list(weights)
+    if len(sources) not in (1, len(names)):
+        raise UsageError(f"{len(names)} teachers but {len(sources)} weights; give one for all or one each")
+    sources = sources * len(names) if len(sources) == 1 else sources
+    pairs = zip(names, sources, strict=True)
+    return [load_teacher(name, weights=source or None, **kwargs) for name, source in pairs]
+
+
+def load_teacher_like(name, entry, **kwargs):
+    """The teacher whose live tokens are those that a data set caches, up to their rounding.
+
+    Args:
+        name: the teacher.
+        entry: its entry in the manifest: normalisation, mean token and grid are taken from it.
+        **kwargs: `weights`, `image_size`, `device`, `dtype` for `load_teacher`.
+    """
+    settings = {"normalize": entry.get("normalize", "none"), "mean": entry.get("mean"), "grid": entry["grid"]}
+    return load_teacher(name, **settings, **kwargs)

@@ -1,0 +1,76 @@
+"""Token grids: resampled to the student's, normalised, rounded to int8."""
+
+import torch
+import torch.nn.functional as F
+
+from maskalign.errors import UsageError
+
+
+def resample_tokens(z, grid, new_grid):
+    """Resample a grid of tokens to another grid: area means where an axis shrinks, bilinear where it grows.
+
+    Args:
+        z: (B, gh * gw, D), any dtype (int8 too), rows of the grid one after the other.
+        grid: (gh, gw).
+        new_grid: (Gh, Gw).
+
+    Returns:
+        (B, Gh * Gw, D): `z` itself where the grids are equal, else floating (int8 comes out as float32).
+    """
+    (gh, gw), (new_h, new_w) = grid, new_grid
+    if z.ndim != 3 or z.shape[1] != gh * gw:
+        raise ValueError(f"z has shape {tuple(z.shape)}, expected (B, {gh * gw}, D) for a grid of {gh}x{gw}")
+    if (gh, gw) == (new_h, new_w):
+        return z
+    if not z.is_floating_point():
+        z = z.float()
+    maps = z.transpose(1, 2).reshape(z.shape[0], z.shape[2], gh, gw)
+    smaller = (min(gh, new_h), min(gw, new_w))
+    if smaller != (gh, gw):
+        maps = F.interpolate(maps, size=smaller, mode="area")
+    if smaller != (new_h, new_w):
+        maps = F.interpolate(maps, size=(new_h, new_w), mode="bilinear", align_corners=False)
+    return maps.flatten(2).transpose(1, 2).contiguous()
+
+
+def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
+    """Normalise teacher tokens before the cosine.
+
+    Args:
+        z: (B, T, D) floating.
+        mode: "none"; "spatial", as iREPA (arXiv 2512.10794): every channel of an image minus its mean over
+            the tokens, divided by its standard deviation (unbiased) + eps; "mean": minus the data set's mean.
+        mean: (D,) for "mean".
+
+    Returns:
+        (B, T, D).
+    """
+    if mode == "none":
+        return z
+    if mode == "spatial":
+        if z.shape[1] < 2:
+            raise UsageError("normalize spatial needs a teacher with at least 2 tokens")
+        return (z - z.mean(dim=1, keepdim=True)) / (z.std(dim=1, keepdim=True) + eps)
+    if mode == "mean":
+        if mean is None:
+            raise UsageError("normalize mean needs a mean token: maskalign data encode --normalize mean")
+        return z - mean.to(device=z.device, dtype=z.dtype)
+    raise UsageError(f"normalize is {mode!r}, not one of none, spatial, mean")
+
+
+def quantise_rows(z):
+    """Round every token to int8 by its own largest magnitude: that one becomes +-127.
+
+    The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.
+
+    Args:
+        z: (..., D) floating, finite.
+
+    Returns:
+        (..., D) int8 in [-127, 127].
+    """
+    largest = z.abs().amax(dim=-1, keepdim=True)
+    if not torch.isfinite(largest).all():
+        raise ValueError("z has entries that are not finite, they cannot be rounded to int8")
+    # Divide first: 127 / largest would overflow for rows of subnormal numbers.
+    return torch.round(z / torch.where(largest > 0, largest, 1) * 127).to(torch.int8)
