@@ -132,6 +132,13 @@ class SiT(nn.Module):
         self.mixer.apply(_zero_adaln)
         self.fuse = Fuse(width) if restore == "fuse" else None
 
+    @property
+    def tap_sees_subset(self):
+        """True where only the subset is present at the tap, when there is one."""
+        if self.route is None or self.align_depth <= self.route[0]:
+            return False
+        return self.align_depth <= self.route[1] or self.restore == "none"
+
     @classmethod
     def from_preset(cls, name, **settings):
         """A model of a named size, e.g. `SiT.from_preset("SiT-B/2", in_channels=3)`; settings override the preset.
@@ -188,7 +195,7 @@ class SiT(nn.Module):
                         tokens = gather_tokens(tokens, subset)
             tokens = block(tokens, c)
             if align and depth + 1 == self.align_depth and self.projectors:
-                present = subset if dropping and start <= depth < end else None
+                present = subset if dropping and self.tap_sees_subset else None
                 aligned, aligned_index = self._tap(tokens, present, subset, align_subset)
             if depth + 1 == end and self.restore != "none":
                 tokens = self._restore(tokens, before, subset if dropping else None)

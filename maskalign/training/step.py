@@ -45,11 +45,7 @@ class TrainStep:
         keep = keep_count(keep_ratio, model.num_tokens, config.method.keep_multiple)
         align = None
         if align_ratio is not None:
-            inside = model.route is not None and model.route[0] < model.align_depth <= model.route[1]
-            inside = inside or (
-                model.route is not None and model.restore == "none" and model.align_depth > model.route[0]
-            )
-            present = keep if inside else model.num_tokens
+            present = keep if model.tap_sees_subset else model.num_tokens
             align = keep_count(align_ratio, present, config.method.keep_multiple)
         return draw(
             config.seed,
