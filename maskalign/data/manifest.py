@@ -1,7 +1,7 @@
 """manifest.json: what a data set holds, shard by shard. Light: no torch, no numpy.
 
-A data set is a folder (or URL prefix) of webdataset tar shards plus this file, which is written last, so a folder
-with a manifest is complete. A sample KEY has these members in its shard:
+A data set is a folder (or URL prefix) of webdataset tar shards plus this file, which is written last, so a
+folder with a manifest is complete. A sample KEY has these members in its shard:
 
     KEY.cls                      the label, ASCII integer in [0, number of classes)
     KEY.png | KEY.jpg | KEY.webp the image, resolution x resolution RGB
@@ -48,7 +48,7 @@ class Manifest:
         shards: the shards in the order of their names.
         image_format: "png", "jpg", "webp", or None where the shards hold no images.
         latent: None, or {"scale", "bias", "shape" [2C, h, w], "dtype", "name"}.
-        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; further keys are kept.
+        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; others are kept.
         hflip: the members of mirrored images are there too.
         license: licence and attribution of the images, None where unknown.
         source: what the data set was built from.
@@ -86,7 +86,7 @@ class Manifest:
         return f"{self.root}/{shard.name}" if is_url(self.root) else os.path.join(self.root, shard.name)
 
     def digest(self):
-        """16 hex digits that name the samples' order on disk: the same after encoding, another after a rebuild."""
+        """16 hex digits that name the samples' order on disk: the same after encoding, not after a rebuild."""
         lines = "".join(f"{shard.name} {shard.num_samples}\n" for shard in self.shards)
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
@@ -236,7 +236,7 @@ class Manifest:
             ]
         except (TypeError, KeyError) as error:
             raise UsageError(
-                f"{where}: a shard entry is not an object with name, num_samples, bytes and sha256 ({error}); "
+                f"{where}: a shard is not an object with name, num_samples, bytes and sha256 ({error}); "
                 "build the data set again"
             ) from None
         return cls(**known, extra=data).validate(where)

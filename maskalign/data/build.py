@@ -1,0 +1,421 @@
+"""`maskalign data build`: from a source of images to shards and a manifest, restartable at any moment.
+
+The source is listed and shuffled, and the shuffled list is cut into shards: that is the plan, and its fingerprint is
+kept in OUT/.build/plan.json. A shard depends on nothing but its part of the plan, is renamed into place when it is
+whole, and is then recorded in OUT/.build. So any number of processes, on any number of machines that share the folder,
+killed and started again as often as you like, write the same bytes. The manifest comes last.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict
+
+from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
+from maskalign.data.shards import shard_name, write_shard
+from maskalign.errors import RunError, UsageError
+
+WORK = ".build"
+BAD_LIST = "bad.csv"
+FEW = 4000  # images below which starting worker processes costs more than it brings
+
+
+def build(
+    source,
+    out,
+    *,
+    size=32,
+    crop="adm",
+    image_format="png",
+    shard_size=None,
+    workers=None,
+    seed=0,
+    max_bad_fraction=0.01,
+    subset=None,
+    class_names=None,
+    license=None,
+    root=None,
+    rank=None,
+    world_size=None,
+    wait_seconds=1800.0,
+    quiet=False,
+):
+    """Build a data set, or go on with one whose building was stopped.
+
+    Args:
+        source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz) with one folder per class, or webdataset
+            shards (see `sources.open_source`).
+        out: folder for the shards and manifest.json; made if need be.
+        size: side of the stored square RGB images in pixels.
+        crop: "adm" (ADM's centre crop) or "resize" (the whole image, aspect ratio lost).
+        image_format: "png" or "webp" (both lossless), or "jpg".
+        shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
+        workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core.
+        seed: of the order of the samples, which mixes the classes within a shard.
+        max_bad_fraction: share of the images that may be unusable; they are skipped and listed in bad.csv.
+        subset: part of the source to take, as "train", where it has several.
+        class_names: names for the integer labels of webdataset shards; a list.
+        license: licence of the images, for the manifest.
+        root: folder where torchvision has, or puts, its files.
+        rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
+            them. Rank 0 waits for the others and writes the manifest.
+        wait_seconds: how long to wait for other ranks while none of their shards comes.
+        quiet: print nothing.
+
+    Returns:
+        The data set's `Manifest`.
+
+    Raises:
+        UsageError: a bad setting, an unusable source, or `out` holds something else. RunError: too many bad images, a
+        full disk, a killed worker.
+    """
+    _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction)
+    out = os.path.abspath(out)
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    say = _Say(quiet or rank > 0)
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
+        raise UsageError(f"source and output folder are the same: {out}; choose another --out")
+    try:
+        os.makedirs(os.path.join(out, WORK), exist_ok=True)
+        job = _plan(
+            source, out, rank, wait_seconds,
+            size=size, crop=crop, image_format=image_format, shard_size=shard_size, seed=seed, subset=subset,
+            class_names=class_names, license=license, root=root,
+        )  # fmt: skip
+        if job.finished is not None:
+            shutil.rmtree(job.work, ignore_errors=True)
+            say(f"{out} is complete already: {_summary(job.finished)}")
+            return job.finished
+        started = time.monotonic()
+        made = _make_shards(job, rank, world_size, workers, max_bad_fraction, say)
+        if rank > 0:
+            return _wait(
+                lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest"
+            )
+        rate = (
+            f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s"
+            if made
+            else "nothing left to prepare"
+        )
+        manifest, bad = _finish(job, max_bad_fraction, wait_seconds)
+    except UsageError:
+        _remove_empty(os.path.join(out, WORK), out)
+        raise
+    except OSError as error:
+        raise RunError(f"cannot build {out}: {error.strerror or error} ({error.filename or out})") from error
+    say(f"{out}: {_summary(manifest)}, {rate}")
+    if bad:
+        say(
+            f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}"
+        )
+    if manifest.license:
+        say(f"licence: {manifest.license}")
+    return manifest
+
+
+def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction):
+    if not 1 <= size <= 8192:
+        raise UsageError(f"size is {size}; give a side between 1 and 8192 pixels")
+    if crop not in ("adm", "resize"):
+        raise UsageError(f"crop is {crop!r}; give adm or resize")
+    if image_format not in IMAGE_FORMATS:
+        raise UsageError(f"image_format is {image_format!r}; give one of {', '.join(IMAGE_FORMATS)}")
+    if shard_size is not None and shard_size < 1:
+        raise UsageError(f"shard_size is {shard_size}; give at least 1 sample per shard")
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers is {workers}; give 0 or more processes")
+    if not 0 <= max_bad_fraction <= 1:
+        raise UsageError(f"max_bad_fraction is {max_bad_fraction}; give a share between 0 and 1")
+
+
+def _remove_empty(*folders):
+    for folder in folders:
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+class _Say:
+    """Prints lines, or not; to a terminal that cannot show a character, something in its place."""
+
+    def __init__(self, quiet):
+        self.quiet = quiet
+
+    def __call__(self, line):
+        if not self.quiet:
+            encoding = sys.stdout.encoding or "ascii"
+            print(line.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def _summary(manifest):
+    return (
+        f"{manifest.num_samples:,} images, {manifest.num_classes:,} classes, {len(manifest.shards):,} shards, "
+        f"{manifest.bytes:,} bytes"
+    )
+
+
+# The plan
+
+
+class _Job:
+    """The plan of one data set: the shuffled items, cut into shards, and where things go."""
+
+    def __init__(self, found, out, settings, fingerprint, shard_size, seed):
+        self.found, self.out, self.settings, self.fingerprint = found, out, settings, fingerprint
+        self.work = os.path.join(out, WORK)
+        order = list(range(len(found.items)))
+        random.Random(seed).shuffle(order)
+        self.order, self.shard_size = order, shard_size
+        self.num_shards = -(-len(order) // shard_size)
+        self.finished = None
+
+    def part(self, shard):
+        """[(key, item)] of one shard. Keys number the whole data set."""
+        first = shard * self.shard_size
+        width = max(8, len(str(len(self.order))))
+        part = self.order[first : first + self.shard_size]
+        return [(f"{first + i:0{width}d}", self.found.items[index]) for i, index in enumerate(part)]
+
+    def record_path(self, shard):
+        return os.path.join(self.work, f"{shard_name(shard)}.json")
+
+    def record(self, shard):
+        """What was noted when the shard was finished; None while it is not, or its file is not as noted."""
+        try:
+            with open(self.record_path(shard), encoding="utf-8") as file:
+                record = json.load(file)
+            if os.path.getsize(os.path.join(self.out, shard_name(shard))) == record["shard"]["bytes"]:
+                return record
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+        return None
+
+
+def _plan(
+    source, out, rank, wait_seconds, *, size, seed, shard_size, subset, class_names, root, license, **settings
+):
+    """List the source and agree with what is in `out` already: nothing, the same plan, or an error."""
+    from maskalign.data.sources import open_source
+
+    work = os.path.join(out, WORK)
+    plan_path = os.path.join(work, "plan.json")
+    if rank > 0:  # rank 0 downloads and unpacks
+        ready = (plan_path, os.path.join(out, FILE_NAME))
+        _wait(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
+    found = open_source(source, size=size, subset=subset, class_names=class_names, root=root, scratch=work)
+    if license is not None:
+        found.license = license
+    shard_size = shard_size or min(max(-(-len(found.items) // 64), 64), 2048)
+    settings = {"source": found.name, "size": size, "shard_size": shard_size, "seed": seed, **settings}
+    listing = hashlib.sha256(found.identity.encode())
+    for item in found.items:
+        listing.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
+    for entry in (found.class_names, found.rejected, found.license):
+        listing.update(json.dumps(entry).encode())
+    settings["images"] = f"{len(found.items):,} ({listing.hexdigest()[:16]})"
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    job = _Job(found, out, settings, fingerprint, shard_size, seed)
+    plan = {"fingerprint": fingerprint, "settings": settings}
+    job.finished = _finished(out, fingerprint)
+    there = _read_plan(out, plan_path)
+    if there is None:
+        strange = [name for name in sorted(os.listdir(out)) if name.endswith(".tar") or name == FILE_NAME]
+        if strange:
+            raise UsageError(
+                f"{out} holds {strange[0]} of another data set; choose another --out, or delete it first"
+            )
+        if rank == 0:
+            write_atomically(plan_path, json.dumps(plan, indent=1).encode())
+    elif there.get("fingerprint") != fingerprint:
+        old = there.get("settings", {})
+        changed = [key for key, value in settings.items() if old.get(key) != value]
+        changes = ", ".join(f"{key} {old.get(key)!r} (now {settings[key]!r})" for key in changed)
+        raise UsageError(
+            f"{out} holds a data set built with other settings: {changes or 'another version'}; "
+            "choose another --out, or delete it first"
+        )
+    return job
+
+
+def _read_plan(out, path):
+    """The plan in `out`: of a build under way, or that of the finished data set; None where there is neither."""
+    if os.path.exists(os.path.join(out, FILE_NAME)):
+        return Manifest.load(out).extra.get("build")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _finished(out, fingerprint):
+    if not os.path.exists(os.path.join(out, FILE_NAME)):
+        return None
+    manifest = Manifest.load(out)
+    return manifest if manifest.extra.get("build", {}).get("fingerprint") == fingerprint else None
+
+
+# The shards
+
+
+def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
+    """Write this rank's shards that are not there yet; returns the number of images prepared."""
+    from tqdm import tqdm
+
+    mine = range(rank, job.num_shards, world_size)
+    todo = [shard for shard in mine if job.record(shard) is None]
+    total = sum(len(job.part(shard)) for shard in todo)
+    if len(todo) < len(mine):
+        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        workers = 1 if total < FEW else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = min(workers, len(todo))
+    bad = len(job.found.rejected)
+    with ExitStack() as stack:
+        # On a terminal only: in a log file, every redraw would be a line of its own.
+        bar = stack.enter_context(
+            tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None)
+        )
+        if workers <= 1:
+            records = (_make_shard(*_task(job, shard), bar.update) for shard in todo)
+        else:
+            records = _in_processes(job, todo, workers, stack, bar)
+        for record in records:
+            bad += len(record["bad"])
+            _limit_bad(job, bad, record["bad"], max_bad_fraction)
+    return total
+
+
+def _limit_bad(job, bad, latest, max_bad_fraction):
+    total = len(job.found.items) + len(job.found.rejected)
+    if bad > max_bad_fraction * total:
+        name, reason = (latest or job.found.rejected)[-1]
+        raise RunError(
+            f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
+            f"{reason}; mend the source, or allow more with --max_bad_fraction"
+        )
+
+
+def _task(job, shard):
+    path = os.path.join(job.out, shard_name(shard))
+    settings = {key: job.settings[key] for key in ("size", "crop", "image_format")}
+    return job.found.reader, job.part(shard), path, job.record_path(shard), settings
+
+
+def _in_processes(job, todo, workers, stack, bar):
+    import multiprocessing
+
+    # Not fork: the caller may run threads (torch's, a notebook's) whose locks a forked child would inherit.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    # On an error or Ctrl-C nothing more is begun; shards that are under way end by themselves.
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    waiting = iter(todo)
+    try:
+        running = {
+            pool.submit(_make_shard, *_task(job, shard)) for _, shard in zip(range(2 * workers), waiting)
+        }
+        while running:
+            done = next(as_completed(running))
+            running.remove(done)
+            record = done.result()
+            for shard in waiting:  # the next one
+                running.add(pool.submit(_make_shard, *_task(job, shard)))
+                break
+            bar.update(record["shard"]["num_samples"] + len(record["bad"]))
+            yield record
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died (killed, or out of memory?); run the same command again and it goes on, with "
+            "fewer --workers if memory is short"
+        ) from None
+
+
+def _start_worker():
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
+
+
+def _make_shard(reader, part, path, record_path, settings, advance=None):
+    """Prepare the images of one shard, write it, record it; returns the record."""
+    bad = []
+    samples = _prepare(reader, part, bad, advance or (lambda: None), **settings)
+    shard = write_shard(path, samples, scratch=os.path.dirname(record_path))
+    record = {"shard": asdict(shard), "bad": bad}
+    write_atomically(record_path, json.dumps(record).encode())
+    return record
+
+
+def _prepare(reader, part, bad, advance, size, crop, image_format):
+    """Yield (key, members) of the usable images of a part; the others go to `bad` as [name, reason]."""
+    from maskalign.data.images import PREPARE, decode_image, encode_image, to_rgb
+
+    prepare = PREPARE[crop]
+    for key, item in part:
+        try:
+            image = reader(item)
+            image = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
+            data = encode_image(prepare(image, size), image_format)
+        except Exception as error:  # whatever is wrong with one image, the others are still wanted
+            bad.append([item.name, " ".join(str(error).split()) or type(error).__name__])
+        else:
+            yield key, {"cls": str(item.label).encode(), image_format: data}
+        advance()
+
+
+# The end
+
+
+def _finish(job, max_bad_fraction, wait_seconds):
+    """Wait for all shards, then write bad.csv and the manifest; returns (manifest, list of bad images)."""
+    records = [
+        _wait(lambda shard=shard: job.record(shard), wait_seconds, f"{shard_name(shard)} of another rank")
+        for shard in range(job.num_shards)
+    ]
+    bad = [list(entry) for entry in job.found.rejected]
+    bad = sorted(bad + [entry for record in records for entry in record["bad"]])
+    if bad:
+        _limit_bad(job, len(bad), bad, max_bad_fraction)
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows([["image", "reason"], *bad])
+        write_atomically(
+            os.path.join(job.out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace")
+        )
+    shards = [Shard(**record["shard"]) for record in records]
+    if not any(shard.num_samples for shard in shards):
+        raise RunError(f"none of the {len(bad):,} images is usable; the first: {': '.join(bad[0])}")
+    manifest = Manifest(
+        num_samples=sum(shard.num_samples for shard in shards),
+        resolution=job.settings["size"],
+        class_names=job.found.class_names,
+        shards=shards,
+        image_format=job.settings["image_format"],
+        license=job.found.license,
+        source=job.found.name,
+        extra={"build": {"fingerprint": job.fingerprint, "settings": job.settings}},
+        root=job.out,
+    )
+    manifest.save(job.out)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return manifest, bad
+
+
+def _wait(ready, seconds, what):
+    """Poll until `ready()` is true and return it; RunError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (result := ready()):
+        if time.monotonic() > deadline:
+            raise RunError(f"waited {seconds:.0f} s for {what}; is every rank of the job still running?")
+        time.sleep(0.05)
+    return result

@@ -1,0 +1,110 @@
+"""What a source of images is, and how folder names become classes."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from maskalign.data.images import ENDINGS
+from maskalign.errors import UsageError
+
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "extra"}
+
+
+class Item(NamedTuple):
+    """One image: its name for messages and for the order, its label, and where the reader finds it."""
+
+    name: str
+    label: int
+    where: Any = None
+
+
+@dataclass
+class Source:
+    """A listed source.
+
+    Attributes:
+        name: what the manifest says about the origin; no folders of this machine.
+        class_names: label i is `class_names[i]`.
+        items: the images, sorted by name.
+        reader: called with an item, gives the file's bytes or a PIL image; picklable.
+        license: licence and attribution, None where unknown.
+        rejected: (name, reason) of what looked like an image but cannot be one of the data set.
+        identity: enters the plan's fingerprint, beside the items.
+    """
+
+    name: str
+    class_names: list[str]
+    items: list[Item]
+    reader: Any
+    license: str | None = None
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+    identity: str = ""
+
+
+def is_image(path):
+    """Whether a path in a source names an image file, and neither a hidden one nor macOS's shadow of one."""
+    parts = path.split("/")
+    hidden = any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in parts)
+    return not hidden and parts[-1].rpartition(".")[2].lower() in ENDINGS and "." in parts[-1]
+
+
+def group_by_class(name, files, reader, subset, where):
+    """Make a Source of files PREFIX/CLASS/IMAGE: the folder of an image is its class.
+
+    Args:
+        name: of the source, for the manifest.
+        files: iterable of (path, place for the reader); others than images are passed over.
+        reader: see `Source`.
+        subset: one or more folder names, as "train" or "cifar10/train"; only images below it count.
+        where: the source's path, for messages.
+
+    Raises:
+        UsageError: train and test images, or the same class below several folders, would be mixed.
+    """
+    wanted = [part for part in (subset or "").split("/") if part]
+    images, rejected, prefixes = [], [], Counter()
+    available = Counter()
+    for path, place in files:
+        if not is_image(path):
+            continue
+        folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
+        if len(folders) > 1 and folders[-1].lower() in ("images", "image", "imgs", "img"):
+            folders = folders[:-1]  # CLASS/images/IMAGE, as in Tiny ImageNet
+        available["/".join(folders[:-1])] += 1
+        if wanted:
+            below = [i + len(wanted) for i in range(len(folders)) if folders[i : i + len(wanted)] == wanted]
+            if not below:
+                continue
+            folders = folders[below[0] :]
+            if not folders:
+                rejected.append((path, "lies outside any class folder"))
+                continue
+        if not folders:
+            rejected.append((path, "lies outside any class folder"))
+            continue
+        prefix = "/".join(folders[:-1])
+        prefixes[prefix] += 1
+        images.append((path, folders[-1], prefix, place))
+    parts = sorted(available.items())[:8]
+    parts = ", ".join(f"{prefix or '.'} ({count:,} images)" for prefix, count in parts)
+    if wanted and not images:
+        raise UsageError(f"source {where}: no images below {subset!r}; there are: {parts or 'none at all'}")
+    _refuse_mixing(images, prefixes, where, parts)
+    names = sorted({label for _, label, _, _ in images})
+    number = {label: index for index, label in enumerate(names)}
+    items = sorted(Item(path, number[label], place) for path, label, _, place in images)
+    name += f", {subset}" if subset else ""
+    return Source(name, names, items, reader, rejected=sorted(rejected))
+
+
+def _refuse_mixing(images, prefixes, where, parts):
+    if len(prefixes) < 2:
+        return
+    splits = any(part.lower() in SPLITS for prefix in prefixes for part in prefix.split("/"))
+    home = {}
+    shared = any(home.setdefault(label, prefix) != prefix for _, label, prefix, _ in images)
+    if splits or shared:
+        raise UsageError(
+            f"source {where}: images sit under several folders: {parts}; choose one with --subset, as in "
+            f"--subset {sorted(prefixes)[-1]}"
+        )
