@@ -62,7 +62,7 @@ def test_block_is_one_square(seed):
     # The 25 tokens nearest to a centre; at the edge of the grid the square is cut and grows inwards.
     assert (rows.amax(1) - rows.amin(1)).max() <= 7 and (columns.amax(1) - columns.amin(1)).max() <= 7
     apart = torch.maximum((rows[:, :, None] - rows[:, None]).abs(), (columns[:, :, None] - columns[:, None]).abs())
-    assert ((apart == 1).sum(-1) >= 2).all()
+    assert ((apart == 1).sum(-1) >= 1).all()
 
 
 def test_gather_and_scatter(seed):
