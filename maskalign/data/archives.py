@@ -1,6 +1,6 @@
 """Listing zip and tar archives, and reading single members by their place. Nothing is ever extracted to disk.
 
-A tar is walked once; after that each member is (tar number, offset, size), and workers read it without tarfile.
+A tar is walked once; after that each member is (tar number, offset, size), read without tarfile.
 """
 
 import bz2
@@ -111,9 +111,7 @@ def _walk_tar(file, path, number, depth, base):
                 else:
                     yield info.name, (number, start, info.size)
             file.seek(tar.offset)
-            if file.read(512).strip(
-                b"\0"
-            ):  # tarfile takes a damaged header for the end: images would be lost
+            if file.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end: images would be lost
                 raise tarfile.ReadError(f"no valid header at byte {base + tar.offset}")
     except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
         raise RunError(f"source {path}: damaged or cut short ({error}); get the archive again") from None

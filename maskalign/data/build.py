@@ -15,13 +15,11 @@ import random
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import closing
 
 from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
-from maskalign.data.shards import shard_name, write_shard
+from maskalign.data.pool import available_cores, in_processes
+from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
 
 WORK = ".build"
@@ -99,14 +97,8 @@ def build(
         started = time.monotonic()
         made = _make_shards(job, rank, world_size, workers, max_bad_fraction, say)
         if rank > 0:
-            return _wait(
-                lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest"
-            )
-        rate = (
-            f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s"
-            if made
-            else "nothing left to prepare"
-        )
+            return _wait(lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest")
+        rate = f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s" if made else "nothing left to prepare"
         manifest, bad = _finish(job, max_bad_fraction, wait_seconds)
     except UsageError:
         _remove_empty(os.path.join(out, WORK), out)
@@ -115,9 +107,7 @@ def build(
         raise RunError(f"cannot build {out}: {error.strerror or error} ({error.filename or out})") from error
     say(f"{out}: {_summary(manifest)}, {rate}")
     if bad:
-        say(
-            f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}"
-        )
+        say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")
     if manifest.license:
         say(f"licence: {manifest.license}")
     return manifest
@@ -185,6 +175,12 @@ class _Job:
         part = self.order[first : first + self.shard_size]
         return [(f"{first + i:0{width}d}", self.found.items[index]) for i, index in enumerate(part)]
 
+    def task(self, shard):
+        """The arguments of `make_shard`."""
+        settings = {key: self.settings[key] for key in ("size", "crop", "image_format")}
+        path = os.path.join(self.out, shard_name(shard))
+        return self.found.reader, self.part(shard), path, self.record_path(shard), settings
+
     def record_path(self, shard):
         return os.path.join(self.work, f"{shard_name(shard)}.json")
 
@@ -200,9 +196,7 @@ class _Job:
         return None
 
 
-def _plan(
-    source, out, rank, wait_seconds, *, size, seed, shard_size, subset, class_names, root, license, **settings
-):
+def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, subset, class_names, root, license, **settings):
     """List the source and agree with what is in `out` already: nothing, the same plan, or an error."""
     from maskalign.data.sources import open_source
 
@@ -230,9 +224,7 @@ def _plan(
     if there is None:
         strange = [name for name in sorted(os.listdir(out)) if name.endswith(".tar") or name == FILE_NAME]
         if strange:
-            raise UsageError(
-                f"{out} holds {strange[0]} of another data set; choose another --out, or delete it first"
-            )
+            raise UsageError(f"{out} holds {strange[0]} of another data set; choose another --out, or delete it first")
         if rank == 0:
             write_atomically(plan_path, json.dumps(plan, indent=1).encode())
     elif there.get("fingerprint") != fingerprint:
@@ -271,28 +263,29 @@ def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
     """Write this rank's shards that are not there yet; returns the number of images prepared."""
     from tqdm import tqdm
 
+    from maskalign.data.prepare import make_shard
+
     mine = range(rank, job.num_shards, world_size)
     todo = [shard for shard in mine if job.record(shard) is None]
     total = sum(len(job.part(shard)) for shard in todo)
     if len(todo) < len(mine):
         say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        workers = 1 if total < FEW else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = 1 if total < FEW else available_cores()
     workers = min(workers, len(todo))
     bad = len(job.found.rejected)
-    with ExitStack() as stack:
-        # On a terminal only: in a log file, every redraw would be a line of its own.
-        bar = stack.enter_context(
-            tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None)
-        )
+    # On a terminal only: in a log file, every redraw would be a line of its own.
+    with tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None) as bar:
         if workers <= 1:
-            records = (_make_shard(*_task(job, shard), bar.update) for shard in todo)
+            records = (make_shard(*job.task(shard), advance=bar.update) for shard in todo)
         else:
-            records = _in_processes(job, todo, workers, stack, bar)
-        for record in records:
-            bad += len(record["bad"])
-            _limit_bad(job, bad, record["bad"], max_bad_fraction)
+            records = in_processes(make_shard, map(job.task, todo), workers)
+        with closing(records):
+            for record in records:
+                if workers > 1:
+                    bar.update(record["shard"]["num_samples"] + len(record["bad"]))
+                bad += len(record["bad"])
+                _limit_bad(job, bad, record["bad"], max_bad_fraction)
     return total
 
 
@@ -304,74 +297,6 @@ def _limit_bad(job, bad, latest, max_bad_fraction):
             f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
             f"{reason}; mend the source, or allow more with --max_bad_fraction"
         )
-
-
-def _task(job, shard):
-    path = os.path.join(job.out, shard_name(shard))
-    settings = {key: job.settings[key] for key in ("size", "crop", "image_format")}
-    return job.found.reader, job.part(shard), path, job.record_path(shard), settings
-
-
-def _in_processes(job, todo, workers, stack, bar):
-    import multiprocessing
-
-    # Not fork: the caller may run threads (torch's, a notebook's) whose locks a forked child would inherit.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    # On an error or Ctrl-C nothing more is begun; shards that are under way end by themselves.
-    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-    waiting = iter(todo)
-    try:
-        running = {
-            pool.submit(_make_shard, *_task(job, shard)) for _, shard in zip(range(2 * workers), waiting)
-        }
-        while running:
-            done = next(as_completed(running))
-            running.remove(done)
-            record = done.result()
-            for shard in waiting:  # the next one
-                running.add(pool.submit(_make_shard, *_task(job, shard)))
-                break
-            bar.update(record["shard"]["num_samples"] + len(record["bad"]))
-            yield record
-    except BrokenProcessPool:
-        raise RunError(
-            "a worker process died (killed, or out of memory?); run the same command again and it goes on, with "
-            "fewer --workers if memory is short"
-        ) from None
-
-
-def _start_worker():
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
-
-
-def _make_shard(reader, part, path, record_path, settings, advance=None):
-    """Prepare the images of one shard, write it, record it; returns the record."""
-    bad = []
-    samples = _prepare(reader, part, bad, advance or (lambda: None), **settings)
-    shard = write_shard(path, samples, scratch=os.path.dirname(record_path))
-    record = {"shard": asdict(shard), "bad": bad}
-    write_atomically(record_path, json.dumps(record).encode())
-    return record
-
-
-def _prepare(reader, part, bad, advance, size, crop, image_format):
-    """Yield (key, members) of the usable images of a part; the others go to `bad` as [name, reason]."""
-    from maskalign.data.images import PREPARE, decode_image, encode_image, to_rgb
-
-    prepare = PREPARE[crop]
-    for key, item in part:
-        try:
-            image = reader(item)
-            image = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
-            data = encode_image(prepare(image, size), image_format)
-        except Exception as error:  # whatever is wrong with one image, the others are still wanted
-            bad.append([item.name, " ".join(str(error).split()) or type(error).__name__])
-        else:
-            yield key, {"cls": str(item.label).encode(), image_format: data}
-        advance()
 
 
 # The end
@@ -389,9 +314,7 @@ def _finish(job, max_bad_fraction, wait_seconds):
         _limit_bad(job, len(bad), bad, max_bad_fraction)
         lines = io.StringIO()
         csv.writer(lines, lineterminator="\n").writerows([["image", "reason"], *bad])
-        write_atomically(
-            os.path.join(job.out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace")
-        )
+        write_atomically(os.path.join(job.out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace"))
     shards = [Shard(**record["shard"]) for record in records]
     if not any(shard.num_samples for shard in shards):
         raise RunError(f"none of the {len(bad):,} images is usable; the first: {': '.join(bad[0])}")

@@ -151,9 +151,7 @@ class Manifest:
             for key in ("scale", "bias"):
                 number = isinstance(latent.get(key), (int, float)) and not isinstance(latent.get(key), bool)
                 _require(number, where, f"latent.{key} is not a number")
-            _require(
-                latent.get("dtype") in ("float16", "float32"), where, "latent.dtype is not float16 or float32"
-            )
+            _require(latent.get("dtype") in ("float16", "float32"), where, "latent.dtype is not float16 or float32")
         _require(isinstance(self.teachers, dict), where, "teachers is not an object")
         taken = {"moments": "the VAE moments", "cls": "the label", "flip": "mirrored members"}
         for name, entry in self.teachers.items():
@@ -304,9 +302,7 @@ def _read_local(root):
             return file.read()
     except FileNotFoundError:
         what = "has no manifest.json" if os.path.isdir(root) else "does not exist"
-        raise UsageError(
-            f"data set {root} {what}; make one with: maskalign data build SOURCE --out {root}"
-        ) from None
+        raise UsageError(f"data set {root} {what}; make one with: maskalign data build SOURCE --out {root}") from None
     except OSError as error:
         raise UsageError(f"data set {root}: cannot read manifest.json ({error.strerror})") from None
 
@@ -329,13 +325,9 @@ def _read_url(url, timeout, tries=4):
         except OSError as error:
             status = getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status in (401, 403, 404, 410):
-                raise UsageError(
-                    f"data set {url}: not there ({_one_line(error)}); check the address"
-                ) from None
+                raise UsageError(f"data set {url}: not there ({_one_line(error)}); check the address") from None
             if attempt == tries - 1:
-                raise RunError(
-                    f"data set {url}: no answer after {tries} tries ({_one_line(error)})"
-                ) from None
+                raise RunError(f"data set {url}: no answer after {tries} tries ({_one_line(error)})") from None
             time.sleep(0.25 * 2**attempt)
 
 

@@ -48,8 +48,7 @@ def open_source(source, *, size, subset=None, class_names=None, root=None, scrat
         found = _archive(source, subset, class_names, scratch)
     else:
         raise UsageError(
-            f"source {source!r} does not exist; give openmoji, torchvision:NAME, a folder, "
-            "or a .zip or .tar of images"
+            f"source {source!r} does not exist; give openmoji, torchvision:NAME, a folder, or a .zip or .tar of images"
         )
     if not found.items:
         reason = f" ({found.rejected[0][0]}: {found.rejected[0][1]})" if found.rejected else ""

@@ -81,13 +81,10 @@ def _construct(name, subset, root, download):
         if "root" in arguments:
             os.makedirs(root, exist_ok=True)
         return kind(**arguments)
-    except (
-        Exception
-    ) as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
+    except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UsageError(
-            f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} "
-            "(--root names another place)"
+            f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} (--root names another place)"
         ) from None
 
 
@@ -98,9 +95,7 @@ def _labels(name, dataset):
         if labels is not None and len(labels) == len(dataset):
             break
     else:
-        labels = [
-            dataset[number][1] for number in range(len(dataset))
-        ]  # slow, as it decodes, but always right
+        labels = [dataset[number][1] for number in range(len(dataset))]  # slow, as it decodes, but always right
     try:
         return [int(label) for label in labels]
     except (TypeError, ValueError):

@@ -82,9 +82,7 @@ def expand_braces(pattern):
         raise UsageError(f"source {pattern}: over a million shards")
     numbers = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return [
-        full
-        for number in numbers
-        for full in expand_braces(pattern[: match.start()] + number + pattern[match.end() :])
+        full for number in numbers for full in expand_braces(pattern[: match.start()] + number + pattern[match.end() :])
     ]
 
 

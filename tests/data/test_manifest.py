@@ -49,9 +49,7 @@ def test_equal_data_sets_have_equal_bytes_and_the_digest_follows_the_samples():
     def with_counts(first, second, checksum):
         names = ("shard-000000.tar", "shard-000001.tar")
         counts = (first, second)
-        return small_manifest(
-            shards=[Shard(n, c, 1, checksum * 64) for n, c in zip(names, counts, strict=True)]
-        )
+        return small_manifest(shards=[Shard(n, c, 1, checksum * 64) for n, c in zip(names, counts, strict=True)])
 
     encoded, other = with_counts(3, 2, "1"), with_counts(2, 3, "0")
     assert small_manifest().digest() == encoded.digest() != other.digest()
@@ -97,9 +95,7 @@ def test_a_wrong_field_is_named_in_one_line(tmp_path, change, names):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.tar", "/etc/passwd", "a/b.tar", "", ".hidden", "pipe:ls", "a b.tar", 3]
-)
+@pytest.mark.parametrize("name", ["../x.tar", "/etc/passwd", "a/b.tar", "", ".hidden", "pipe:ls", "a b.tar", 3])
 def test_a_shard_name_cannot_leave_the_folder(tmp_path, name):
     data = json.loads(small_manifest().to_json())
     data["shards"][0]["name"] = name

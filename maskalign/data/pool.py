@@ -1,0 +1,56 @@
+"""Work spread over processes, a few tasks ahead, with one clear line where a process dies."""
+
+import multiprocessing
+import os
+import signal
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+
+from maskalign.errors import RunError
+
+
+def available_cores():
+    """CPU cores that this process may use, shared with the other local ranks under torchrun; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def in_processes(function, tasks, workers):
+    """Yield `function(*task)` for each task, in the order in which they are done.
+
+    Args:
+        function: a function of a module, and tasks and results picklable.
+        tasks: iterable of tuples of arguments; read a few ahead only, so it may be long.
+        workers: processes; with 0 or 1 everything runs in this one, in order.
+
+    Raises:
+        RunError: a process died. What the function raises comes through.
+    """
+    if workers <= 1:
+        for task in tasks:
+            yield function(*task)
+        return
+    # Not fork: the caller may run threads (torch's, a notebook's) whose locks a forked child would inherit.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    tasks = iter(tasks)
+    try:
+        running = {pool.submit(function, *task) for task in islice(tasks, 2 * workers)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(function, *task) for task in islice(tasks, len(done))}
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died (killed, or out of memory?); run the same command again and it goes on, "
+            "with fewer --workers if memory is short"
+        ) from None
+    finally:
+        # On an error or Ctrl-C nothing more is begun; tasks that are under way end by themselves.
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
