@@ -61,9 +61,12 @@ class Optimizer:
         if self.has_copies:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
-        clip = self.config.grad_clip
-        # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides.
-        self.adamw.grad_scale = ((norm.float() + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
+        # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides, in float32.
+        divisor = ((norm + 1e-6) / self.config.grad_clip).clamp(min=1) if self.config.grad_clip else torch.ones_like(norm)
+        if divisor.dtype == torch.float64:
+            torch._foreach_div_([p.grad for p in self.masters if p.grad is not None], divisor)
+            divisor = torch.ones_like(divisor)
+        self.adamw.grad_scale = divisor.float()
         self.adamw.found_inf = skipped.float()
         for group in self.adamw.param_groups:
             group["lr"] = lr

@@ -1,0 +1,100 @@
+"""Weights from wherever they are (a run, a checkpoint, a REPA .pt, a .safetensors file), and `maskalign convert`."""
+
+from pathlib import Path
+
+from maskalign.errors import UsageError
+from maskalign.models.convert import to_repa
+from maskalign.models.weight_files import (
+    describe,
+    from_repa,
+    load_file,
+    read_file,
+    repa_checkpoint,
+    write_repa,
+    write_safetensors,
+)
+from maskalign.training.checkpoint import load_model
+
+LAYOUTS = {".pt": "repa", ".pth": "repa", ".safetensors": "safetensors"}
+
+
+def load_any(path, ema=True):
+    """A model to evaluate, and what is known about it.
+
+    Args:
+        path: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
+        ema: take the moving average of the weights.
+
+    Returns:
+        (SiT in eval mode, dict): name, step (None where unknown), path (of the interpolant), class_names and latent
+        (the manifest's entry; None where unknown), vae (the run's decoder of latents, or None).
+
+    Raises:
+        UsageError: nothing there that can be loaded.
+    """
+    path = Path(path)
+    facts = {"name": path.stem, "class_names": None, "latent": None, "vae": None}
+    if not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
+        model, about = load_file(path, ema)
+        return model, facts | about
+    model, config, step = load_model(path, ema)
+    facts |= {"name": Path(config.run_dir).name, "step": step, "path": config.objective.path, "vae": config.preview.vae}
+    return model, facts | {key: model.facts[key] for key in ("class_names", "latent")}
+
+
+def load_weights(path):
+    """The averaged weights at `path` (as `load_any` takes it) under our names: dict from name to tensor."""
+    return to_repa(load_any(path)[0])
+
+
+def convert(src, dst, to=None, weights="ema"):
+    """Convert a checkpoint.
+
+    Args:
+        src: a run or checkpoint of ours, a .pt in REPA's or SiT's layout, or a .safetensors file.
+        dst: the file to write.
+        to: `repa` or `safetensors`; by the ending of dst where it is None.
+        weights: `ema` or `model`, the set that safetensors holds; REPA's layout holds both.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        UsageError: src cannot be read, or the layout cannot hold it. RunError: dst cannot be written.
+    """
+    src, dst = Path(src), Path(dst)
+    to = to or LAYOUTS.get(dst.suffix)
+    if to not in ("repa", "safetensors"):
+        raise UsageError(f"{dst}: cannot tell the layout from its ending; add --to repa or --to safetensors")
+    if dst.is_dir():
+        raise UsageError(f"{dst} is a folder; name the file to write")
+    if src.exists() and dst.exists() and src.samefile(dst):
+        raise UsageError(f"{dst} is the file to read; write another one")
+    models, about, opt = _read_both(src, both=to == "repa", weights=weights)
+    chosen = models[weights]
+    if to == "repa":
+        checkpoint = repa_checkpoint(models["model"], models["ema"], about["step"] or 0, about["path"], opt)
+        write_repa(dst, checkpoint)
+    else:
+        write_safetensors(dst, chosen, about["step"], about["path"])
+    million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
+    return (
+        f"{dst}: {to}, depth {chosen.depth}, width {chosen.width}, patch {chosen.patch_size}, {million:.1f} M parameters"
+        + ("" if about["step"] is None else f", step {about['step']}")
+    )
+
+
+def _read_both(src, both, weights):
+    """({"model", "ema"}, about, optimiser's state or None); only the set `weights` unless `both`."""
+    wanted = ("model", "ema") if both else (weights,)
+    if src.is_dir():
+        loaded = {kind: load_any(src, ema=kind == "ema") for kind in wanted}
+        return {kind: model for kind, (model, _) in loaded.items()}, loaded[wanted[0]][1], None
+    checkpoint = read_file(src)
+    try:
+        models = {kind: from_repa(checkpoint, weights=kind) for kind in wanted}
+    except UsageError as error:
+        raise UsageError(f"{src}: {error}") from None
+    return models, describe(checkpoint), checkpoint.get("opt")

@@ -1,0 +1,87 @@
+"""Clip, AdamW and EMA against the formulas written out in float64, and the guard against non-finite steps."""
+
+import pytest
+import torch
+
+from maskalign.config import OptimizerConfig
+from maskalign.training.optimizer import Optimizer
+
+
+def problem(seed, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.GELU(), torch.nn.Linear(7, 3)).to(dtype)
+
+
+@pytest.mark.parametrize("clip, decay", [(1.0, 0.0), (0.05, 0.1), (0.0, 0.0)])
+def test_steps_follow_the_formulas(clip, decay, seed):
+    own = OptimizerConfig(lr=1e-2, weight_decay=decay, grad_clip=clip, ema_decay=0.9, betas=(0.8, 0.95))
+    model = problem(seed)
+    w = [p.detach().clone() for p in model.parameters()]
+    m, v, ema = [x * 0 for x in w], [x * 0 for x in w], [x.clone() for x in w]
+    optimizer = Optimizer(model, own, torch.float64)
+    for step in range(1, 6):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).double()
+        model(x).square().sum().backward()
+        grads = [p.grad.clone() for p in model.parameters()]
+        norm, skipped = optimizer.step(1e-2, torch.tensor(True))
+        expected = torch.cat([g.flatten() for g in grads]).norm()
+        torch.testing.assert_close(norm, expected)
+        assert not skipped
+        scale = min(1.0, clip / (float(expected) + 1e-6)) if clip else 1.0
+        for i, g in enumerate(grads):
+            g = g * scale
+            m[i] = 0.8 * m[i] + 0.2 * g
+            v[i] = 0.95 * v[i] + 0.05 * g * g
+            w[i] = w[i] * (1 - 1e-2 * decay)
+            w[i] = w[i] - 1e-2 * (m[i] / (1 - 0.8**step)) / ((v[i] / (1 - 0.95**step)).sqrt() + 1e-8)
+            ema[i] = 0.9 * ema[i] + 0.1 * w[i]
+    for p, average, want, want_ema in zip(model.parameters(), optimizer.ema, w, ema, strict=True):
+        torch.testing.assert_close(p, want, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(average, want_ema, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("poison", ["gradient", "loss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_non_finite_step_changes_nothing(poison, dtype, seed):
+    model = problem(seed, torch.float32)
+    optimizer = Optimizer(model, OptimizerConfig(lr=0.1), dtype)
+    x = torch.randn(4, 5).to(dtype)
+    model(x).square().sum().backward()
+    optimizer.step(0.1, torch.tensor(True))
+    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items() if not name.startswith("ema")}
+    copies = [p.detach().clone() for p in model.parameters()]
+    model(x).square().sum().backward()
+    if poison == "gradient":
+        next(model.parameters()).grad[0, 0] = float("nan")
+    _, skipped = optimizer.step(0.1, torch.tensor(poison != "loss"))
+    assert skipped
+    for name, tensor in optimizer.tensors().items():
+        assert name.startswith("ema") or torch.equal(tensor, before[name]), name
+    assert all(torch.equal(p, copy) for p, copy in zip(model.parameters(), copies, strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bfloat16_copies_follow_float32_masters(seed):
+    model = problem(seed, torch.float32)
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = Optimizer(model, OptimizerConfig(lr=1e-5), torch.bfloat16)
+    x = torch.randn(4, 5)
+    for _ in range(20):
+        model(x.bfloat16()).float().square().sum().backward()
+        optimizer.step(1e-5, torch.tensor(True))
+    for p, master, first in zip(model.parameters(), optimizer.masters, start, strict=True):
+        assert p.dtype == torch.bfloat16 and master.dtype == torch.float32
+        assert torch.equal(p, master.bfloat16())
+        # Twenty updates of 1e-5 each are far below bfloat16's step and must not be lost.
+        assert (master - first).abs().max() > 1e-4
+
+
+def test_tensors_have_one_layout_before_and_after_a_step(seed):
+    model = problem(seed)
+    optimizer = Optimizer(model, OptimizerConfig(), torch.float64)
+    before = {name: (t.shape, t.dtype) for name, t in optimizer.tensors().items()}
+    model(torch.randn(2, 5).double()).sum().backward()
+    optimizer.step(1e-3, torch.tensor(True))
+    after = optimizer.tensors()
+    assert {name: (t.shape, t.dtype) for name, t in after.items()} == before
+    assert float(after["step/0.weight"]) == 1
