@@ -57,7 +57,8 @@ def build(
         crop: "adm" (ADM's centre crop) or "resize" (the whole image, aspect ratio lost).
         image_format: "png" or "webp" (both lossless), or "jpg".
         shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
-        workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core.
+        workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core, and
+            this process alone for few images.
         seed: of the order of the samples, which mixes the classes within a shard.
         max_bad_fraction: share of the images that may be unusable; they are skipped and listed in bad.csv.
         subset: part of the source to take, as "train", where it has several.
@@ -111,6 +112,15 @@ def build(
     if manifest.license:
         say(f"licence: {manifest.license}")
     return manifest
+
+
+def read_names(path):
+    """The lines of a text file of class names; line i names label i."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.strip() for line in file.read().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"class_names {path}: cannot be read ({error})") from None
 
 
 def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction):
@@ -250,10 +260,19 @@ def _read_plan(out, path):
 
 
 def _finished(out, fingerprint):
+    """The manifest in `out` where it is this plan's, else None; RunError where its shards are not all there."""
     if not os.path.exists(os.path.join(out, FILE_NAME)):
         return None
     manifest = Manifest.load(out)
-    return manifest if manifest.extra.get("build", {}).get("fingerprint") == fingerprint else None
+    if manifest.extra.get("build", {}).get("fingerprint") != fingerprint:
+        return None
+    for shard in manifest.shards:
+        path = manifest.shard_path(shard)
+        if not os.path.exists(path) or os.path.getsize(path) != shard.bytes:
+            raise RunError(
+                f"{path} is missing or damaged in a finished data set; copy it back, or delete {out} and rerun"
+            )
+    return manifest
 
 
 # The shards
