@@ -3,10 +3,9 @@
 from pathlib import Path
 
 from maskalign.errors import UsageError
-from maskalign.models.convert import to_repa
+from maskalign.models.convert import from_repa, pick_weights, to_repa
 from maskalign.models.weight_files import (
     describe,
-    from_repa,
     load_file,
     read_file,
     repa_checkpoint,
@@ -97,4 +96,11 @@ def _read_both(src, both, weights):
         models = {kind: from_repa(checkpoint, weights=kind) for kind in wanted}
     except UsageError as error:
         raise UsageError(f"{src}: {error}") from None
-    return models, describe(checkpoint), checkpoint.get("opt")
+    # REPA's moments are of use only to the very same weights, not to a SiT checkpoint that was turned round.
+    same = all(to_repa(model).keys() == pick_weights(checkpoint, kind).keys() for kind, model in models.items())
+    same = same and all(
+        value.shape == pick_weights(checkpoint, kind)[name].shape
+        for kind, model in models.items()
+        for name, value in to_repa(model).items()
+    )
+    return models, describe(checkpoint), checkpoint.get("opt") if same else None

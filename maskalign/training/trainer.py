@@ -155,7 +155,7 @@ class Trainer:
         return checkpoint.find(resume)
 
     def _init_from(self, path):
-        from maskalign.models.convert import load_weights
+        from maskalign.training.export import load_weights
 
         weights = load_weights(path)
         own = dict(self.model.named_parameters())

@@ -1,0 +1,183 @@
+"""Files of weights: REPA's .pt layout and safetensors. Reading one never runs code that it holds."""
+
+import argparse
+import json
+import os
+import pickle
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+from maskalign.errors import RunError, UsageError
+from maskalign.models.convert import METADATA_KEY, from_repa, to_repa
+
+PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+ENDINGS = (*PICKLE_ENDINGS, ".safetensors")
+
+
+def read_file(path):
+    """The dict in a .pt file, or {"ema": state dict, "steps", "path"} of a .safetensors file.
+
+    Besides tensors and plain containers a .pt may hold an argparse.Namespace, which REPA's files carry, and nothing
+    else.
+
+    Raises:
+        UsageError: not there, not readable, or it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: there is no such file")
+    if path.suffix not in ENDINGS:
+        raise UsageError(f"{path}: cannot tell what this is; give a .pt or .safetensors file, or a run folder")
+    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+
+
+def _read_pickle(path):
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch thinks of a damaged file comes as an error as well
+            # Mapped, so that taking the averaged weights alone does not read the optimiser's state as well.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        text = str(error)
+        if "nsupported" in text or "GLOBAL" in text or "not an allowed" in text:
+            raise UsageError(
+                f"{path}: refused, because it holds more than tensors and plain settings and could run code "
+                f"({_offender(text)}); ask for a file of weights alone"
+            ) from None
+        raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
+    if not isinstance(checkpoint, dict):
+        raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint
+
+
+def _offender(text):
+    """The name of what was refused, out of torch's message of many lines."""
+    for line in text.splitlines():
+        _, found, rest = line.partition("GLOBAL ")
+        if found:
+            return rest.split()[0]
+    return "a pickled object"
+
+
+def _read_safetensors(path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}
+            notes = file.metadata() or {}
+        noted = json.loads(notes.get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise UsageError(f"{path}: not a readable .safetensors file ({' '.join(str(error).split())})") from None
+    if not isinstance(noted, dict):
+        noted = {}
+    model_notes = noted.pop("model", None)
+    checkpoint = {"ema": NotedDict(state_dict), "steps": noted.get("steps"), "path": noted.get("path", "linear")}
+    if isinstance(model_notes, dict):
+        checkpoint["ema"]._metadata = {METADATA_KEY: model_notes}
+    return checkpoint
+
+
+class NotedDict(dict):
+    """A dict that can carry `_metadata`, as torch's state dicts do."""
+
+
+def describe(checkpoint):
+    """Steps trained and the interpolant's path of what `read_file` gave: dict with step (None: unknown) and path."""
+    args = checkpoint.get("args")
+    steps = checkpoint.get("steps")
+    path = checkpoint.get("path") or getattr(args, "path_type", None) or "linear"
+    return {"step": steps if isinstance(steps, int) else None, "path": path if path in ("linear", "cosine") else "linear"}
+
+
+def load_file(path, ema=True, **settings):
+    """The model in a REPA .pt, a SiT .pt or a .safetensors file.
+
+    Args:
+        ema: the moving average of the weights; a file with one set of weights gives that one.
+        settings: those of `from_repa`.
+
+    Returns:
+        (SiT in eval mode, dict with step and path).
+
+    Raises:
+        UsageError: not such a file.
+    """
+    checkpoint = read_file(path)
+    try:
+        model = from_repa(checkpoint, weights="ema" if ema else "model", **settings)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return model.eval().requires_grad_(False), describe(checkpoint)
+
+
+def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
+    """The dict that REPA's train.py saves and resumes from.
+
+    Args:
+        model, ema: `SiT`s whose weights they are.
+        steps: optimiser steps done.
+        path: the interpolant's path, for `args`.
+        opt: state of REPA's AdamW; by default a fresh one, with which REPA's code can go on.
+
+    Raises:
+        UsageError: REPA's layout cannot hold the model.
+    """
+    weights, averaged = to_repa(model, strict=True), to_repa(ema, strict=True)
+    if opt is None:
+        group = dict(
+            lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, foreach=None, maximize=False,
+            capturable=False, differentiable=False, fused=None, decoupled_weight_decay=True,
+            params=list(range(len(weights))),
+        )  # fmt: skip
+        opt = {"state": {}, "param_groups": [group]}
+    preset = f"SiT-{_size_name(model)}/{model.patch_size}"
+    args = argparse.Namespace(
+        model=preset, num_classes=model.num_classes, encoder_depth=model.align_depth, resolution=8 * model.input_size,
+        path_type=path, prediction="v", qk_norm="blocks.0.attn.q_norm.weight" in weights, fused_attn=True, legacy=False,
+    )  # fmt: skip
+    return {"model": weights, "ema": averaged, "opt": opt, "args": args, "steps": steps}
+
+
+def _size_name(model):
+    from maskalign.models.presets import SIZES
+
+    same = (name for name, size in SIZES.items() if (size["depth"], size["width"]) == (model.depth, model.width))
+    return next(same, f"{model.depth}x{model.width}")
+
+
+def write_repa(path, checkpoint):
+    """Write what `repa_checkpoint` gave to a .pt file, whole or not at all."""
+    _write(path, lambda temporary: torch.save(checkpoint, temporary))
+
+
+def write_safetensors(path, model, steps=None, interpolant="linear"):
+    """Write one set of weights, mixer and all, to a .safetensors file that `load_file` reads; whole or not at all."""
+    from safetensors.torch import save_file
+
+    weights = to_repa(model)
+    notes = {"steps": steps, "path": interpolant, "model": weights._metadata[METADATA_KEY]}
+    tensors = {name: value.contiguous() for name, value in weights.items()}
+    _write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", METADATA_KEY: json.dumps(notes)}))
+
+
+def _write(path, write):
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(str(temporary))
+        os.replace(temporary, path)
+    except Exception as error:
+        # torch and safetensors report a full disk as errors of their own kinds.
+        if isinstance(error, UsageError):
+            raise
+        raise RunError(f"{path}: cannot be written ({' '.join(str(error).split())}); free space, or write elsewhere") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""ADM's .npz of samples, written as they are drawn: any number of processes, stopped and continued at any moment.
+
+Drawn images go to a memory-mapped .npy beside a file with one byte per image that says which are done; the archive is
+made at the end. `NAME.json` keeps the settings, so that a set is never finished with others than it was begun with.
+"""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from maskalign.errors import RunError, UsageError
+
+
+def _check_settings(record, settings):
+    if not record.exists():
+        return
+    try:
+        before = json.loads(record.read_text())
+    except ValueError:
+        raise UsageError(f"{record} is not readable; delete it and the set beside it, or choose another --out") from None
+    now = json.loads(json.dumps(settings))
+    differing = [f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        raise UsageError(
+            f"{record.with_suffix('.npz')} was begun with other settings ({'; '.join(differing)}); delete it or choose "
+            "another --out"
+        )
+
+
+def _prepare(images, done, count, shape):
+    """Create the two working files, with their space on disk taken, unless they are there."""
+    if images.exists() and done.exists() and done.stat().st_size == count:
+        return
+    done.unlink(missing_ok=True)
+    array = np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(count, *shape))
+    size = array.offset + array.nbytes
+    del array
+    # A full disk must be an error now, and not a signal in the middle of a write to mapped memory.
+    with open(images, "r+b") as file:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+    done.write_bytes(bytes(count))
+
+
+def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_size=1, barrier=None, on_done=None):
+    """Draw `count` images into `path`, whose array `arr_0` is (count, H, W, 3) uint8.
+
+    Args:
+        path: the .npz to write.
+        shape: (H, W, 3) of an image.
+        draw: indices (list of int) -> (n, H, W, 3) uint8 array or tensor; an image may depend on its index alone.
+        settings: dict that JSON can hold: what the images depend on.
+        batch_size: images per call of `draw`.
+        rank, world_size: this process; images are dealt round robin.
+        barrier: called where all processes must meet; needed with more than one.
+        on_done: called with a number of finished images, those of an earlier run first.
+
+    Returns:
+        The path. A set that is already complete is left as it is.
+
+    Raises:
+        UsageError: the set was begun with other settings.
+        RunError: no space left.
+    """
+    path = Path(path)
+    record, images, done = (path.with_suffix(ending) for ending in (".json", ".partial.npy", ".partial.done"))
+    _check_settings(record, settings)
+    meet = barrier or (lambda: None)
+    try:
+        # Every process looks before the first one may write: they must agree on whether the set is complete.
+        complete = path.exists()
+        meet()
+        if complete:
+            if on_done:
+                on_done(len(range(rank, count, world_size)))
+            return path
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not record.exists():
+                record.write_text(json.dumps(settings, indent=1) + "\n")
+            _prepare(images, done, count, shape)
+        meet()
+        _draw_missing(images, done, draw, range(rank, count, world_size), batch_size, on_done)
+        meet()
+        if rank == 0:
+            _pack(images, path)
+            done.unlink()
+            images.unlink()
+        meet()
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror or error}; make room or choose another --out, then run again") from None
+    return path
+
+
+def _draw_missing(images, done, draw, mine, batch_size, on_done):
+    array = np.load(images, mmap_mode="r+")
+    flags = np.memmap(done, dtype=np.uint8, mode="r+")
+    missing = [index for index in mine if not flags[index]]
+    if on_done and len(missing) < len(mine):
+        on_done(len(mine) - len(missing))
+    for begin in range(0, len(missing), batch_size):
+        indices = missing[begin : begin + batch_size]
+        array[indices] = np.asarray(draw(indices))
+        array.flush()  # the images are on disk before they count as done
+        flags[indices] = 1
+        flags.flush()
+        if on_done:
+            on_done(len(indices))
+
+
+def _pack(images, path):
+    """Put the .npy into an uncompressed archive, which appears under its name only when it is whole."""
+    temporary = path.with_suffix(".partial.npz")
+    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.write(images, "arr_0.npy")
+    os.replace(temporary, path)

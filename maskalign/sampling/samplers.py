@@ -1,0 +1,124 @@
+"""Solvers of the sampling ODE and SDE, from noise (t = 1) to data (t = 0), on REPA's grids.
+
+The state is float64 whatever the model computes in. A velocity function is called as `velocity_fn(x, t)` with x in the
+noise's dtype and t a (B,) tensor of that dtype, and gives the velocity, of x's shape. `functools.partial` or
+`guidance.Guided` bind a model and its labels.
+"""
+
+import torch
+
+from maskalign.objective.interpolant import Interpolant
+from maskalign.sampling.guidance import Guided
+
+# REPA leaves the SDE's grid here and takes the rest in one noiseless step: the score's scale grows as t goes to 0.
+LAST_SDE_TIME = 0.04
+
+
+def _check(steps):
+    if int(steps) != steps or steps < 1:
+        raise ValueError(f"steps must be a whole number of at least 1, got {steps}")
+    return int(steps)
+
+
+def _velocity(velocity_fn, x, time, dtype, guidance_time=None):
+    """The velocity at a float64 state x, as float64; `time` is a float."""
+    t = torch.full((x.shape[0],), time, dtype=torch.float64, device=x.device).to(dtype)
+    # The interval of guidance is compared with the unrounded time, which also spares a copy from the device.
+    known = {"time": time if guidance_time is None else guidance_time} if isinstance(velocity_fn, Guided) else {}
+    return velocity_fn(x.to(dtype), t, **known).to(torch.float64)
+
+
+def score_from_velocity(velocity, x, t, path="linear"):
+    """Score of the marginal at time t: with r = alpha / alpha', (r v - x) / (sigma^2 - r sigma' sigma).
+
+    (SiT, arXiv 2401.08740, eq. 9.)
+
+    Args:
+        velocity, x: (B, ...).
+        t: (B,) or 0-d, in (0, 1].
+        path: `linear` or `cosine`.
+
+    Returns:
+        (B, ...).
+    """
+    t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+    t = t.reshape(-1, *[1] * (x.dim() - 1)) if t.dim() else t
+    alpha, sigma, d_alpha, d_sigma = Interpolant(path).coefficients(t)
+    ratio = alpha / d_alpha
+    return (ratio * velocity - x) / (sigma.square() - ratio * d_sigma * sigma)
+
+
+@torch.no_grad()
+def euler(velocity_fn, noise, steps, *, on_step=None):
+    """Euler's method on `linspace(1, 0, steps + 1)`; one evaluation a step.
+
+    Args:
+        velocity_fn: (x, t) -> velocity.
+        noise: (B, ...) the state at t = 1; its dtype is the one that velocity_fn is given.
+        steps: number of steps, at least 1.
+        on_step: called without arguments after each step.
+
+    Returns:
+        (B, ...) float64, the state at t = 0.
+    """
+    times = torch.linspace(1, 0, _check(steps) + 1, dtype=torch.float64).tolist()
+    x = noise.to(torch.float64)
+    for now, then in zip(times[:-1], times[1:], strict=True):
+        x = x + (then - now) * _velocity(velocity_fn, x, now, noise.dtype)
+        if on_step:
+            on_step()
+    return x
+
+
+@torch.no_grad()
+def heun(velocity_fn, noise, steps, *, on_step=None):
+    """Heun's method on Euler's grid: 2 * steps - 1 evaluations, the last step is one of Euler's.
+
+    Both evaluations of a step are guided, or both are not, by the time at which the step begins.
+
+    Args, returns: those of `euler`.
+    """
+    times = torch.linspace(1, 0, _check(steps) + 1, dtype=torch.float64).tolist()
+    x = noise.to(torch.float64)
+    for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        velocity = _velocity(velocity_fn, x, now, noise.dtype)
+        if step < len(times) - 2:
+            ahead = _velocity(velocity_fn, x + (then - now) * velocity, then, noise.dtype, guidance_time=now)
+            velocity = 0.5 * velocity + 0.5 * ahead
+        x = x + (then - now) * velocity
+        if on_step:
+            on_step()
+    return x
+
+
+@torch.no_grad()
+def euler_maruyama(velocity_fn, noise, steps, *, path="linear", last=LAST_SDE_TIME, randn=None, on_step=None):
+    """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2 t: `linspace(1, last, steps)`, then 0.
+
+    dx = (v - w/2 score) dt + sqrt(w) dW; the step from `last` to 0 takes the mean only. Guidance of the velocity is
+    guidance of the whole drift, which is linear in it.
+
+    Args:
+        velocity_fn, noise, steps, on_step: as for `euler`.
+        path: `linear` or `cosine`, for the score.
+        last: the last time before 0.
+        randn: x -> standard normal noise like x (float64); torch.randn_like by default. See `noise.ImageNoise`.
+
+    Returns:
+        (B, ...) float64.
+    """
+    times = torch.linspace(1, last, _check(steps), dtype=torch.float64).tolist() + [0.0]
+    randn = randn or torch.randn_like
+    x = noise.to(torch.float64)
+    for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        diffusion, dt = 2 * now, then - now
+        # REPA draws before it calls the model: with one seed, both give the same pictures.
+        eps = randn(x) if step < len(times) - 2 else None
+        velocity = _velocity(velocity_fn, x, now, noise.dtype)
+        drift = velocity - 0.5 * diffusion * score_from_velocity(velocity, x, now, path)
+        x = x + drift * dt
+        if eps is not None:
+            x = x + (diffusion * -dt) ** 0.5 * eps.to(x)
+        if on_step:
+            on_step()
+    return x
