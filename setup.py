@@ -16,7 +16,7 @@ setup(
         "torch>=2.11",
         "numpy>=1.26",
         "Pillow>=10.1",
-        "jsonargparse[signatures]>=4.40",
+        "jsonargparse[signatures]>=4.49",
         "webdataset>=1.0",
         "fsspec[http]>=2024.6",
         "timm>=1.0.15",

@@ -393,7 +393,7 @@ def make_config_parser(**kwargs):
         def error(self, message, ex=None):
             raise UsageError(_with_suggestion(" ".join(str(message).split())))
 
-    parser = ConfigParser(**kwargs)
+    parser = ConfigParser(allow_abbrev=False, **kwargs)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(Config, as_group=False)
     return parser
@@ -410,7 +410,7 @@ def parse_config(argv, **kwargs):
         UsageError: an unknown key, a bad value or a rule of `validate`.
     """
     parser = make_config_parser(**kwargs)
-    config = parser.instantiate_classes(parser.parse_args(argv))
+    config = parser.instantiate(parser.parse_args(argv))
     config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
     validate(config)
     return config
@@ -445,10 +445,15 @@ def all_keys(cls=Config, prefix=""):
 
 def _with_suggestion(message):
     """Add the nearest setting's name to a message about an unknown key."""
-    match = re.search(r"nrecognized arguments: --([\w.]+)|[Kk]ey '([\w.]+)' is not expected", message)
+    patterns = (
+        r"nrecognized arguments: --([\w.]+)",
+        r"[Kk]ey '([\w.]+)' is not expected",
+        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
+    )
+    match = next((found for pattern in patterns if (found := re.search(pattern, message))), None)
     if not match:
         return message
-    wrong = match.group(1) or match.group(2)
+    wrong = ".".join(match.groups())
     near = get_close_matches(wrong, all_keys(), n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"there is no setting {wrong!r}{hint}; maskalign train --help lists them"

@@ -1,0 +1,153 @@
+"""Settings: what is read is what was written, and a wrong one is refused with its name, the rule and a way out."""
+
+from pathlib import Path
+
+import pytest
+
+from maskalign.config import Config, Schedule, all_keys, dump_config, load_config, parse_config, validate_with_data
+from maskalign.data.manifest import Manifest, Shard
+from maskalign.errors import UsageError
+from maskalign.training.schedules import schedule_value
+
+ROOT = Path(__file__).parents[1]
+BASE = ["--model.preset", "SiT-S/2"]
+RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def manifest(**changes):
+    own = dict(num_samples=100, resolution=32, class_names=["a", "b", "c"], shards=[Shard("s.tar", 100, 1, "0" * 64)])
+    return Manifest(**{**own, **changes})
+
+
+def test_every_recipe_is_there():
+    names = {"sit", "repa", "maskalign", "maskalign-loss-only", "tread", "sprint", "deferred-masking"}
+    for size in ("b2", "l2", "xl2"):
+        assert {path.stem for path in RECIPES if path.parent.name == size} == names
+    assert (ROOT / "configs" / "quickstart.yaml") in RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "again.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "again.yaml") == config
+    again = parse_config(["--config", str(path), "--training.max_steps", "7"])
+    assert again.training.max_steps == 7 and again.model == config.model
+
+
+def test_schedules_from_yaml_and_command_line(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {preset: SiT-S/2}\nmethod: {keep_ratio: {kind: step, start: 0.5, end: 1, begin: 0.5}}")
+    config = load_config(tmp_path / "c.yaml")
+    assert isinstance(config.method.keep_ratio, Schedule)
+    assert schedule_value(config.method.keep_ratio, 0.4) == 0.5 and schedule_value(config.method.keep_ratio, 0.6) == 1
+    config = parse_config(["--config", str(tmp_path / "c.yaml"), "--method.keep_ratio", "0.25"])
+    assert config.method.keep_ratio == 0.25
+    config = parse_config([*BASE, "--method.align_weight", '{"kind": "cosine", "start": 0.5, "end": 0.0}'])
+    assert schedule_value(config.method.align_weight, 1.0) == 0.0
+
+
+def test_routes():
+    assert parse_config([*BASE, "--method.route", "none"]).method.route == "none"
+    assert tuple(parse_config([*BASE, "--method.route", "[2, 8]"]).method.route) == (2, 8)
+
+
+WRONG = [
+    (["--trainin.max_steps", "3"], ["trainin.max_steps", "did you mean 'training.max_steps'"]),
+    (["--training.max_step", "3"], ["training.max_step", "training.max_steps"]),
+    (["--training.max_steps", "many"], ["training.max_steps", "many"]),
+    (["--training.max_steps", "0"], ["training.max_steps", "at least 1"]),
+    (["--training.precision", "fp8"], ["training.precision", "bf16"]),
+    (["--method.keep_ratio", "0"], ["method.keep_ratio", "(0, 1]"]),
+    (["--method.keep_ratio", "1.5"], ["method.keep_ratio", "(0, 1]"]),
+    (["--method.keep_ratio", "nan"], ["method.keep_ratio"]),
+    (["--method.align_weight", "-1"], ["method.align_weight"]),
+    (["--method.align_depth", "13"], ["method.align_depth", "1..12"]),
+    (["--method.align_depth", "0"], ["method.align_depth"]),
+    (["--method.route", "[4, 13]"], ["method.route", "12"]),
+    (["--method.route", "[4, 4]"], ["method.route"]),
+    (["--method.route", "some"], ["method.route", "some"]),
+    (["--method.route", "none", "--method.restore", "fuse"], ["method.restore", "none"]),
+    (["--model.projector", "conv"], ["model.projector", "all tokens"]),
+    (["--model.preset", "SiT-G/2"], ["model.preset", "SiT-B/2"]),
+    (["--model.heads", "7"], ["model.heads", "divide"]),
+    (["--model.mixer", "mean"], ["model.mixer", "token_mlp"]),
+    (["--optimizer.lr", "0"], ["optimizer.lr", "above 0"]),
+    (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay"]),
+    (["--training.batch_size", "10", "--training.accumulation", "4"], ["training.accumulation", "divide"]),
+    (["--parallel.plan", "fsdp"], ["parallel.plan", "none"]),
+    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+]
+
+
+@pytest.mark.parametrize("argv, words", WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_wrong_settings_are_one_clear_line(argv, words):
+    with pytest.raises(UsageError) as error:
+        parse_config([*BASE, *argv])
+    message = str(error.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_no_size_at_all():
+    with pytest.raises(UsageError, match="model.depth is missing"):
+        parse_config([])
+
+
+def test_a_misspelt_key_in_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {preset: SiT-S/2}\nmethod: {keep_ration: 0.5}\n")
+    with pytest.raises(UsageError, match="method.keep_ratio"):
+        load_config(tmp_path / "c.yaml")
+
+
+def test_broken_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text("model: {preset: [\n")
+    with pytest.raises(UsageError) as error:
+        load_config(tmp_path / "c.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_the_data_set_decides_what_the_model_sees():
+    config = parse_config([*BASE, "--training.batch_size", "8", "--method.align_weight", "0"])
+    facts = validate_with_data(config, manifest())
+    assert facts == dict(input_size=32, in_channels=3, num_classes=3, teachers=[])
+    latent = dict(shape=[8, 16, 16], scale=0.18215, bias=0.0, dtype="float16", name="vae")
+    facts = validate_with_data(config, manifest(resolution=128, latent=latent))
+    assert facts["input_size"] == 16 and facts["in_channels"] == 4
+
+
+@pytest.mark.parametrize(
+    "argv, changes, words",
+    [
+        (["--model.patch_size", "5"], {}, ["model.patch_size", "32"]),
+        (["--training.batch_size", "101"], {}, ["training.batch_size", "100"]),
+        (["--teacher.mode", "cached"], {}, ["dinov2-b", "data encode"]),
+        (["--teacher.names", "[]"], {}, ["teacher.names", "align_weight 0"]),
+        (["--teacher.names", "[dinov3]"], {}, ["dinov3", "dinov2-b"]),
+        ([], dict(image_format=None), ["teacher.names", "images"]),
+    ],
+)
+def test_settings_that_do_not_fit_the_data(argv, changes, words):
+    config = parse_config([*BASE, "--training.batch_size", "8", *argv])
+    with pytest.raises(UsageError) as error:
+        validate_with_data(config, manifest(**changes))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_every_setting_has_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_config(["--help"], prog="maskalign train")
+    text = " ".join(capsys.readouterr().out.split())
+    for key in all_keys():
+        assert f"--{key} " in text, key
+
+    def fields(cls):
+        for name, entry in cls.__dataclass_fields__.items():
+            nested = entry.default_factory
+            yield from fields(nested) if hasattr(nested, "__dataclass_fields__") else [(cls, name)]
+
+    import inspect
+
+    for cls, name in fields(Config):
+        source = inspect.getsource(cls)
+        line = source.split(f"    {name}:")[1].split('"""')[1]
+        assert line.strip().endswith("."), (cls, name)
+        assert " ".join(line.split())[:40] in text, (cls, name)
