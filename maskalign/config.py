@@ -358,7 +358,7 @@ def validate_with_data(config, manifest):
     )
     teachers = []
     if max(_values(as_schedule(config.method.align_weight))) > 0:
-        names = parse_teachers(config.teacher.names)
+        names = parse_teachers(config.teacher.names or None)
         if not names:
             raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
         for name in names:
