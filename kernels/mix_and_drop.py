@@ -25,8 +25,8 @@ import torch
 
 from . import reference
 from .runtime import (
-    FLOATS, INDICES, check_interpretable, check_subset, check_tensor, jit, kernel_op, rows_contiguous, tl, use_triton,
-    wrap_triton,
+    FLOATS, INDICES, INTERPRET, check_interpretable, check_subset, check_tensor, jit, kernel_op, rows_contiguous, tl,
+    use_triton, wrap_triton,
 )
 from .tuning import choose
 
@@ -47,30 +47,41 @@ def _statistics_kernel(
     live = row < total
     start = x + (row // N) * stride_xb + (row % N) * stride_xn
     offs_d = tl.arange(0, BLOCK_D)
+    inside = live[:, None] & (offs_d < D)[None, :]
+    v = tl.load(start[:, None] + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
     # Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
-    first = tl.load(start, mask=live, other=0.0).to(tl.float32)
-    mu = tl.zeros((ROWS,), tl.float32)
-    var = tl.zeros((ROWS,), tl.float32)
+    first = tl.sum(tl.where(offs_d[None, :] == 0, v, 0.0), axis=1)
+    v = tl.where(inside, v - first[:, None], 0.0)
     if WHOLE:
-        inside = live[:, None] & (offs_d < D)[None, :]
-        v = tl.load(start[:, None] + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
-        v = tl.where(inside, v - first[:, None], 0.0)
-        mu += tl.sum(v, axis=1) / D
+        mu = tl.sum(v, axis=1) / D
         v = tl.where(inside, v - mu[:, None], 0.0)
-        var += tl.sum(v * v, axis=1)
+        var = tl.sum(v * v, axis=1)
     else:
-        for d in range(0, D, BLOCK_D):
-            inside = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=inside, other=0.0).to(tl.float32)
-            mu += tl.sum(tl.where(inside, v - first[:, None], 0.0), axis=1)
+        mu = tl.sum(v, axis=1)
+        for d in range(BLOCK_D, D, BLOCK_D):
+            more = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
+            mu += tl.sum(tl.where(more, v - first[:, None], 0.0), axis=1)
         mu = mu / D
+        var = tl.zeros((ROWS,), tl.float32)
         for d in range(0, D, BLOCK_D):
-            inside = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=inside, other=0.0).to(tl.float32)
-            v = tl.where(inside, v - first[:, None] - mu[:, None], 0.0)
+            more = live[:, None] & (d + offs_d < D)[None, :]
+            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
+            v = tl.where(more, v - first[:, None] - mu[:, None], 0.0)
             var += tl.sum(v * v, axis=1)
     tl.store(mean + row, first + mu, mask=live)
     tl.store(rstd + row, tl.rsqrt(var / D + eps), mask=live)
+
+
+@jit
+def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ b, operands rounded to PRODUCT, accumulated in float32."""
+    a = a.to(PRODUCT)
+    b = b.to(PRODUCT)
+    if PRECISION == "widened":  # Triton's interpreter multiplies the bit patterns of bfloat16 operands.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+    else:
+        return tl.dot(a, b, total, input_precision=PRECISION)
 
 
 @jit
@@ -123,31 +134,36 @@ def _row_statistics_kernel(x, mean, rstd, stride_xb, stride_xn, rows, N, D, eps,
 
 
 @jit
-def _load_rows(base, offs_n, offs_d, stride_n, N, D):
-    """Tile (BLOCK_N, BLOCK_D) of token rows; zeros outside."""
-    return tl.load(base + offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :],
-                   mask=(offs_n < N)[:, None] & (offs_d < D)[None, :], other=0.0)
+def _inside(offs, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's offsets lie below SIZE; a constant where SIZE is a whole number of blocks."""
+    if SIZE % BLOCK == 0:
+        return tl.full((BLOCK,), 1, tl.int1)
+    else:
+        return offs < SIZE
 
 
 @jit
-def _normalise(rows, mean, rstd, offs_n, N):
-    """LayerNorm of a tile of rows, float32; zeros in the rows outside."""
-    mu = tl.load(mean + offs_n, mask=offs_n < N, other=0.0)
-    rs = tl.load(rstd + offs_n, mask=offs_n < N, other=0.0)
-    return (rows.to(tl.float32) - mu[:, None]) * rs[:, None]
+def _load_rows(base, offs_n, offs_d, stride_n, in_n, in_d):
+    """Tile of token rows; zeros outside."""
+    at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
+    return tl.load(base + at, mask=in_n[:, None] & in_d[None, :], other=0.0)
 
 
 @jit
-def _load_matrix(base, offs_r, offs_c, R, C):
-    """Tile of a dense matrix (R, C); zeros outside."""
-    return tl.load(base + offs_r[:, None] * C + offs_c[None, :],
-                   mask=(offs_r < R)[:, None] & (offs_c < C)[None, :], other=0.0)
+def _load_matrix(base, offs_r, offs_c, pitch, in_r, in_c):
+    """Tile of a small dense matrix; zeros outside."""
+    return tl.load(base + offs_r[:, None] * pitch + offs_c[None, :], mask=in_r[:, None] & in_c[None, :], other=0.0)
 
 
 @jit
-def _kept_rows(subset, offs_k, K):
+def _load_vector(base, offs, inside):
+    return tl.load(base + offs, mask=inside, other=0.0).to(tl.float32)
+
+
+@jit
+def _kept_rows(subset, offs_k, K, HAS_SUBSET: tl.constexpr):
     """The token that each kept row is."""
-    if subset is not None:
+    if HAS_SUBSET:
         rows = tl.load(subset + offs_k, mask=offs_k < K, other=0)
     else:
         rows = offs_k
@@ -155,188 +171,203 @@ def _kept_rows(subset, offs_k, K):
 
 
 @jit
-def _load_vector(base, offs, size):
-    return tl.load(base + offs, mask=offs < size, other=0.0).to(tl.float32)
-
-
-@jit
-def _mix_kernel(x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
-                stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset,
-                N, K, D, T,
-                PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-                BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
-    b = tl.program_id(1).to(tl.int64)
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_t = tl.arange(0, BLOCK_T)
-    x += b * stride_xb
-    mean += b * N
-    rstd += b * N
-    if subset is not None:
-        subset += b * stride_subset
-
+def _first_product(
+    x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t,
+    N: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Z = w1 @ LayerNorm(x) for a tile of D, and the row sums of w1."""
     z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     w1_sum = tl.zeros((BLOCK_T,), tl.float32)
     for n in range(0, N, BLOCK_N):
-        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
-        normed = _normalise(rows, mean, rstd, n + offs_n, N).to(PRODUCT)
-        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
-        z = tl.dot(w1_tile, normed, z, input_precision=PRECISION)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        in_n = _inside(offs_n, N, BLOCK_N)
+        rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+        normed = (rows - _load_vector(mean, offs_n, in_n)[:, None]) * _load_vector(rstd, offs_n, in_n)[:, None]
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        z = _dot(w1_tile, normed, z, PRODUCT, PRECISION)
         w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
-    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, D)
-    offset = w1_sum[:, None] * _load_vector(shift + b * stride_shift, offs_d, D)[None, :]
-    gates = _load_vector(gate + b * stride_gate, offs_d, D)
-    h = _gelu(z * modulation[None, :] + offset + _load_vector(b1, offs_t, T)[:, None]).to(PRODUCT)
-
-    out += b * K * D
-    for k in range(0, K, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        kept = _kept_rows(subset, offs_k, K)
-        w2_part = _load_matrix(w2, kept, offs_t, N, T).to(PRODUCT)
-        y = tl.dot(w2_part, h, input_precision=PRECISION) + _load_vector(b2, kept, N)[:, None]
-        residual = _load_rows(x, kept, offs_d, stride_xn, N, D)
-        y = residual.to(tl.float32) + gates[None, :] * y
-        tl.store(out + offs_k.to(tl.int64)[:, None] * D + offs_d[None, :], y.to(out.dtype.element_ty),
-                 mask=(offs_k < K)[:, None] & (offs_d < D)[None, :])
+    return z, w1_sum
 
 
 @jit
-def _hidden_grad_kernel(dy, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
-                        dshift, dscale, dgate, hidden, ds, sums, projected,
-                        stride_dyb, stride_dyk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate,
-                        stride_subset, N, K, D, T,
-                        PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-                        BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+def _mix_kernel(
+    x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
+    stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
+    N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A tile of D of one image; grid (tiles of D, images), so that an image's tiles run side by side."""
     b = tl.program_id(1).to(tl.int64)
-    tile_d = tl.program_id(0)
-    part = b * tl.num_programs(0) + tile_d
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_d = tile_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     offs_t = tl.arange(0, BLOCK_T)
-    in_d = offs_d < D
+    in_d = _inside(offs_d, D, BLOCK_D)
+    in_t = _inside(offs_t, T, BLOCK_T)
     x += b * stride_xb
-    dy += b * stride_dyb
+    z, w1_sum = _first_product(
+        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
+    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
+    bias_t = _load_vector(b1, offs_t, in_t)
+    h = _gelu(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None]).to(PRODUCT)
+
+    gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
+    out += b * K * D
+    if HAS_SUBSET:
+        subset += b * stride_subset
+    for k in range(0, K, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        in_k = offs_k < K
+        kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
+        w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t)
+        y = _load_vector(b2, kept, in_k)[:, None] + tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+        y = gates[None, :] * _dot(w2_tile, h, y, PRODUCT, PRECISION)
+        y += _load_rows(x, kept, offs_d, stride_xn, in_k, in_d).to(tl.float32)
+        at = offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
+        tl.store(out + at, y.to(out.dtype.element_ty), mask=in_k[:, None] & in_d[None, :])
+
+
+@jit
+def _hidden_grad_kernel(
+    dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
+    dshift, dscale, dgate, hidden, ds, sums, along,
+    stride_gb, stride_gk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
+    N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A tile of D of one image, as in the forward."""
+    b = tl.program_id(1).to(tl.int64)
+    part = b * tl.num_programs(0) + tl.program_id(0)
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_t = tl.arange(0, BLOCK_T)
+    in_d = _inside(offs_d, D, BLOCK_D)
+    in_t = _inside(offs_t, T, BLOCK_T)
+    x += b * stride_xb
     mean += b * N
     rstd += b * N
-    if subset is not None:
+    dout += b * stride_gb
+    if HAS_SUBSET:
         subset += b * stride_subset
 
-    gates = _load_vector(gate + b * stride_gate, offs_d, D)
     q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dgates = tl.zeros((BLOCK_D,), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        kept = _kept_rows(subset, offs_k, K)
-        grads = _load_rows(dy, offs_k, offs_d, stride_dyk, K, D)
-        w2_part = _load_matrix(w2, kept, offs_t, N, T).to(PRODUCT)
-        q = tl.dot(tl.trans(w2_part), grads.to(PRODUCT), q, input_precision=PRECISION)
-        dgates += tl.sum(grads.to(tl.float32) * _load_vector(b2, kept, N)[:, None], axis=0)
+        in_k = offs_k < K
+        kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
+        grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
+        w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
+        q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
+        dgates += tl.sum(grads.to(tl.float32) * _load_vector(b2, kept, in_k)[:, None], axis=0)
 
-    z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    w1_sum = tl.zeros((BLOCK_T,), tl.float32)
-    for n in range(0, N, BLOCK_N):
-        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
-        normed = _normalise(rows, mean, rstd, n + offs_n, N).to(PRODUCT)
-        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
-        z = tl.dot(w1_tile, normed, z, input_precision=PRECISION)
-        w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
-
-    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, D)
-    shifts = _load_vector(shift + b * stride_shift, offs_d, D)
-    a = z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + _load_vector(b1, offs_t, T)[:, None]
-    h, slope = _gelu_and_slope(a)
+    z, w1_sum = _first_product(
+        x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_T
+    )
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
+    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
+    bias_t = _load_vector(b1, offs_t, in_t)
+    h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
     dgates += tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
-    keep = (offs_t < T)[:, None] & in_d[None, :]
-    at = (b * T + offs_t)[:, None] * D + offs_d[None, :]
-    tl.store(hidden + at, h.to(PRODUCT), mask=keep)
+    at = b * T * D + (offs_t[:, None] * D + offs_d[None, :])
+    tl.store(hidden + at, h.to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
 
-    da = q * gates[None, :] * slope
-    tl.store(dshift + b * D + offs_d, tl.sum(da * w1_sum[:, None], axis=0).to(dshift.dtype.element_ty), mask=in_d)
+    da = q * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :] * slope
+    dshifts = tl.sum(da * w1_sum[:, None], axis=0)
+    tl.store(dshift + b * D + offs_d, dshifts.to(dshift.dtype.element_ty), mask=in_d)
     tl.store(dscale + b * D + offs_d, tl.sum(da * z, axis=0).to(dscale.dtype.element_ty), mask=in_d)
-    grad_z = da * modulation[None, :]
     sums += part * 3 * T + offs_t
-    tl.store(sums, tl.sum(da, axis=1), mask=offs_t < T)
-    tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=offs_t < T)
-    tl.store(sums + 2 * T, tl.sum(grad_z, axis=1), mask=offs_t < T)
-    grad_z = grad_z.to(PRODUCT)
-    tl.store(ds + at, grad_z, mask=keep)
+    tl.store(sums, tl.sum(da, axis=1), mask=in_t)
+    tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=in_t)
+    da = da * modulation[None, :]
+    tl.store(sums + 2 * T, tl.sum(da, axis=1), mask=in_t)
+    s = da.to(PRODUCT)
+    tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
-    projected += part * N
+    # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
+    along += part * N
     for n in range(0, N, BLOCK_N):
-        rows = _load_rows(x, n + offs_n, offs_d, stride_xn, N, D)
-        w1_tile = _load_matrix(w1, offs_t, n + offs_n, T, N).to(PRODUCT)
-        dnormed = tl.dot(tl.trans(w1_tile), grad_z, input_precision=PRECISION)
-        along = tl.sum(dnormed * _normalise(rows, mean, rstd, n + offs_n, N), axis=1)
-        tl.store(projected + n + offs_n, along, mask=n + offs_n < N)
+        offs_n = n + tl.arange(0, BLOCK_N)
+        in_n = _inside(offs_n, N, BLOCK_N)
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+        rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+        product = tl.sum(dnormed * (rows - _load_vector(mean, offs_n, in_n)[:, None]), axis=1)
+        tl.store(along + offs_n, product * _load_vector(rstd, offs_n, in_n), mask=in_n)
 
 
 @jit
-def _token_grad_kernel(dy, x, mean, rstd, gate, w1, subset, hidden, ds, sums, projected,
-                       dx, dw1, dw2, db2,
-                       stride_dyb, stride_dyk, stride_xb, stride_xn, stride_gate, stride_subset,
-                       B, N, K, D, T, TILES, IMAGES,
-                       PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-                       BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                       BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr):
+def _token_grad_kernel(
+    dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
+    stride_gb, stride_gk, stride_xb, stride_xn, stride_gate, stride_subset, B, K, tiles, images,
+    N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """A tile of tokens of a few images; grid (tiles of N, groups of images)."""
     group = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
-    in_n = offs_n < N
-    in_t = offs_t < T
-    w1_tile = _load_matrix(w1, offs_t, offs_n, T, N)
+    in_n = _inside(offs_n, N, BLOCK_N)
+    in_t = _inside(offs_t, T, BLOCK_T)
+    w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
     dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     db2_tile = tl.zeros((BLOCK_N,), tl.float32)
-    for image in range(0, tl.minimum(IMAGES, B - group * IMAGES)):
-        b = group.to(tl.int64) * IMAGES + image
-        if subset is not None:
+    for image in range(0, tl.minimum(images, B - group * images)):
+        b = group.to(tl.int64) * images + image
+        # Which kept row each token is, -1 for none: comparing is cheaper than an inverse table in memory.
+        if HAS_SUBSET:
             slot = tl.full((BLOCK_N,), -1, tl.int32)
             for k in range(0, K, BLOCK_K):
                 offs_k = k + tl.arange(0, BLOCK_K)
-                rows = tl.load(subset + b * stride_subset + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
-                hits = tl.where(rows[None, :] == offs_n[:, None], offs_k[None, :], -1)
-                slot = tl.maximum(slot, tl.max(hits, axis=1))
+                kept = tl.load(subset + b * stride_subset + offs_k, mask=offs_k < K, other=-1).to(tl.int32)
+                found = tl.where(kept[None, :] == offs_n[:, None], offs_k[None, :], -1)
+                slot = tl.maximum(slot, tl.max(found, axis=1))
         else:
             slot = offs_n
-        kept = (slot >= 0) & in_n
-        mu = tl.load(mean + b * N + offs_n, mask=in_n, other=0.0)
-        rs = tl.load(rstd + b * N + offs_n, mask=in_n, other=0.0)
-        along = tl.zeros((BLOCK_N,), tl.float32)
+        is_kept = (slot >= 0) & in_n
+        mu = _load_vector(mean + b * N, offs_n, in_n)
+        inverse = _load_vector(rstd + b * N, offs_n, in_n)
+        along_row = tl.zeros((BLOCK_N,), tl.float32)
         shifted = tl.zeros((BLOCK_T,), tl.float32)
         total = tl.zeros((BLOCK_T,), tl.float32)
-        for tile in range(0, TILES):
-            part = b * TILES + tile
-            along += tl.load(projected + part * N + offs_n, mask=in_n, other=0.0)
-            shifted += tl.load(sums + (part * 3 + 1) * T + offs_t, mask=in_t, other=0.0)
-            total += tl.load(sums + (part * 3 + 2) * T + offs_t, mask=in_t, other=0.0)
-        along = along / D
-        middle = tl.sum(w1_tile.to(PRODUCT).to(tl.float32) * total[:, None], axis=0) / D
-        dw1_tile += tl.where(in_n[None, :], shifted[:, None], 0.0)
+        for tile in range(0, tiles):
+            part = b * tiles + tile
+            along_row += _load_vector(along + part * N, offs_n, in_n)
+            shifted += _load_vector(sums + (part * 3 + 1) * T, offs_t, in_t)
+            total += _load_vector(sums + (part * 3 + 2) * T, offs_t, in_t)
+        along_row = along_row / D
+        middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
+        dw1_tile += shifted[:, None]
 
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
-            in_d = offs_d < D
-            keep_td = in_t[:, None] & in_d[None, :]
-            at = offs_t[:, None] * D + offs_d[None, :]
-            grad_z = tl.load(ds + b * T * D + at, mask=keep_td, other=0.0)
-            h = tl.load(hidden + b * T * D + at, mask=keep_td, other=0.0)
-            rows_n = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, N, D)
-            normed = (rows_n.to(tl.float32) - mu[:, None]) * rs[:, None]
-            grads = tl.load(dy + b * stride_dyb + slot.to(tl.int64)[:, None] * stride_dyk + offs_d[None, :],
-                            mask=kept[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-            gated = grads * _load_vector(gate + b * stride_gate, offs_d, D)[None, :]
+            in_d = _inside(offs_d, D, BLOCK_D)
+            s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
+            h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
+            rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+            normed = (rows - mu[:, None]) * inverse[:, None]
+            grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
+            gated = grads * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :]
             db2_tile += tl.sum(gated, axis=1)
-            dw2_tile = tl.dot(gated.to(PRODUCT), tl.trans(h), dw2_tile, input_precision=PRECISION)
-            dw1_tile = tl.dot(grad_z, tl.trans(normed.to(PRODUCT)), dw1_tile, input_precision=PRECISION)
-            dnormed = tl.dot(tl.trans(w1_tile.to(PRODUCT)), grad_z, input_precision=PRECISION)
-            grad_x = grads + rs[:, None] * (dnormed - middle[:, None] - normed * along[:, None])
-            tl.store(dx + (b * N + offs_n)[:, None] * D + offs_d[None, :], grad_x.to(dx.dtype.element_ty),
-                     mask=in_n[:, None] & in_d[None, :])
-    part = group.to(tl.int64)
-    tl.store(dw1 + (part * T + offs_t)[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
-    tl.store(dw2 + (part * N + offs_n)[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
-    tl.store(db2 + part * N + offs_n, db2_tile, mask=in_n)
+            dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
+            dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
+            dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+            grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
+            at = (b * N + offs_n)[:, None] * D + offs_d[None, :]
+            tl.store(dx + at, grad_x.to(dx.dtype.element_ty), mask=in_n[:, None] & in_d[None, :])
+    dw1 += group.to(tl.int64) * T * N
+    dw2 += group.to(tl.int64) * T * N
+    tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
+    tl.store(dw2 + offs_n[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
+    tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------------------------
@@ -374,12 +405,22 @@ def _configs(T, product, table):
 
 
 def _precision(product):
-    """Float32 products on tensor cores with float32's accuracy, where the machine has no float32 matrix units."""
+    """How float32 operands are multiplied: in three TF32 products where the machine has no float32 matrix units."""
+    if INTERPRET:
+        return "widened"
     return "tf32x3" if product == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def _tl(dtype):
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _constants(x, w1, subset, product):
+    """The sizes of the model, fixed for a run, are compiled in: masks that are always true then cost nothing."""
+    return {
+        "N": int(x.shape[1]), "D": int(x.shape[2]), "T": int(w1.shape[0]), "HAS_SUBSET": subset is not None,
+        "PRODUCT": _tl(product), "PRECISION": _precision(product), "BLOCK_T": _block_t(int(w1.shape[0])),
+    }  # fmt: skip
 
 
 def _cdiv(a, b):
@@ -406,15 +447,18 @@ def _mix_op(
         x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **config
     )
 
+    constants = _constants(x, w1, subset, product)
+    index = x if subset is None else subset  # A pointer is needed even where it is not read.
+    stride_subset = 0 if subset is None else subset.stride(0)
+
     def launch(config):
         wrap_triton(_mix_kernel)[(_cdiv(D, config["BLOCK_D"]), B)](
-            x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
+            x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index, out,
             x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), gate.stride(0),
-            0 if subset is None else subset.stride(0), N, K, D, T,
-            PRODUCT=_tl(product), PRECISION=_precision(product), BLOCK_T=_block_t(T), **config,
+            stride_subset, K, **constants, **config,
         )  # fmt: skip
 
-    launch(choose("mix", (N, D, T, x.dtype, product), mix_configs(T, product), x, launch))
+    launch(choose("mix", (constants["N"], constants["D"], T, x.dtype, product), mix_configs(T, product), x, launch))
     return out, mean, rstd
 
 
@@ -439,17 +483,18 @@ def _mix_backward_op(
     ds = torch.empty_like(hidden)
     strides = (x.stride(0), x.stride(1))
     stride_subset = 0 if subset is None else subset.stride(0)
-    constants = {"PRODUCT": _tl(product), "PRECISION": _precision(product), "BLOCK_T": _block_t(T)}
+    constants = _constants(x, w1, subset, product)
+    index = x if subset is None else subset
 
     config = hidden_configs(T, product)[0]
     tiles = _cdiv(D, config["BLOCK_D"])
     sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
     along = x.new_empty((B, tiles, N), dtype=torch.float32)
     wrap_triton(_hidden_grad_kernel)[(tiles, B)](
-        dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
+        dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
         dshift, dscale, dgate, hidden, ds, sums, along,
         dout.stride(0), dout.stride(1), *strides, shift.stride(0), scale.stride(0), gate.stride(0), stride_subset,
-        N, K, D, T, **constants, **config,
+        K, **constants, **config,
     )  # fmt: skip
 
     config = tokens_configs(T, product)[0]
@@ -460,9 +505,9 @@ def _mix_backward_op(
     dw2 = x.new_empty((groups, N, T), dtype=torch.float32)
     db2 = x.new_empty((groups, N), dtype=torch.float32)
     wrap_triton(_token_grad_kernel)[(blocks, groups)](
-        dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
+        dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
         dout.stride(0), dout.stride(1), *strides, gate.stride(0), stride_subset,
-        B, N, K, D, T, tiles, images, **constants, **config,
+        B, K, tiles, images, **constants, **config,
     )  # fmt: skip
     db1 = sums[:, :, 0].sum((0, 1))
     return (
