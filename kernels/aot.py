@@ -1,7 +1,7 @@
 """Build kernels ahead of time for GPUs that are not here, and read off what the compiler made of them.
 
-Each operation's file has `aot_cases()`, which yields one `Case` per launch and configuration worth looking at. A case says
-how the launch is made (arguments, grid, configuration) and how many bytes and FLOPs it costs by its geometry;
+Beside each operation's file lies `<operation>_cases.py` with `aot_cases()`, which yields one `Case` per launch and
+configuration worth looking at. A case says how the launch is made (arguments, grid, configuration) and how many bytes and FLOPs it costs by its geometry;
 `build` compiles it for a target with the argument specialisation that the JIT would apply, and returns a `Build`.
 """
 
@@ -40,6 +40,7 @@ class Case:
             are marked. Pointers are taken as 16-byte aligned, which PyTorch's allocator gives.
         constexprs: dict from constexpr name to value.
         num_warps, num_stages: compile options.
+        waves: num_warps on gfx942, where a warp has 64 lanes; 0 stands for num_warps.
         grid: the launch grid.
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move nothing).
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
@@ -62,10 +63,7 @@ class Case:
     least: int
     flops: int
     rows: tuple = ()
-
-    @property
-    def threads(self):
-        return self.num_warps * 32
+    waves: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +112,8 @@ def compile_case(case, target):
     signature, constants, attributes = specialise(case)
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if TARGETS[target].backend == "hip":
-        options["num_warps"] = max(1, case.num_warps // 2)  # A wave has 64 lanes: the same threads in half the warps.
+    if TARGETS[target].backend == "hip" and case.waves:
+        options["num_warps"] = case.waves
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
@@ -124,7 +122,149 @@ _built = {}
 
 def build(case, target):
     """Compile a case and read off its `Build`; the same source is compiled once per process (and cached by Triton)."""
-    key = (case.kernel.__name__, str(specialise(case)), case.num_warps, case.num_stages, target)
+    key = (case.kernel.__name__, str(specialise(case)), case.num_warps, case.waves, case.num_stages, target, case.rows)
     if key not in _built:
         _built[key] = _inspect(case, target, compile_case(case, target))
     return _built[key]
+
+
+# ---- Reading what the compiler made ------------------------------------------------------------------------------
+
+
+def _inspect(case, target, compiled):
+    amd = TARGETS[target].backend == "hip"
+    assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    usage = _amd_usage(assembly) if amd else _nvidia_usage(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    threads = (case.waves or case.num_warps) * 64 if amd else case.num_warps * 32
+    access = tuple(sorted(accesses(compiled.asm["llir"], _pointer_names(case))))
+    rows = [size for name, _, size in access if name in case.rows]
+    loads, stores = _widths(assembly, amd)
+    return Build(
+        target=target, **usage, shared=shared, occupancy=occupancy(target, threads, usage["registers"], shared),
+        widest_load=max(loads, default=0), widest_store=max(stores, default=0), narrowest_row=min(rows, default=0),
+        tensor_core=_tensor_core(assembly), access=access,
+    )  # fmt: skip
+
+
+@functools.cache
+def _tool(name):
+    """A CUDA binary tool from Triton's own package."""
+    path = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", name)
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: this Triton package has no {name}")
+    return path
+
+
+def _nvidia_usage(cubin):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+        spills = 0
+        if found["STACK"] or found.get("LOCAL"):
+            # Spills live in local memory, so there are none without a stack; with one, count its accesses in the SASS.
+            sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+            spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
+    stack = found["STACK"] + found.get("LOCAL", 0)
+    return {"registers": found["REG"], "scalar_registers": 0, "stack": stack, "spills": spills}
+
+
+def _amd_usage(assembly):
+    found = {key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    return {
+        # gfx942 counts the accumulation registers inside vgpr_count: the two share one file.
+        "registers": max(found["vgpr_count"], found.get("agpr_count", 0)),
+        "scalar_registers": found["sgpr_count"],
+        "stack": found["private_segment_fixed_size"],
+        "spills": found["vgpr_spill_count"] + found["sgpr_spill_count"],
+    }
+
+
+def occupancy(target, threads, registers, shared):
+    """Share of a multiprocessor's warps (a compute unit's waves) that can be resident, from the published limits."""
+    if TARGETS[target].backend == "hip":
+        waves = threads // 64
+        per_simd = min(8, 512 // max(8, -(-registers // 8) * 8))  # Four SIMDs of 512 registers and 8 waves each.
+        blocks = min(4 * per_simd // waves, 65536 // shared if shared else 32)
+        return blocks * waves / 32
+    memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[target] * 1024
+    warps = threads // 32
+    per_warp = -(-registers * 32 // 256) * 256  # Registers are handed out to a warp in units of 256.
+    blocks = min(64 // warps, 32, 65536 // per_warp // warps, memory // (shared + 1024))
+    return blocks * warps / 64
+
+
+def _widths(assembly, amd):
+    """Bytes per lane of every global load and store in the assembly."""
+    if amd:
+        size = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
+        size |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
+        found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z]+(?:x\d)?)", assembly)
+        pairs = [(kind, size[unit]) for kind, unit in found if unit in size]
+    else:
+        found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\b", assembly)
+        pairs = [("load" if kind == "ld" else "store", int(n or 1) * int(bits) // 8) for kind, n, bits in found]
+        pairs += [("load", int(n, 0)) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x\w+|\d+)[,;]", assembly)]
+    return [n for kind, n in pairs if kind == "load"], [n for kind, n in pairs if kind == "store"]
+
+
+def _tensor_core(assembly):
+    for name, pattern in {
+        "tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "mfma": r"v_mfma_",
+    }.items():  # fmt: skip
+        if re.search(pattern, assembly):
+            return name
+    return ""
+
+
+def _pointer_names(case):
+    """Argument names in the order of the compiled kernel's parameters (constants are not passed)."""
+    signature, _, _ = specialise(case)
+    return [name for name in case.kernel.arg_names if signature[name] != "constexpr"]
+
+
+_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64, "ptr": 64}
+
+
+def _bytes(type_name):
+    """Size of an LLVM scalar or vector type such as '<8 x i16>'."""
+    count, element = re.fullmatch(r"(?:<(\d+) x )?([a-z0-9]+)>?", type_name.strip()).groups()
+    bits = int(element[1:]) if re.fullmatch(r"i\d+", element) else _BITS[element]
+    return int(count or 1) * bits // 8
+
+
+_ACCESSES = [
+    # (pattern, kind, how to get the bytes from the match)
+    (re.compile(r'asm sideeffect ".*?ld\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '), "load", lambda m: int(m[1] or 1) * int(m[2]) // 8),
+    (re.compile(r'asm sideeffect ".*?st\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '), "store", lambda m: int(m[1] or 1) * int(m[2]) // 8),
+    (re.compile(r"cp\.async\.c[ag]\.shared\.global.*?\], (0x\w+|\d+)"), "load", lambda m: int(m[1], 0)),
+    (re.compile(r"nvvm\.cp\.async\.c[ag]\.shared\.global\.(\d+)"), "load", lambda m: int(m[1])),
+    (re.compile(r"= (?:tail )?load (?:volatile )?(<[^>]*>|\w+), ptr addrspace\(1\)"), "load", lambda m: _bytes(m[1])),
+    (re.compile(r"store (?:volatile )?(<[^>]*>|\w+) .*?, ptr addrspace\(1\)"), "store", lambda m: _bytes(m[1])),
+    (re.compile(r"call (<[^>]*>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\."), "load", lambda m: _bytes(m[1])),
+    (re.compile(r"@llvm\.amdgcn\.raw\.ptr\.buffer\.store\.\w+\((<[^>]*>|\w+) "), "store", lambda m: _bytes(m[1])),
+    (re.compile(r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer|global)\.load\.(?:async\.)?(?:to\.)?lds.*?ptr addrspace\(3\) [^,]*, i32 (\d+)"), "load", lambda m: int(m[1])),
+]  # fmt: skip
+
+
+def accesses(llir, names):
+    """The set of (argument, "load" or "store", bytes per lane) of a kernel's LLVM IR.
+
+    Every SSA value carries the set of pointer arguments that it was computed from; what was loaded carries none.
+    """
+    body = llir[re.search(r"^define .*?_kernel void", llir, re.MULTILINE).start() :].splitlines()
+    origin = {f"%{i}": {name} for i, name in enumerate(names)}
+    found = set()
+    for _ in range(3):  # A phi may name values further down: repeat until loops have settled.
+        for line in body[1:]:
+            code = line.split(", !dbg")[0]
+            match = re.match(r"\s+(%[\w.]+) = ", code)
+            hit = next(((kind, size(m)) for pattern, kind, size in _ACCESSES if (m := pattern.search(code))), None)
+            operands = re.findall(r"%[\w.]+", code[match.end() :] if match else code)
+            if hit:
+                found |= {(name, *hit) for operand in operands for name in origin.get(operand, ())}
+            elif match and not re.search(r"= (?:tail )?load ", code):
+                origin[match[1]] = set().union(*(origin.get(operand, ()) for operand in operands))
+    return {(name, kind, size) for name, kind, size in found}

@@ -21,6 +21,8 @@ except ImportError:  # No Triton wheel for this platform (macOS, for one): the C
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
+# Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same tiles.
+WARP_SIZE = 64 if torch.version.hip else 32
 
 _tracing_shapes = False
 

@@ -13,7 +13,7 @@ import torch
 
 from . import reference
 from .runtime import (
-    FLOATS, INDICES, check_interpretable, check_subset, check_tensor, fail, jit, kernel_op, rows_contiguous, tl,
+    FLOATS, INDICES, WARP_SIZE, check_interpretable, check_subset, check_tensor, fail, jit, kernel_op, rows_contiguous, tl,
     use_triton, wrap_triton,
 )
 from .tuning import choose
@@ -201,41 +201,60 @@ def _backward_gather_kernel(
 # ---- Launchers ---------------------------------------------------------------------------------------------------
 
 
-def _tile(width, rows):
-    """Columns per step, rows per program and warps.
+def configurations(width, itemsize, gather_backward=False):
+    """The configurations of the row kernels; the first is the default.
 
-    256 columns are what one warp loads with 16 bytes per lane of a 16-bit dtype, so up to 2048 columns every warp owns
-    its rows alone and the sums of a row never leave it. Longer rows take 1024 columns per step.
+    Args:
+        width: C.
+        itemsize: bytes of an element of the narrower of student and teacher.
+        gather_backward: for the kernel that looks its tokens up in the subset.
+
+    A row is read in steps of BLOCK_C columns, at most what one warp takes with 16 bytes per lane (so that its sums stay
+    inside the warp) unless there would be more than eight steps, and less where that leaves fewer lanes idle at the end
+    of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte load per step even of the narrower
+    dtype. The alternatives keep two such loads per step in flight, in as many programs of half the size, in half as
+    many programs, or in as many threads again. The gathering backward takes 16 rows unless they are long, so that the
+    look-up, which every program repeats, stays a few per cent of the rows' bytes.
     """
-    block = max(16, min(256 if width <= 2048 else 1024, 1 << (width - 1).bit_length()))
-    return {"ROWS": rows * max(1, 256 // block) if block <= 256 else max(1, rows // 4), "BLOCK_C": block}
+    threads = 256 if gather_backward or width > 4096 else 128
+    per_thread = 16 // itemsize
+    widest = max(32 * per_thread, 1 << max(0, (-(-width // 8) - 1).bit_length()))
+    blocks = [widest >> i for i in range(5) if widest >> i >= 64 and -(-width // (widest >> i)) <= 8] or [widest]
+    waste = {block: -(-width // block) * block for block in blocks}
+    block = next((b for b in blocks if waste[b] <= 1.15 * width), min(blocks, key=waste.get))
+    block = max(16, min(block, 1 << (width - 1).bit_length()))
+    rows = max(min(16, 4096 // block) if gather_backward else 1, threads * per_thread // block)
+    return [
+        {"ROWS": rows, "BLOCK_C": block, "threads": threads},
+        {"ROWS": rows, "BLOCK_C": block, "threads": threads // 2},
+        {"ROWS": 2 * rows, "BLOCK_C": block, "threads": threads},
+        {"ROWS": 2 * rows, "BLOCK_C": block, "threads": 2 * threads},
+    ]
 
 
-def configurations(width, gather_backward=False):
-    """The configurations of the row kernels for rows of `width` elements; the first is the default.
+def look_up_block(config):
+    """Subset entries compared at a time: at most 4096 comparisons per step, so that they stay in registers."""
+    return max(16, min(128, 4096 // config["ROWS"]))
 
-    All of them read a row once and differ in how many 16-byte loads a thread keeps in flight (ROWS over num_warps), and
-    in how many programs there are. The gathering backward takes 16 rows, so that the look-up in the subset, repeated by
-    every program, stays a few per cent of the rows' bytes.
-    """
-    rows = 16 if gather_backward else 4
-    base = {**_tile(width, rows), "num_warps": 4, "num_stages": 1}
-    more = {**_tile(width, 2 * rows), "num_warps": 4, "num_stages": 1}
-    wide = {**_tile(width, 2 * rows), "num_warps": 8, "num_stages": 1}
-    few = {**_tile(width, max(1, rows // 2)), "num_warps": 2, "num_stages": 1}
-    unique = []
-    for config in (base, more, wide, few):
-        if config not in unique:
-            unique.append(config)
-    return unique
+
+def _options(config, warp=WARP_SIZE):
+    """A configuration as the keyword arguments of a launch."""
+    return {
+        "ROWS": config["ROWS"], "BLOCK_C": config["BLOCK_C"], "num_warps": config["threads"] // warp, "num_stages": 1,
+    }  # fmt: skip
 
 
 def _key(student, teacher, *flags):
     return (int(student.shape[-1]), str(student.dtype), str(teacher.dtype), *flags)
 
 
-def _wide(student, teacher):
-    return any(t.dtype in (torch.bfloat16, torch.float32) for t in (student, teacher))
+def _itemsize(student, teacher):
+    return min(student.dtype.itemsize, teacher.dtype.itemsize)
+
+
+def may_overflow(*dtypes):
+    """Whether squares of these dtypes can overflow float32."""
+    return any(dtype in (torch.bfloat16, torch.float32) for dtype in dtypes)
 
 
 def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
@@ -243,7 +262,7 @@ def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
     batch, kept = subset.shape
     width = int(student.shape[-1])
     saved = torch.empty((3, batch, kept), dtype=torch.float32, device=student.device)
-    configs = configurations(width)
+    configs = configurations(width, _itemsize(student, teacher))
 
     def outputs(config):
         shape = (batch * -(-kept // config["ROWS"]),) if loss else (batch, kept)
@@ -253,8 +272,8 @@ def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
         wrap_triton(_forward_kernel)[(batch * -(-kept // config["ROWS"]),)](
             student, teacher, subset, subset if weight is None else weight, out, saved,
             kept, batch * kept, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), eps,
-            C=width, GATHER=not student_is_subset, WIDE=_wide(student, teacher), LOSS=loss, WEIGHTED=weight is not None,
-            **config,
+            C=width, GATHER=not student_is_subset, WIDE=may_overflow(student.dtype, teacher.dtype), LOSS=loss, WEIGHTED=weight is not None,
+            **_options(config),
         )  # fmt: skip
 
     config = configs[0]
@@ -286,13 +305,13 @@ def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_s
             kept, batch * kept, *strides, batch * kept, scale,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1),
         )  # fmt: skip
-        flags = {"C": width, "LOSS": loss, "WEIGHTED": weight is not None, **config}
+        flags = {"C": width, "LOSS": loss, "WEIGHTED": weight is not None, **_options(config)}
         if student_is_subset:
             wrap_triton(_backward_kernel)[grid](*shared, *sizes, **flags)
         else:
-            wrap_triton(_backward_gather_kernel)[grid](*shared, tokens, *sizes, BLOCK_K=128, **flags)
+            wrap_triton(_backward_gather_kernel)[grid](*shared, tokens, *sizes, BLOCK_K=look_up_block(config), **flags)
 
-    configs = configurations(width, gather_backward=not student_is_subset)
+    configs = configurations(width, _itemsize(student, teacher), gather_backward=not student_is_subset)
     launch(choose("alignment_backward", _key(student, teacher, student_is_subset), configs, student, launch))
     return out
 
