@@ -1,0 +1,405 @@
+"""`maskalign data encode`: teacher features and VAE moments beside the images, restartable at any moment.
+
+New shards are written under the old names to a folder DATA/.encode-ID, ID standing for the settings and the shards
+that they are made from. The data set stays as it is until the last of them is whole; then the new manifest is noted in
+that folder (from here on the change can only go forwards), the shards are renamed over the old ones, and manifest.json
+is written. A shard depends on nothing but the settings and its old bytes: any number of processes, on any number of
+machines that share the folder, killed and started again as often as you like, write the same bytes.
+
+What features take: ImageNet (1,281,167 images) with DINOv2-B, 256 tokens of 768 numbers, is 252 GB as int8 and 504 GB
+as float16. In place, the old and the new shards are both there until the end.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+
+from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
+from maskalign.data.recipe import Recipe, entry_bytes, weights_label
+from maskalign.data.staging import Staging, finish_commits, read_json, wait_for
+from maskalign.errors import RunError, UsageError
+from maskalign.teachers.names import check_normalisation, parse_teachers
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def encode(
+    data,
+    *,
+    teacher=None,
+    latents=None,
+    out=None,
+    dtype="int8",
+    grid=None,
+    normalize="none",
+    batch_size=None,
+    workers=None,
+    hflip=False,
+    weights=None,
+    device="auto",
+    dry_run=False,
+    rank=None,
+    world_size=None,
+    wait_seconds=1800.0,
+    quiet=False,
+):
+    """Add teacher features and VAE moments to a data set, or go on with an encoding that was stopped.
+
+    Args:
+        data: folder of the data set (or its URL, with `out`).
+        teacher: names of teachers, comma separated or a list; None for none.
+        latents: name or local folder of a diffusers AutoencoderKL; None for none.
+        out: another folder for the result; by default the data set's shards are replaced at the end, all at once.
+        dtype: "int8" (every token rounded by its own largest magnitude) or "float16", for teacher features. Moments are
+            float16.
+        grid: (gh, gw) or side of the token grid to resample features to, e.g. the student's; None keeps the teacher's.
+        normalize: "none", "spatial" (iREPA, per image over the tokens), or "mean" (minus the data set's mean token,
+            estimated from a fixed sample of it and kept in the manifest).
+        batch_size: images at a time; by default 8 on CPUs and 64 on GPUs.
+        workers: processes; by default one per GPU, or one on CPUs, which uses all cores by itself.
+        hflip: store the features of the mirrored images too; training draws one of the two.
+        weights: hub, random, or a file, one for all teachers or a comma separated one for each; by default the hub
+            (efficientnet-lite0: the installed weights).
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dry_run: only print the size to come.
+        rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
+            them. Rank 0 waits for the others and puts the result in place.
+        wait_seconds: how long to wait for other ranks while none of their shards comes.
+        quiet: print nothing.
+
+    Returns:
+        The `Manifest` of the encoded data set (of the old one after a dry run).
+
+    Raises:
+        UsageError: a bad setting, no such teacher or VAE. RunError: damaged shards, a full disk, a killed worker.
+    """
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    say = _Say(quiet or rank > 0)
+    names = parse_teachers(teacher)
+    grid = _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device)
+    files = _weights_of(names, weights)
+    target = os.path.abspath(out) if out is not None else None
+    if target is None and is_url(os.fspath(data)):
+        raise UsageError(f"data set {data} is not a local folder; say where the result shall go with --out")
+    target = target or os.path.abspath(data)
+    try:
+        if rank == 0:
+            finish_commits(target)
+        job = _plan(data, target, names, files, latents, dtype, grid, normalize, batch_size, hflip, say)
+        if job is None:
+            return Manifest.load(target)
+        with ExitStack() as stack:
+            if rank == 0 and not dry_run:
+                stack.enter_context(job.lock())
+            return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+    except OSError as error:
+        raise RunError(f"cannot encode {target}: {error.strerror or error} ({error.filename or target})") from error
+
+
+def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device):
+    """Refuse what cannot be; returns the grid as (gh, gw) or None."""
+    if not names and not latents:
+        raise UsageError("nothing to encode: give --teacher NAME, --latents NAME, or both")
+    if dtype not in ("int8", "float16"):
+        raise UsageError(f"dtype is {dtype!r}; give int8 or float16")
+    check_normalisation(normalize)
+    if grid is not None:
+        sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
+        if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= 1024 for side in sides):
+            raise UsageError(f"grid is {grid!r}; give the rows and columns of a token grid, as 16 or [16, 16]")
+        grid = sides
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}; give at least 1 image")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers is {workers}; give at least 1 process")
+    if device != "auto" and device.split(":")[0] not in ("cpu", "cuda"):
+        raise UsageError(f"device is {device!r}; give auto, cpu, cuda or cuda:N")
+    return grid
+
+
+def _weights_of(names, weights):
+    """One weights setting per teacher."""
+    files = [None] if weights is None else weights.split(",") if isinstance(weights, str) else list(weights)
+    if len(files) not in (1, len(names)) and names:
+        raise UsageError(f"{len(names)} teachers but {len(files)} weights; give one for all or one for each")
+    files = [str(file) if file else None for file in (files * len(names) if len(files) == 1 else files)]
+    for name, file in zip(names, files, strict=False):
+        if file not in (None, "hub", "random") and not os.path.isfile(file):
+            raise UsageError(f"teacher {name}: there is no weights file {file} (or say hub or random)")
+    return files
+
+
+# The plan
+
+
+def _plan(data, target, names, files, latents, dtype, grid, normalize, batch_size, hflip, say):
+    """Compare what is wanted with what is there; returns a `Staging`, or None where all of it is there already."""
+    manifest = Manifest.load(data)
+    in_place = not is_url(manifest.root) and os.path.realpath(manifest.root) == os.path.realpath(target)
+    if manifest.image_format is None:
+        raise UsageError(f"data set {data} holds no images to encode")
+    there = Manifest.load(target) if in_place or os.path.exists(os.path.join(target, FILE_NAME)) else None
+    kept = [name for name in manifest.teachers if name not in names]
+    kept += ["latents"] if manifest.latent and not latents else []
+    if kept and manifest.hflip and not hflip:
+        say("the data set has mirrored features already: the new ones are stored mirrored too")
+        hflip = True
+    settings = {"dtype": dtype, "normalize": normalize, "grid": list(grid) if grid else None, "hflip": hflip}
+
+    def done(name, file):
+        entry = there.teachers.get(name)
+        if entry is None:
+            return False
+        old = {key: entry.get(key, "none") for key in ("dtype", "normalize")} | {"hflip": there.hflip}
+        old["grid"] = entry["grid"] if entry.get("resampled") else None
+        return old == settings and entry.get("weights", "default") == weights_label(file)
+
+    if there is not None:
+        todo = [(name, file) for name, file in zip(names, files, strict=True) if not done(name, file)]
+        latent_done = latents and there.latent and there.latent.get("name") == str(latents) and there.hflip == hflip
+        new_latents = None if latent_done else latents
+        if not todo and not new_latents:
+            what = ", ".join([*names, *([str(latents)] if latents else [])])
+            say(f"{target} has {what} in these settings already: nothing to do")
+            return None
+        if not in_place:
+            raise UsageError(f"{target} holds another data set; encode that in place, or choose another --out")
+        for name, _ in todo:
+            if name in there.teachers:
+                say(f"the features of {name} are replaced: they were encoded with other settings")
+        names, files = [name for name, _ in todo], [file for _, file in todo]
+        latents = new_latents
+        kept = [name for name in manifest.teachers if name not in names]
+        kept += ["latents"] if manifest.latent and not latents else []
+    if hflip and kept and not manifest.hflip:
+        raise UsageError(
+            f"hflip: {', '.join(kept)} of {data} were encoded without the mirrored images; name them in the same call, "
+            "so that every feature has its mirrored twin"
+        )
+    recipe = Recipe(
+        tuple(zip(names, files, strict=True)),
+        str(latents) if latents else None,
+        dtype,
+        grid,
+        normalize,
+        hflip,
+        batch_size,
+    )
+    state = {"shards": [asdict(shard) for shard in manifest.shards], "recipe": asdict(replace(recipe, batch_size=None))}
+    fingerprint = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    job = Staging(manifest, target, recipe, fingerprint)
+    for folder in job.strangers():
+        say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
+    return job
+
+
+def estimate_bytes(manifest, recipe, latent, teachers):
+    """Bytes of the new tar members for all samples."""
+    each = sum(entry_bytes(entry) for entry in [*teachers.values(), *([latent] if latent else [])])
+    return manifest.num_samples * each * (2 if recipe.hflip else 1)
+
+
+# The work
+
+
+def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
+    from maskalign.data.features import FeatureMaker
+
+    started = time.monotonic()
+    devices, workers, threads = _layout(device, workers)
+    batch = job.recipe.batch_size or (64 if devices[0].startswith("cuda") else 8)
+    job.recipe = replace(job.recipe, batch_size=batch)
+    maker = FeatureMaker(job.recipe, job.manifest, devices[0], threads)
+    latent, teachers = maker.entries()
+    size = estimate_bytes(job.manifest, job.recipe, latent, teachers)
+    _say_size(say, job, latent, teachers, size)
+    if dry_run:
+        return job.manifest
+    if rank > 0:
+        wait_for(lambda: os.path.exists(job.work) or job.finished(), wait_seconds, "rank 0 to begin")
+    if job.finished():
+        return Manifest.load(job.target)
+    mine = list(range(rank, len(job.manifest.shards), world_size))
+    todo = [number for number in mine if job.record(job.manifest.shards[number]) is None]
+    if len(todo) < len(mine):
+        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+    if rank == 0:
+        _check_space(job, size)
+    total = sum(job.manifest.shards[number].num_samples for number in todo)
+    with _progress(total, say, "encode") as advance:
+        if job.recipe.normalize == "mean" and job.recipe.teachers:
+            maker.means = _means(job, maker, rank, wait_seconds, say)
+            latent, teachers = maker.entries()
+        workers = min(workers, max(1, len(todo)))
+        if workers == 1:
+            with maker:
+                for number in todo:
+                    _encode_shard(job, maker, number, advance)
+        else:
+            means, maker = maker.means, None
+            _in_processes(job, todo, workers, devices, threads, means, advance)
+    seconds = max(time.monotonic() - started, 1e-9)
+    if rank > 0:
+        wait_for(job.finished, wait_seconds, "rank 0 to put the result in place")
+        return Manifest.load(job.target)
+    manifest = job.commit(latent, teachers, wait_seconds)
+    say(
+        f"{job.target}: {total:,} images encoded in {seconds:,.1f} s, {total / seconds:,.1f} images/s; "
+        f"{manifest.bytes:,} bytes in {len(manifest.shards):,} shards"
+    )
+    return manifest
+
+
+def _layout(device, workers):
+    """(devices, processes, threads per process) of this machine's share; torchrun starts one rank per GPU."""
+    import torch
+
+    local_rank, local_size = (
+        int(os.environ.get(key, default)) for key, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
+    )
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.startswith("cuda") and not gpus:
+        raise UsageError(f"device is {device!r}, but torch sees no GPU here; give cpu or auto")
+    if device == "cpu" or (device == "auto" and not gpus):
+        devices = ["cpu"]
+    elif ":" in device:
+        devices = [device]
+    elif "LOCAL_RANK" in os.environ:
+        devices = [f"cuda:{local_rank % gpus}"]
+    else:
+        devices = [f"cuda:{number}" for number in range(gpus)]
+    workers = workers or len(devices)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return devices, workers, max(1, cores // (workers * local_size))
+
+
+def _say_size(say, job, latent, teachers, size):
+    manifest, twice = job.manifest, " and mirrored" if job.recipe.hflip else ""
+    parts = [f"{name} {e['tokens']}x{e['dim']} {e['dtype']}" for name, e in teachers.items()]
+    parts += [f"moments {'x'.join(map(str, latent['shape']))} {latent['dtype']}"] if latent else []
+    each = size // max(1, manifest.num_samples)
+    say(
+        f"encoding {manifest.num_samples:,} images in {len(manifest.shards):,} shards: {', '.join(parts)}{twice}: "
+        f"{each:,} bytes an image, {_human(size)} to come (for ImageNet it would be {_human(each * IMAGENET_IMAGES)})"
+    )
+
+
+def _check_space(job, size):
+    present = sum(os.path.getsize(job.path(s)) for s in job.manifest.shards if job.record(s))
+    needed = job.manifest.bytes + size - present
+    free = shutil.disk_usage(job.work).free
+    if needed > free:
+        raise RunError(
+            f"{job.target}: the new shards need {_human(needed)}, the disk has {_human(free)} free; "
+            "make room, or choose another place with --out"
+        )
+
+
+def _means(job, maker, rank, wait_seconds, say):
+    """The mean token of every teacher: rank 0 estimates them, everybody reads them from the same file."""
+    from maskalign.data.features import mean_sample
+
+    path = os.path.join(job.work, "means.json")
+    if rank == 0 and read_json(path) is None:
+        count = sum(len(positions) for positions in mean_sample(job.manifest).values())
+        if not count:
+            raise UsageError(f"{job.target} has no samples to estimate a mean token from")
+        with _progress(count, say, "mean token") as advance, maker:
+            write_atomically(path, json.dumps(maker.estimate_means(advance)).encode())
+    return wait_for(lambda: read_json(path), wait_seconds, "rank 0 to estimate the mean token")
+
+
+def _encode_shard(job, maker, number, advance):
+    from maskalign.data.shards import write_shard
+
+    shard = job.manifest.shards[number]
+    new = write_shard(job.path(shard), maker.samples(number, advance))
+    write_atomically(f"{job.path(shard)}.json", json.dumps(asdict(new)).encode())
+
+
+_worker = {}
+
+
+def _start_worker(job, devices, threads, means, counter, numbers):
+    import signal
+
+    from maskalign.data.features import FeatureMaker
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    with numbers.get_lock():
+        device = devices[numbers.value % len(devices)]
+        numbers.value += 1
+    maker = FeatureMaker(job.recipe, job.manifest, device, threads)
+    maker.means = means
+    _worker.update(job=job, counter=counter, maker=maker.__enter__())
+
+
+def _work(number):
+    def advance(images):
+        with _worker["counter"].get_lock():
+            _worker["counter"].value += images
+
+    _encode_shard(_worker["job"], _worker["maker"], number, advance)
+
+
+def _in_processes(job, todo, workers, devices, threads, means, advance):
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor, wait
+    from concurrent.futures.process import BrokenProcessPool
+
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork, nor do torch's threads
+    counter, numbers = context.Value("Q", 0), context.Value("i", 0)
+    settings = (job, devices, threads, means, counter, numbers)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
+    shown = 0
+    try:
+        waiting = {pool.submit(_work, number) for number in todo}
+        while waiting:
+            done, waiting = wait(waiting, timeout=0.2)
+            for future in done:
+                future.result()
+            seen = counter.value
+            advance(seen - shown)
+            shown = seen
+    except BrokenProcessPool:
+        raise RunError(
+            "a worker process died (killed, or out of memory?); run the same command again and it goes on, with fewer "
+            "--workers or a smaller --batch_size if memory is short"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Say:
+    """Prints lines, or not."""
+
+    def __init__(self, quiet):
+        self.quiet = quiet
+
+    def __call__(self, line):
+        if not self.quiet:
+            encoding = sys.stdout.encoding or "ascii"
+            print(line.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+@contextmanager
+def _progress(total, say, what):
+    """A progress bar in images, on a terminal only; yields its `update`."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="img", desc=what, disable=True if say.quiet else None) as bar:
+        yield bar.update
+
+
+def _human(size):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, {"bytes": "kB", "kB": "MB", "MB": "GB", "GB": "TB"}[unit]
+    return f"{size:.3g} {unit}" if size < 1000 else f"{size:,.0f} {unit}"

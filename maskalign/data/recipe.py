@@ -1,0 +1,53 @@
+"""What an encoding shall add to every sample, and what that takes. Light: no torch, no numpy."""
+
+import math
+import os
+from dataclasses import dataclass
+
+from maskalign.data.manifest import member_name
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to add to every sample.
+
+    Attributes:
+        teachers: ((name, weights), ...), weights as for `load_teacher`.
+        latents: VAE name or folder, or None.
+        dtype: "int8" or "float16" of teacher tokens; moments are float16.
+        grid: (gh, gw) to resample tokens to, or None.
+        normalize: "none", "spatial" or "mean".
+        hflip: the mirrored images as well.
+        batch_size: images at a time.
+    """
+
+    teachers: tuple
+    latents: str | None
+    dtype: str
+    grid: tuple | None
+    normalize: str
+    hflip: bool
+    batch_size: int
+
+    @property
+    def endings(self):
+        """Endings of the members to add, in the order in which they are written."""
+        plain = ["moments.npy"] if self.latents else []
+        plain += [f"{member_name(name)}.npy" for name, _ in self.teachers]
+        return plain + [f"flip.{ending}" for ending in plain] if self.hflip else plain
+
+    def replaces(self, ending):
+        """Whether an old member gives way: one of ours, or the mirrored twin of one of ours."""
+        return ending.removeprefix("flip.") in self.endings
+
+
+def weights_label(weights):
+    """What the manifest says of a teacher's weights: default, hub, random, or the file's name without its folder."""
+    return "default" if weights is None else os.path.basename(weights)
+
+
+def entry_bytes(entry):
+    """Bytes that one more feature of a sample takes in a tar: header, .npy header, data, filled up to 512."""
+    shape = entry.get("shape") or [entry["tokens"], entry["dim"]]
+    size = 128 + math.prod(shape) * {"int8": 1, "float16": 2}[entry["dtype"]]
+    return 512 + -(-size // 512) * 512
