@@ -296,7 +296,7 @@ def run_function(name, function, argv):
         parser.add_argument(argument, metavar=argument.upper(), type=annotation, help=help_of[argument])
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
-    argv = join_labels(argv) if name == "sample" else argv
+    argv = complete_switches(function, join_labels(argv) if name == "sample" else argv)
     function(**parser.parse_args(argv).as_dict())
 
 
@@ -308,6 +308,17 @@ def add_dashed_names(parser):
             if option.startswith("--") and dashed not in parser._option_string_actions:
                 action.option_strings.insert(0, dashed)
                 parser._option_string_actions[dashed] = action
+
+
+def complete_switches(function, argv):
+    """Take `--hflip` as well as `--hflip true`."""
+    switches = {f"--{name}" for name, annotation in function.__annotations__.items() if annotation is bool}
+    completed = []
+    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+        completed.append(word)
+        if word.replace("_", "-") in {s.replace("_", "-") for s in switches} and following.startswith("--"):
+            completed.append("true")
+    return completed
 
 
 def join_labels(argv):
