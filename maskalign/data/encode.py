@@ -20,9 +20,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
-from maskalign.data.recipe import Recipe, entry_bytes, weights_label
+from maskalign.data.recipe import Recipe, check_vae, entry_bytes, weights_label
 from maskalign.data.staging import Staging, finish_commits, read_json, wait_for
 from maskalign.errors import RunError, UsageError
+from maskalign.teachers.hub import check_weights
 from maskalign.teachers.names import check_normalisation, parse_teachers
 
 IMAGENET_IMAGES = 1_281_167
@@ -129,9 +130,6 @@ def _weights_of(names, weights):
     if len(files) not in (1, len(names)) and names:
         raise UsageError(f"{len(names)} teachers but {len(files)} weights; give one for all or one for each")
     files = [str(file) if file else None for file in (files * len(names) if len(files) == 1 else files)]
-    for name, file in zip(names, files, strict=False):
-        if file not in (None, "hub", "random") and not os.path.isfile(file):
-            raise UsageError(f"teacher {name}: there is no weights file {file} (or say hub or random)")
     return files
 
 
@@ -193,6 +191,10 @@ def _plan(data, target, names, files, latents, dtype, grid, normalize, batch_siz
     )
     state = {"shards": [asdict(shard) for shard in manifest.shards], "recipe": asdict(replace(recipe, batch_size=None))}
     fingerprint = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    for name, file in recipe.teachers:
+        check_weights(name, file)
+    if recipe.latents:
+        check_vae(recipe.latents)
     job = Staging(manifest, target, recipe, fingerprint)
     for folder in job.strangers():
         say(f"{folder} is left of an encoding with other settings: finish that, or delete it")

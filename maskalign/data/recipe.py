@@ -3,8 +3,11 @@
 import math
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from maskalign.data.manifest import member_name
+from maskalign.errors import UsageError
+from maskalign.teachers.hub import check_hub
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,18 @@ def entry_bytes(entry):
     shape = entry.get("shape") or [entry["tokens"], entry["dim"]]
     size = 128 + math.prod(shape) * {"int8": 1, "float16": 2}[entry["dtype"]]
     return 512 + -(-size // 512) * 512
+
+
+def check_vae(name):
+    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where it cannot be had. Quick."""
+    if find_spec("diffusers") is None:
+        raise UsageError("latents need a package: pip install diffusers (or pip install 'maskalign[latents]')")
+    if os.path.isdir(name):
+        for folder in (name, os.path.join(name, "vae")):
+            if os.path.isfile(os.path.join(folder, "config.json")):
+                return folder
+        raise UsageError(f"vae {name}: the folder has no config.json; give one that save_pretrained wrote")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UsageError(f"vae {name}: no such folder, and no name on the hub, as stabilityai/sd-vae-ft-mse")
+    check_hub("latents", name, "the VAE (a folder that save_pretrained wrote)")
+    return name

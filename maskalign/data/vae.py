@@ -9,10 +9,11 @@ import os
 
 import torch
 
+from maskalign.data.recipe import check_vae
 from maskalign.errors import UsageError
-from maskalign.teachers.weights import hub_answers
+from maskalign.teachers.hub import hub_answers, hub_url
 
-# Images per pass on CPUs, see `teachers.teacher.CPU_CHUNK`.
+# Images per pass on CPUs, as in `teachers.teacher`.
 CPU_CHUNK = 2
 
 
@@ -28,33 +29,17 @@ def load_vae(name, *, device="cpu", dtype=torch.float32):
         UsageError: diffusers is not installed, there is no such VAE, or the hub does not answer.
     """
     name = os.fspath(name)
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UsageError(
-            "latents need a package: pip install diffusers (or pip install 'maskalign[latents]')"
-        ) from None
-    local = os.path.isdir(name)
-    options = {"use_safetensors": True, "local_files_only": local}  # never a pickled .bin
-    if local:
-        folder = name if os.path.exists(os.path.join(name, "config.json")) else os.path.join(name, "vae")
-        if not os.path.exists(os.path.join(folder, "config.json")):
-            raise UsageError(f"vae {name}: the folder has no config.json; give one saved with save_pretrained")
-        source = folder
-    else:
-        source = name
-        if name.startswith((".", "/", "~")) or name.count("/") != 1:
-            raise UsageError(f"vae {name}: no such folder, and no name on the hub, as stabilityai/sd-vae-ft-mse")
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        options["local_files_only"] = not hub_answers(hub)  # its client would retry for a minute
+    source = check_vae(name)
+    from diffusers import AutoencoderKL
+
+    local = os.path.isdir(source) or not hub_answers(hub_url())
     # diffusers says in many lines on stderr what the error says in one.
     logging.getLogger("diffusers").setLevel(logging.CRITICAL)
     try:
-        vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, **options)
+        # Never a pickled .bin.
+        vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
     except Exception as error:  # a missing, damaged or foreign file raises one of a dozen types
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if not local and options["local_files_only"]:
-            reason = f"not in the local cache, and the hub {hub} does not answer; give a local folder"
         raise UsageError(f"vae {name}: {reason}") from None
     return vae.requires_grad_(False).eval().to(device)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskalign.errors import UsageError
-from maskalign.teachers.names import DINOV2_SIZES
+from maskalign.teachers.hub import dinov2_model
 from maskalign.teachers.weights import build_network, read_state_dict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -52,12 +52,12 @@ class Dinov2(Encoder):
     the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalised patch tokens.
     """
 
-    def __init__(self, size, weights, image_size, teacher):
+    def __init__(self, teacher, weights, image_size):
         side = 16 * max(1, image_size // 256)
         # img_size makes timm resample the position embedding of the weights when it loads them (bicubic,
         # antialias), with the very function that REPA calls.
         network = build_network(
-            f"vit_{DINOV2_SIZES[size]}_patch14_dinov2.lvd142m",
+            dinov2_model(teacher),
             weights,
             teacher=teacher,
             img_size=14 * side,

@@ -15,9 +15,7 @@ def check_teacher_name(name):
         return name
     near = get_close_matches(name, PLAIN_NAMES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(
-        f"no teacher is called {name!r}; {hint}names are {', '.join(PLAIN_NAMES)} and timm:MODEL"
-    )
+    raise UsageError(f"no teacher is called {name!r}; {hint}names are {', '.join(PLAIN_NAMES)} and timm:MODEL")
 
 
 def check_normalisation(mode):

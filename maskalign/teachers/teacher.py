@@ -38,9 +38,7 @@ class Teacher(nn.Module):
                 )
             mean = torch.as_tensor(mean, dtype=torch.float32)
             if mean.shape != (self.dim,):
-                raise UsageError(
-                    f"teacher {name}: the mean token has {mean.numel()} numbers, expected {self.dim}"
-                )
+                raise UsageError(f"teacher {name}: the mean token has {mean.numel()} numbers, expected {self.dim}")
         self.register_buffer("mean", mean if normalize == "mean" else None, persistent=False)
         self.requires_grad_(False)
         super().train(False)
@@ -111,7 +109,7 @@ def load_teacher(
     check_normalisation(normalize)
     weights = str(weights) if weights is not None else None
     if name.startswith("dinov2-"):
-        encoder = Dinov2(name.removeprefix("dinov2-"), weights or "hub", image_size or 256, name)
+        encoder = Dinov2(name, weights or "hub", image_size or 256)
     elif name.startswith("efficientnet-lite0"):
         encoder = EfficientNetLite0(16 if name.endswith(":16") else 32, weights, name)
     else:

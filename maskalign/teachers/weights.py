@@ -3,18 +3,14 @@
 Files are read with safetensors or `torch.load(weights_only=True)`: nothing is unpickled.
 """
 
-import os
 import pickle
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import torch
 
 from maskalign.errors import UsageError
+from maskalign.teachers.hub import SOURCES, check_hub, hub_url
 
-HUB_TIMEOUT = 5.0
 RANDOM_SEED = 0
 
 
@@ -46,7 +42,7 @@ def build_network(model, weights, *, teacher, **kwargs):
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         if isinstance(error, UsageError):
             raise
-        where = weights if weights in ("hub", "random") else f"weights {weights}"
+        where = weights if weights in SOURCES else f"weights {weights}"
         raise UsageError(f"teacher {teacher}: {where} do not fit timm's {model}: {_short(error)}") from None
     return network.eval()
 
@@ -100,41 +96,13 @@ def _from_hub(model, teacher, kwargs):
         if repository:
             cached = try_to_load_from_cache(repository, "model.safetensors")
             if isinstance(cached, str):
+                # Without a word to the hub, whose client would wait for it where there is no network.
                 return _from_state_dict(model, read_state_dict(cached, teacher), kwargs)
-    # Left alone, the hub's client retries an unknown host for most of a minute.
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not hub_answers(hub):
-        raise UsageError(
-            f"teacher {teacher}: its weights are not in the local cache and the hub {hub} does not answer; "
-            "give a downloaded .safetensors or .pth file as its weights"
-        )
+    check_hub(f"teacher {teacher}", repository or model, "its weights (a .safetensors or .pth file)")
     try:
         return timm.create_model(model, pretrained=True, **kwargs)
     except OSError as error:
-        raise UsageError(f"teacher {teacher}: no weights of {model} from {hub}: {_short(error)}") from None
-
-
-def hub_answers(url, timeout=HUB_TIMEOUT):
-    """Whether anything at all answers at `url` within `timeout` seconds, name look-up included."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    answered = []
-
-    def ask():
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
-        except urllib.error.HTTPError:
-            answered.append(True)  # a refusal is an answer
-        except (OSError, ValueError):
-            return
-        else:
-            answered.append(True)
-
-    # The look-up of a name has no time limit of its own, hence the thread.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    return bool(answered)
+        raise UsageError(f"teacher {teacher}: no weights of {model} from {hub_url()}: {_short(error)}") from None
 
 
 def _short(error, limit=300):
