@@ -19,9 +19,7 @@ OWN_MODULES = ("mixer.", "fuse.")
 METADATA_KEY = "maskalign"
 
 
-def from_repa(
-    state_dict, *, num_heads=None, align_depth=None, mixer=None, weights="ema", layout="auto", **settings
-):
+def from_repa(state_dict, *, num_heads=None, align_depth=None, mixer=None, weights="ema", layout="auto", **settings):
     """A model with the weights of a REPA checkpoint, its sizes read off the shapes.
 
     What shapes do not tell comes from, in this order: the arguments, what `to_repa` noted, the checkpoint's `args`
@@ -113,9 +111,7 @@ def to_repa(model, *, strict=False):
 
 def is_identity(mixer):
     """Whether a mixer returns its input: its adaLN linear is zero, as at the start."""
-    return all(
-        not parameter.any() for name, parameter in mixer.named_parameters() if "adaLN_modulation" in name
-    )
+    return all(not parameter.any() for name, parameter in mixer.named_parameters() if "adaLN_modulation" in name)
 
 
 def pick_weights(checkpoint, weights="ema"):
@@ -219,9 +215,7 @@ def _turn_time(state_dict, sizes):
     name = "t_embedder.mlp.0.weight"
     weight = state_dict[name]
     half = weight.shape[1] // 2
-    frequency = torch.exp(
-        -math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=weight.device)
-    )
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float64, device=weight.device))
     cosine, sine = weight.double().split(half, dim=1)
     turned = torch.cat(
         [cosine * frequency.cos() + sine * frequency.sin(), cosine * frequency.sin() - sine * frequency.cos()], dim=1
@@ -249,9 +243,7 @@ def _load(model, state_dict, fresh):
 
 def _require_repa(model, state_dict):
     if not is_identity(model.mixer):
-        raise UsageError(
-            "REPA's layout has no place for a trained mixer; write safetensors instead (maskalign convert --to safetensors)"
-        )
+        raise UsageError("REPA's layout has no place for a trained mixer; write safetensors instead (--to safetensors)")
     if model.restore == "fuse":
         raise UsageError("REPA's layout has no place for the fusion of restore=fuse; write safetensors instead")
     if "projectors.0.conv.weight" in state_dict:

@@ -13,8 +13,10 @@ import torch
 
 from maskalign.errors import RunError, UsageError
 from maskalign.models.convert import METADATA_KEY, from_repa, to_repa
+from maskalign.models.presets import SIZES
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
+PATHS = ("linear", "cosine")
 ENDINGS = (*PICKLE_ENDINGS, ".safetensors")
 
 
@@ -93,7 +95,8 @@ def describe(checkpoint):
     args = checkpoint.get("args")
     steps = checkpoint.get("steps")
     path = checkpoint.get("path") or getattr(args, "path_type", None) or "linear"
-    return {"step": steps if isinstance(steps, int) else None, "path": path if path in ("linear", "cosine") else "linear"}
+    path = path if path in PATHS else "linear"
+    return {"step": steps if isinstance(steps, int) else None, "path": path}
 
 
 def load_file(path, ema=True, **settings):
@@ -146,8 +149,6 @@ def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
 
 
 def _size_name(model):
-    from maskalign.models.presets import SIZES
-
     same = (name for name, size in SIZES.items() if (size["depth"], size["width"]) == (model.depth, model.width))
     return next(same, f"{model.depth}x{model.width}")
 
@@ -178,6 +179,7 @@ def _write(path, write):
         # torch and safetensors report a full disk as errors of their own kinds.
         if isinstance(error, UsageError):
             raise
-        raise RunError(f"{path}: cannot be written ({' '.join(str(error).split())}); free space, or write elsewhere") from None
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path}: cannot be written ({reason}); free space, or write elsewhere") from None
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskalign.errors import RunError, UsageError
-from maskalign.sampling.generate import INDICES_PER_CLASS, class_sheet, generate
+from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet, generate
 from maskalign.sampling.noise import image_labels
 from maskalign.sampling.npz import write_npz
 from maskalign.sampling.pictures import LATENT_SCALE, load_decoder, to_uint8
@@ -89,7 +89,8 @@ def _save(sheet, pictures, labels, out):
 def _sample_set(model, classes, settings, count, out, decoder, about, processes, progress):
     rank, world_size, barrier = processes
     # A decoder says its own size only by decoding.
-    probe = torch.zeros(1, model.in_channels, model.input_size, model.input_size, device=next(model.parameters()).device)
+    side = model.input_size
+    probe = torch.zeros(1, model.in_channels, side, side, device=next(model.parameters()).device)
     channels, height, width = (decoder(probe) if decoder else probe).shape[1:]
     if channels != 3:
         raise UsageError(f"--npz holds RGB images; this model draws {channels} channels")

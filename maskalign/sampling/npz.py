@@ -20,9 +20,10 @@ def _check_settings(record, settings):
     try:
         before = json.loads(record.read_text())
     except ValueError:
-        raise UsageError(f"{record} is not readable; delete it and the set beside it, or choose another --out") from None
+        raise UsageError(f"{record} is not readable; delete it and its set, or choose another --out") from None
     now = json.loads(json.dumps(settings))
-    differing = [f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in {**before, **now} if before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    differing = [f"{key} {before.get(key)!r}, now {now.get(key)!r}" for key in keys]
     if differing:
         raise UsageError(
             f"{record.with_suffix('.npz')} was begun with other settings ({'; '.join(differing)}); delete it or choose "
@@ -91,7 +92,7 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
             images.unlink()
         meet()
     except OSError as error:
-        raise RunError(f"{path}: {error.strerror or error}; make room or choose another --out, then run again") from None
+        raise RunError(f"{path}: {error.strerror or error}; make room or choose another --out") from None
     return path
 
 

@@ -79,10 +79,8 @@ def convert(src, dst, to=None, weights="ema"):
     else:
         write_safetensors(dst, chosen, about["step"], about["path"])
     million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
-    return (
-        f"{dst}: {to}, depth {chosen.depth}, width {chosen.width}, patch {chosen.patch_size}, {million:.1f} M parameters"
-        + ("" if about["step"] is None else f", step {about['step']}")
-    )
+    sizes = f"depth {chosen.depth}, width {chosen.width}, patch {chosen.patch_size}, {million:.1f} M parameters"
+    return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}")
 
 
 def _read_both(src, both, weights):

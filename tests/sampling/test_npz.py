@@ -104,7 +104,7 @@ def test_survives_kill_9(tmp_path, seed):
 
 
 def test_images_are_dealt_to_processes(tmp_path):
-    """Three ranks, one after the other: the barriers are taken apart by running all but the last as if it ended there."""
+    """Three ranks, one after the other: all but the last leave at the barrier after drawing."""
     shares = {}
     for rank in (0, 1, 2):
         meetings = iter(range(10))
@@ -125,7 +125,8 @@ def test_images_are_dealt_to_processes(tmp_path):
         except StopIteration:
             assert rank < 2
     assert shares == {0: [0, 3, 6], 1: [1, 4, 7], 2: [2, 5]}
-    path = write_npz(tmp_path / "s.npz", 8, SHAPE, lambda indices: pytest.fail("all are drawn"), settings={}, batch_size=2)
+    path = tmp_path / "s.npz"
+    write_npz(path, 8, SHAPE, lambda indices: pytest.fail("all are drawn"), settings={}, batch_size=2)
     assert np.array_equal(np.load(path)["arr_0"], expected(8))
 
 
@@ -140,6 +141,4 @@ def test_other_settings_are_refused(tmp_path):
 
 def test_a_full_disk_is_an_error_before_anything_is_drawn(tmp_path):
     with pytest.raises(RunError, match="make room"):
-        write_npz(
-            tmp_path / "s.npz", 10**9, (4096, 4096, 3), lambda i: pytest.fail("drawn"), settings={}, batch_size=2
-        )
+        write_npz(tmp_path / "s.npz", 10**9, (4096, 4096, 3), lambda i: pytest.fail("drawn"), settings={}, batch_size=2)

@@ -99,7 +99,7 @@ def test_a_missing_autoencoder_is_one_clear_line(tmp_path):
 
 def test_class_grid_shows_each_picture_where_it_belongs():
     rows = [np.full((n, 32, 32, 3), level, np.uint8) for n, level in [(3, 40), (5, 90), (1, 200)]]
-    names = ["Animals & Nature", "Flags", "a name that is far too long to be drawn in whole beside the pictures of its row"]
+    names = ["Animals & Nature", "Flags", "a name that is far too long to be drawn in whole beside its pictures"]
     sheet = class_grid(rows, names, title="step 100")
     pixels = np.asarray(sheet)
     gap, side = 4, 64  # 32 pixels are enlarged twofold

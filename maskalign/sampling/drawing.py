@@ -70,7 +70,7 @@ def generate(model, labels, settings=None, *, indices=None, on_images=None):
                 batches.append(_solve(settings, velocity, noise, dtype, step))
     images = torch.cat(batches) if batches else torch.empty(0, *shape, device=device)
     if not images.isfinite().all():
-        raise RunError("the model gives non-finite numbers while sampling; use an earlier checkpoint, or --precision fp32")
+        raise RunError("the model draws non-finite numbers; use an earlier checkpoint, or --precision fp32")
     return images.to(dtype)
 
 
