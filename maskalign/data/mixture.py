@@ -1,0 +1,66 @@
+"""Several data sets by weight: which one a draw comes from, as a fixed cycle that keeps the shares exactly."""
+
+from fractions import Fraction
+from math import gcd, lcm
+
+from maskalign.errors import UsageError
+
+LONGEST = 65536  # draws in a cycle; weights that need a longer one are rounded to 1/65536
+
+
+def parse_paths(path):
+    """[(path, weight), ...] from one path, a list of paths or of (path, weight), or a dict {path: weight}."""
+    if isinstance(path, dict):
+        pairs = list(path.items())
+    elif isinstance(path, (list, tuple)):
+        pairs = [tuple(item) if isinstance(item, (list, tuple)) else (item, 1) for item in path]
+    else:
+        pairs = [(path, 1)]
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise UsageError(f"data.path {path!r}: give one data set, a list of them, or {{data set: weight}}")
+    for name, weight in pairs:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise UsageError(f"data.path: the weight of {name} is {weight!r}; give a positive number")
+    return pairs
+
+
+def cycle(weights):
+    """Data set of each draw in one cycle, spread as evenly as whole draws allow.
+
+    Over a cycle every data set has exactly its share; in the first n draws of it the error is below one draw
+    (largest-deficit-first, the smooth weighted round robin).
+    """
+    shares = [Fraction(str(weight)) for weight in weights]
+    shares = [share / sum(shares) for share in shares]
+    length = lcm(*(share.denominator for share in shares))
+    if length > LONGEST:
+        length = LONGEST
+        counts = [max(1, round(share * length)) for share in shares]
+        counts[counts.index(max(counts))] += length - sum(counts)
+    else:
+        counts = [int(share * length) for share in shares]
+    drawn, pattern = [0] * len(counts), []
+    for n in range(1, length + 1):
+        choice = max(range(len(counts)), key=lambda i: counts[i] * n - drawn[i] * length)
+        drawn[choice] += 1
+        pattern.append(choice)
+    return pattern
+
+
+class Mixture:
+    """Data set of draw n of stream s.
+
+    Args:
+        weights: one positive number per data set.
+        streams: number of logical streams.
+    """
+
+    def __init__(self, weights, streams):
+        self.pattern = cycle(weights)
+        length = len(self.pattern)
+        # One row of draws (one per stream) follows the last one in the cycle. Where the number of streams shares a
+        # divisor with the length, a stream would see the same few data sets for ever, so rows are shifted a little.
+        self.stride = next(q for q in range(streams, streams + length + 1) if gcd(q, length) == 1)
+
+    def __call__(self, stream, n):
+        return self.pattern[(n * self.stride + stream) % len(self.pattern)]

@@ -1,0 +1,416 @@
+"""The stream of training batches: the same samples in the same order on any number of ranks and workers, exactly
+once per epoch, and a position that fits in a checkpoint.
+
+order.py says which sample comes when, opening.py and shard_file.py fetch it, samples.py skips what is bad, workers.py
+reads ahead. This file deals a step's samples to the ranks and keeps the position.
+"""
+
+import logging
+import resource
+import time
+from collections import Counter
+
+import torch
+
+from maskalign.data.buffers import Layout, Pool
+from maskalign.data.mixture import Mixture, parse_paths
+from maskalign.data.opening import Opener
+from maskalign.data.order import Order, default_group, default_streams, drawn_by
+from maskalign.data.samples import SampleReader, Share, Source, columns_of
+from maskalign.data.workers import InProcess, WorkerPool
+from maskalign.errors import RunError, UsageError
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+MOST_BAD_IN_STATE = 20_000  # 0.3 MB; beyond that a resumed run names some bad samples again
+
+
+class ShardStream:
+    """Batches of one rank, read from a data set of shards.
+
+    Iterating goes on from the current position; a stream that has ended yields nothing more. Each batch is a dict:
+
+    - "key": list of b strings; "label": (b,) int64; "epoch": (b,) int64, the pass over the data set.
+    - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), and one (b, tokens, dim) per teacher under its name,
+      each where the data set has it, in the dtype of the manifest.
+    - "slot": place of the first sample in the step's global batch; the others follow it.
+    - "bad": bad samples met for the first time since the batch before.
+
+    A step's global batch is the same set of samples, at the same slots, for every world size and worker count. With
+    `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty (every rank yields
+    the same number of batches). A bad sample is passed over and the next one of its logical stream takes its place.
+
+    Args:
+        path: folder or URL prefix of a data set; or several with weights, {path: weight} or a list. Weights are
+            shares of the samples drawn, and an epoch is then as many draws as the data sets have samples together.
+        batch_size: samples per step over all ranks; a multiple of `world_size`.
+        seed: seed of the order.
+        rank, world_size: which share of each batch this stream gives.
+        num_workers: processes that read ahead; 0 reads in this one.
+        epochs: passes over the data, None for no end.
+        streams: logical streams that the data are dealt to, a divisor of `batch_size`; by default derived from it.
+            More streams than ranks and workers, so that each owns whole ones.
+        group: shards that a stream permutes together; by default so many that 32 or more mix at any time.
+        fields: names of the tensors wanted ("image", "moments", teachers), None for all.
+        max_bad_fraction: share of bad samples in the whole data set (as far as this rank and the loaded state know
+            them) above which a RunError stops the run.
+        hflip: where the data set stores mirrored variants, draw one of the two by (seed, epoch, key).
+        verify: compare checksums.
+        prefetch: batches that the workers read ahead.
+        pin_memory: give tensors in pinned memory; None for wherever there is a GPU.
+        timeout, retries, cache_dir, allow_pipe: for remote data sets, see opening.Opener.
+
+    Attributes:
+        manifest: the (first) data set's `Manifest`.
+        bad_samples: one line per bad sample met so far.
+        wait_seconds: time that the consumer has waited for batches.
+
+    Raises:
+        UsageError: settings that do not fit each other or the data.
+        RunError: while iterating: too many bad samples, a worker that keeps dying.
+    """
+
+    def __init__(
+        self,
+        path,
+        batch_size,
+        seed=0,
+        rank=0,
+        world_size=1,
+        num_workers=0,
+        epochs=None,
+        *,
+        streams=None,
+        group=None,
+        fields=None,
+        max_bad_fraction=0.01,
+        hflip=True,
+        verify=True,
+        prefetch=4,
+        pin_memory=None,
+        timeout=30.0,
+        retries=5,
+        cache_dir=None,
+        allow_pipe=False,
+    ):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("rank", rank, 0),
+            ("num_workers", num_workers, 0),
+            ("epochs", 1 if epochs is None else epochs, 1),
+            ("streams", 1 if streams is None else streams, 1),
+            ("group", 1 if group is None else group, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; give an integer of at least {least}")
+        if rank >= world_size:
+            raise UsageError(f"rank {rank} is not below world_size {world_size}")
+        if batch_size % world_size:
+            raise UsageError(
+                f"batch_size {batch_size} cannot be dealt to {world_size} ranks evenly; give a multiple of {world_size}"
+            )
+        if streams is not None and batch_size % streams:
+            raise UsageError(f"streams {streams} does not divide batch_size {batch_size}; give a divisor of it")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UsageError(f"max_bad_fraction is {max_bad_fraction!r}; give a number from 0 to 1")
+        self.batch_size, self.seed, self.rank, self.world_size = batch_size, int(seed), rank, world_size
+        self.num_workers, self.epochs, self.prefetch = num_workers, epochs, prefetch
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.max_bad_fraction, self.hflip, self.verify = max_bad_fraction, hflip, verify
+        self.given_streams, self.given_group = streams, group
+
+        pairs = parse_paths(path)
+        self.weights = [weight for _, weight in pairs]
+        self.openers = [Opener(where, timeout, retries, cache_dir, allow_pipe) for where, _ in pairs]
+        self.manifests = [opener.manifest() for opener in self.openers]
+        self.manifest = self.manifests[0]
+        self._check_manifests(fields)
+        self.columns = columns_of(self.manifest, fields)
+        self.num_samples = sum(manifest.num_samples for manifest in self.manifests)
+
+        self.bad_samples, self.wait_seconds = [], 0.0
+        self._bad = {}  # (data set, shard, sample) -> None: an ordered set
+        self._named_shards = set()
+        self._engine, self._generation = None, 0
+        self.served = 0  # samples of the whole job that have been dealt out, bad ones not counted twice
+        self._deal(streams or default_streams(batch_size), group)
+        self.positions = {share.stream: [0] * len(pairs) for share in self.shares}
+
+    def _check_manifests(self, fields):
+        first = self.manifest
+        for opener, manifest in zip(self.openers, self.manifests):
+            if not manifest.num_samples:
+                raise UsageError(f"{opener.root}: the data set has no samples")
+            for what, here, there in (
+                ("class names", manifest.class_names, first.class_names),
+                ("tensors", columns_of(manifest), columns_of(first)),
+                ("latent", manifest.latent, first.latent),
+            ):
+                if here != there:
+                    raise UsageError(f"{opener.root} and {self.openers[0].root} cannot be mixed: other {what}")
+        names = {column.name for column in columns_of(first)}
+        if fields is not None and (missing := set(fields) - names):
+            raise UsageError(
+                f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {', '.join(sorted(names))}"
+            )
+
+    def _deal(self, streams, group):
+        """Fix the logical streams and find those of this rank."""
+        self.streams, self.group = streams, group or default_group(streams)
+        each, local = self.batch_size // streams, self.batch_size // self.world_size
+        low, high = self.rank * local, (self.rank + 1) * local
+        self.shares = [
+            Share(stream, max(low - stream * each, 0), min(high - stream * each, each))
+            for stream in range(low // each, (high - 1) // each + 1)
+        ]
+        orders = [
+            Order([shard.num_samples for shard in manifest.shards], streams, self.group, self.seed, number)
+            for number, manifest in enumerate(self.manifests)
+        ]
+        self.sources = [
+            Source(opener, manifest, order, self.columns)
+            for opener, manifest, order in zip(self.openers, self.manifests, orders)
+        ]
+        self.mixture = Mixture(self.weights, streams)
+
+    # -- batches -----------------------------------------------------------------------------------------------
+
+    def __iter__(self):
+        self.close()
+        return self._batches(self._generation)
+
+    def close(self):
+        """End the worker processes and close all shards. The position stays; iterating starts again from it."""
+        self._generation += 1
+        if self._engine is not None:
+            self._engine.close()
+            self._pool.close()
+            self._engine = None
+
+    def _batches(self, generation):
+        if generation != self._generation:
+            return
+        self._open_engine()
+        try:
+            while True:
+                start = time.perf_counter()
+                result = self._engine.next()
+                if result is None:
+                    return
+                batch = self._batch(*result)
+                self.wait_seconds += time.perf_counter() - start
+                del result  # or the block would stay in use for as long as the consumer works
+                if batch["key"] or self.world_size > 1:
+                    yield batch
+                    del batch
+                if generation != self._generation:
+                    raise UsageError("this iterator has ended: another was started or a state was loaded meanwhile")
+        finally:
+            if generation == self._generation:
+                self.close()
+
+    def _open_engine(self):
+        _raise_file_limit(2 * (self.group + 1) * len(self.shares) * len(self.sources) + 128)
+        self._pool = Pool(Layout(self.columns, self.batch_size // self.world_size), shared=self.num_workers > 0)
+        settings = {
+            "seed": self.seed,
+            "streams": self.streams,
+            "epochs": self.epochs,
+            "hflip": self.hflip,
+            "verify": self.verify,
+            "bad_limit": self._bad_limit(),
+        }
+
+        def make_reader(shares, positions):
+            return SampleReader(self.sources, self.mixture, shares, positions, settings, self._bad)
+
+        if self.num_workers:
+            self._engine = WorkerPool(
+                make_reader,
+                self._pool,
+                self.shares,
+                self.positions,
+                self._plan(),
+                self._rows,
+                self.num_workers,
+                self.prefetch,
+            )
+        else:
+            self._engine = InProcess(make_reader, self._pool, self.shares, self.positions, self._plan())
+
+    def _plan(self):
+        """(start, stop) of every step from the position on, in samples of the whole job."""
+        start, end = self.served, None if self.epochs is None else self.epochs * self.num_samples
+        while end is None or start < end:
+            stop = start + self.batch_size if end is None else min(start + self.batch_size, end)
+            yield start, stop
+            start = stop
+
+    def _rows(self, shares, start, stop):
+        """Rows that some of this rank's shares fill in a step where nothing is bad."""
+        rows = 0
+        for share in shares:
+            given = drawn_by(share.stream, stop, self.streams) - drawn_by(share.stream, start, self.streams)
+            rows += min(share.high, given) - min(share.low, given)
+        return rows
+
+    def _batch(self, arrays, parts):
+        """Join what the workers did into a batch, and move the position."""
+        start = self.served
+        end = start + self.batch_size
+        if self.epochs is not None:
+            end = min(end, self.epochs * self.num_samples)
+        keys, epochs, new = [], [], 0
+        for row, filled in parts:
+            if row != len(keys):  # a share before this one came short, at the very end: close the gap
+                for array in arrays.values():
+                    array[len(keys) : len(keys) + len(filled.keys)] = array[row : row + len(filled.keys)].copy()
+            keys += filled.keys
+            epochs += filled.epochs
+            self.positions.update(filled.positions)
+            new += self._note_bad(filled.bad)
+        if len(self._bad) > self._bad_limit():
+            raise RunError(self._too_many())
+        self.served = end
+        batch = {name: self._tensor(array[: len(keys)]) for name, array in arrays.items()}
+        first = self.shares[0]
+        before = [Share(stream, 0, self.batch_size) for stream in range(first.stream)]
+        slot = self._rows(before + [Share(first.stream, 0, first.low)], start, end)
+        return {"key": keys, "epoch": torch.tensor(epochs, dtype=torch.int64), "slot": slot, "bad": new} | batch
+
+    def _tensor(self, array):
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory() if self.pin_memory else tensor
+
+    # -- bad samples -------------------------------------------------------------------------------------------
+
+    def _bad_limit(self):
+        return int(self.max_bad_fraction * self.num_samples)
+
+    def _note_bad(self, bad):
+        """Count and name the bad samples that are new; returns how many they are."""
+        new = 0
+        for dataset, shard, sample, key, reason, whole in bad:
+            if (dataset, shard, sample) in self._bad:
+                continue
+            new += 1
+            self._bad[dataset, shard, sample] = None
+            name = self.manifests[dataset].shards[shard].name
+            line = f"{name}, sample {key if key is not None else f'#{sample}'}: {reason}"
+            self.bad_samples.append(line)
+            if not whole:
+                log.warning("bad sample skipped: %s", line)
+            elif (dataset, shard) not in self._named_shards:
+                self._named_shards.add((dataset, shard))
+                count = self.manifests[dataset].shards[shard].num_samples
+                log.warning("bad shard skipped: %s with %d samples: %s", name, count, reason)
+        return new
+
+    def _too_many(self):
+        counts = Counter((dataset, shard) for dataset, shard, _ in self._bad)
+        names = [f"{self.manifests[d].shards[s].name} ({n})" for (d, s), n in counts.most_common(10)]
+        more = f" and {len(counts) - 10} more shards" if len(counts) > 10 else ""
+        return (
+            f"{self.openers[0].root}: more than {self.max_bad_fraction:g} of {self.num_samples} samples are bad "
+            f"(data.max_bad_fraction): {', '.join(names)}{more}; last: {self.bad_samples[-1]}; "
+            "see `maskalign data check`"
+        )
+
+    # -- position ----------------------------------------------------------------------------------------------
+
+    def state_dict(self):
+        """The position after the last batch that was yielded: plain integers, strings and lists, below 1 MB.
+
+        It has this rank's streams; `merge_states` joins those of all ranks.
+        """
+        streams = sorted(self.positions)
+        return {
+            "version": STATE_VERSION,
+            "data": [manifest.digest() for manifest in self.manifests],
+            "seed": self.seed,
+            "streams": self.streams,
+            "group": self.group,
+            "served": self.served,
+            "stream": streams,
+            "position": [list(self.positions[stream]) for stream in streams],
+            "bad": [list(place) for place in list(self._bad)[:MOST_BAD_IN_STATE]],
+        }
+
+    def load_state_dict(self, state):
+        """Go to a position; the next batch is the one that followed it.
+
+        The world size and the number of workers may be others than when it was saved, and so may the batch size as
+        long as it is a multiple of the number of logical streams.
+
+        Raises:
+            UsageError: a state of other data, another seed, or without the streams of this rank.
+        """
+        try:
+            streams, group = int(state["streams"]), int(state["group"])
+            version, seed, served = state["version"], int(state["seed"]), int(state["served"])
+            positions = {
+                int(stream): [int(p) for p in position]
+                for stream, position in zip(state["stream"], state["position"], strict=True)
+            }
+            data, bad = list(state["data"]), [tuple(int(i) for i in place) for place in state["bad"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"not a stream's state ({type(error).__name__}: {error}); give state_dict()") from None
+        for what, there, here in (
+            ("version", version, STATE_VERSION),
+            ("data set", data, [manifest.digest() for manifest in self.manifests]),
+            ("seed", seed, self.seed),
+            ("streams", streams, self.given_streams or streams),
+            ("group", group, self.given_group or group),
+        ):
+            if there != here:
+                raise UsageError(f"the stream's state has another {what}: {there}, here it is {here}")
+        if self.batch_size % streams:
+            raise UsageError(
+                f"the stream's state has {streams} logical streams, which do not divide batch_size {self.batch_size}"
+            )
+        self.close()
+        self._deal(streams, group)
+        missing = [share.stream for share in self.shares if share.stream not in positions]
+        if missing:
+            raise UsageError(
+                f"the stream's state lacks logical stream {missing[0]} of rank {self.rank}; "
+                "join the states of all ranks with merge_states"
+            )
+        self.served = served
+        self.positions = {share.stream: positions[share.stream] for share in self.shares}
+        self._bad = dict.fromkeys(bad)
+
+
+def merge_states(states):
+    """One state for the whole job from the states of all its ranks, taken after the same step.
+
+    Raises:
+        UsageError: none given, or they are not of the same job and step.
+    """
+    states = list(states)
+    if not states:
+        raise UsageError("merge_states: give the states of all ranks")
+    positions, bad = {}, {}
+    for state in states:
+        for key in ("version", "data", "seed", "streams", "group", "served"):
+            if state[key] != states[0][key]:
+                raise UsageError(f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step")
+        positions.update(zip(state["stream"], state["position"]))
+        bad.update(dict.fromkeys(tuple(place) for place in state["bad"]))
+    streams = sorted(positions)
+    return states[0] | {
+        "stream": streams,
+        "position": [list(positions[stream]) for stream in streams],
+        "bad": [list(place) for place in sorted(bad)][:MOST_BAD_IN_STATE],
+    }
+
+
+def _raise_file_limit(needed):
+    """Allow as many open files as the streams' shards need, within the hard limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
