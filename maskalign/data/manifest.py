@@ -20,6 +20,8 @@ import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from maskalign.data.members import KEY as MEMBER_CHECKSUMS
+from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError
 
 FILE_NAME = "manifest.json"
@@ -52,7 +54,8 @@ class Manifest:
         hflip: the members of mirrored images are there too.
         license: licence and attribution of the images, None where unknown.
         source: what the data set was built from.
-        extra: keys of the file that this version does not know; they are written back unchanged.
+        extra: keys of the file that this class does not know; they are written back unchanged. A new manifest says
+            here that its shards' members carry checksums (members.py).
         root: folder or URL prefix that it was read from (not written).
     """
 
@@ -68,7 +71,7 @@ class Manifest:
     license: str | None = None
     source: str = ""
     version: int = VERSION
-    extra: dict = field(default_factory=dict)
+    extra: dict = field(default_factory=lambda: {MEMBER_CHECKSUMS: MEMBER_CHECKSUM_KIND})
     root: str = ""
 
     @property

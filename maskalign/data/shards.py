@@ -7,6 +7,7 @@ import re
 import tarfile
 
 from maskalign.data.manifest import Shard, sync_folder
+from maskalign.data.members import checksum_field
 
 MAX_MEMBER_BYTES = 2**30
 
@@ -67,6 +68,7 @@ def add_member(tar, name, data):
     """Append bytes to an open tarfile as a plain file of mode 0644, owned by number 0 and dated 1970."""
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
+    info.gname = checksum_field(name, data)  # see members.py
     tar.addfile(info, io.BytesIO(data))
 
 
