@@ -1,7 +1,8 @@
 """Memory for batches: written once, by whoever reads the sample, and handed to torch without a copy.
 
-A batch is one block of memory that holds its columns one after the other. Blocks are used again once the last tensor
-that looks into them is gone, which saves the page faults of fresh memory; a consumer who keeps batches keeps theirs.
+A batch is one block of memory that holds its columns one after the other. Blocks are used again once the last
+tensor that looks into them is gone, which saves the page faults of fresh memory; a consumer who keeps batches
+keeps theirs.
 """
 
 import mmap
@@ -55,7 +56,7 @@ class Pool:
         self.blocks, self.descriptors, self.free = [], [], deque()
 
     def lease(self):
-        """(number of the block, its arrays). The block is free again when the arrays and all views of them are gone."""
+        """(number of the block, its arrays); the block is free again when all that looks into it is gone."""
         number = self.free.popleft() if self.free else self._grow()
         arrays, base = self.layout.arrays(self.blocks[number])
         # Every array, and every tensor made of one, keeps `base` alive.

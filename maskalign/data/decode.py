@@ -1,7 +1,7 @@
 """Turn the bytes of a member into a label, an array or an image: bounded, and never by unpickling.
 
-Only these formats exist here, whatever else a shard holds: ASCII integers (.cls), numpy's .npy with a plain dtype,
-PNG, JPEG and WebP. Each function raises BadSample with a reason that names the fault.
+Only these formats exist here, whatever else a shard holds: ASCII integers (.cls), numpy's .npy with a plain
+dtype, PNG, JPEG and WebP. Each function raises BadSample with a reason that names the fault.
 """
 
 import io
@@ -9,6 +9,7 @@ import warnings
 from functools import lru_cache
 
 import numpy as np
+from numpy.lib import format as npy
 from PIL import Image
 
 MAX_NPY_HEADER = 4096
@@ -33,11 +34,11 @@ def decode_label(data, num_classes):
 
 @lru_cache(maxsize=256)
 def npy_header(header):
-    """(dtype string, shape) of the bytes of a .npy file up to its data; raises BadSample where it is not one."""
+    """(dtype string, shape) of the bytes of a .npy file up to its data; BadSample where it is not one."""
     file = io.BytesIO(header)
     try:
-        version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        version = npy.read_magic(file)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, fortran, dtype = read(file, max_header_size=MAX_NPY_HEADER)
     except Exception as error:  # numpy's parser raises whatever the bytes make it raise
         raise BadSample(f"no valid .npy header ({type(error).__name__})") from None

@@ -1,4 +1,4 @@
-"""Several data sets by weight: which one a draw comes from, as a fixed cycle that keeps the shares exactly."""
+"""Several data sets by weight: which one a draw comes from, in a cycle that keeps the shares exactly."""
 
 from fractions import Fraction
 from math import gcd, lcm
@@ -58,8 +58,9 @@ class Mixture:
     def __init__(self, weights, streams):
         self.pattern = cycle(weights)
         length = len(self.pattern)
-        # One row of draws (one per stream) follows the last one in the cycle. Where the number of streams shares a
-        # divisor with the length, a stream would see the same few data sets for ever, so rows are shifted a little.
+        # One row of draws (one per stream) follows the last one in the cycle. Where the number of streams
+        # shares a divisor with the length, a stream would see the same few data sets for ever, so rows are
+        # shifted a little.
         self.stride = next(q for q in range(streams, streams + length + 1) if gcd(q, length) == 1)
 
     def __call__(self, stream, n):

@@ -1,9 +1,9 @@
-"""Open a shard for reading, wherever it lies: local paths, http(s)://, any URL that fsspec knows, pipe: if allowed.
+"""Open a shard wherever it lies: local paths, http(s)://, any URL that fsspec knows, pipe: if allowed.
 
-What is remote is copied to local disk first (into `cache_dir`, which keeps it, or into a file without a name, which
-the system removes with the process), because the stream reads a group of shards in a permuted order. Copies are made
-ahead of use by threads. A server that fails is asked again with growing pauses; one that sends nothing for `timeout`
-seconds counts as failed.
+What is remote is copied to local disk first (into `cache_dir`, which keeps it, or into a file without a name,
+which the system removes with the process), because the stream reads a group of shards in a permuted order.
+Copies are made ahead of use by threads. A server that fails is asked again with growing pauses; one that
+sends nothing for `timeout` seconds counts as failed.
 """
 
 import errno
@@ -34,7 +34,7 @@ class Opener:
         timeout: seconds without a byte after which a try over the network is given up.
         retries: further tries after the first.
         cache_dir: folder that keeps remote shards; shared between processes and runs.
-        allow_pipe: run pipe: commands. They are shell commands, so only where the settings come from the user.
+        allow_pipe: run pipe: commands. They are shell commands: only for settings that are the user's own.
         pause: seconds before the first retry; doubled each time.
     """
 
@@ -46,7 +46,9 @@ class Opener:
         self.stopped = threading.Event()  # set: nobody waits for downloads any more
         self.pipe = root.startswith("pipe:")
         if self.pipe and not allow_pipe:
-            raise UsageError(f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it")
+            raise UsageError(
+                f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it"
+            )
         if self.pipe and "{}" not in root:
             raise UsageError(f"data set {root!r}: put {{}} where the file's name belongs in the command")
         self.root = root
@@ -82,7 +84,7 @@ class Opener:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOSPC):
                 raise RunError(
-                    f"{shard.name}: {error.strerror}; raise `ulimit -n`, free disk space, or use fewer streams"
+                    f"{shard.name}: {error.strerror}; raise `ulimit -n`, free disk space or use fewer streams"
                 ) from None
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
 
@@ -108,7 +110,8 @@ class Opener:
     def _download(self, name, file):
         """Fill `file` with the remote file; BadShard when all tries have failed."""
         url = self.root.replace("{}", name)[5:] if self.pipe else f"{self.root}/{name}"
-        copy = self._copy_pipe if self.pipe else self._copy_http if url.startswith("http") else self._copy_fsspec
+        copy = self._copy_http if url.startswith("http") else self._copy_fsspec
+        copy = self._copy_pipe if self.pipe else copy
         for attempt in range(self.retries + 1):
             try:
                 return copy(url, file)
@@ -175,7 +178,7 @@ def _open_whole(path, shard):
 
 
 def _copy_watched(open_source, file, timeout):
-    """Copy a stream whose library knows no time limit: a thread reads, and is left behind once nothing comes."""
+    """Copy a stream whose library knows no time limit: a thread reads, left behind once nothing comes."""
     progress, stop, result = threading.Event(), threading.Event(), []
     file.seek(0)
     file.truncate()

@@ -1,11 +1,12 @@
-"""Which sample comes when: pure functions of (seed, epoch, stream), the same on every machine and numpy version.
+"""Which sample comes when: pure functions of (seed, epoch, stream), the same on every machine.
 
-An epoch of N samples is dealt to S logical streams by count. The g-th sample that the whole job draws, counted over
-all epochs, comes from stream g % S, so every step of B samples (S divides B) takes B/S from each stream and an epoch
-ends after exactly N of them. In each epoch the shards are permuted and laid end to end, and stream s gets the s-th
-stretch of that line; a shard on a border is shared between neighbours by a permutation of its samples. Inside a
-stream, the stretches of `group` shards are permuted together. So a data set of one shard works with any number of
-streams, and one of 100,000 shards needs no more than one integer per stream to say where it is.
+An epoch of N samples is dealt to S logical streams by count. The g-th sample that the whole job draws,
+counted over all epochs, comes from stream g % S, so every step of B samples (S divides B) takes B/S from each
+stream and an epoch ends after exactly N of them. In each epoch the shards are permuted and laid end to end,
+and stream s gets the s-th stretch of that line; a shard on a border is shared between neighbours by a
+permutation of its samples. Inside a stream, the stretches of `group` shards are permuted together. So a data
+set of one shard works with any number of streams, and one of 100,000 shards needs no more than one integer
+per stream to say where it is.
 """
 
 from functools import lru_cache
@@ -39,8 +40,8 @@ def hash_key(*values):
 def permutation(n, *key):
     """Permutation of range(n) keyed by integers, as an int64 array.
 
-    Sorting hashed indices is used and not `numpy.random`, whose streams may change between versions: a checkpoint
-    must mean the same order years later.
+    Sorting hashed indices is used and not `numpy.random`, whose streams may change between versions: a
+    checkpoint must mean the same order years later.
     """
     draws = mix64(np.uint64(hash_key(*key)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN))
     return np.argsort(draws, kind="stable")
@@ -54,8 +55,9 @@ def drawn_by(stream, total, streams):
 def default_streams(batch_size, most=64):
     """Number of logical streams where none is given: a divisor of the batch size, at most `most`.
 
-    It depends on nothing but the batch size, so neither ranks nor workers change the order. Divisors that keep the
-    batch size's power of two are preferred: those are dealt to 2, 4, 8, 16 ranks without a remainder.
+    It depends on nothing but the batch size, so neither ranks nor workers change the order. Divisors that
+    keep the batch size's power of two are preferred: those are dealt to 2, 4, 8, 16 ranks without a
+    remainder.
     """
     divisors = [d for d in range(1, min(batch_size, most) + 1) if batch_size % d == 0]
     two = min(batch_size & -batch_size, most)
@@ -63,7 +65,7 @@ def default_streams(batch_size, most=64):
 
 
 def default_group(streams):
-    """Shards that one stream permutes together: enough that at least 32 shards mix at any time, and never below 2."""
+    """Shards that one stream permutes together: so many that 32 or more mix at any time, at least 2."""
     return max(2, -(-32 // streams))
 
 
@@ -82,7 +84,7 @@ class Order:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.total = int(self.counts.sum())
         self.streams, self.group, self.seed, self.dataset = streams, group, seed, dataset
-        # The streams of one process are in at most two epochs at a time (bad samples make them drift a little).
+        # The streams of one process are in two epochs at a time at most (bad samples make them drift).
         self._line = lru_cache(maxsize=3)(self._make_line)
 
     def _make_line(self, epoch):
@@ -127,7 +129,8 @@ class Order:
         """(shard, sample) of every sample of group `number`, in reading order: int64 array (n, 2)."""
         rows = []
         for shard, low, high in parts:
-            samples = permutation(int(self.counts[shard]), self.seed, epoch, self.dataset, SAMPLES, shard)[low:high]
+            n = int(self.counts[shard])
+            samples = permutation(n, self.seed, epoch, self.dataset, SAMPLES, shard)[low:high]
             rows.append(np.stack([np.full_like(samples, shard), samples], axis=1))
         rows = np.concatenate(rows)
         return rows[permutation(len(rows), self.seed, epoch, self.dataset, GROUP, stream, number)]
@@ -140,8 +143,8 @@ class Cursor:
         order: the data set's order.
         stream: number of the logical stream.
         position: samples that the stream has drawn already.
-        watch: called with (shards let go, shards held from now on) whenever the cursor enters a group; a held shard
-            is one that this group or the next still has to read. Finished shards are never named.
+        watch: called with (shards let go, shards held from now on) whenever the cursor enters a group. A held
+            shard is one that this group or the next still has to read, so never a finished one.
     """
 
     def __init__(self, order, stream, position=0, watch=lambda released, held: None):

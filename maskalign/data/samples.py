@@ -1,7 +1,7 @@
 """From positions to rows of a batch: what one process does for the streams that it owns.
 
-Bad samples are dealt with here. A stream's position counts all its samples, good and bad; a step takes the next good
-ones, so which samples a step gets depends on the data alone and not on who reads them.
+Bad samples are dealt with here. A stream's position counts all its samples, good and bad; a step takes the
+next good ones, so which samples a step gets depends on the data alone and not on who reads them.
 """
 
 import errno
@@ -65,7 +65,7 @@ class Source:
 
 @dataclass
 class Share:
-    """One logical stream as one rank sees it: of the samples it gives to each step, the rank keeps low <= i < high."""
+    """A logical stream as a rank sees it: of what it gives to each step, the rank keeps low <= i < high."""
 
     stream: int
     low: int
@@ -83,7 +83,7 @@ class Filled:
 
 
 class ShardTable:
-    """The open shards of one process, counted by the streams that hold them, opened ahead of use by threads."""
+    """The open shards of one process, counted by the streams that hold them, opened ahead by threads."""
 
     def __init__(self, sources, verify, threads=4):
         self.sources, self.verify, self.threads = sources, verify, threads
@@ -133,7 +133,9 @@ class ShardTable:
             return ShardFile(fd, shard, source.endings(), checked, self.verify)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise RunError(f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams") from None
+                raise RunError(
+                    f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams"
+                ) from None
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
 
 
@@ -150,7 +152,7 @@ class SampleReader:
         mixture: which data set a draw comes from (mixture.Mixture).
         shares: the `Share`s of this process, in the order of their rows.
         positions: stream -> list of one position per data set.
-        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (bad samples allowed in all).
+        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (most bad samples).
         bad: (data set, shard, sample) of the bad samples that are known already.
     """
 
@@ -166,7 +168,7 @@ class SampleReader:
         total = sum(source.order.total for source in sources)
         self.hopeless = 3 * total + 1000  # draws without one good sample after which no good one can be there
         epochs = settings["epochs"]
-        # Where several data sets are mixed, an epoch is a number of draws, and no single one of them ends with it.
+        # Where several data sets are mixed, an epoch is a number of draws, and none of them ends with it.
         self.last = epochs * total if epochs is not None and len(sources) == 1 else None
 
     def close(self):
@@ -205,7 +207,8 @@ class SampleReader:
                 epoch, shard, sample = cursor.peek()
                 keep = share.low <= got < share.high
                 try:
-                    key = self._read(dataset, epoch, shard, sample, *((rows, row) if keep else (self.scratch, 0)))
+                    target = (rows, row) if keep else (self.scratch, 0)
+                    key = self._read(dataset, epoch, shard, sample, *target)
                 except BadSample as error:
                     if (dataset, shard, sample) not in self.bad:
                         self.bad.add((dataset, shard, sample))

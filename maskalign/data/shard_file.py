@@ -1,11 +1,11 @@
 """One open shard: an index of its members, and reads of single members straight into their place in a batch.
 
-webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The stream
-permutes a few shards together and takes its place again in the middle of them, so it reads members by their offset
-instead: nothing of a group waits in memory, a resumed run reads none of the samples before it, and bytes go from the
-page cache into the batch in one copy (2-3 times webdataset's rate on feature shards, see benchmarks/loader.py).
-Keys and grouping are webdataset's; tests compare every sample with what webdataset itself reads. `pread` and not
-mmap, because a shard that gets shorter while it is mapped would kill the process.
+webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The
+stream permutes a few shards together and takes its place again in the middle of them, so it reads members by
+their offset: nothing of a group waits in memory, a resumed run reads no sample twice, and bytes go from the
+page cache into the batch in one copy (benchmarks/loader.py compares the two). Keys and grouping are webdataset's;
+tests compare every sample with what webdataset reads. `pread` and not mmap, because a shard that gets shorter
+while it is mapped would kill the process.
 """
 
 import hashlib
@@ -26,14 +26,18 @@ class BadShard(BadSample):
 
 
 def split_name(name):
-    """(key, ending) at the first dot of the last part of the path, as webdataset's base_plus_ext; bytes in and out."""
+    """(key, ending) at the first dot of the path's last part, as webdataset's base_plus_ext; in bytes."""
     folder, slash, base = name.rpartition(b"/")
     stem, dot, ending = base.partition(b".")
     return (folder + slash + stem, ending.lower()) if stem and dot else (None, None)
 
 
 class Column:
-    """Where the members of one ending are: offset (-1: none), size, CRC-32 (-1: none, -2: mangled), CRC of the name."""
+    """Where the members of one ending are: arrays with one entry per sample.
+
+    offset (-1: no such member), size, crc (CRC-32, -1: none, -2: mangled), seed (CRC-32 of the name).
+    """
+
 
     def __init__(self, n):
         self.offset, self.size, self.crc, self.seed = (np.full(n, -1, np.int64) for _ in range(4))
@@ -78,7 +82,7 @@ class ShardFile:
     def __len__(self):
         return len(self.keys)
 
-    # -- the index ---------------------------------------------------------------------------------------------
+    # -- the index
 
     def _scan(self):
         """[(name, offset, size, crc)] of all plain files, and whether the tar is whole."""
@@ -86,7 +90,7 @@ class ShardFile:
         while True:
             header = os.pread(self.fd, BLOCK, position)
             if len(header) < BLOCK or header[:1] == b"\0":
-                # Writers end a tar with two zero blocks; a tar of nothing at all is a shard that lost its content.
+                # Writers end a tar with two zero blocks; without them it has been cut off.
                 intact = len(header) == BLOCK and not header.strip(b"\0")
                 break
             if header[156:157] not in b"0\0":
@@ -104,7 +108,8 @@ class ShardFile:
         if not valid.all():
             first = int(np.argmin(valid))
             headers, intact = headers[:first], False
-        members = [(member_name(h), o, s, parse_crc(h)) for h, o, s in zip(headers, offsets, sizes)]
+        names = [(member_name(header), parse_crc(header)) for header in headers]
+        members = [(name, offsets[i], sizes[i], crc) for i, (name, crc) in enumerate(names)]
         return members, intact and position <= self.bytes
 
     def _scan_by_tarfile(self):
@@ -118,7 +123,8 @@ class ShardFile:
                         if info.isreg() and not info.issparse():
                             crc = parse_field(info.gname)
                             name = info.name.encode("utf-8", "surrogateescape")
-                            members.append((name, info.offset_data, info.size, {None: -1, -1: -2}.get(crc, crc)))
+                            crc = {None: -1, -1: -2}.get(crc, crc)
+                            members.append((name, info.offset_data, info.size, crc))
                     tail = os.pread(self.fd, BLOCK, tar.offset)
             return members, len(tail) == 0 or not tail.strip(b"\0")
         except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError):
@@ -175,9 +181,9 @@ class ShardFile:
             digest.update(data)
             position += len(data)
         if digest.hexdigest() != self.shard.sha256:
-            raise BadShard("its SHA-256 is not the manifest's, and its samples carry no checksums of their own")
+            raise BadShard("its SHA-256 is not the manifest's, and its samples carry no checksums")
 
-    # -- reads -------------------------------------------------------------------------------------------------
+    # -- reads
 
     def has(self, i, ending):
         """Whether sample i has a member with this ending."""
@@ -228,7 +234,9 @@ class ShardFile:
         head = os.pread(self.fd, min(size, MAX_NPY_HEADER), offset)
         length = 10 + int.from_bytes(head[8:10], "little")
         dtype, shape = npy_header(head[:length])
-        raise BadSample(f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}")
+        raise BadSample(
+            f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}"
+        )
 
 
 def member_name(header):

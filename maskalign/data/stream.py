@@ -1,8 +1,8 @@
-"""The stream of training batches: the same samples in the same order on any number of ranks and workers, exactly
-once per epoch, and a position that fits in a checkpoint.
+"""The stream of training batches: the same samples in the same order on any number of ranks and workers,
+exactly once per epoch, and a position that fits in a checkpoint.
 
-order.py says which sample comes when, opening.py and shard_file.py fetch it, samples.py skips what is bad, workers.py
-reads ahead. This file deals a step's samples to the ranks and keeps the position.
+order.py says which sample comes when, opening.py and shard_file.py fetch it, samples.py skips what is bad,
+workers.py reads ahead. This file deals a step's samples to the ranks and keeps the position.
 """
 
 import logging
@@ -29,32 +29,33 @@ MOST_BAD_IN_STATE = 20_000  # 0.3 MB; beyond that a resumed run names some bad s
 class ShardStream:
     """Batches of one rank, read from a data set of shards.
 
-    Iterating goes on from the current position; a stream that has ended yields nothing more. Each batch is a dict:
+    Iterating goes on from the current position; a stream that has ended yields nothing. A batch is a dict:
 
     - "key": list of b strings; "label": (b,) int64; "epoch": (b,) int64, the pass over the data set.
-    - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), and one (b, tokens, dim) per teacher under its name,
+    - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), a (b, tokens, dim) per teacher under its name,
       each where the data set has it, in the dtype of the manifest.
     - "slot": place of the first sample in the step's global batch; the others follow it.
     - "bad": bad samples met for the first time since the batch before.
 
-    A step's global batch is the same set of samples, at the same slots, for every world size and worker count. With
-    `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty (every rank yields
-    the same number of batches). A bad sample is passed over and the next one of its logical stream takes its place.
+    A step's global batch is the same set of samples, at the same slots, for every world size and worker
+    count. With `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty
+    (every rank yields the same number of batches). A bad sample is passed over and the next one of its
+    logical stream takes its place.
 
     Args:
-        path: folder or URL prefix of a data set; or several with weights, {path: weight} or a list. Weights are
-            shares of the samples drawn, and an epoch is then as many draws as the data sets have samples together.
+        path: folder or URL prefix of a data set; or several with weights, {path: weight} or a list. Weights
+            are shares of the samples drawn, and an epoch is then as many draws as the data sets have samples.
         batch_size: samples per step over all ranks; a multiple of `world_size`.
         seed: seed of the order.
         rank, world_size: which share of each batch this stream gives.
         num_workers: processes that read ahead; 0 reads in this one.
         epochs: passes over the data, None for no end.
-        streams: logical streams that the data are dealt to, a divisor of `batch_size`; by default derived from it.
-            More streams than ranks and workers, so that each owns whole ones.
+        streams: logical streams that the data are dealt to, a divisor of `batch_size`; by default derived
+            from it. Best a multiple of ranks x workers, so that each owns whole ones.
         group: shards that a stream permutes together; by default so many that 32 or more mix at any time.
         fields: names of the tensors wanted ("image", "moments", teachers), None for all.
-        max_bad_fraction: share of bad samples in the whole data set (as far as this rank and the loaded state know
-            them) above which a RunError stops the run.
+        max_bad_fraction: share of bad samples in the whole data set (as far as this rank and the loaded state
+            know them) above which a RunError stops the run.
         hflip: where the data set stores mirrored variants, draw one of the two by (seed, epoch, key).
         verify: compare checksums.
         prefetch: batches that the workers read ahead.
@@ -110,10 +111,13 @@ class ShardStream:
             raise UsageError(f"rank {rank} is not below world_size {world_size}")
         if batch_size % world_size:
             raise UsageError(
-                f"batch_size {batch_size} cannot be dealt to {world_size} ranks evenly; give a multiple of {world_size}"
+                f"batch_size {batch_size} cannot be dealt to {world_size} ranks evenly; "
+                f"give a multiple of {world_size}"
             )
         if streams is not None and batch_size % streams:
-            raise UsageError(f"streams {streams} does not divide batch_size {batch_size}; give a divisor of it")
+            raise UsageError(
+                f"streams {streams} does not divide batch_size {batch_size}; give a divisor of it"
+            )
         if not 0 <= max_bad_fraction <= 1:
             raise UsageError(f"max_bad_fraction is {max_bad_fraction!r}; give a number from 0 to 1")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, int(seed), rank, world_size
@@ -141,7 +145,7 @@ class ShardStream:
 
     def _check_manifests(self, fields):
         first = self.manifest
-        for opener, manifest in zip(self.openers, self.manifests):
+        for opener, manifest in zip(self.openers, self.manifests, strict=True):
             if not manifest.num_samples:
                 raise UsageError(f"{opener.root}: the data set has no samples")
             for what, here, there in (
@@ -150,12 +154,13 @@ class ShardStream:
                 ("latent", manifest.latent, first.latent),
             ):
                 if here != there:
-                    raise UsageError(f"{opener.root} and {self.openers[0].root} cannot be mixed: other {what}")
+                    raise UsageError(
+                        f"{opener.root} and {self.openers[0].root} cannot be mixed: other {what}"
+                    )
         names = {column.name for column in columns_of(first)}
         if fields is not None and (missing := set(fields) - names):
-            raise UsageError(
-                f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {', '.join(sorted(names))}"
-            )
+            there = ", ".join(sorted(names))
+            raise UsageError(f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {there}")
 
     def _deal(self, streams, group):
         """Fix the logical streams and find those of this rank."""
@@ -172,18 +177,18 @@ class ShardStream:
         ]
         self.sources = [
             Source(opener, manifest, order, self.columns)
-            for opener, manifest, order in zip(self.openers, self.manifests, orders)
+            for opener, manifest, order in zip(self.openers, self.manifests, orders, strict=True)
         ]
         self.mixture = Mixture(self.weights, streams)
 
-    # -- batches -----------------------------------------------------------------------------------------------
+    # -- batches
 
     def __iter__(self):
         self.close()
         return self._batches(self._generation)
 
     def close(self):
-        """End the worker processes and close all shards. The position stays; iterating starts again from it."""
+        """End the workers and close all shards. The position stays; iterating starts again from it."""
         self._generation += 1
         if self._engine is not None:
             self._engine.close()
@@ -207,14 +212,18 @@ class ShardStream:
                     yield batch
                     del batch
                 if generation != self._generation:
-                    raise UsageError("this iterator has ended: another was started or a state was loaded meanwhile")
+                    raise UsageError(
+                        "this iterator has ended: another was started or a state was loaded meanwhile"
+                    )
         finally:
             if generation == self._generation:
                 self.close()
 
     def _open_engine(self):
         _raise_file_limit(2 * (self.group + 1) * len(self.shares) * len(self.sources) + 128)
-        self._pool = Pool(Layout(self.columns, self.batch_size // self.world_size), shared=self.num_workers > 0)
+        self._pool = Pool(
+            Layout(self.columns, self.batch_size // self.world_size), shared=self.num_workers > 0
+        )
         settings = {
             "seed": self.seed,
             "streams": self.streams,
@@ -267,7 +276,9 @@ class ShardStream:
         for row, filled in parts:
             if row != len(keys):  # a share before this one came short, at the very end: close the gap
                 for array in arrays.values():
-                    array[len(keys) : len(keys) + len(filled.keys)] = array[row : row + len(filled.keys)].copy()
+                    array[len(keys) : len(keys) + len(filled.keys)] = array[
+                        row : row + len(filled.keys)
+                    ].copy()
             keys += filled.keys
             epochs += filled.epochs
             self.positions.update(filled.positions)
@@ -279,13 +290,18 @@ class ShardStream:
         first = self.shares[0]
         before = [Share(stream, 0, self.batch_size) for stream in range(first.stream)]
         slot = self._rows(before + [Share(first.stream, 0, first.low)], start, end)
-        return {"key": keys, "epoch": torch.tensor(epochs, dtype=torch.int64), "slot": slot, "bad": new} | batch
+        return {
+            "key": keys,
+            "epoch": torch.tensor(epochs, dtype=torch.int64),
+            "slot": slot,
+            "bad": new,
+        } | batch
 
     def _tensor(self, array):
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.pin_memory else tensor
 
-    # -- bad samples -------------------------------------------------------------------------------------------
+    # -- bad samples
 
     def _bad_limit(self):
         return int(self.max_bad_fraction * self.num_samples)
@@ -314,12 +330,12 @@ class ShardStream:
         names = [f"{self.manifests[d].shards[s].name} ({n})" for (d, s), n in counts.most_common(10)]
         more = f" and {len(counts) - 10} more shards" if len(counts) > 10 else ""
         return (
-            f"{self.openers[0].root}: more than {self.max_bad_fraction:g} of {self.num_samples} samples are bad "
-            f"(data.max_bad_fraction): {', '.join(names)}{more}; last: {self.bad_samples[-1]}; "
+            f"{self.openers[0].root}: more than {self.max_bad_fraction:g} of {self.num_samples} samples are "
+            f"bad (data.max_bad_fraction): {', '.join(names)}{more}; last: {self.bad_samples[-1]}; "
             "see `maskalign data check`"
         )
 
-    # -- position ----------------------------------------------------------------------------------------------
+    # -- position
 
     def state_dict(self):
         """The position after the last batch that was yielded: plain integers, strings and lists, below 1 MB.
@@ -342,8 +358,8 @@ class ShardStream:
     def load_state_dict(self, state):
         """Go to a position; the next batch is the one that followed it.
 
-        The world size and the number of workers may be others than when it was saved, and so may the batch size as
-        long as it is a multiple of the number of logical streams.
+        The world size and the number of workers may be others than when it was saved, and so may the batch
+        size as long as it is a multiple of the number of logical streams.
 
         Raises:
             UsageError: a state of other data, another seed, or without the streams of this rank.
@@ -357,7 +373,9 @@ class ShardStream:
             }
             data, bad = list(state["data"]), [tuple(int(i) for i in place) for place in state["bad"]]
         except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"not a stream's state ({type(error).__name__}: {error}); give state_dict()") from None
+            raise UsageError(
+                f"not a stream's state ({type(error).__name__}: {error}); give state_dict()"
+            ) from None
         for what, there, here in (
             ("version", version, STATE_VERSION),
             ("data set", data, [manifest.digest() for manifest in self.manifests]),
@@ -369,7 +387,8 @@ class ShardStream:
                 raise UsageError(f"the stream's state has another {what}: {there}, here it is {here}")
         if self.batch_size % streams:
             raise UsageError(
-                f"the stream's state has {streams} logical streams, which do not divide batch_size {self.batch_size}"
+                f"the stream's state has {streams} logical streams, which is no divisor of "
+                f"batch_size {self.batch_size}"
             )
         self.close()
         self._deal(streams, group)
@@ -397,8 +416,10 @@ def merge_states(states):
     for state in states:
         for key in ("version", "data", "seed", "streams", "group", "served"):
             if state[key] != states[0][key]:
-                raise UsageError(f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step")
-        positions.update(zip(state["stream"], state["position"]))
+                raise UsageError(
+                    f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step"
+                )
+        positions.update(zip(state["stream"], state["position"], strict=True))
         bad.update(dict.fromkeys(tuple(place) for place in state["bad"]))
     streams = sorted(positions)
     return states[0] | {

@@ -1,8 +1,8 @@
 """Processes that read ahead: each owns some of the rank's streams and writes their rows into shared memory.
 
-torch's DataLoader has a worker make whole batches and cannot replace one that dies. Here the streams of a rank are
-dealt to the workers, all of them fill their rows of the same block, and a worker that is killed is started again at
-the position of its last finished step, so nothing is lost, repeated or reordered.
+torch's DataLoader has a worker make whole batches and cannot replace one that dies. Here the streams of a
+rank are dealt to the workers, all of them fill their rows of the same block, and a worker that is killed is
+started again at the position of its last finished step, so nothing is lost, repeated or reordered.
 """
 
 import logging
@@ -84,7 +84,7 @@ class WorkerPool:
             number, arrays = self.pool.lease()
             rows = [self.first_row(before, *step) for before in self.before]
             self.steps.append((arrays, rows))
-            for worker, row in zip(self.workers, rows):
+            for worker, row in zip(self.workers, rows, strict=True):
                 task = (*step, number, row)
                 worker.pending.append(task)
                 self._send(worker, task)
@@ -96,14 +96,22 @@ class WorkerPool:
                 if worker.connection in ready:
                     self._receive(worker)
         arrays, rows = self.steps.popleft()
-        return arrays, [(row, worker.results.popleft()) for worker, row in zip(self.workers, rows)]
+        return arrays, [(row, worker.results.popleft()) for worker, row in zip(self.workers, rows, strict=True)]
 
     def _start(self, worker):
         parent, child = self.context.Pipe()
         inherited = [other.connection for other in self.workers if other.connection is not None] + [parent]
         worker.process = self.context.Process(
             target=_work,
-            args=(child, inherited, self.make_reader, worker.shares, worker.positions, self.pool.layout, os.getpid()),
+            args=(
+                child,
+                inherited,
+                self.make_reader,
+                worker.shares,
+                worker.positions,
+                self.pool.layout,
+                os.getpid(),
+            ),
             name=f"maskalign-data-{worker.number}",
             daemon=True,
         )
