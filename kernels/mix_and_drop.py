@@ -25,8 +25,19 @@ import torch
 
 from . import reference
 from .runtime import (
-    FLOATS, INDICES, INTERPRET, check_interpretable, check_subset, check_tensor, jit, kernel_op, rows_contiguous, tl,
-    use_triton, wrap_triton,
+    FLOATS,
+    INDICES,
+    INTERPRET,
+    WARP_SIZE,
+    check_interpretable,
+    check_subset,
+    check_tensor,
+    jit,
+    kernel_op,
+    rows_contiguous,
+    tl,
+    use_triton,
+    wrap_triton,
 )
 from .tuning import choose
 
@@ -384,24 +395,38 @@ def _block_t(T):
 def statistics_config(D):
     """Whole rows up to 8192 elements, about 4096 elements a program: 16 bytes and more per thread."""
     block = min(8192, max(16, _power_of_two(D)))
-    return {"WHOLE": D <= block, "ROWS": max(1, 4096 // block), "BLOCK_D": block, "num_warps": 8 if block > 4096 else 4}
+    config = {"ROWS": max(1, 4096 // block), "BLOCK_D": block, "threads": 256 if block > 4096 else 128, "stages": 1}
+    return config | {"WHOLE": D <= block}
 
 
-def mix_configs(T, product):
-    return _configs(T, product, {64: (64, 64, 64, 4, 3), 128: (64, 64, 64, 8, 2), 256: (32, 32, 64, 8, 2)})
+def _configs(T, N, product, table):
+    """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages."""
+    width = max(64, _block_t(T))
+    rows = table[width] if width in table else [(16, 16, 16, 256, 1)]
+    names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
-def hidden_configs(T, product):
-    return _configs(T, product, {64: (64, 32, 64, 8, 2), 128: (32, 32, 64, 8, 2), 256: (32, 32, 32, 8, 2)})
+def mix_configs(T, N, product):
+    return _configs(T, N, product, {
+        64: [(64, 64, 64, 128, 3), (64, 64, 128, 256, 3)],
+        128: [(64, 64, 64, 256, 2)],
+        256: [(64, 64, 32, 256, 2)],
+    })  # fmt: skip
 
 
-def tokens_configs(T, product):
-    return _configs(T, product, {64: (32, 64, 32, 4, 2), 128: (16, 32, 64, 8, 2), 256: (16, 64, 32, 8, 2)})
+def hidden_configs(T, N, product):
+    return _configs(T, N, product, {64: [(64, 64, 32, 128, 2)], 128: [(64, 64, 32, 256, 2)], 256: [(64, 64, 32, 256, 2)]})
 
 
-def _configs(T, product, table):
-    n, k, d, warps, stages = table.get(max(64, _block_t(T)), (16, 16, 16, 8, 1))
-    return [{"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}]
+def tokens_configs(T, N, product):
+    return _configs(T, N, product, {64: [(32, 64, 32, 128, 2)], 128: [(16, 64, 64, 128, 2)], 256: [(16, 64, 64, 128, 2)]})
+
+
+def _options(config):
+    """A configuration as the keyword arguments of a launch."""
+    blocks = {k: v for k, v in config.items() if k not in ("threads", "stages")}
+    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": config["stages"]}
 
 
 def _precision(product):
@@ -444,7 +469,7 @@ def _mix_op(
         return out, mean.zero_(), rstd.zero_()
     config = statistics_config(D)
     wrap_triton(_statistics_kernel)[(_cdiv(B * N, config["ROWS"]),)](
-        x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **config
+        x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **_options(config)
     )
 
     constants = _constants(x, w1, subset, product)
@@ -455,10 +480,10 @@ def _mix_op(
         wrap_triton(_mix_kernel)[(_cdiv(D, config["BLOCK_D"]), B)](
             x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index, out,
             x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), gate.stride(0),
-            stride_subset, K, **constants, **config,
+            stride_subset, K, **constants, **_options(config),
         )  # fmt: skip
 
-    launch(choose("mix", (constants["N"], constants["D"], T, x.dtype, product), mix_configs(T, product), x, launch))
+    launch(choose("mix", (constants["N"], constants["D"], T, x.dtype, product), mix_configs(T, N, product), x, launch))
     return out, mean, rstd
 
 
@@ -486,7 +511,7 @@ def _mix_backward_op(
     constants = _constants(x, w1, subset, product)
     index = x if subset is None else subset
 
-    config = hidden_configs(T, product)[0]
+    config = hidden_configs(T, N, product)[0]
     tiles = _cdiv(D, config["BLOCK_D"])
     sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
     along = x.new_empty((B, tiles, N), dtype=torch.float32)
@@ -494,10 +519,10 @@ def _mix_backward_op(
         dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
         dshift, dscale, dgate, hidden, ds, sums, along,
         dout.stride(0), dout.stride(1), *strides, shift.stride(0), scale.stride(0), gate.stride(0), stride_subset,
-        K, **constants, **config,
+        K, **constants, **_options(config),
     )  # fmt: skip
 
-    config = tokens_configs(T, product)[0]
+    config = tokens_configs(T, N, product)[0]
     blocks = _cdiv(N, config["BLOCK_N"])
     images = images_per_program(B, blocks)
     groups = _cdiv(B, images)
@@ -507,7 +532,7 @@ def _mix_backward_op(
     wrap_triton(_token_grad_kernel)[(blocks, groups)](
         dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
         dout.stride(0), dout.stride(1), *strides, gate.stride(0), stride_subset,
-        B, K, tiles, images, **constants, **config,
+        B, K, tiles, images, **constants, **_options(config),
     )  # fmt: skip
     db1 = sums[:, :, 0].sum((0, 1))
     return (

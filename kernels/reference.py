@@ -10,12 +10,24 @@ def gather_rows(tokens, subset):
     One index_select over the flattened rows: `gather` with an expanded index is several times slower on a CPU.
     """
     batch, num_tokens, width = tokens.shape
+    if tokens.stride(0) != num_tokens * tokens.stride(1):  # Rows that no flat view can number: index them in place.
+        return tokens[torch.arange(batch, device=subset.device).unsqueeze(1), subset]
     first = torch.arange(batch, device=subset.device).unsqueeze(1) * num_tokens
     rows = tokens.reshape(batch * num_tokens, width).index_select(0, (subset + first).reshape(-1))
     return rows.view(batch, subset.shape[1], width)
 
 
 # ---- Cosine alignment on a subset --------------------------------------------------------------------------------
+
+
+def _cosine(s, t, eps):
+    """The cosine of rows, 1/|s|, 1/|t|, and the cosine once more, or zero where |s| < eps."""
+    s_norm = torch.linalg.vector_norm(s, dim=-1)
+    s_inverse = s_norm.clamp_min(eps).reciprocal()
+    t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(eps).reciprocal()
+    cosine = torch.linalg.vecdot(s, t) * s_inverse * t_inverse
+    # A norm below eps is a constant eps, as in F.normalize: the part of the gradient along the row vanishes.
+    return cosine, s_inverse, t_inverse, torch.where(s_norm < eps, 0, cosine)
 
 
 class SubsetCosineAlignment(torch.autograd.Function):
@@ -28,13 +40,11 @@ class SubsetCosineAlignment(torch.autograd.Function):
             dtype = torch.promote_types(dtype, teacher.dtype)
         s = (student if student_is_subset else gather_rows(student, subset)).to(dtype)
         t = gather_rows(teacher, subset).to(dtype)
-        s_norm = torch.linalg.vector_norm(s, dim=-1)
-        s_inverse = s_norm.clamp_min(eps).reciprocal()
-        t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(eps).reciprocal()
-        cosine = torch.linalg.vecdot(s, t) * s_inverse * t_inverse
-        # A norm below eps is a constant eps, as in F.normalize: the part of the gradient along the row vanishes.
-        along = torch.where(s_norm < eps, 0, cosine)
-        return cosine, s_inverse, t_inverse, along
+        result = _cosine(s, t, eps)
+        if not torch.compiler.is_compiling() and not bool(result[0].isfinite().all()):
+            # Squares above 3.4e38: such rows do not occur in a healthy run, so they pay alone.
+            result = tuple(value.to(dtype) for value in _cosine(s.double(), t.double(), eps))
+        return result
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,8 +78,8 @@ def subset_cosine_alignment(student, teacher, subset, student_is_subset=True, ep
 class MixAndDrop(torch.autograd.Function):
     """Keeps its inputs and two scalars per token; the backward normalises and multiplies again.
 
-    The modulation is constant along the tokens and leaves the first product (see mix_and_drop.py), so all that is of
-    size (B, N, D) is the normalised x, for as long as its product takes.
+    The modulation is constant along the tokens and leaves the first product (see mix_and_drop.py), and the gate goes to
+    the hidden layer where it can: the only passes over (B, N, D) are LayerNorm's and the products' own.
     """
 
     @staticmethod
@@ -77,10 +87,10 @@ class MixAndDrop(torch.autograd.Function):
         wide = torch.promote_types(product, torch.float32)
         normed, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)
         hidden = F.gelu(_preactivation(normed, shift, scale, w1, b1, product)[0], approximate="tanh").to(product)
-        kept_w2, kept_b2 = (w2.to(product), b2) if subset is None else (_rows(w2.to(product), subset), _rows(b2, subset))
-        y = _batched(kept_w2, hidden).to(wide) + kept_b2.to(wide).unsqueeze(-1)
-        out = (x if subset is None else gather_rows(x, subset)) + gate.to(wide).unsqueeze(1) * y
-        return out.to(x.dtype), mean, rstd
+        kept_w2, kept_b2 = _kept(w2, b2, subset, product)
+        y = _batched(kept_w2, hidden).to(wide).add_(kept_b2.to(wide).unsqueeze(-1))
+        kept = x if subset is None else gather_rows(x, subset)
+        return torch.addcmul(kept, gate.to(wide).unsqueeze(1), y).to(x.dtype), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -94,48 +104,36 @@ class MixAndDrop(torch.autograd.Function):
         x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd = ctx.saved_tensors
         product = ctx.product
         wide = torch.promote_types(product, torch.float32)
-        batch, num_tokens, width = x.shape
-        normed = torch.native_layer_norm(x, (width,), None, None, 1e-6)[0]
+        gates = gate.to(wide).unsqueeze(1)
+        dy = dout.to(product)
+
+        normed = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)[0].to(product)
         a, z, w1_sum = _preactivation(normed, shift, scale, w1, b1, product)
         hidden = F.gelu(a, approximate="tanh")
-        kept_w2, kept_b2 = (w2.to(product), b2) if subset is None else (_rows(w2.to(product), subset), _rows(b2, subset))
-        q = _batched(kept_w2.mT, dout.to(product)).to(wide)
-        kept_b2 = kept_b2.to(wide).expand(dout.shape[:2]).unsqueeze(1)
-        dgate = torch.linalg.vecdot(hidden, q, dim=1) + (kept_b2 @ dout.to(wide)).squeeze(1)
-        da = torch.ops.aten.gelu_backward(q * gate.to(wide).unsqueeze(1), a, approximate="tanh")
-        dshift = (w1_sum @ da).to(shift.dtype)
-        dscale = torch.linalg.vecdot(da, z, dim=1).to(scale.dtype)
-        shifted = torch.bmm(da, shift.to(wide).unsqueeze(-1)).sum(0)
-        db1 = da.sum((0, 2)).to(b1.dtype)
-        grad_z = (da * (1 + scale.to(wide)).unsqueeze(1)).to(product)
-        # Batch and width are one long contracted dimension: one product, no per-image weight gradients.
-        dw1 = torch.bmm(grad_z, normed.to(product).mT).to(wide).sum(0) + shifted
-        gated = dout * gate.unsqueeze(1).to(dout.dtype)
-        per_row = torch.bmm(gated.to(product), hidden.to(product).mT).to(wide)
-        db2_rows = gated.sum(-1, dtype=wide)
-        if subset is None:
-            dw2, db2 = per_row.sum(0), db2_rows.sum(0)
-        else:
-            index = subset.reshape(-1)
-            dw2 = per_row.new_zeros(w2.shape).index_add_(0, index, per_row.flatten(0, 1))
-            db2 = db2_rows.new_zeros(b2.shape).index_add_(0, index, db2_rows.reshape(-1))
-        dnormed = _batched(w1.to(product).T, grad_z).to(x.dtype)
+        kept_w2, kept_b2 = _kept(w2, b2, subset, product)
+        q = _batched(kept_w2.mT, dy).to(wide)
+        dgate = torch.linalg.vecdot(hidden, q, dim=1) + _batched(kept_b2.to(product).unsqueeze(-2), dy).squeeze(1)
+        dw2 = _add_rows(torch.bmm(dy, hidden.mul_(gates).to(product).mT).to(wide), subset, w2)
+        db2 = _add_rows(torch.bmm(dy, gate.to(product).unsqueeze(-1)).to(wide), subset, b2.unsqueeze(-1)).squeeze(-1)
+
+        da = torch.ops.aten.gelu_backward(q.mul_(gates), a, approximate="tanh")
+        dshift = _batched(w1_sum.unsqueeze(0), da).squeeze(1)
+        dscale = torch.linalg.vecdot(da, z, dim=1)
+        db1 = da.sum((0, 2))
+        dw1 = torch.bmm(da, shift.to(wide).unsqueeze(-1)).sum(0)
+        ds = da.mul_((1 + scale.to(wide)).unsqueeze(1)).to(product)
+        dw1 = torch.bmm(ds, normed.mT).to(wide).sum(0).add_(dw1)
+        dnormed = _batched(w1.to(product).T, ds).to(x.dtype)
         dx = torch.ops.aten.native_layer_norm_backward(
-            dnormed, x, (width,), mean, rstd, None, None, (True, False, False)
+            dnormed, x, x.shape[-1:], mean, rstd, None, None, (True, False, False)
         )[0]
         if subset is None:
             dx += dout
         else:
-            first = torch.arange(batch, device=x.device).unsqueeze(1) * num_tokens
-            dx.view(-1, width).index_add_(0, (subset + first).reshape(-1), dout.reshape(-1, width))
-        return (
-            dx, dshift, dscale, dgate.to(gate.dtype), dw1.to(w1.dtype), db1, dw2.to(w2.dtype), db2.to(b2.dtype), None, None
-        )
-
-
-def _rows(weight, subset):
-    """weight[subset] for a vector or a matrix, with the batch in front."""
-    return weight.index_select(0, subset.reshape(-1)).view(*subset.shape, *weight.shape[1:])
+            rows, flat = _flat_rows(subset, x.shape[1]), dx.view(-1, x.shape[-1])
+            flat.index_copy_(0, rows, flat.index_select(0, rows).add_(dout.reshape(-1, x.shape[-1])))
+        small = ((dshift, shift), (dscale, scale), (dgate, gate), (dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
+        return dx, *(grad.to(tensor.dtype) for grad, tensor in small), None, None
 
 
 def _batched(a, b):
@@ -144,14 +142,38 @@ def _batched(a, b):
 
 
 def _preactivation(normed, shift, scale, w1, b1, product):
-    """A (B, T, D), Z = w1 @ normed, and the row sums of w1 (T,), the last two in float32 at least."""
+    """A and Z = w1 @ normed, both (B, T, D), and the row sums of w1 (T,); in float32 at least."""
     wide = torch.promote_types(product, torch.float32)
     w1 = w1.to(product)
     w1_sum = w1.sum(1, dtype=wide)
     z = _batched(w1, normed.to(product)).to(wide)
-    a = z * (1 + scale.to(wide)).unsqueeze(1)
-    a += w1_sum.unsqueeze(-1) * shift.to(wide).unsqueeze(1) + b1.to(wide).unsqueeze(-1)
-    return a, z, w1_sum
+    a = torch.addcmul(b1.to(wide).unsqueeze(-1), w1_sum.unsqueeze(-1), shift.to(wide).unsqueeze(1))
+    return a.addcmul_(z, (1 + scale.to(wide)).unsqueeze(1)), z, w1_sum
+
+
+def _kept(w2, b2, subset, product):
+    """Rows `subset` of w2, (B, K, T), and of b2, (B, K); as they are where subset is None."""
+    w2 = w2.to(product)
+    if subset is None:
+        return w2, b2
+    index = subset.reshape(-1)
+    return w2.index_select(0, index).view(*subset.shape, w2.shape[1]), b2.index_select(0, index).view(subset.shape)
+
+
+def _flat_rows(subset, num_tokens):
+    """The kept rows' places in (B * N) rows."""
+    return (subset + torch.arange(subset.shape[0], device=subset.device).unsqueeze(1) * num_tokens).reshape(-1)
+
+
+def _add_rows(rows, subset, like):
+    """Sum over the images of rows (B, K, C) at their places in a tensor shaped as `like` (N, C).
+
+    By placing and summing: the indices of an image are distinct, and index_add_ is slow on a CPU.
+    """
+    if subset is not None:
+        grid = rows.new_zeros((rows.shape[0] * like.shape[0], rows.shape[-1]))
+        rows = grid.index_copy_(0, _flat_rows(subset, like.shape[0]), rows.flatten(0, 1)).view(-1, *like.shape)
+    return rows.sum(0)
 
 
 def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None, product=None):

@@ -1,0 +1,130 @@
+"""The launches of mix_and_drop for the compile report: how they are made, what they move and compute.
+
+Bytes are those that have to come from or go to DRAM. Each launch is charged every byte of x, dout, out, dx and of the
+tensors between the launches once per launch that touches them. Two kinds of re-reads are left out because L2 serves them:
+the weights, the same few hundred kilobytes for every program, and a program's second look at the tile of x that it has
+just read (the kept rows in `mix`, all rows in `hidden`). A test holds the latter to account: for every target, the tiles of
+all programs that are resident at a time, by the registers and shared memory of the build, must fit its L2.
+"""
+
+import importlib
+
+import torch
+
+from .aot import Case
+
+mixer = importlib.import_module(f"{__package__}.mix_and_drop")
+
+_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+SHAPES = [
+    # (images, tokens, kept, width, hidden, x, weights, product): XL/2 in bfloat16 at every hidden width and at 512 px, then
+    # autocast (float32 master weights; float32 residual stream), float16, float32, no subset, and S/2.
+    (32, 256, 128, 1152, 64, _BF16, _BF16, _BF16),
+    (32, 256, 128, 1152, 128, _BF16, _BF16, _BF16),
+    (32, 256, 128, 1152, 256, _BF16, _BF16, _BF16),
+    (32, 1024, 512, 1152, 64, _BF16, _BF16, _BF16),
+    (32, 1024, 512, 1152, 128, _BF16, _BF16, _BF16),
+    (32, 1024, 512, 1152, 256, _BF16, _BF16, _BF16),
+    (32, 256, 128, 1152, 64, _BF16, _FP32, _BF16),
+    (32, 256, 128, 1152, 64, _FP32, _FP32, _BF16),
+    (32, 256, 128, 1152, 64, _FP16, _FP16, _FP16),
+    (32, 256, 128, 1152, 64, _FP32, _FP32, _FP32),
+    (32, 256, None, 1152, 64, _BF16, _BF16, _BF16),
+    (8, 256, 128, 384, 64, _BF16, _BF16, _BF16),
+]
+
+
+def least_bytes(images, tokens, kept, width, x):
+    """The least that the whole forward could move: x once, the kept rows out."""
+    return images * (tokens + kept) * width * x.itemsize
+
+
+def unfused_bytes(images, tokens, kept, width, hidden, x):
+    """Bytes of the eager PyTorch chain, forward: every operation reads its arguments and writes its result once.
+
+    layer_norm, * (1 + scale), + shift, w1 @, + b1, gelu, w2 @, + b2, * gate, + x, gather.
+    """
+    grid, between, out = (images * n * width * x.itemsize for n in (tokens, hidden, kept))
+    return grid * (2 + 2 + 2 + 1 + 1 + 2 + 2 + 3) + between * (1 + 2 + 2 + 1) + 2 * out
+
+
+def aot_cases(shapes=None, every_configuration=True):
+    """Yield a Case for every launch, forward and backward."""
+    for shape in shapes or SHAPES:
+        for direction, launch, kernel, configs in _launches(shape):
+            for number, config in enumerate(configs if every_configuration else configs[:1]):
+                yield _case(shape, direction, launch, kernel, config, number)
+
+
+def _launches(shape):
+    _, tokens, _, width, hidden, _, _, product = shape
+    yield "forward", "statistics", mixer._statistics_kernel, [mixer.statistics_config(width)]
+    yield "forward", "mix", mixer._mix_kernel, mixer.mix_configs(hidden, tokens, product)
+    yield "backward", "hidden", mixer._hidden_grad_kernel, mixer.hidden_configs(hidden, tokens, product)
+    yield "backward", "tokens", mixer._token_grad_kernel, mixer.tokens_configs(hidden, tokens, product)
+
+
+def _case(shape, direction, launch, kernel, config, number):
+    B, N, K, D, T, x, weight, product = shape
+    kept = N if K is None else K
+    blocks = -(-N // config.get("BLOCK_N", N))
+    images = mixer.images_per_program(B, blocks)
+    tiles = -(-D // mixer.hidden_configs(T, N, product)[0]["BLOCK_D"])
+    grid = {
+        "statistics": (-(-B * N // config.get("ROWS", 1)),),
+        "tokens": (blocks, -(-B // images)),
+    }.get(launch, (-(-D // config["BLOCK_D"]), B))
+    float32 = ("mean", "rstd", "sums", "along", "dw1", "dw2", "db2")
+    types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"} | dict.fromkeys(("hidden", "ds"), _pointer(product))
+    types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
+    numbers = {
+        "K": kept, "B": B, "tiles": tiles, "images": images, "total": B * N, "eps": mixer.EPS, "stride_xb": N * D,
+        "stride_xn": D, "stride_gb": kept * D, "stride_gk": D, "stride_shift": 3 * D, "stride_scale": 3 * D,
+        "stride_gate": 3 * D, "stride_subset": kept, "N": N, "D": D,
+    }  # fmt: skip
+    constexprs = {k: v for k, v in config.items() if k not in ("threads", "stages")}
+    if launch != "statistics":
+        numbers = {k: v for k, v in numbers.items() if k not in ("N", "D")}
+        constexprs |= {
+            "N": N, "D": D, "T": T, "HAS_SUBSET": K is not None, "PRODUCT": mixer._tl(product), "BLOCK_T": mixer._block_t(T),
+            # Compiled for NVIDIA; gfx942 has float32 matrix units and gets "ieee" at run time.
+            "PRECISION": "tf32x3" if product == torch.float32 else "ieee",
+        }  # fmt: skip
+    arguments = {}
+    for name in kernel.arg_names:
+        if name not in constexprs:
+            arguments[name] = numbers[name] if name in numbers else types.get(name, _pointer(x))
+    moved, flops = _cost(shape, launch, kept, tiles, -(-B // images))
+    return Case(
+        operation=mixer.OP, direction=direction, launch=launch,
+        shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
+        config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
+        kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
+        waves=config["threads"] // 64, num_stages=config["stages"], grid=grid, moved=moved, least=moved, flops=flops,
+        rows=("x", "dout", "out", "dx"),
+    )  # fmt: skip
+
+
+def _pointer(dtype):
+    return "*" + _TYPES[dtype]
+
+
+def _cost(shape, launch, kept, tiles, groups):
+    """(bytes, floating-point operations) of one launch."""
+    B, N, K, D, T, x, weight, product = shape
+    rows, out, between = B * N * D * x.itemsize, B * kept * D * x.itemsize, 2 * B * T * D * product.itemsize
+    statistics, index, vectors = 8 * B * N, 0 if K is None else 8 * B * kept, B * D * x.itemsize
+    weights = (2 * T * N + T + N) * weight.itemsize
+    partial = 4 * B * tiles * (N + 3 * T)
+    first, second = 2 * B * T * N * D, 2 * B * T * kept * D  # The two products.
+    if launch == "statistics":
+        return rows + statistics, 5 * B * N * D
+    if launch == "mix":
+        return rows + out + statistics + index + 3 * vectors + weights, first + second
+    if launch == "hidden":
+        moved = rows + out + statistics + index + 6 * vectors + weights + between + partial
+        return moved, 2 * first + second
+    gradients = 4 * groups * (2 * T * N + N)
+    moved = 2 * rows + out + statistics + index + vectors + T * N * weight.itemsize + between + partial + gradients
+    return moved, 3 * first
