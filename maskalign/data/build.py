@@ -82,6 +82,8 @@ def build(
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     say = _Say(quiet or rank > 0)
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UsageError(f"{out} is a file; give a folder as --out")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
         raise UsageError(f"source and output folder are the same: {out}; choose another --out")
     try:

@@ -5,6 +5,7 @@ Pillow and numpy, no torch.
 
 import io
 import re
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -34,11 +35,13 @@ def decode_image(data, max_pixels=MAX_PIXELS):
         BadImage: not one of FORMATS, cut short, or too large.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImage(f"{width}x{height} pixels, over the limit of {max_pixels:,}")
-        return to_rgb(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata, as thousands of ImageNet's files have
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadImage(f"{width}x{height} pixels, over the limit of {max_pixels:,}")
+            return to_rgb(image)
     except BadImage:
         raise
     except Image.DecompressionBombError:

@@ -24,11 +24,14 @@ def load_npy(data):
 
 def _parse(data):
     file = io.BytesIO(data)
-    version = npy.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version}")
-    read_header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-    shape, column_major, dtype = read_header(file)
+    try:
+        version = npy.read_magic(file)
+        read_header = npy.read_array_header_2_0 if version == (2, 0) else npy.read_array_header_1_0
+        shape, column_major, dtype = read_header(file)
+    except Exception as error:  # numpy parses the header as Python literals: SyntaxError, TokenError, TypeError
+        raise ValueError(" ".join(str(error).split())[:100]) from None
+    if min(shape, default=0) < 0:
+        raise ValueError(f"has the shape {shape}")
     if dtype.kind not in "iufb":
         raise ValueError(f"holds {dtype}, not numbers")
     if column_major and len(shape) > 1:
