@@ -1,7 +1,7 @@
 """The two operations of the method as Triton kernels, each with its plain PyTorch twin.
 
-CUDA and ROCm tensors run the kernels, CPU tensors run the reference (see runtime.use_triton); callers never branch.
-This package imports nothing of `maskalign`.
+CUDA and ROCm tensors run the kernels, CPU tensors run the reference (see runtime.use_triton); callers never
+branch. This package imports nothing of `maskalign`.
 """
 
 from .mix_and_drop import mix_and_drop

@@ -1,8 +1,9 @@
 """Build kernels ahead of time for GPUs that are not here, and read off what the compiler made of them.
 
-Beside each operation's file lies `<operation>_cases.py` with `aot_cases()`, which yields one `Case` per launch and
-configuration worth looking at. A case says how the launch is made (arguments, grid, configuration) and how many bytes and FLOPs it costs by its geometry;
-`build` compiles it for a target with the argument specialisation that the JIT would apply, and returns a `Build`.
+Beside each operation's file lies `<operation>_cases.py` with `aot_cases()`, which yields one `Case` per
+launch and configuration worth looking at. A case says how the launch is made (arguments, grid, configuration)
+and how many bytes and FLOPs it costs by its geometry; `build` compiles it for a target with the argument
+specialisation that the JIT would apply, and returns a `Build`.
 """
 
 import dataclasses
@@ -31,21 +32,25 @@ class Case:
     Attributes:
         operation: the public function, such as "mix_and_drop".
         direction: "forward" or "backward".
-        launch: a name for this launch, such as "hidden"; launches of one (operation, direction, shape, config) add up.
+        launch: a name for this launch, such as "hidden"; launches of one (operation, direction, shape,
+            config) add up.
         shape: the shape and dtypes, such as "B32 N256 K128 C768 bf16/int8".
         config: the configuration, such as "default" or "ROWS=8 BLOCK_C=256 warps=4".
         kernel: the triton.jit function.
-        arguments: dict from argument name, in the kernel's order, to a pointer type ("*bf16"), an int, a float or
-            None; constexprs are left out. Ints are specialised as the JIT does it: 1 becomes a constant, multiples of 16
-            are marked. Pointers are taken as 16-byte aligned, which PyTorch's allocator gives.
+        arguments: dict from argument name, in the kernel's order, to a pointer type ("*bf16"), an int, a
+            float or None; constexprs are left out. Ints are specialised as the JIT does it: 1 becomes a
+            constant, multiples of 16 are marked. Pointers are taken as 16-byte aligned, which PyTorch's
+            allocator gives.
         constexprs: dict from constexpr name to value.
         num_warps, num_stages: compile options.
         waves: num_warps on gfx942, where a warp has 64 lanes; 0 stands for num_warps.
         grid: the launch grid.
-        moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move nothing).
+        moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
+            nothing).
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
         flops: floating-point operations of the launch.
-        rows: arguments through which token rows are read or written; none of these accesses may be under 16 bytes.
+        rows: arguments through which token rows are read or written; none of these accesses may be under 16
+            bytes.
     """
 
     operation: str
@@ -128,7 +133,7 @@ def build(case, target):
     return _built[key]
 
 
-# ---- Reading what the compiler made ------------------------------------------------------------------------------
+# ---- Reading what the compiler made ------------------------------------------------------------------------
 
 
 def _inspect(case, target, compiled):
@@ -164,7 +169,8 @@ def _nvidia_usage(cubin):
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
         spills = 0
         if found["STACK"] or found.get("LOCAL"):
-            # Spills live in local memory, so there are none without a stack; with one, count its accesses in the SASS.
+            # Spills live in local memory, so there are none without a stack; with one, count its accesses in
+            # the SASS.
             sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
             spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
     stack = found["STACK"] + found.get("LOCAL", 0)
@@ -252,7 +258,8 @@ _ACCESSES = [
 def accesses(llir, names):
     """The set of (argument, "load" or "store", bytes per lane) of a kernel's LLVM IR.
 
-    Every SSA value carries the set of pointer arguments that it was computed from; what was loaded carries none.
+    Every SSA value carries the set of pointer arguments that it was computed from; what was loaded carries
+    none.
     """
     body = llir[re.search(r"^define .*?_kernel void", llir, re.MULTILINE).start() :].splitlines()
     origin = {f"%{i}": {name} for i, name in enumerate(names)}

@@ -1,11 +1,12 @@
-"""What both operations share: where a call runs, how its arguments are checked, how a kernel becomes an operator.
+"""What both operations share: where a call runs, how its arguments are checked, how a kernel becomes an
+operator.
 
 Environment variables:
-    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the Triton
-        path on CPU tensors too. Triton decides this while it decorates a kernel, so the variable counts as it was
-        when this package was imported; set it before starting Python.
-    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per call).
-    MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
+    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the
+        Triton path on CPU tensors too. Triton decides this while it decorates a kernel, so the variable
+        counts as it was when this package was imported; set it before starting Python.
+    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per
+    call). MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
 """
 
 import os
@@ -21,7 +22,8 @@ except ImportError:  # No Triton wheel for this platform (macOS, for one): the C
 INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
-# Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same tiles.
+# Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same
+# tiles.
 WARP_SIZE = 64 if torch.version.hip else 32
 
 _tracing_shapes = False
@@ -44,15 +46,15 @@ def debug():
     return os.environ.get("MASKALIGN_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-# ---- Operators -------------------------------------------------------------------------------------------------
+# ---- Operators ---------------------------------------------------------------------------------------------
 
 
 def kernel_op(name):
     """Decorator: `torch.library.triton_op` for a function that allocates its outputs and launches kernels.
 
-    The function itself serves as the fake kernel, so it must only allocate, view and launch. Interpreted kernels
-    cannot be traced into a graph, so under TRITON_INTERPRET=1 the same function becomes an opaque custom operator with
-    the same schema, whose fake kernel is the function with its launches left out.
+    The function itself serves as the fake kernel, so it must only allocate, view and launch. Interpreted
+    kernels cannot be traced into a graph, so under TRITON_INTERPRET=1 the same function becomes an opaque
+    custom operator with the same schema, whose fake kernel is the function with its launches left out.
     """
 
     def decorate(function):
@@ -93,7 +95,7 @@ def check_interpretable(op, **tensors):
             fail(op, name, tensor, "bfloat16, float16 or float32 (float64 runs on the CPU reference only)")
 
 
-# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected -----
+# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected 
 
 
 def describe(tensor):
@@ -132,10 +134,11 @@ def check_tensor(op, name, tensor, dims, sizes, dtypes, device=None):
 
 
 def check_subset(op, subset, num_tokens, distinct):
-    """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats one.
+    """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats
+    one.
 
-    Only where it costs no synchronisation: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never while a
-    graph is traced.
+    Only where it costs no synchronisation: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never
+    while a graph is traced.
     """
     if torch.compiler.is_compiling() or subset.numel() == 0 or is_abstract(subset):
         return

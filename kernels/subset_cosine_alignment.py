@@ -2,9 +2,10 @@
 
     cosine[b, k] = s . t / (max(|s|, eps) max(|t|, eps)),   s = student row, t = teacher[b, subset[b, k]]
 
-This is REPA's alignment (arXiv 2410.06940, eq. 8: the negative mean of this is the loss) on the tokens that MaskAlign keeps.
-The forward reads both rows once, straight from the teacher's full grid, and keeps three scalars per token: 1/|s|, 1/|t|
-and the cosine. With them the backward is one more pass over the two rows, element by element:
+This is REPA's alignment (arXiv 2410.06940, eq. 8: the negative mean of this is the loss) on the tokens that
+MaskAlign keeps. The forward reads both rows once, straight from the teacher's full grid, and keeps three
+scalars per token: 1/|s|, 1/|t| and the cosine. With them the backward is one more pass over the two rows,
+element by element:
 
     d loss / d s = g / |s| * (t / |t| - cosine * s / |s|),   without the second term where |s| < eps
 """
@@ -20,7 +21,7 @@ from .tuning import choose
 
 OP = "subset_cosine_alignment"
 
-# ---- Kernels -----------------------------------------------------------------------------------------------------
+# ---- Kernels -----------------------------------------------------------------------------------------------
 
 
 @jit
@@ -71,8 +72,9 @@ def _forward_kernel(
     s_scale = one
     t_scale = one
     if WIDE:
-        # Squares of bfloat16 and float32 overflow from 1.8e19 on. Such rows do not occur in a healthy run, so they pay
-        # alone: read again (from L2) with a power of two in front, which brings the largest float back in range.
+        # Squares of bfloat16 and float32 overflow from 1.8e19 on. Such rows do not occur in a healthy run, so
+        # they pay alone: read again (from L2) with a power of two in front, which brings the largest float
+        # back in range.
         s_scale = tl.where(ss == float("inf"), 8.271806125530277e-25, 1.0)
         t_scale = tl.where(tt == float("inf"), 8.271806125530277e-25, 1.0)
         if tl.min(tl.minimum(s_scale, t_scale), 0) < 1.0:
@@ -106,16 +108,21 @@ def _mean_kernel(partial_ptr, loss_ptr, programs, count, scale, BLOCK: tl.conste
 
 @jit
 def _gradient_rows(
-    student_ptr, teacher_ptr, out_ptr, s_rows, t_rows, out_rows, read, write, along_s, along_t,
+    student_ptr, teacher_ptr, out_ptr, s_rows, t_rows, out_rows, read, write, factor, along_s, along_t,
     C: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out = along_t * t - along_s * s, row by row; rows that are written but not read become zero."""
+    """out = factor * (along_t * t - along_s * s), row by row; rows that are written but not read become zero.
+
+    The difference is of order one however long the rows are, so no product leaves the range of float32 before
+    its time.
+    """
     for start in tl.static_range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
         inside = (cols < C)[None, :]
         s = tl.load(student_ptr + (s_rows[:, None] + cols[None, :]), mask=read[:, None] & inside, other=0)
         t = tl.load(teacher_ptr + (t_rows[:, None] + cols[None, :]), mask=read[:, None] & inside, other=0)
         out = along_t[:, None] * t.to(tl.float32) - along_s[:, None] * s.to(tl.float32)
+        out = out * factor[:, None]
         tl.store(
             out_ptr + (out_rows[:, None] + cols[None, :]), out.to(out_ptr.dtype.element_ty),
             mask=write[:, None] & inside,
@@ -144,11 +151,10 @@ def _backward_kernel(
             grad *= tl.load(weight_ptr + image).to(tl.float32)
     else:
         grad = tl.load(grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=live, other=0.0)
-    g = grad * s_inverse
     _gradient_rows(
         student_ptr, teacher_ptr, out_ptr,
         image * student_batch + k.to(tl.int64) * student_row, image * teacher_batch + n * teacher_row, token * C,
-        live, live, g * along * s_inverse, g * t_inverse, C, BLOCK_C,
+        live, live, grad * s_inverse, along * s_inverse, t_inverse, C, BLOCK_C,
     )  # fmt: skip
 
 
@@ -160,9 +166,9 @@ def _backward_gather_kernel(
 ):  # fmt: skip
     """Student rows are gathered: all rows of the grid are written, zeros where the subset has no such token.
 
-    A program owns ROWS consecutive tokens and looks for them in the image's subset, which need not be sorted: comparing
-    costs fewer operations than the rows have elements. Were an index there twice, its gradients would add up, as they
-    should; no atomics, no memset, no inverse table.
+    A program owns ROWS consecutive tokens and looks for them in the image's subset, which need not be sorted:
+    comparing costs fewer operations than the rows have elements. Were an index there twice, its gradients
+    would add up, as they should; no atomics, no memset, no inverse table.
     """
     groups = tl.cdiv(tokens, ROWS)
     image = (tl.program_id(0) // groups).to(tl.int64)
@@ -189,16 +195,15 @@ def _backward_gather_kernel(
     s_inverse = tl.load(saved_ptr + token, mask=found, other=0.0)
     t_inverse = tl.load(saved_ptr + saved_plane + token, mask=found, other=0.0)
     along = tl.load(saved_ptr + 2 * saved_plane + token, mask=found, other=0.0)
-    g = grad * s_inverse
     row = n.to(tl.int64)
     _gradient_rows(
         student_ptr, teacher_ptr, out_ptr,
         image * student_batch + row * student_row, image * teacher_batch + row * teacher_row,
-        (image * tokens + row) * C, found, inside, g * along * s_inverse, g * t_inverse, C, BLOCK_C,
+        (image * tokens + row) * C, found, inside, grad * s_inverse, along * s_inverse, t_inverse, C, BLOCK_C,
     )  # fmt: skip
 
 
-# ---- Launchers ---------------------------------------------------------------------------------------------------
+# ---- Launchers ---------------------------------------------------------------------------------------------
 
 
 def configurations(width, itemsize, gather_backward=False):
@@ -209,12 +214,13 @@ def configurations(width, itemsize, gather_backward=False):
         itemsize: bytes of an element of the narrower of student and teacher.
         gather_backward: for the kernel that looks its tokens up in the subset.
 
-    A row is read in steps of BLOCK_C columns, at most what one warp takes with 16 bytes per lane (so that its sums stay
-    inside the warp) unless there would be more than eight steps, and less where that leaves fewer lanes idle at the end
-    of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte load per step even of the narrower
-    dtype. The alternatives keep two such loads per step in flight, in as many programs of half the size, in half as
-    many programs, or in as many threads again. The gathering backward takes 16 rows unless they are long, so that the
-    look-up, which every program repeats, stays a few per cent of the rows' bytes.
+    A row is read in steps of BLOCK_C columns, at most what one warp takes with 16 bytes per lane (so that its
+    sums stay inside the warp) unless there would be more than eight steps, and less where that leaves fewer
+    lanes idle at the end of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte
+    load per step even of the narrower dtype. The alternatives keep two such loads per step in flight, in as
+    many programs of half the size, in half as many programs, or in as many threads again. The gathering
+    backward takes 16 rows unless they are long, so that the look-up, which every program repeats, stays a few
+    per cent of the rows' bytes.
     """
     threads = 256 if gather_backward or width > 4096 else 128
     per_thread = 16 // itemsize
@@ -259,6 +265,7 @@ def may_overflow(*dtypes):
 
 def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
     """Launch the forward; returns the cosines (B, K) or, with `loss`, the programs' sums, and the saved scalars."""
+    subset = subset.contiguous()  # Small, and nearly always so already.
     batch, kept = subset.shape
     width = int(student.shape[-1])
     saved = torch.empty((3, batch, kept), dtype=torch.float32, device=student.device)
@@ -290,6 +297,7 @@ def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
 
 def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_subset, loss):
     """Launch the backward; returns the gradient of the student, all of it written by the one launch."""
+    subset, saved = subset.contiguous(), saved.contiguous()
     batch, kept = subset.shape
     tokens, width = teacher.shape[1], int(student.shape[-1])
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
@@ -316,7 +324,7 @@ def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_s
     return out
 
 
-# ---- Operators ---------------------------------------------------------------------------------------------------
+# ---- Operators ---------------------------------------------------------------------------------------------
 
 
 @kernel_op("maskalign_kernels::subset_cosine_alignment")
@@ -383,7 +391,7 @@ def _loss_grad(ctx, grad, _):
 
 _loss_op.register_autograd(_loss_grad, setup_context=_loss_setup)
 
-# ---- Public functions --------------------------------------------------------------------------------------------
+# ---- Public functions --------------------------------------------------------------------------------------
 
 
 def _check(op, student, teacher, subset, student_is_subset, eps):
@@ -401,20 +409,24 @@ def _check(op, student, teacher, subset, student_is_subset, eps):
         fail(op, "teacher", teacher, "no gradient: the teacher is frozen, pass teacher.detach()")
     # Only where two cosines would share one student row do duplicates matter.
     check_subset(op, subset, sizes["N"], distinct=not student_is_subset)
-    return rows_contiguous(student), rows_contiguous(teacher), subset.contiguous()
+    return rows_contiguous(student), rows_contiguous(teacher)
 
 
 def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True, eps=1e-12):
-    """Cosine of student and teacher rows on a subset of the tokens; its negative mean is REPA's alignment loss.
+    """Cosine of student and teacher rows on a subset of the tokens; its negative mean is REPA's alignment
+    loss.
 
     Differentiable with respect to `student` alone (once; the teacher is frozen).
 
     Args:
-        student: (B, K, C) bfloat16, float16 or float32, row for row with `subset`; or (B, N, C), rows to be gathered, with
-            student_is_subset=False, whose gradient is zero outside the subset. float64 on the CPU reference only.
-        teacher: (B, N, C) of the same types or int8 (the cosine ignores the scale of a row, so int8 rows need none).
-            Rows of either tensor may lie at any pitch (views); nothing is copied as long as a row is dense.
-        subset: (B, K) int32 or int64 token indices in [0, N), 0 <= K. Sorted or not; no duplicates when rows are gathered.
+        student: (B, K, C) bfloat16, float16 or float32, row for row with `subset`; or (B, N, C), rows to be
+            gathered, with student_is_subset=False, whose gradient is zero outside the subset. float64 on the
+            CPU reference only.
+        teacher: (B, N, C) of the same types or int8 (the cosine ignores the scale of a row, so int8 rows need
+            none). Rows of either tensor may lie at any pitch (views); nothing is copied as long as a row is
+            dense.
+        subset: (B, K) int32 or int64 token indices in [0, N), 0 <= K. Sorted or not; no duplicates when rows
+            are gathered.
         student_is_subset: how the rows of `student` are laid out.
         eps: smallest norm to divide by, as in torch.nn.functional.normalize.
 
@@ -422,10 +434,11 @@ def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True,
         (B, K) float32 (float64 where an argument is).
 
     Raises:
-        ValueError: an argument's type, shape or device does not fit, the teacher requires a gradient, or (on the CPU, and on
-            a GPU with MASKALIGN_KERNELS_DEBUG=1) an index is out of range or repeated where it matters.
+        ValueError: an argument's type, shape or device does not fit, the teacher requires a gradient, or (on
+            the CPU, and on a GPU with MASKALIGN_KERNELS_DEBUG=1) an index is out of range or repeated where
+            it matters.
     """
-    student, teacher, subset = _check(OP, student, teacher, subset, student_is_subset, eps)
+    student, teacher = _check(OP, student, teacher, subset, student_is_subset, eps)
     if not use_triton(student, teacher, subset):
         return reference.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
     check_interpretable(OP, student=student, teacher=teacher)
@@ -433,10 +446,11 @@ def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True,
 
 
 def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, student_is_subset=True, eps=1e-12):
-    """The alignment loss -mean(weight * cosine) over all B x K tokens, with the mean and the weight inside the kernels.
+    """The alignment loss -mean(weight * cosine) over all B x K tokens, with the mean and the weight inside
+    the kernels.
 
-    One launch reads the rows and leaves one sum per program, a second one adds those in a fixed order, so the result is the
-    same on every run. The mean over no tokens at all (K = 0) is zero here, not NaN.
+    One launch reads the rows and leaves one sum per program, a second one adds those in a fixed order, so the
+    result is the same on every run. The mean over no tokens at all (K = 0) is zero here, not NaN.
 
     Args:
         weight: a number, or a tensor of shape (B,), one weight per image (no gradient flows to it).
@@ -446,7 +460,7 @@ def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, studen
         a float32 scalar (float64 where an argument is).
     """
     op = f"{OP}_loss"
-    student, teacher, subset = _check(op, student, teacher, subset, student_is_subset, eps)
+    student, teacher = _check(op, student, teacher, subset, student_is_subset, eps)
     per_image, scale = None, weight
     if isinstance(weight, torch.Tensor):
         check_tensor(op, "weight", weight, "B", {"B": subset.shape[0]}, (*FLOATS, torch.float64), subset.device)
@@ -460,6 +474,7 @@ def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, studen
         return -scale * (cosine if per_image is None else cosine * per_image.unsqueeze(1)).mean()
     check_interpretable(op, student=student, teacher=teacher, weight=per_image)
     if torch.compiler.is_compiling():
-        # A number that changes from step to step is symbolic in a graph; there the product costs nothing either.
+        # A number that changes from step to step is symbolic in a graph; there the product costs nothing
+        # either.
         return scale * _loss_op(student, teacher, subset, per_image, 1.0, student_is_subset, float(eps))[0]
     return _loss_op(student, teacher, subset, per_image, float(scale), student_is_subset, float(eps))[0]

@@ -11,8 +11,8 @@ alignment = importlib.import_module(f"{__package__}.subset_cosine_alignment")
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8"}
 SHAPES = [
-    # (images, tokens, kept, channels, student, teacher): XL/2 with DINOv2-B in every mixture of dtypes that is used, then
-    # DINOv2-L at 512 px, the quickstart's EfficientNet, and the widest row.
+    # (images, tokens, kept, channels, student, teacher): XL/2 with DINOv2-B in every mixture of dtypes that
+    # is used, then DINOv2-L at 512 px, the quickstart's EfficientNet, and the widest row.
     (32, 256, 128, 768, torch.bfloat16, torch.bfloat16),
     (32, 256, 128, 768, torch.bfloat16, torch.int8),
     (32, 256, 128, 768, torch.float16, torch.float16),
@@ -28,8 +28,8 @@ SHAPES = [
 def count_bytes(direction, gather, loss, images, tokens, kept, width, student, teacher, programs):
     """Bytes that one launch moves and the least it could: (moved, least).
 
-    student and teacher are bytes per element; indices are int64. All rows are read and written once; what is read more
-    than once are scalars per image, once by each program.
+    student and teacher are bytes per element; indices are int64. All rows are read and written once; what is
+    read more than once are scalars per image, once by each program.
     """
     total = images * kept
     rows = total * width * (student + teacher)

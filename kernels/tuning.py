@@ -1,14 +1,15 @@
 """Which of a kernel's few configurations runs: a fixed default, or the fastest one measured once per shape.
 
-A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a handful of
-them, the first being the default, chosen by reasoning that its file explains. Nothing is timed unless asked for, so a run
-repeats bit for bit by default; under torch.compile and in the interpreter nothing is ever timed.
+A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a
+handful of them, the first being the default, chosen by reasoning that its file explains. Nothing is timed
+unless asked for, so a run repeats bit for bit by default; under torch.compile and in the interpreter nothing
+is ever timed.
 
 Environment variables:
-    MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape is seen (eager calls only), keep the
-        fastest, and write it to the cache file. Later runs, compiled ones too, read it from there.
-    MASKALIGN_KERNELS_CACHE: the cache file; default ~/.cache/maskalign_kernels/configurations.json. It is read only
-        with MASKALIGN_KERNELS_AUTOTUNE=1 (tune and use) or =cached (use, never time).
+    MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape is seen (eager calls only),
+        keep the fastest, and write it to the cache file. Later runs, compiled ones too, read it from there.
+    MASKALIGN_KERNELS_CACHE: the cache file; default ~/.cache/maskalign_kernels/configurations.json. It is
+        read only with MASKALIGN_KERNELS_AUTOTUNE=1 (tune and use) or =cached (use, never time).
 """
 
 import functools
@@ -53,10 +54,12 @@ def choose(kernel_name, key, configs, tensor, launch):
     """The configuration to launch with.
 
     Args:
-        key: tuple of the sizes and dtypes that the best choice depends on; plain ints and strings, never symbolic sizes.
+        key: tuple of the sizes and dtypes that the best choice depends on; plain ints and strings, never
+            symbolic sizes.
         configs: the list; configs[0] is the default.
         tensor: one of the call's tensors, which tells the device and whether there is data at all.
-        launch: function of a configuration that launches the kernel once; its outputs are overwritten by the real launch.
+        launch: function of a configuration that launches the kernel once; its outputs are overwritten by the
+            real launch.
     """
     if INTERPRET or mode() == "off":
         return configs[0]

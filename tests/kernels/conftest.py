@@ -1,0 +1,123 @@
+"""Ground truth and traps that the tests of both operations share."""
+
+import pytest
+import torch
+
+TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Many tiny tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fill what torch.empty and its relatives return with NaN (or the largest integer), so that no byte goes unwritten."""
+
+    def fill(allocate):
+        def filled(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).max)
+
+        return filled
+
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", fill(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="session")
+def relative():
+    """relative(got, truth) = |got - truth| / |truth|, in float64, or |got| where the truth is zero."""
+
+    def measure(got, truth):
+        assert got.shape == truth.shape, (got.shape, truth.shape)
+        if truth.numel() == 0:
+            return 0.0
+        norm = truth.double().norm()
+        return float((got.double() - truth.double()).norm() / (norm if norm > 0 else 1.0))
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def tolerance():
+    """Largest relative error of a result stored in a dtype (Triton's interpreter truncates to bfloat16: one whole ulp)."""
+    return TOLERANCE.__getitem__
+
+
+@pytest.fixture(scope="session")
+def cosine_truth():
+    """The definition, written out in float64 with no help from the package: loops over images, F.normalize's formula."""
+
+    def truth(student, teacher, subset, student_is_subset=True, eps=1e-12):
+        rows = []
+        for image in range(subset.shape[0]):
+            index = subset[image].long()
+            s = student[image] if student_is_subset else student[image][index]
+            s, t = s.double(), teacher[image][index].double()
+            s = s / s.norm(dim=-1, keepdim=True).clamp_min(eps)
+            t = t / t.norm(dim=-1, keepdim=True).clamp_min(eps)
+            rows.append((s * t).sum(-1))
+        return torch.stack(rows) if rows else torch.zeros(subset.shape, dtype=torch.float64)
+
+    return truth
+
+
+@pytest.fixture
+def alignment_case(generator):
+    """alignment_case(B, N, K, C, student dtype, teacher dtype, gathered, index dtype) -> student, teacher, subset."""
+
+    def make(B, N, K, C, student=torch.float32, teacher=torch.float32, gathered=False, index=torch.int64):
+        z = torch.randn(B, N, C, generator=generator)
+        z = (z * 40).round().clamp(-127, 127).to(teacher) if teacher == torch.int8 else z.to(teacher)
+        s = torch.randn(B, N if gathered else K, C, generator=generator).to(student).requires_grad_()
+        subset = torch.rand(B, N, generator=generator).argsort(1)[:, :K].to(index)
+        return s, z, subset
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def mix_truth():
+    """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the package."""
+
+    def truth(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
+        images = []
+        for image in range(x.shape[0]):
+            centred = x[image] - x[image].mean(-1, keepdim=True)
+            u = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            a = w1 @ (u * (1 + scale[image]) + shift[image]) + b1[:, None]
+            h = 0.5 * a * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3)))
+            y = x[image] + gate[image] * (w2 @ h + b2[:, None])
+            images.append(y if subset is None else y[subset[image].long()])
+        return torch.stack(images)
+
+    return truth
+
+
+@pytest.fixture
+def mix_case(generator):
+    """mix_case(B, N, D, K, T, dtype of x and of the vectors, of the weights, of the indices) -> the nine arguments."""
+
+    def make(B, N, D, K, T, dtype=torch.float32, weights=None, index=torch.int64):
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator)
+
+        tokens = [normal(B, N, D) * 2 + 1, normal(B, D), normal(B, D), normal(B, D)]
+        matrices = [normal(T, N) / N**0.5, normal(T), normal(N, T) / T**0.5, normal(N)]
+        tensors = [t.to(dtype) for t in tokens] + [t.to(weights or dtype) for t in matrices]
+        subset = None if K is None else torch.rand(B, N, generator=generator).argsort(1)[:, :K].to(index)
+        return [t.requires_grad_() for t in tensors], subset
+
+    return make
