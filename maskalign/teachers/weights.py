@@ -75,11 +75,20 @@ def read_state_dict(path, teacher):
 
 
 def _from_state_dict(model, state, kwargs):
-    """Load tensors as timm loads a download: names of other layouts mapped, position embeddings resampled."""
+    """Load tensors as timm loads a download: names of other layouts mapped, position embeddings resampled.
+
+    Every tensor of the network must be there and nothing else, but for the classifier, which a teacher does not use.
+    """
     import timm
 
-    # pretrained_cfg_overlay with a state_dict is timm's own way past the download.
-    return timm.create_model(model, pretrained=True, pretrained_cfg_overlay={"state_dict": state}, **kwargs)
+    cfg = timm.get_pretrained_cfg(model)
+    heads = getattr(cfg, "classifier", None) or ()
+    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)} if heads else state
+    # timm's own way past the download is a state_dict in the overlay. Where the number of classes is not the one of
+    # its config, it no longer asks that all tensors fit, and random ones stay unnoticed: hence 0 on both sides.
+    overlay = {"state_dict": state, "num_classes": 0}
+    return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs | {"num_classes": 0})
 
 
 def _from_hub(model, teacher, kwargs):
