@@ -116,7 +116,11 @@ def finish_commits(target):
             if os.path.exists(staged):
                 os.replace(staged, os.path.join(target, shard.name))
         sync_folder(target)
-        manifest.save(target)
+        # By way of the same folder, so that nothing half written is left in the data set either.
+        staged = os.path.join(work, FILE_NAME)
+        write_atomically(staged, manifest.to_json().encode())
+        os.replace(staged, os.path.join(target, FILE_NAME))
+        sync_folder(target)
         # Under a name that says so: half cleared, the folder would look like one that is not finished.
         os.rename(work, work + DONE)
         shutil.rmtree(work + DONE)
