@@ -36,7 +36,9 @@ def test_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
 
 
 def test_schedules_from_yaml_and_command_line(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {preset: SiT-S/2}\nmethod: {keep_ratio: {kind: step, start: 0.5, end: 1, begin: 0.5}}")
+    (tmp_path / "c.yaml").write_text(
+        "model: {preset: SiT-S/2}\nmethod: {keep_ratio: {kind: step, start: 0.5, end: 1, begin: 0.5}}"
+    )
     config = load_config(tmp_path / "c.yaml")
     assert isinstance(config.method.keep_ratio, Schedule)
     assert schedule_value(config.method.keep_ratio, 0.4) == 0.5 and schedule_value(config.method.keep_ratio, 0.6) == 1

@@ -33,7 +33,13 @@ def test_velocity_loss_counts_only_the_kept_tokens(seed):
             error += (out.velocity[b, k] - patch).square().sum()
     torch.testing.assert_close(losses.velocity, error / (4 * 8 * 12))
     cosine = [
-        torch.stack([torch.cosine_similarity(z[b, k], teacher[b, i], dim=0) for b in range(4) for k, i in enumerate(draws.subset[b])])
+        torch.stack(
+            [
+                torch.cosine_similarity(z[b, k], teacher[b, i], dim=0)
+                for b in range(4)
+                for k, i in enumerate(draws.subset[b])
+            ]
+        )
         for z, teacher in zip(out.aligned, teachers, strict=True)
     ]
     torch.testing.assert_close(losses.alignment.double(), -(cosine[0].mean() + cosine[1].mean()) / 2)
