@@ -149,15 +149,15 @@ class Cursor:
 
     def __init__(self, order, stream, position=0, watch=lambda released, held: None):
         self.order, self.stream, self.position, self.watch = order, stream, position, watch
-        self._rows, self._next, self._epoch = np.empty((0, 2), np.int64), 0, 0
+        self._rows, self._next, self._named, self._epoch = np.empty((0, 2), np.int64), 0, 0, 0
         self._ahead = self._held = None
 
     def peek(self):
         """(epoch, shard, sample) at the position."""
         if self._next >= len(self._rows):
             self._enter()
-        shard, sample = self._rows[self._next]
-        return self._epoch, int(shard), int(sample)
+        shard, sample = self._rows[self._next].tolist()
+        return self._epoch, shard, sample
 
     def advance(self):
         """Go on to the next sample."""
@@ -165,8 +165,10 @@ class Cursor:
         self._next += 1
 
     def upcoming(self, n):
-        """Up to n (shard, sample) rows from the position on, no further than the group's end."""
-        return self._rows[self._next : self._next + n]
+        """[shard, sample] of the next n samples, each of them named once, and none beyond the group."""
+        first, last = max(self._next, self._named), self._next + n
+        self._named = max(first, last)
+        return self._rows[first:last].tolist()
 
     def _enter(self):
         """Load the group that holds the position."""
@@ -179,7 +181,7 @@ class Cursor:
             offset -= sizes[number]
             number += 1
         self._rows = order.permuted(self.stream, epoch, number, groups[number])
-        self._next, self._epoch = offset, epoch
+        self._next, self._named, self._epoch = offset, offset, epoch
         if number + 1 < len(groups):
             following = groups[number + 1]
         else:

@@ -87,7 +87,8 @@ class ShardTable:
 
     def __init__(self, sources, verify, threads=4):
         self.sources, self.verify, self.threads = sources, verify, threads
-        self.entries = {}  # (data set, shard) -> [future, holders]
+        self.entries = {}  # (data set, shard) -> [future, holders, shard once it has been asked for]
+        self.proven = {}  # (data set, shard) -> (what the file was, its ShardFile.proven)
         self._executor = None
         for source in sources:
             source.opener.stopped.clear()
@@ -99,7 +100,7 @@ class ShardTable:
             if entry is None:
                 self._executor = self._executor or ThreadPoolExecutor(self.threads, "maskalign-shards")
                 future = self._executor.submit(self._open, dataset, shard)
-                entry = self.entries[dataset, shard] = [future, 0]
+                entry = self.entries[dataset, shard] = [future, 0, None]
             entry[1] += 1
         for shard in released:
             entry = self.entries[dataset, shard]
@@ -111,13 +112,23 @@ class ShardTable:
 
     def get(self, dataset, shard):
         """The open shard; raises BadShard."""
-        return self.entries[dataset, shard][0].result()
+        entry = self.entries[dataset, shard]
+        if entry[2] is None:
+            entry[2] = entry[0].result()
+        return entry[2]
+
+    def read_ahead(self, dataset, rows):
+        """Have the system fetch [shard, sample] rows from the disk, of shards that are open."""
+        for number, sample in rows:
+            future = self.entries[dataset, number][0]
+            if future.done() and future.exception() is None:
+                future.result().read_ahead(sample)
 
     def close(self):
         """Close everything; opening in progress is given up."""
         for source in self.sources:
             source.opener.stopped.set()
-        for future, _ in self.entries.values():
+        for future, *_ in self.entries.values():
             if not future.cancel():
                 future.add_done_callback(_close_result)
         self.entries.clear()
@@ -130,13 +141,19 @@ class ShardTable:
         fd = source.opener.open(shard)
         checked = source.manifest.extra.get(KEY) == KIND
         try:
-            return ShardFile(fd, shard, source.endings(), checked, self.verify)
+            opened = ShardFile(fd, shard, source.endings(), checked, self.verify)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise RunError(
                     f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams"
                 ) from None
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
+        # A sample's large members are compared with their checksums the first time this process reads them.
+        known, proven = self.proven.get((dataset, number), (None, opened.proven))
+        if known == opened.identity:
+            opened.proven = proven
+        self.proven[dataset, number] = opened.identity, opened.proven
+        return opened
 
 
 def _close_result(future):
@@ -195,6 +212,10 @@ class SampleReader:
         filled = Filled()
         if self.scratch is None:
             self.scratch = {name: np.empty_like(array[:1]) for name, array in rows.items()}
+        for share in self.shares:  # all at once, so that the disk has many requests to work on
+            for dataset, cursor in enumerate(self.cursors[share.stream]):
+                ahead = 2 * drawn_by(0, stop - start, self.streams)
+                self.table.read_ahead(dataset, cursor.upcoming(ahead))
         for share in self.shares:
             stream = share.stream
             cursors = self.cursors[stream]
@@ -241,6 +262,8 @@ class SampleReader:
             and self.settings["hflip"]
             and hash_key(self.seed, epoch, dataset, FLIP, zlib.crc32(key)) & 1
         )
+        variant = 2 if flip else 1
+        proven = shard.proven[sample] & variant
         for column in source.columns:
             ending, out = column.ending, rows[column.name][row]
             if column.name == "image":
@@ -249,7 +272,8 @@ class SampleReader:
                 pixels = decode_image(shard.read(sample, ending), source.manifest.resolution)
                 out[:] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
             else:
-                shard.read_array(sample, f"flip.{ending}" if flip else ending, out)
+                shard.read_array(sample, f"flip.{ending}" if flip else ending, out, proven)
+        shard.proven[sample] |= variant
         return key.decode("utf-8", "replace")
 
     def _describe(self, dataset, number, sample, error):

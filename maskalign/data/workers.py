@@ -96,7 +96,8 @@ class WorkerPool:
                 if worker.connection in ready:
                     self._receive(worker)
         arrays, rows = self.steps.popleft()
-        return arrays, [(row, worker.results.popleft()) for worker, row in zip(self.workers, rows, strict=True)]
+        done = [worker.results.popleft() for worker in self.workers]
+        return arrays, list(zip(rows, done, strict=True))
 
     def _start(self, worker):
         parent, child = self.context.Pipe()
