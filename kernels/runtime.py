@@ -119,18 +119,24 @@ def check_tensor(op, name, tensor, dims, sizes, dtypes, device=None):
         dtypes: the accepted dtypes.
         device: the device of the arguments before, or None for the first one.
     """
-    spelled = "(" + ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims) + (",)" if len(dims) == 1 else ")")
+    # The message is only put together where there is one: to format a symbolic size would fix it in the graph.
     if not isinstance(tensor, torch.Tensor):
-        fail(op, name, tensor, f"a tensor of shape {spelled}")
+        fail(op, name, tensor, f"a tensor of shape {_spell(dims, sizes)}")
     if tensor.dim() != len(dims):
-        fail(op, name, tensor, f"{len(dims)} dimension{'s' * (len(dims) != 1)}, {spelled}")
+        fail(op, name, tensor, f"{len(dims)} dimension{'s' * (len(dims) != 1)}, {_spell(dims, sizes)}")
     for letter, size in zip(dims, tensor.shape, strict=True):
         if sizes.setdefault(letter, size) != size:
-            fail(op, name, tensor, f"shape {spelled}")
+            fail(op, name, tensor, f"shape {_spell(dims, sizes)}")
     if tensor.dtype not in dtypes:
         fail(op, name, tensor, "dtype " + " or ".join(str(d).removeprefix("torch.") for d in dtypes))
     if device is not None and tensor.device != device:
         fail(op, name, tensor, f"device {device}, as the arguments before it")
+
+
+def _spell(dims, sizes):
+    """'(B=2, N, C=64)': the dimensions, with the sizes that are known."""
+    spelled = ", ".join(f"{d}={sizes[d]}" if d in sizes else d for d in dims)
+    return f"({spelled},)" if len(dims) == 1 else f"({spelled})"
 
 
 def check_subset(op, subset, num_tokens, distinct):

@@ -399,10 +399,10 @@ def _check(op, student, teacher, subset, student_is_subset, eps):
     sizes = {}
     floats = (*FLOATS, torch.float64)
     check_tensor(op, "teacher", teacher, "BNC", sizes, (*floats, torch.int8))
-    check_tensor(op, "subset", subset, "BK", sizes, INDICES, teacher.device)
-    check_tensor(op, "student", student, "BKC" if student_is_subset else "BNC", sizes, floats, teacher.device)
     if sizes["C"] == 0:
         fail(op, "teacher", teacher, "at least one channel")
+    check_tensor(op, "subset", subset, "BK", sizes, INDICES, teacher.device)
+    check_tensor(op, "student", student, "BKC" if student_is_subset else "BNC", sizes, floats, teacher.device)
     if not eps >= 0:
         raise ValueError(f"{op}: eps is {eps}; expected a number >= 0")
     if teacher.requires_grad and torch.is_grad_enabled():

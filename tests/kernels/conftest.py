@@ -41,6 +41,7 @@ def relative():
     """relative(got, truth) = |got - truth| / |truth|, in float64, or |got| where the truth is zero."""
 
     def measure(got, truth):
+        got, truth = got.detach(), truth.detach()
         assert got.shape == truth.shape, (got.shape, truth.shape)
         if truth.numel() == 0:
             return 0.0
@@ -121,3 +122,62 @@ def mix_case(generator):
         return [t.requires_grad_() for t in tensors], subset
 
     return make
+
+
+@pytest.fixture
+def gpu_graphs(monkeypatch):
+    """gpu_graphs(function, *args, dynamic=...) -> the graphs (forward, backward) that torch.compile makes for a GPU.
+
+    There is no GPU here, so dispatch is told to take the Triton path on CPU tensors, a stand-in driver names sm_90 as
+    the target (the analysis of what a kernel writes compiles it as far as Triton's IR), and the graphs are kept, not
+    run. fullgraph=True: a graph break is an error.
+    """
+    import importlib
+
+    import triton
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", 90, 32)
+
+        def get_active_torch_device(self):
+            return torch.device("cpu")
+
+    for operation in ("subset_cosine_alignment", "mix_and_drop"):
+        module = importlib.import_module(f"maskalign_kernels.{operation}")
+        monkeypatch.setattr(module, "use_triton", lambda *tensors: True)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
+
+    def concrete(size):
+        return size if isinstance(size, int) else size.node.hint
+
+    def compile_for_gpu(function, *batches, dynamic):
+        graphs = []
+
+        def capture(graph, _):
+            graphs.append(graph)
+            outputs = [None if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
+
+            def pretend(*_):
+                return [
+                    torch.zeros([concrete(n) for n in value.shape], dtype=value.dtype)
+                    if isinstance(value, torch.Tensor) else None if value is None else concrete(value)
+                    for value in outputs
+                ]  # fmt: skip
+
+            return make_boxed_func(pretend)
+
+        torch._dynamo.reset()
+        backend = aot_autograd(fw_compiler=capture, bw_compiler=capture)
+        compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend=backend)
+        for number, args in enumerate(batches):
+            out = compiled(*args)
+            if number == 0:
+                out.sum().backward()
+        torch._dynamo.reset()
+        return graphs
+
+    return compile_for_gpu
