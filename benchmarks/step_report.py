@@ -1,0 +1,93 @@
+"""How `benchmarks.steps` shows its rows: an aligned table, a CSV, a picture."""
+
+import csv
+import platform
+from pathlib import Path
+
+import torch
+
+COLUMNS = (
+    ("case", "case", "{}"), ("tokens", "tokens", "{}"), ("images_per_second", "images/s", "{:.2f}"),
+    ("step_ms", "ms", "{:.0f}"), ("spread", "p10-p90", "{}"), ("x_repa", "x REPA", "{:.2f}"),
+    ("x_reference", "x ref", "{:.2f}"), ("mixer_cost", "mixer", "{:+.1%}"), ("gflops_per_image", "GFLOP", "{:.1f}"),
+    ("share_of_matmul_peak", "of peak", "{:.0%}"), ("saved_mib", "saved MiB", "{:.0f}"),
+    ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
+    ("backward_ms", "bwd", "{:.0f}"), ("optimiser_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),
+)  # fmt: skip
+
+
+def table(rows):
+    """The rows as aligned text."""
+    lines = [[title for _, title, _ in COLUMNS]]
+    for row in rows:
+        row = {**row, "spread": f"{row['step_ms_p10']:.0f}-{row['step_ms_p90']:.0f}"}
+        lines.append(["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
+def machine(device, peaks):
+    """One line on what this ran on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    best = ", ".join(f"{precision} matmul {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items())
+    return f"{name}; torch {torch.__version__}; {best}"
+
+
+def write(rows, options, about):
+    """CSV and PNG under options.out; returns their paths."""
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = folder / f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
+    with open(f"{stem}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "machine"])
+        writer.writeheader()
+        writer.writerows(
+            {
+                key: f"{value:.6g}" if isinstance(value, float) else value
+                for key, value in {**row, "machine": about}.items()
+            }
+            for row in rows
+        )
+    draw(rows, options, about, f"{stem}.png")
+    return f"{stem}.csv", f"{stem}.png"
+
+
+def draw(rows, options, about, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = [row["case"] for row in rows][::-1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.45 * len(rows)), sharey=True, layout="constrained")
+    colours = ["#999999" if name.startswith("reference") else "#2a6f97" for name in names]
+    rates = [row["images_per_second"] for row in rows][::-1]
+    low = [options.batch_size * 1000 / row["step_ms_p90"] for row in rows][::-1]
+    high = [options.batch_size * 1000 / row["step_ms_p10"] for row in rows][::-1]
+    errors = [
+        [max(0, r - a) for r, a in zip(rates, low, strict=True)],
+        [max(0, b - r) for r, b in zip(rates, high, strict=True)],
+    ]
+    left.barh(names, rates, xerr=errors, color=colours, ecolor="#333333", capsize=3)
+    left.set_xlabel("images per second (bar: median, whiskers: 10th to 90th percentile)")
+    for y, row in enumerate(rows[::-1]):
+        if row["x_repa"]:
+            left.text(row["images_per_second"] / 2, y, f"{row['x_repa']:.2f}x", color="white", ha="center", va="center")
+    right.barh(names, [row["saved_mib"] for row in rows][::-1], color=colours)
+    right.set_xlabel("activations saved for the backward, MiB")
+    figure.suptitle(
+        f"{options.preset}, batch {options.batch_size}, {options.precision}, training step; x: over our REPA\n{about}",
+        fontsize=9,
+    )
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

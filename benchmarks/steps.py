@@ -1,0 +1,325 @@
+"""Throughput and memory of a training step: MaskAlign, the baselines, and the public REPA code, side by side.
+
+    python -m benchmarks.steps --preset SiT-S/2 --batch-size 8 --keep-ratios 0.5,0.25 --precision bf16 \\
+        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--rounds N] [--out DIR]
+
+A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and cached teacher features
+256x768 in memory: no data reading. All cases live in one process and take turns, in another order every round; figures
+are medians over rounds, ratios are medians of the ratios within a round, and the spread is the 10th to 90th percentile.
+Further columns come from passes of their own: the parts of a step, the bytes that autograd saves, and the peak memory
+of the case alone in a process.
+"""
+
+import argparse
+import gc
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from benchmarks.flops import step_flops
+from benchmarks.step_cases import RECIPES, OurCase, ReferenceCase
+from benchmarks.step_report import machine, table, write
+from maskalign.config import Config
+from maskalign.errors import UsageError
+from maskalign.training.parallel import place, tune_host
+
+PARTS = ("draws", "forward", "backward", "optimiser", "ema")
+
+
+def case_names(options):
+    """(recipe, keep ratio or None) of every case; the reference comes last."""
+    names = []
+    for recipe in options.recipes:
+        ratios = [None] if recipe in ("repa", "sit") else options.keep_ratios
+        names += [(recipe, keep) for keep in ratios]
+    if options.reference:
+        names.append(("reference", None))
+    return names
+
+
+def make_case(recipe, keep, options):
+    if recipe == "reference":
+        return ReferenceCase(
+            options.reference, options.preset, options.batch_size, options.reference_precision, options.device
+        )
+    return OurCase(recipe, options.preset, keep, options.batch_size, options.precision, options.device, options.compile)
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call, device):
+    synchronise(device)
+    start = time.perf_counter()
+    call()
+    synchronise(device)
+    return time.perf_counter() - start
+
+
+def matmul_peak(device, precision, size=2048, tries=8):
+    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = min(seconds_of(lambda: a @ b, device) for _ in range(tries))
+    return 2 * size**3 / best
+
+
+class Clock:
+    """Adds up seconds by name; parts may nest."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def _part(self, name):
+        synchronise(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronise(self.device)
+            self.seconds[name] += time.perf_counter() - start
+
+    def __call__(self, name):
+        return Part(self, name)
+
+
+class Part:
+    """A context that can be entered any number of times."""
+
+    def __init__(self, clock, name):
+        self.clock, self.name = clock, name
+
+    def __enter__(self):
+        self.running = self.clock._part(self.name)
+        self.running.__enter__()
+
+    def __exit__(self, *error):
+        self.running.__exit__(*error)
+
+
+def split_of(case, device, steps):
+    """Milliseconds of every part of a step, means over a few steps."""
+    clock = Clock(device)
+    with case.timed(clock):
+        for _ in range(steps):
+            case.step()
+    parts = {name: 1000 * seconds / steps for name, seconds in clock.seconds.items()}
+    if not isinstance(case, ReferenceCase):
+        parts["optimiser"] -= parts["ema"]  # ours averages inside the optimiser's step
+    return parts
+
+
+def saved_bytes(case):
+    """Bytes of the distinct storages that autograd keeps for the backward of a step, without weights and inputs."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in case.tensors_that_are_no_activations()}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor  # kept alive until the backward, so no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        case.step()
+    return sum(sizes.values())
+
+
+def measure(cases, options, device):
+    """Seconds of every step: dict from case name to a list with one entry per round."""
+    for case in cases:
+        for _ in range(options.warmup):
+            loss = case.step()
+        if not torch.isfinite(loss):
+            raise SystemExit(f"{case.name}: the loss is not finite; no speed is reported")
+    seconds = {case.name: [] for case in cases}
+    order = list(cases)
+    shuffle = random.Random(0)
+    for number in range(options.rounds):
+        shuffle.shuffle(order)
+        for case in order:
+            gc.collect()
+            seconds[case.name].append(seconds_of(case.step, device))
+        print(f"\rround {number + 1}/{options.rounds}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return seconds
+
+
+def peak_memory_alone(case, options):
+    """Peak MiB of a case in a process of its own, above what Python and torch take before the model is built."""
+    of = "reference" if case.recipe == "reference" else case.name
+    words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
+    for name in ("preset", "batch_size", "precision", "reference_precision", "device", "reference"):
+        value = getattr(options, name)
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    words += ["--compile"] if options.compile else []
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        print(f"peak memory of {case.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return None
+    return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
+
+
+def peak_rss_mib():
+    """The largest resident size of this process; getrusage would count that of the process that started it, too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+def print_peak(options, device):
+    """The child of `peak_memory_alone`."""
+    recipe, _, keep = options.peak_of.partition("@")
+    matmul_peak(device, options.precision, size=256, tries=1)  # the libraries' own buffers are not the case's
+    before = peak_rss_mib()
+    case = make_case(recipe, float(keep) if keep else None, options)
+    for _ in range(3):
+        case.step()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**20
+    else:
+        peak = peak_rss_mib() - before
+    print(json.dumps({"peak_mib": peak}))
+
+
+def rows_of(cases, seconds, peaks, options, device):
+    """One dict per case, in the columns of the CSV."""
+
+    def ratio(over, of):
+        if over not in seconds:
+            return None
+        return statistics.median(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
+
+    reference = next((case.name for case in cases if case.recipe == "reference"), None)
+    mixing = {case.keep: case.name for case in cases if case.recipe == "maskalign-no-mixer"}
+    saved = {case.name: saved_bytes(case) for case in cases}
+    rows = []
+    for case in cases:
+        times = sorted(seconds[case.name])
+        median = statistics.median(times)
+        precision = options.reference_precision if case.recipe == "reference" else options.precision
+        flops = step_flops(case.model, case.kept)
+        rate = options.batch_size * flops / median
+        without = mixing.get(case.keep) if case.recipe == "maskalign" else None
+        row = {
+            "case": case.name,
+            "preset": options.preset,
+            "precision": precision,
+            "batch_size": options.batch_size,
+            "tokens": f"{case.kept}/{case.model.num_tokens}",
+            "images_per_second": options.batch_size / median,
+            "step_ms": 1000 * median,
+            "step_ms_p10": 1000 * quantile(times, 0.1),
+            "step_ms_p90": 1000 * quantile(times, 0.9),
+            "x_repa": ratio("repa", case.name),
+            "x_reference": ratio(reference, case.name),
+            "mixer_cost": None if without is None else ratio(case.name, without) - 1,
+            "gflops_per_image": flops / 1e9,
+            "share_of_matmul_peak": rate / peaks[precision],
+            "saved_mib": saved[case.name] / 2**20,
+            "saved_x_repa": saved[case.name] / saved["repa"] if "repa" in saved else None,
+            "peak_mib": peak_memory_alone(case, options) if options.peak else None,
+        }
+        row |= {f"{name}_ms": value for name, value in split_of(case, device, options.split_steps).items()}
+        rows.append(row)
+    return rows
+
+
+def quantile(ordered, share):
+    return ordered[round(share * (len(ordered) - 1))]
+
+
+def check_memory(options, names):
+    """Refuse what would not fit before minutes are spent on it (CPU only)."""
+    try:
+        available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return
+    with torch.device("meta"):
+        from maskalign.models import SiT
+
+        count = sum(p.numel() for p in SiT.from_preset(options.preset).parameters())
+    needed = len(names) * count * 22  # weights, gradients, two moments, EMA, and a bf16 copy of two of them
+    if needed > 0.9 * available:
+        raise UsageError(
+            f"{len(names)} cases of {options.preset} take about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} are "
+            "free; run fewer --recipes or --keep-ratios at once"
+        )
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n")[0])
+    parser.add_argument("--preset", default="SiT-S/2", help="SiT-{S,B,L,XL}/{2,4,8}")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--keep-ratios", default="0.5,0.25", help="keep ratios of the recipes that drop tokens")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
+    parser.add_argument("--recipes", default="repa,maskalign,maskalign-no-mixer", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--reference", help="root of a local checkout of the public REPA code (needs timm)")
+    parser.add_argument("--reference-precision", choices=("bf16", "fp32"), help="by default that of --precision")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--warmup", type=int, default=2, help="steps of every case before the first round")
+    parser.add_argument("--split-steps", type=int, default=3, help="steps over which the parts of a step are timed")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of our cases")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV and PNG")
+    parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave out the peak memory, which is slow")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    options.recipes = [name.strip() for name in options.recipes.split(",")]
+    unknown = [name for name in options.recipes if name not in RECIPES]
+    if unknown:
+        parser.error(f"there is no recipe {unknown[0]!r}; choose of {', '.join(RECIPES)}")
+    try:
+        options.keep_ratios = [float(ratio) for ratio in options.keep_ratios.split(",")]
+    except ValueError:
+        parser.error(f"--keep-ratios: {options.keep_ratios!r} is not a list of numbers")
+    if options.rounds < 1 or options.warmup < 1:
+        parser.error("--rounds and --warmup must be at least 1")
+    options.reference_precision = options.reference_precision or options.precision
+    return options
+
+
+def main(argv=None):
+    options = parse(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    training = Config().training
+    training.device, training.precision = options.device, options.precision
+    device = place(training).device
+    tune_host(device)
+    if options.peak_of:
+        print_peak(options, device)
+        return
+    names = case_names(options)
+    if device.type == "cpu":
+        check_memory(options, names)
+    cases = [make_case(recipe, keep, options) for recipe, keep in names]
+    peaks = {p: matmul_peak(device, p) for p in dict.fromkeys((options.precision, options.reference_precision))}
+    seconds = measure(cases, options, device)
+    rows = rows_of(cases, seconds, peaks, options, device)
+    about = machine(device, peaks)
+    paths = write(rows, options, about)
+    print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {about}")
+    print("written:", *paths)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        print(f"benchmarks.steps: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,73 @@
+"""The step benchmark: its FLOP count against torch's counter, its memory count, and one small run of the whole."""
+
+import csv
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.flops import forward_flops
+from benchmarks.step_cases import OurCase
+from benchmarks.steps import main, saved_bytes, split_of
+from maskalign.models import SiT
+
+SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dims=(10, 7), align_depth=2,
+             projector_dim=12, mixer_hidden=6, num_classes=5, attention="math")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(mixer="none"),
+        dict(mixer="none", route="none"),
+        dict(mixer="token_mlp"),
+        dict(mixer="token_mlp", route=(1, 3)),
+        dict(mixer="attention"),
+        dict(mixer="none", route=(1, 3), restore="bypass", align_depth=1),
+        dict(mixer="none", route=(1, 3), restore="bypass", align_depth=4),
+        dict(mixer="token_mlp", route=(1, 3), restore="fuse"),
+        dict(mixer="none", teacher_dims=()),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kept", [8, 16])
+def test_flops_are_those_that_torch_counts(settings, kept):
+    model = SiT(**{**SIZES, **settings})
+    subset = torch.arange(kept).expand(1, -1) if kept < 16 else None
+    x, t, labels = torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(x, t, labels, subset)
+    assert forward_flops(model, kept) == counter.get_total_flops()
+
+
+def test_saved_bytes_follow_the_tokens():
+    """The linear part of what is saved halves with the tokens; attention's maps fall faster."""
+    full, half = (
+        OurCase(recipe, "SiT-S/8", keep, 2, "fp32", "cpu") for recipe, keep in (("repa", None), ("maskalign", 0.5))
+    )
+    assert 0.4 < saved_bytes(half) / saved_bytes(full) < 0.6
+    parts = split_of(half, torch.device("cpu"), 1)
+    assert all(parts[name] > 0 for name in ("draws", "forward", "backward", "optimiser"))
+
+
+def test_a_small_run(tmp_path, capsys):
+    main(["--preset", "SiT-S/8", "--batch-size", "1", "--keep-ratios", "0.5", "--rounds", "1", "--warmup", "1",
+          "--split-steps", "1", "--no-peak", "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == ["case", "repa", "maskalign@0.5", "maskalign-no-mixer@0.5"]
+    with open(tmp_path / "steps-SiT-S-8-fp32-b1.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 and float(rows[0]["x_repa"]) == 1
+    assert all(float(row["images_per_second"]) > 0 and row["machine"] for row in rows)
+    assert float(rows[1]["gflops_per_image"]) < 0.6 * float(rows[0]["gflops_per_image"])
+    assert (tmp_path / "steps-SiT-S-8-fp32-b1.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    "words, match",
+    [(["--recipes", "repo"], "no recipe"), (["--keep-ratios", "half"], "keep-ratios"), (["--rounds", "0"], "rounds")],
+)
+def test_wrong_options(words, match, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and match in capsys.readouterr().err
