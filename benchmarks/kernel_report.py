@@ -1,0 +1,307 @@
+"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and computes.
+
+    python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942] [--every-configuration]
+
+Two tables, printed and written as CSV. `builds.csv`, one row per launch, configuration and target: registers, stack,
+spills, shared memory, occupancy by the published limits, widest load and store, the narrowest access to a token row, the
+tensor-core instruction. `operations.csv`, one row per operation, direction and shape: the bytes that its launches move by
+their geometry, against the least that they could and against the unfused PyTorch chain (counted operation by operation),
+FLOPs, and the time that a device could not beat, by its bandwidth and by its peak. Nothing here is a measurement: not
+measured on a GPU.
+"""
+
+import argparse
+import collections
+import csv
+import pathlib
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_cases
+
+CASES = {"subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases}
+
+# Published figures: GB/s, then dense TFLOP/s of bfloat16 (and float16) matrix, TF32 matrix (float32 on MI300X), float32.
+DEVICES = {
+    "A100": (2039, 312, 156, 19.5),
+    "H100": (3350, 989, 494, 67),
+    "H200": (4800, 989, 494, 67),
+    "B200": (8000, 2250, 1125, 75),
+    "MI300X": (5300, 1307, 163, 163),
+}
+
+
+class BytesMoved(TorchDispatchMode):
+    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs, once.
+
+    Views are free, broadcast dimensions count once, and a gather reads only the rows that it returns.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.is_view or function.name().startswith(
+            ("aten::detach", "aten::empty", "aten::_unsafe_view")
+        ):
+            return out
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if function.name().startswith(("aten::gather", "aten::index")):
+            inputs = [*outputs, *inputs[1:]]
+        self.total += sum(map(_footprint, inputs)) + sum(map(_footprint, outputs))
+        return out
+
+
+def _footprint(tensor):
+    size = tensor.itemsize
+    for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        size *= 1 if stride == 0 else length
+    return size
+
+
+def unfused_alignment(student, teacher, subset, student_is_subset):
+    """The chain as training codes write it: gather, cast, normalise both, multiply, sum."""
+    s = student if student_is_subset else _gather(student, subset)
+    return (F.normalize(s, dim=-1) * F.normalize(_gather(teacher, subset).to(s.dtype), dim=-1)).sum(-1)
+
+
+def _gather(rows, subset):
+    return rows.gather(1, subset.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
+
+
+def unfused_mix(x, shift, scale, gate, w1, b1, w2, b2, subset):
+    """The chain as training codes write it: modulate, two linears along the tokens, residual, gather."""
+    u = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+    hidden = F.gelu(torch.matmul(w1, u) + b1.unsqueeze(-1), approximate="tanh")
+    y = x + gate.unsqueeze(1) * (torch.matmul(w2, hidden) + b2.unsqueeze(-1))
+    return y if subset is None else _gather(y, subset)
+
+
+def unfused_bytes(operation, shape, gathered=False):
+    """(forward, backward) bytes of the unfused chain on one of the operation's SHAPES."""
+    empty = lambda *size, dtype, grad=False: torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)  # noqa: E731
+    if operation == "mix_and_drop":
+        images, tokens, kept, width, hidden, x, _, product = shape
+        # Weights and tokens in one dtype: what casts cost on top is left out, in favour of the chain.
+        dtype = torch.promote_types(x, product) if x == torch.float32 else product
+        vectors = [empty(images, width, dtype=dtype, grad=True) for _ in range(3)]
+        sizes = [(hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]
+        weights = [empty(*size, dtype=dtype, grad=True) for size in sizes]
+        subset = None if kept is None else empty(images, kept, dtype=torch.int64)
+        arguments = (empty(images, tokens, width, dtype=dtype, grad=True), *vectors, *weights, subset)
+        function = unfused_mix
+    else:
+        images, tokens, kept, width, student, teacher = shape
+        s = empty(images, tokens if gathered else kept, width, dtype=student, grad=True)
+        z, subset = empty(images, tokens, width, dtype=teacher), empty(images, kept, dtype=torch.int64)
+        arguments, function = (s, z, subset, not gathered), unfused_alignment
+    with BytesMoved() as forward:
+        out = function(*arguments)
+    with BytesMoved() as backward:
+        out.backward(torch.empty_like(out))
+    return forward.total, backward.total
+
+
+def least_bytes(operation, direction, shape, gathered=False):
+    """The least that the whole operation could move: each argument that it needs once, each result once."""
+    if operation == "mix_and_drop":
+        images, tokens, kept, width, _, x, _, _ = shape
+        rows = images * tokens * width * x.itemsize
+        out = images * (tokens if kept is None else kept) * width * x.itemsize
+        return rows + out if direction == "forward" else 2 * rows + out
+    images, tokens, kept, width, student, teacher = shape
+    rows = images * kept * width * (student.itemsize + teacher.itemsize)
+    scalars = images * kept * (8 + 4)
+    if direction == "forward":
+        return rows + scalars
+    return rows + scalars + images * (tokens if gathered else kept) * width * student.itemsize
+
+
+def floors(moved, flops, kind):
+    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or 'vector'."""
+    column = {"bf16": 1, "fp16": 1, "fp32": 2, "vector": 3}[kind]
+    return {
+        name: (
+            moved / figures[0] / 1e3,
+            flops / figures[column] / 1e6 * (3 if kind == "fp32" and name != "MI300X" else 1),
+        )
+        for name, figures in DEVICES.items()
+    }  # float32 products go as three TF32 ones on NVIDIA.
+
+
+def operations(configuration="default"):
+    """One dict per operation, direction and shape, in the default configuration."""
+    rows = []
+    for operation, module in CASES.items():
+        for shape in module.SHAPES:
+            sums = collections.defaultdict(collections.Counter)
+            for case in module.aot_cases([shape], every_configuration=False):
+                gathered = case.launch.startswith("gathered")
+                entry = sums[case.operation, case.direction, gathered, case.shape]
+                entry.update(launches=1, moved=case.moved, launch_least=case.least, flops=case.flops)
+            for (name, direction, gathered, label), entry in sums.items():
+                least = least_bytes(operation, direction, shape, gathered)
+                unfused = unfused_bytes(operation, shape, gathered)[direction == "backward"]
+                kind = label.rsplit("/", 1)[-1] if operation == "mix_and_drop" else "vector"
+                row = {
+                    "operation": name, "direction": direction, "student": "gathered" if gathered else "",
+                    "shape": label, "launches": entry["launches"], "bytes": entry["moved"],
+                    "over_launch_least": entry["moved"] / entry["launch_least"], "over_least": entry["moved"] / least,
+                    "unfused_bytes": unfused, "of_unfused": entry["moved"] / unfused, "flops": entry["flops"],
+                }  # fmt: skip
+                for device, (bandwidth, peak) in floors(entry["moved"], entry["flops"], kind).items():
+                    row |= {f"{device}_bandwidth_us": bandwidth, f"{device}_peak_us": peak}
+                rows.append(row)
+    return rows
+
+
+def builds(cases, targets, progress=lambda done, total: None):
+    """One dict per case and target."""
+    rows, pairs = [], [(case, target) for case in cases for target in targets]
+    for number, (case, target) in enumerate(pairs):
+        progress(number, len(pairs))
+        build = aot.build(case, target)
+        rows.append({
+            "operation": case.operation, "direction": case.direction, "launch": case.launch, "shape": case.shape,
+            "config": case.config, "target": target, "registers": build.registers,
+            "scalar_registers": build.scalar_registers, "stack": build.stack, "spills": build.spills,
+            "shared": build.shared, "occupancy": build.occupancy, "widest_load": build.widest_load,
+            "widest_store": build.widest_store, "narrowest_row_access": build.narrowest_row,
+            "tensor_core": build.tensor_core, "programs": _product(case.grid), "bytes": case.moved,
+            "over_least": case.moved / case.least, "flops": case.flops,
+        })  # fmt: skip
+    return rows
+
+
+def _product(grid):
+    total = 1
+    for n in grid:
+        total *= n
+    return total
+
+
+def faults(row):
+    """What is wrong with a row of `builds`, by the project's own rules; an empty list where nothing is."""
+    found = []
+    if row["spills"]:
+        found.append(f"{row['spills']} spills")
+    if row["stack"]:
+        found.append(f"{row['stack']} bytes of stack")
+    if 0 < row["narrowest_row_access"] < 16:
+        found.append(f"a token row accessed {row['narrowest_row_access']} bytes at a time")
+    if row["over_least"] > 1.15:
+        found.append(f"moves {row['over_least']:.2f}x the least bytes of the launch")
+    return found
+
+
+def _table(rows, columns):
+    text = [[_cell(row[c]) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in text)) for i, c in enumerate(columns)]
+    for line in [columns, *text]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value):
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _write(path, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(
+            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", default="runs/kernel_report", help="folder for builds.csv and operations.csv"
+    )
+    parser.add_argument("--targets", nargs="+", default=list(aot.TARGETS), choices=list(aot.TARGETS))
+    parser.add_argument("--operations", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument(
+        "--every-configuration", action="store_true", help="also those that only tuning would choose"
+    )
+    options = parser.parse_args()
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    start = time.time()
+
+    def progress(done, total):
+        if sys.stderr.isatty() or done % 100 == 0:
+            print(
+                f"\r{done}/{total} builds, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True
+            )
+
+    cases = [
+        c for name in options.operations for c in CASES[name].aot_cases(None, options.every_configuration)
+    ]
+    built = builds(cases, options.targets, progress)
+    print(file=sys.stderr)
+    _write(out / "builds.csv", built)
+    columns = [
+        "operation",
+        "direction",
+        "launch",
+        "shape",
+        "config",
+        "target",
+        "registers",
+        "stack",
+        "spills",
+        "shared",
+    ]
+    columns += [
+        "occupancy",
+        "widest_load",
+        "widest_store",
+        "narrowest_row_access",
+        "tensor_core",
+        "over_least",
+    ]
+    _table(built, columns)
+    print()
+    counted = operations()
+    _write(out / "operations.csv", counted)
+    columns = [
+        "operation",
+        "direction",
+        "student",
+        "shape",
+        "bytes",
+        "over_launch_least",
+        "over_least",
+        "of_unfused",
+    ]
+    floor_columns = [f"{device}_{by}_us" for device in DEVICES for by in ("bandwidth", "peak")]
+    _table(counted, [*columns, "flops", *floor_columns])
+    bad = [(row, faults(row)) for row in built if faults(row)]
+    for row, found in bad:
+        where = (
+            row["operation"],
+            row["direction"],
+            row["launch"],
+            row["shape"],
+            row["config"],
+            row["target"],
+        )
+        print("FAULT", *where, "; ".join(found))
+    print(f"\n{len(built)} builds, {len(bad)} with a fault. Not measured on a GPU. Written to {out}/")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
