@@ -556,3 +556,38 @@ def test_a_wrong_name_on_the_command_line_is_answered_at_once(data):
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "dinov2-x" in run.stderr
     code = "import sys, maskalign.data.encode; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_the_command_hands_every_option_on(monkeypatch):
+    import maskalign.cli
+    import maskalign.data.encode as module
+
+    seen = {}
+    monkeypatch.setattr(module, "encode", lambda data, **settings: seen.update(settings, data=data))
+    words = (
+        "data encode --data d --teacher a,b --hflip --dtype float16 --normalize mean --grid 8 --batch-size 4 --dry_run"
+    )
+    with pytest.raises(SystemExit) as end:
+        maskalign.cli.main(words.split())
+    assert end.value.code == 0
+    given = {"data": "d", "teacher": "a,b", "hflip": True, "dtype": "float16", "normalize": "mean", "grid": 8}
+    assert seen == given | {"batch_size": 4, "dry_run": True} | {
+        "latents": None,
+        "out": None,
+        "weights": None,
+        "workers": None,
+        "device": "auto",
+    }
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_features_that_a_cpu_gives(data, tmp_path):
+    shutil.copytree(data, tmp_path / "cpu")
+    quiet(data, device="cuda", dtype="float16", hflip=True)
+    quiet(tmp_path / "cpu", dtype="float16", hflip=True)
+    other = read_all(tmp_path / "cpu")
+    for key, members in read_all(data).items():
+        for ending in ("timm-test_vit.npy", "flip.timm-test_vit.npy"):
+            a, b = (torch.from_numpy(array(m, ending)).double() for m in (members, other[key]))
+            assert F.cosine_similarity(a, b, dim=-1).min() > 0.9995
