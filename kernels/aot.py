@@ -47,6 +47,7 @@ class Case:
         grid: the launch grid.
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
             nothing).
+        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says why.
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
         flops: floating-point operations of the launch.
         rows: arguments through which token rows are read or written; none of these accesses may be under 16
@@ -69,6 +70,7 @@ class Case:
     flops: int
     rows: tuple = ()
     waves: int = 0
+    cached: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,7 +209,7 @@ def _widths(assembly, amd):
     if amd:
         size = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2, "dword": 4}
         size |= {"dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
-        found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z]+(?:x\d)?)", assembly)
+        found = re.findall(r"\b(?:global|buffer|flat)_(load|store)_(?:lds_)?([a-z]+?(?:x\d)?)\b", assembly)
         pairs = [(kind, size[unit]) for kind, unit in found if unit in size]
     else:
         found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\b", assembly)

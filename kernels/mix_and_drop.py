@@ -161,6 +161,13 @@ def _load_rows(base, offs_n, offs_d, stride_n, in_n, in_d):
 
 
 @jit
+def _store_rows(base, rows, offs_n, offs_d, stride_n, in_n, in_d):
+    """Written as its transpose: AMD's compiler would else store 8 bytes at a time, straight from the product's layout."""
+    at = offs_n.to(tl.int64)[None, :] * stride_n + offs_d[:, None]
+    tl.store(base + at, tl.trans(rows.to(base.dtype.element_ty)), mask=in_n[None, :] & in_d[:, None])
+
+
+@jit
 def _load_matrix(base, offs_r, offs_c, pitch, in_r, in_c):
     """Tile of a small dense matrix; zeros outside."""
     return tl.load(base + offs_r[:, None] * pitch + offs_c[None, :], mask=in_r[:, None] & in_c[None, :], other=0.0)
@@ -237,8 +244,7 @@ def _mix_kernel(
         y = _load_vector(b2, kept, in_k)[:, None] + tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         y = gates[None, :] * _dot(w2_tile, h, y, PRODUCT, PRECISION)
         y += _load_rows(x, kept, offs_d, stride_xn, in_k, in_d).to(tl.float32)
-        at = offs_k.to(tl.int64)[:, None] * D + offs_d[None, :]
-        tl.store(out + at, y.to(out.dtype.element_ty), mask=in_k[:, None] & in_d[None, :])
+        _store_rows(out, y, offs_k, offs_d, D, in_k, in_d)
 
 
 @jit
@@ -294,9 +300,9 @@ def _hidden_grad_kernel(
     sums += part * 3 * T + offs_t
     tl.store(sums, tl.sum(da, axis=1), mask=in_t)
     tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=in_t)
-    da = da * modulation[None, :]
-    tl.store(sums + 2 * T, tl.sum(da, axis=1), mask=in_t)
-    s = da.to(PRODUCT)
+    s = (da * modulation[None, :]).to(PRODUCT)
+    # Sums of S as rounded: the mean that LayerNorm's gradient subtracts then cancels what it should.
+    tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
     # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
@@ -369,11 +375,12 @@ def _token_grad_kernel(
             db2_tile += tl.sum(gated, axis=1)
             dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
             dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
+            if BLOCK_T > 128:  # Kept across the loop, so wide an operand would spill.
+                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
             dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
             grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
-            at = (b * N + offs_n)[:, None] * D + offs_d[None, :]
-            tl.store(dx + at, grad_x.to(dx.dtype.element_ty), mask=in_n[:, None] & in_d[None, :])
+            _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     dw1 += group.to(tl.int64) * T * N
     dw2 += group.to(tl.int64) * T * N
     tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
@@ -416,11 +423,19 @@ def mix_configs(T, N, product):
 
 
 def hidden_configs(T, N, product):
-    return _configs(T, N, product, {64: [(64, 64, 32, 128, 2)], 128: [(64, 64, 32, 256, 2)], 256: [(64, 64, 32, 256, 2)]})
+    return _configs(T, N, product, {
+        64: [(64, 64, 32, 256, 2)],
+        128: [(64, 64, 32, 256, 1)],
+        256: [(128, 128, 16, 256, 1)],
+    })  # fmt: skip
 
 
 def tokens_configs(T, N, product):
-    return _configs(T, N, product, {64: [(32, 64, 32, 128, 2)], 128: [(16, 64, 64, 128, 2)], 256: [(16, 64, 64, 128, 2)]})
+    return _configs(T, N, product, {
+        64: [(32, 64, 64, 256, 2)],
+        128: [(32, 64, 64, 256, 2)],
+        256: [(32, 64, 64, 256, 2)],
+    })  # fmt: skip
 
 
 def _options(config):

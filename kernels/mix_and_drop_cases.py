@@ -1,10 +1,14 @@
 """The launches of mix_and_drop for the compile report: how they are made, what they move and compute.
 
-Bytes are those that have to come from or go to DRAM. Each launch is charged every byte of x, dout, out, dx and of the
-tensors between the launches once per launch that touches them. Two kinds of re-reads are left out because L2 serves them:
-the weights, the same few hundred kilobytes for every program, and a program's second look at the tile of x that it has
-just read (the kept rows in `mix`, all rows in `hidden`). A test holds the latter to account: for every target, the tiles of
-all programs that are resident at a time, by the registers and shared memory of the build, must fit its L2.
+`moved` counts what has to come from or go to DRAM: each launch is charged every tensor that it touches, once. What is read
+again is counted apart, as `cached`, because L2 has it:
+
+    the weights, a few hundred kilobytes that all programs share
+    a program's second look at the tile of x that it has just read (the kept rows in `mix`, all rows in `hidden`)
+    the hidden activations of an image in `tokens`, read by the image's programs, which run side by side
+
+A test holds this to account: for every target, the tiles of all programs that are resident at a time, by the registers
+and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: they are `moved` plus `cached`.
 """
 
 import importlib
@@ -33,20 +37,6 @@ SHAPES = [
     (32, 256, None, 1152, 64, _BF16, _BF16, _BF16),
     (8, 256, 128, 384, 64, _BF16, _BF16, _BF16),
 ]
-
-
-def least_bytes(images, tokens, kept, width, x):
-    """The least that the whole forward could move: x once, the kept rows out."""
-    return images * (tokens + kept) * width * x.itemsize
-
-
-def unfused_bytes(images, tokens, kept, width, hidden, x):
-    """Bytes of the eager PyTorch chain, forward: every operation reads its arguments and writes its result once.
-
-    layer_norm, * (1 + scale), + shift, w1 @, + b1, gelu, w2 @, + b2, * gate, + x, gather.
-    """
-    grid, between, out = (images * n * width * x.itemsize for n in (tokens, hidden, kept))
-    return grid * (2 + 2 + 2 + 1 + 1 + 2 + 2 + 3) + between * (1 + 2 + 2 + 1) + 2 * out
 
 
 def aot_cases(shapes=None, every_configuration=True):
@@ -95,13 +85,13 @@ def _case(shape, direction, launch, kernel, config, number):
     for name in kernel.arg_names:
         if name not in constexprs:
             arguments[name] = numbers[name] if name in numbers else types.get(name, _pointer(x))
-    moved, flops = _cost(shape, launch, kept, tiles, -(-B // images))
+    moved, cached, flops = _cost(shape, launch, grid, tiles)
     return Case(
         operation=mixer.OP, direction=direction, launch=launch,
         shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
-        waves=config["threads"] // 64, num_stages=config["stages"], grid=grid, moved=moved, least=moved, flops=flops,
+        waves=config["threads"] // 64, num_stages=config["stages"], grid=grid, moved=moved, least=moved, cached=cached, flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
 
@@ -110,21 +100,40 @@ def _pointer(dtype):
     return "*" + _TYPES[dtype]
 
 
-def _cost(shape, launch, kept, tiles, groups):
-    """(bytes, floating-point operations) of one launch."""
+def _cost(shape, launch, grid, tiles):
+    """(moved, cached, floating-point operations) of one launch."""
     B, N, K, D, T, x, weight, product = shape
-    rows, out, between = B * N * D * x.itemsize, B * kept * D * x.itemsize, 2 * B * T * D * product.itemsize
-    statistics, index, vectors = 8 * B * N, 0 if K is None else 8 * B * kept, B * D * x.itemsize
-    weights = (2 * T * N + T + N) * weight.itemsize
-    partial = 4 * B * tiles * (N + 3 * T)
+    kept, index = (N, 0) if K is None else (K, 8 * B * K)
+    rows, out, vector = B * N * D * x.itemsize, B * kept * D * x.itemsize, B * D * x.itemsize
+    statistics = 8 * B * N
     first, second = 2 * B * T * N * D, 2 * B * T * kept * D  # The two products.
     if launch == "statistics":
-        return rows + statistics, 5 * B * N * D
+        return rows + statistics, 0, 5 * B * N * D
+
+    weights = (2 * T * N + T + N) * weight.itemsize
     if launch == "mix":
-        return rows + out + statistics + index + 3 * vectors + weights, first + second
+        moved = rows + out + statistics + index + 3 * vector + weights
+        again = (grid[0] - 1) * (statistics + index) + out
+        return moved, again + _weights_again(shape, grid, 1), first + second
+
+    between = 2 * B * T * D * product.itemsize  # H and S.
     if launch == "hidden":
-        moved = rows + out + statistics + index + 6 * vectors + weights + between + partial
-        return moved, 2 * first + second
+        partial = 4 * B * tiles * (N + 3 * T)
+        moved = rows + out + statistics + index + 6 * vector + weights + between + partial
+        again = (grid[0] - 1) * (statistics + index) + grid[0] * statistics + rows
+        return moved, again + _weights_again(shape, grid, 2), 2 * first + second
+
+    blocks, groups = grid
+    sums = 8 * B * tiles * T
     gradients = 4 * groups * (2 * T * N + N)
-    moved = 2 * rows + out + statistics + index + vectors + T * N * weight.itemsize + between + partial + gradients
-    return moved, 3 * first
+    moved = 2 * rows + out + statistics + index + vector + T * N * weight.itemsize + between + 4 * B * tiles * N + sums
+    again = (blocks - 1) * (index + vector + between + sums) + (groups - 1) * T * N * weight.itemsize
+    return moved + gradients, again, 3 * first
+
+
+def _weights_again(shape, grid, passes):
+    """Bytes of weights that the programs of `mix` and `hidden` load beyond the first time."""
+    _, N, K, _, T, _, weight, _ = shape
+    kept = N if K is None else K
+    each = passes * T * N + T + kept * T + kept
+    return (grid[0] * grid[1] * each - (2 * T * N + T + N)) * weight.itemsize
