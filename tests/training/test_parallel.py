@@ -1,0 +1,51 @@
+"""Device and precision, the host's tuning, and compiled blocks against eager ones."""
+
+import pytest
+import torch
+
+from maskalign.config import TrainingConfig
+from maskalign.errors import UsageError
+from maskalign.training import parallel
+from maskalign.training.logs import read_metrics
+
+
+def test_precision_follows_the_processor(monkeypatch):
+    cpu = torch.device("cpu")
+    for has, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(parallel, "cpu_has_bf16", lambda has=has: has)
+        assert parallel.compute_dtype("auto", cpu) == expected
+    assert parallel.compute_dtype("fp32", cpu) == torch.float32
+    assert parallel.compute_dtype("bf16", cpu) == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu", "nothing"])
+def test_a_device_that_is_not_there(device):
+    with pytest.raises(UsageError, match=f"training.device: '{device}'"):
+        parallel.place(TrainingConfig(device=device))
+
+
+def test_several_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="parallel.plan"):
+        parallel.place(TrainingConfig())
+
+
+def test_tuning_keeps_float32_exact():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(300, 200, generator=g), torch.randn(100, 200, generator=g)
+    parallel.tune_host(torch.device("cpu"))
+    try:
+        exact = a.double() @ b.double().T
+        assert (torch.nn.functional.linear(a, b).double() - exact).norm() / exact.norm() < 1e-6
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_losses_of_eager_ones(run, tmp_path):
+    schedule = '{"kind": "step", "start": 0.5, "end": 1.0, "begin": 0.5}'
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        run(name, training__compile=compiled, method__keep_ratio=schedule)
+    eager, compiled = (read_metrics(tmp_path / name / "metrics.csv") for name in ("eager", "compiled"))
+    for a, b in zip(eager, compiled, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
