@@ -98,7 +98,7 @@ class Order:
         return epoch, position - drawn_by(stream, epoch * self.total, self.streams)
 
     def stretch(self, stream, epoch):
-        """[(shard, low, high), ...]: the parts of shards that a stream reads in an epoch, in order.
+        """(shard, low, high) of the parts of shards that a stream reads in an epoch, in order: int64 array (n, 3).
 
         `low` and `high` bound positions in the shard's own permutation of that epoch.
         """
@@ -108,27 +108,18 @@ class Order:
         stop = int(shares.sum())
         start = stop - int(shares[-1])
         if start == stop:
-            return []
-        shards, ends = self._line(epoch)
+            return np.empty((0, 3), np.int64)
+        line, ends = self._line(epoch)
         first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-        parts = []
-        for place in range(int(first), int(last) + 1):
-            shard, end = int(shards[place]), int(ends[place])
-            begin = end - int(self.counts[shard])
-            low, high = max(start, begin) - begin, min(stop, end) - begin
-            if low < high:
-                parts.append((shard, low, high))
-        return parts
-
-    def groups(self, stream, epoch):
-        """The stretch of an epoch cut into groups: a list of lists of parts."""
-        parts = self.stretch(stream, epoch)
-        return [parts[i : i + self.group] for i in range(0, len(parts), self.group)]
+        shards, ends = line[first : last + 1], ends[first : last + 1]
+        begins = ends - self.counts[shards]
+        parts = np.stack([shards, np.maximum(start - begins, 0), np.minimum(stop, ends) - begins], axis=1)
+        return parts[parts[:, 1] < parts[:, 2]]
 
     def permuted(self, stream, epoch, number, parts):
         """(shard, sample) of every sample of group `number`, in reading order: int64 array (n, 2)."""
         rows = []
-        for shard, low, high in parts:
+        for shard, low, high in parts.tolist():
             n = int(self.counts[shard])
             samples = permutation(n, self.seed, epoch, self.dataset, SAMPLES, shard)[low:high]
             rows.append(np.stack([np.full_like(samples, shard), samples], axis=1))
@@ -145,12 +136,14 @@ class Cursor:
         position: samples that the stream has drawn already.
         watch: called with (shards let go, shards held from now on) whenever the cursor enters a group. A held
             shard is one that this group or the next still has to read, so never a finished one.
+        end: position at which the stream ends, None where it does not; nothing beyond is held.
     """
 
-    def __init__(self, order, stream, position=0, watch=lambda released, held: None):
+    def __init__(self, order, stream, position=0, watch=lambda released, held: None, end=None):
         self.order, self.stream, self.position, self.watch = order, stream, position, watch
         self._rows, self._next, self._named, self._epoch = np.empty((0, 2), np.int64), 0, 0, 0
-        self._ahead = self._held = None
+        self.end = end
+        self._held, self._stretches = [], {}
 
     def peek(self):
         """(epoch, shard, sample) at the position."""
@@ -170,24 +163,30 @@ class Cursor:
         self._named = max(first, last)
         return self._rows[first:last].tolist()
 
+    def _parts(self, epoch):
+        """The stream's stretch of an epoch and where each part of it ends."""
+        if epoch not in self._stretches:
+            parts = self.order.stretch(self.stream, epoch)
+            self._stretches = {e: s for e, s in self._stretches.items() if e == epoch - 1}
+            self._stretches[epoch] = parts, np.cumsum(parts[:, 2] - parts[:, 1])
+        return self._stretches[epoch]
+
     def _enter(self):
         """Load the group that holds the position."""
-        order = self.order
+        order, size = self.order, self.order.group
         epoch, offset = order.locate(self.stream, self.position)
-        groups = order.groups(self.stream, epoch)
-        sizes = [sum(high - low for _, low, high in parts) for parts in groups]
-        number = 0
-        while offset >= sizes[number]:
-            offset -= sizes[number]
-            number += 1
-        self._rows = order.permuted(self.stream, epoch, number, groups[number])
-        self._next, self._named, self._epoch = offset, offset, epoch
-        if number + 1 < len(groups):
-            following = groups[number + 1]
-        else:
-            later, _ = order.locate(self.stream, self.position + len(self._rows) - offset)
-            following = order.groups(self.stream, later)[0]
-        now = [int(shard) for shard in dict.fromkeys(self._rows[offset:, 0].tolist())]
-        held = now + [shard for shard, _, _ in following if shard not in now]
-        released, self._held = self._held or [], held
+        parts, ends = self._parts(epoch)
+        number = int(np.searchsorted(ends, offset, side="right")) // size
+        if number:
+            offset -= int(ends[number * size - 1])
+        rows = order.permuted(self.stream, epoch, number, parts[number * size : (number + 1) * size])
+        following = parts[(number + 1) * size : (number + 2) * size]
+        if not len(following):
+            after = self.position + len(rows) - offset
+            if self.end is None or after < self.end:
+                following = self._parts(order.locate(self.stream, after)[0])[0][:size]
+        self._rows, self._next, self._named, self._epoch = rows, offset, offset, epoch
+        held = dict.fromkeys(rows[offset:, 0].tolist())
+        held = list(held | dict.fromkeys(following[:, 0].tolist()))
+        released, self._held = self._held, held
         self.watch(released, held)

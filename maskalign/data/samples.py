@@ -177,16 +177,16 @@ class SampleReader:
         self.sources, self.mixture, self.shares, self.settings = sources, mixture, shares, settings
         self.seed, self.streams = settings["seed"], settings["streams"]
         self.table = ShardTable(sources, settings["verify"])
-        self.cursors = {
-            share.stream: [self._cursor(share.stream, d, p) for d, p in enumerate(positions[share.stream])]
-            for share in shares
-        }
         self.scratch, self.bad = None, set(bad)
         total = sum(source.order.total for source in sources)
         self.hopeless = 3 * total + 1000  # draws without one good sample after which no good one can be there
         epochs = settings["epochs"]
         # Where several data sets are mixed, an epoch is a number of draws, and none of them ends with it.
         self.last = epochs * total if epochs is not None and len(sources) == 1 else None
+        self.cursors = {
+            share.stream: [self._cursor(share.stream, d, p) for d, p in enumerate(positions[share.stream])]
+            for share in shares
+        }
 
     def close(self):
         """Close all shards."""
@@ -196,7 +196,8 @@ class SampleReader:
         def watch(released, held):
             self.table.hold(released, held, dataset)
 
-        return Cursor(self.sources[dataset].order, stream, position, watch)
+        end = None if self.last is None else drawn_by(stream, self.last, self.streams)
+        return Cursor(self.sources[dataset].order, stream, position, watch, end)
 
     def fill(self, start, stop, rows, row):
         """Read this process's part of the samples `start` to `stop` of the job.
@@ -220,7 +221,7 @@ class SampleReader:
             stream = share.stream
             cursors = self.cursors[stream]
             wanted = drawn_by(stream, stop, self.streams) - drawn_by(stream, start, self.streams)
-            end = None if self.last is None else drawn_by(stream, self.last, self.streams)
+            end = cursors[0].end
             got = barren = 0
             while got < wanted and (end is None or cursors[0].position < end):
                 dataset = self.mixture(stream, sum(cursor.position for cursor in cursors))
