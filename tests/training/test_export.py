@@ -1,0 +1,107 @@
+"""Weights out of a run's checkpoint: to a model, to REPA's layout, to safetensors, and onto a sheet of pictures."""
+
+import pytest
+import torch
+
+from maskalign.config import dump_config, parse_config
+from maskalign.errors import UsageError
+from maskalign.models.weight_files import load_file, read_file
+from maskalign.sampling import Sampling
+from maskalign.sampling.command import load, sample
+from maskalign.training import checkpoint
+from maskalign.training.build import build_model
+from maskalign.training.export import convert, load_any, load_weights
+from maskalign.training.optimizer import Optimizer
+
+FACTS = {
+    "input_size": 8, "in_channels": 3, "num_classes": 3, "teacher_dims": [5], "teachers": ["efficientnet-lite0"],
+    "class_names": ["cats", "dogs", "flags"], "latent": None,
+}  # fmt: skip
+SETTINGS = {
+    "model.depth": 4, "model.width": 24, "model.heads": 3, "model.patch_size": 2, "model.projector_dim": 12,
+    "model.mixer_hidden": 6, "method.align_depth": 3, "objective.path": "cosine", "optimizer.ema_decay": 0.5,
+    "data.path": "nowhere",
+}  # fmt: skip
+
+
+def make_run(folder, seed, **more):
+    """A run folder with one checkpoint, two steps old; returns (path, model, averaged weights)."""
+    words = [word for key, value in {**SETTINGS, **more}.items() for word in (f"--{key}", str(value))]
+    config = parse_config(["--run_dir", str(folder), *words])
+    model = build_model(config, FACTS)
+    optimizer = Optimizer(model, config.optimizer)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step(0.1, torch.tensor(True))
+    state = {"step": 2, "seconds": 1.0, "facts": FACTS}
+    checkpoint.save(folder, 2, optimizer.tensors(), state, dump_config(config))
+    return folder, model, optimizer.ema_state()
+
+
+@pytest.fixture
+def run(tmp_path, seed):
+    return make_run(tmp_path / "run", seed)
+
+
+def test_a_run_gives_its_model_and_facts(run):
+    path, model, averaged = run
+    for where in (path, path / "checkpoints" / "step_00000002"):
+        loaded, facts = load_any(where)
+        assert facts == {
+            "name": "run", "class_names": FACTS["class_names"], "latent": None, "vae": None,
+            "step": 2, "path": "cosine",
+        }  # fmt: skip
+        assert not loaded.training
+        for name, parameter in loaded.named_parameters():
+            assert torch.equal(parameter, averaged[name])
+    raw, _ = load_any(path, ema=False)
+    assert all(torch.equal(a, b) for a, b in zip(raw.parameters(), model.parameters(), strict=True))
+    weights = load_weights(path)
+    assert all(torch.equal(weights[name], value) for name, value in averaged.items())
+
+
+def test_a_run_as_safetensors_is_the_same_model(run, tmp_path, seed):
+    path, model, _ = run
+    assert "step 2" in convert(path, tmp_path / "a.safetensors")
+    ours, (again, about) = load_any(path)[0], load_file(tmp_path / "a.safetensors")
+    assert about == {"step": 2, "path": "cosine"}
+    assert repr(ours) == repr(again) and again.heads == 3 and again.align_depth == 3
+    x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    assert torch.equal(ours(x, t, labels).velocity, again(x, t, labels).velocity)
+    convert(path, tmp_path / "raw.safetensors", weights="model")
+    assert torch.equal(load_file(tmp_path / "raw.safetensors")[0].pos_embed, model.pos_embed)
+    assert torch.equal(
+        load_weights(tmp_path / "raw.safetensors")["blocks.1.attn.qkv.weight"], model.blocks[1].attn.qkv.weight
+    )
+
+
+def test_a_run_without_a_mixer_as_repas_checkpoint(tmp_path, seed):
+    path, model, averaged = make_run(tmp_path / "run", seed, **{"model.mixer": "none"})
+    convert(path, tmp_path / "a.pt")
+    raw = read_file(tmp_path / "a.pt")
+    assert raw["steps"] == 2 and raw["args"].encoder_depth == 3 and raw["args"].path_type == "cosine"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(raw["model"][name], parameter)
+        assert torch.equal(raw["ema"][name], averaged[name])
+
+
+def test_a_trained_mixer_does_not_fit_repas_layout(run, tmp_path):
+    with pytest.raises(UsageError, match="no place for a trained mixer"):
+        convert(run[0], tmp_path / "a.pt")
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_a_sheet_knows_the_runs_classes_and_path(run, tmp_path):
+    model, about = load(run[0])
+    assert about["class_names"] == FACTS["class_names"] and about["name"] == "run, step 2" and about["path"] == "cosine"
+    sheet = sample(
+        run[0], tmp_path / "out", settings=Sampling("sde", steps=2), classes="dogs,flags", per_class=2, progress=False
+    )
+    assert sheet.exists()
+    assert sorted(file.name for file in (tmp_path / "out" / "images").iterdir()) == [
+        "0001_000.png", "0001_001.png", "0002_000.png", "0002_001.png",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="did you mean 'dogs'"):
+        sample(run[0], tmp_path / "out", classes="dogz", progress=False)
