@@ -203,13 +203,13 @@ def faults(row):
 
 
 def _table(rows, columns):
-    text = [[_cell(row[c]) for c in columns] for row in rows]
+    text = [[cell(row[c]) for c in columns] for row in rows]
     widths = [max(len(c), *(len(line[i]) for line in text)) for i, c in enumerate(columns)]
     for line in [columns, *text]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _cell(value):
+def cell(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

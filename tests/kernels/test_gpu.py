@@ -1,0 +1,131 @@
+"""Both operations on a real GPU (CUDA or ROCm): `pytest -m gpu`. Elsewhere they are skipped, and said to be."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from maskalign_kernels import mix_and_drop, subset_cosine_alignment, subset_cosine_alignment_loss, tuning
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here")]
+F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
+SHAPES = [(2, 7, 3, 33), (3, 20, 9, 8), (2, 64, 32, 320), (4, 256, 128, 768), (2, 16, 5, 1152), (1, 9, 4, 8192)]
+
+
+@pytest.mark.parametrize("student", [F32, F16, BF16])
+@pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_alignment(student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator):
+    for number, (B, N, K, C) in enumerate(SHAPES):
+        index = (torch.int32, torch.int64)[number % 2]
+        s, z, subset = alignment_case(B, N, K, C, student, teacher, gathered, index)
+        weights = torch.randn(B, K, generator=generator)
+        exact = s.detach().double().requires_grad_()
+        expected = cosine_truth(exact, z, subset, not gathered)
+        (expected * weights).sum().backward()
+        s, z, subset, weights = s.detach().cuda().requires_grad_(), z.cuda(), subset.cuda(), weights.cuda()
+        out = subset_cosine_alignment(s, z, subset, student_is_subset=not gathered)
+        (out * weights).sum().backward()
+        assert relative(out.cpu(), expected) < 3e-6
+        assert relative(s.grad.cpu(), exact.grad) < tolerance(student)
+        loss = subset_cosine_alignment_loss(s, z, subset, weight=0.5, student_is_subset=not gathered)
+        assert abs(float(loss) + 0.5 * float(expected.mean())) < 1e-5
+
+
+def mix_arguments(B, N, D, T, dtype, generator):
+    sizes = [(B, N, D), (B, D), (B, D), (B, D), (T, N), (T,), (N, T), (N,)]
+    scales = [1, 1, 0.3, 1, N**-0.5, 0.1, T**-0.5, 0.1]
+    return [
+        (torch.randn(s, generator=generator) * a).to(dtype).cuda().requires_grad_()
+        for s, a in zip(sizes, scales, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_mix_and_drop(dtype, relative, generator, poisoned):
+    from benchmarks.kernel_report import unfused_mix
+
+    limit = {F32: 2e-5, F16: 4e-3, BF16: 3e-2}[dtype]
+    for B, N, K, D, T in [(2, 63, 31, 40, 13), (2, 256, 128, 384, 64), (1, 196, None, 200, 128), (2, 256, 64, 1152, 64)]:
+        arguments = mix_arguments(B, N, D, T, dtype, generator)
+        subset = None if K is None else torch.rand(B, N, generator=generator).argsort(1)[:, :K].cuda()
+        exact = [a.detach().double().requires_grad_() for a in arguments]
+        out, expected = mix_and_drop(*arguments, subset), unfused_mix(*exact, subset)
+        weights = torch.randn(expected.shape, generator=generator).cuda()
+        assert relative(out, expected) < limit
+        grads = torch.autograd.grad(out, arguments, weights.to(out.dtype))
+        for grad, true in zip(grads, torch.autograd.grad(expected, exact, weights.double()), strict=True):
+            assert relative(grad, true) < 2 * limit
+
+
+def both(s, z, subset, *mixer):
+    return subset_cosine_alignment_loss(s, z, subset) + mix_and_drop(*mixer, subset).float().square().mean()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_graph_break(dynamic, alignment_case, relative, generator):
+    torch._dynamo.reset()
+    compiled = torch.compile(both, fullgraph=True, dynamic=dynamic)
+    for B in (2, 3):
+        s, z, subset = (t.detach().cuda() for t in alignment_case(B, 64, 32, 320, BF16, INT8))
+        leaves = [s.requires_grad_(), *mix_arguments(B, 64, 96, 16, BF16, generator)]
+        results = [torch.autograd.grad(f(s, z, subset, *leaves[1:]), leaves) for f in (both, compiled)]
+        for eager, graph in zip(*results, strict=True):
+            assert relative(graph, eager) < 2e-2
+
+
+def test_opcheck(alignment_case, generator):
+    s, z, subset = (t.detach().cuda() for t in alignment_case(2, 16, 8, 64, BF16, INT8))
+    ops = torch.ops.maskalign_kernels
+    torch.library.opcheck(ops.subset_cosine_alignment.default, (s.requires_grad_(), z, subset, True, 1e-12))
+    torch.library.opcheck(ops.subset_cosine_alignment_loss.default, (s, z, subset, None, 1.0, True, 1e-12))
+    torch.library.opcheck(ops.mix_and_drop.default, (*mix_arguments(2, 16, 64, 16, BF16, generator), subset, BF16))
+
+
+def test_runs_repeat_bit_for_bit(alignment_case, generator):
+    s, z, subset = (t.detach().cuda() for t in alignment_case(8, 256, 128, 768, BF16, INT8))
+    leaves = [s.requires_grad_(), *mix_arguments(8, 256, 384, 64, BF16, generator)]
+    first, second = (torch.autograd.grad(both(s, z, subset, *leaves[1:]), leaves) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nothing_waits_for_the_gpu(alignment_case, generator):
+    s, z, subset = (t.detach().cuda() for t in alignment_case(2, 64, 32, 320, BF16, INT8))
+    leaves = [s.requires_grad_(), *mix_arguments(2, 64, 96, 16, BF16, generator)]
+    run = functools.partial(both, s, z, subset, *leaves[1:])
+    run().backward()  # Compiles the kernels.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_debug_mode_checks_the_indices(alignment_case, monkeypatch):
+    s, z, subset = (t.detach().cuda() for t in alignment_case(2, 16, 8, 64))
+    subset[1, 2] = 16
+    monkeypatch.setenv("MASKALIGN_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"indices in \[0, 16\), found 16"):
+        subset_cosine_alignment(s, z, subset)
+
+
+def test_tuning_chooses_once_and_remembers(alignment_case, monkeypatch, tmp_path):
+    monkeypatch.setenv("MASKALIGN_KERNELS_AUTOTUNE", "1")
+    monkeypatch.setenv("MASKALIGN_KERNELS_CACHE", str(tmp_path / "choices.json"))
+    s, z, subset = (t.detach().cuda() for t in alignment_case(8, 64, 32, 320, BF16, INT8))
+    subset_cosine_alignment(s.requires_grad_(), z, subset).sum().backward()
+    text = (tmp_path / "choices.json").read_text()
+    assert "alignment_forward" in text and "alignment_backward" in text
+    tuning._chosen.cache_clear()
+    subset_cosine_alignment(s, z, subset).sum().backward()
+    assert (tmp_path / "choices.json").read_text() == text
+
+
+def test_the_benchmark_runs(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.kernels", "--quick", "--out", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    assert (tmp_path / "kernels.csv").exists() and (tmp_path / "kernels.png").exists()
