@@ -363,20 +363,29 @@ def _token_grad_kernel(
         middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
         dw1_tile += shifted[:, None]
 
+        # A wide hidden layer takes the kept rows twice, so that only one of its gradients is in the making at a time.
+        if BLOCK_T > 128:
+            for d in range(0, D, BLOCK_D):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                in_d = _inside(offs_d, D, BLOCK_D)
+                h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
+                grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
+                db2_tile += tl.sum(grads * gates[None, :], axis=1)
+                dw2_tile = _dot(grads * gates[None, :], tl.trans(h), dw2_tile, PRODUCT, PRECISION)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_d = _inside(offs_d, D, BLOCK_D)
             s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
-            h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
             rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
             normed = (rows - mu[:, None]) * inverse[:, None]
             grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
-            gated = grads * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :]
-            db2_tile += tl.sum(gated, axis=1)
-            dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
+            if BLOCK_T <= 128:
+                h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
+                db2_tile += tl.sum(grads * gates[None, :], axis=1)
+                dw2_tile = _dot(grads * gates[None, :], tl.trans(h), dw2_tile, PRODUCT, PRECISION)
             dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
-            if BLOCK_T > 128:  # Kept across the loop, so wide an operand would spill.
-                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
             dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
             grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
