@@ -1,13 +1,15 @@
-"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and computes.
+"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and
+computes.
 
-    python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942] [--every-configuration]
+    python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942]
+    [--every-configuration]
 
-Two tables, printed and written as CSV. `builds.csv`, one row per launch, configuration and target: registers, stack,
-spills, shared memory, occupancy by the published limits, widest load and store, the narrowest access to a token row, the
-tensor-core instruction. `operations.csv`, one row per operation, direction and shape: the bytes that its launches move by
-their geometry, against the least that they could and against the unfused PyTorch chain (counted operation by operation),
-FLOPs, and the time that a device could not beat, by its bandwidth and by its peak. Nothing here is a measurement: not
-measured on a GPU.
+Two tables, printed and written as CSV. `builds.csv`, one row per launch, configuration and target: registers,
+stack, spills, shared memory, occupancy by the published limits, widest load and store, the narrowest access
+to a token row, the tensor-core instruction. `operations.csv`, one row per operation, direction and shape: the
+bytes that its launches move by their geometry, against the least that they could and against the unfused
+PyTorch chain (counted operation by operation), FLOPs, and the time that a device could not beat, by its
+bandwidth and by its peak. Nothing here is a measurement: not measured on a GPU.
 """
 
 import argparse
@@ -26,7 +28,8 @@ from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_c
 
 CASES = {"subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases}
 
-# Published figures: GB/s, then dense TFLOP/s of bfloat16 (and float16) matrix, TF32 matrix (float32 on MI300X), float32.
+# Published figures: GB/s, then dense TFLOP/s of bfloat16 (and float16) matrix, TF32 matrix (float32 on
+# MI300X), float32.
 DEVICES = {
     "A100": (2039, 312, 156, 19.5),
     "H100": (3350, 989, 494, 67),
@@ -37,7 +40,8 @@ DEVICES = {
 
 
 class BytesMoved(TorchDispatchMode):
-    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs, once.
+    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs,
+    once.
 
     Views are free, broadcast dimensions count once, and a gather reads only the rows that it returns.
     """
@@ -126,7 +130,9 @@ def least_bytes(operation, direction, shape, gathered=False):
 
 
 def floors(moved, flops, kind):
-    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or 'vector'."""
+    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or
+    'vector'.
+    """
     column = {"bf16": 1, "fp16": 1, "fp32": 2, "vector": 3}[kind]
     return {
         name: (
@@ -152,11 +158,18 @@ def operations(configuration="default"):
                 unfused = unfused_bytes(operation, shape, gathered)[direction == "backward"]
                 kind = label.rsplit("/", 1)[-1] if operation == "mix_and_drop" else "vector"
                 row = {
-                    "operation": name, "direction": direction, "student": "gathered" if gathered else "",
-                    "shape": label, "launches": entry["launches"], "bytes": entry["moved"],
-                    "over_launch_least": entry["moved"] / entry["launch_least"], "over_least": entry["moved"] / least,
-                    "unfused_bytes": unfused, "of_unfused": entry["moved"] / unfused, "flops": entry["flops"],
-                }  # fmt: skip
+                    "operation": name,
+                    "direction": direction,
+                    "student": "gathered" if gathered else "",
+                    "shape": label,
+                    "launches": entry["launches"],
+                    "bytes": entry["moved"],
+                    "over_launch_least": entry["moved"] / entry["launch_least"],
+                    "over_least": entry["moved"] / least,
+                    "unfused_bytes": unfused,
+                    "of_unfused": entry["moved"] / unfused,
+                    "flops": entry["flops"],
+                }
                 for device, (bandwidth, peak) in floors(entry["moved"], entry["flops"], kind).items():
                     row |= {f"{device}_bandwidth_us": bandwidth, f"{device}_peak_us": peak}
                 rows.append(row)
@@ -169,15 +182,30 @@ def builds(cases, targets, progress=lambda done, total: None):
     for number, (case, target) in enumerate(pairs):
         progress(number, len(pairs))
         build = aot.build(case, target)
-        rows.append({
-            "operation": case.operation, "direction": case.direction, "launch": case.launch, "shape": case.shape,
-            "config": case.config, "target": target, "registers": build.registers,
-            "scalar_registers": build.scalar_registers, "stack": build.stack, "spills": build.spills,
-            "shared": build.shared, "occupancy": build.occupancy, "widest_load": build.widest_load,
-            "widest_store": build.widest_store, "narrowest_row_access": build.narrowest_row,
-            "tensor_core": build.tensor_core, "programs": _product(case.grid), "bytes": case.moved,
-            "over_least": case.moved / case.least, "flops": case.flops,
-        })  # fmt: skip
+        rows.append(
+            {
+                "operation": case.operation,
+                "direction": case.direction,
+                "launch": case.launch,
+                "shape": case.shape,
+                "config": case.config,
+                "target": target,
+                "registers": build.registers,
+                "scalar_registers": build.scalar_registers,
+                "stack": build.stack,
+                "spills": build.spills,
+                "shared": build.shared,
+                "occupancy": build.occupancy,
+                "widest_load": build.widest_load,
+                "widest_store": build.widest_store,
+                "narrowest_row_access": build.narrowest_row,
+                "tensor_core": build.tensor_core,
+                "programs": _product(case.grid),
+                "bytes": case.moved,
+                "over_least": case.moved / case.least,
+                "flops": case.flops,
+            }
+        )
     return rows
 
 

@@ -2,14 +2,15 @@
 
     python -m benchmarks.kernels [--out DIR] [--operations ...] [--quick]
 
-Per operation and shape, forward, backward and both: median milliseconds (triton.testing.do_bench: the L2 cache is
-cleared before each run) with the 20th and 80th percentile, the bytes that the launches move by their geometry, GB/s,
-the share of the copy bandwidth that this GPU reaches in the same run, and the peak memory on top of the arguments. A
-provider whose result is off is reported as such and not timed. Rows go to kernels.csv, a figure to kernels.png. Without
-a CUDA or ROCm device there is nothing to measure: one line says so.
+Per operation and shape, forward, backward and both: median milliseconds (triton.testing.do_bench: the L2
+cache is cleared before each run) with the 20th and 80th percentile, the bytes that the launches move by their
+geometry, GB/s, the share of the copy bandwidth that this GPU reaches in the same run, and the peak memory on
+top of the arguments. A provider whose result is off is reported as such and not timed. Rows go to
+kernels.csv, a figure to kernels.png. Without a CUDA or ROCm device there is nothing to measure: one line says
+so.
 
-The providers: `kernel` (maskalign_kernels), `eager` (the chain as training codes write it), `compiled` (torch.compile
-of the same chain). The shapes and the chain are those of benchmarks.kernel_report.
+The providers: `kernel` (maskalign_kernels), `eager` (the chain as training codes write it), `compiled`
+(torch.compile of the same chain). The shapes and the chain are those of benchmarks.kernel_report.
 """
 
 import argparse
@@ -30,7 +31,7 @@ DIRECTIONS = ("forward", "backward", "both")
 
 
 def alignment_setup(shape, device):
-    """(arguments, differentiable ones, {provider: function}) of one shape of SHAPES; the student row for row."""
+    """(arguments, differentiable ones, {provider: function}) of one of SHAPES; the student row for row."""
     images, tokens, kept, width, student, teacher = shape
     s = torch.randn(images, kept, width, device=device).to(student).requires_grad_()
     z = torch.randn(images, tokens, width, device=device)
@@ -45,9 +46,18 @@ def alignment_setup(shape, device):
 
 
 def mix_setup(shape, device):
-    """As alignment_setup, for mix_and_drop. All arguments in the product's dtype, which is what the chain can take."""
+    """As alignment_setup, for mix_and_drop. All arguments in the product's dtype, which is what the chain can
+    take.
+    """
     images, tokens, kept, width, hidden, _, _, product = shape
-    sizes = [(images, tokens, width), *[(images, width)] * 3, (hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]
+    sizes = [
+        (images, tokens, width),
+        *[(images, width)] * 3,
+        (hidden, tokens),
+        (hidden,),
+        (tokens, hidden),
+        (tokens,),
+    ]
     scales = [1, 1, 0.3, 1, tokens**-0.5, 0.1, hidden**-0.5, 0.1]
     tensors = [
         (torch.randn(size, device=device) * by).to(product).requires_grad_()
@@ -76,7 +86,9 @@ def runners(function, arguments, leaves):
 
 
 def relative_error(function, exact, arguments, leaves):
-    """The larger relative error of the result and of the gradients, against the chain in float64 on the same values."""
+    """The larger relative error of the result and of the gradients, against the chain in float64 on the same
+    values.
+    """
 
     def outcome(function, arguments, leaves):
         out = function(*arguments)
@@ -141,10 +153,17 @@ def measure(operation, shape, bandwidth, device):
             ms, low, high = quantiles
             speed = moved[direction] / ms / 1e6
             yield {
-                **row, "direction": direction, "ms": ms, "ms_20": low, "ms_80": high, "bytes": moved[direction],
+                **row,
+                "direction": direction,
+                "ms": ms,
+                "ms_20": low,
+                "ms_80": high,
+                "bytes": moved[direction],
                 # GB/s of useful bytes: the same for every provider, so that faster is more.
-                "gb_per_s": speed, "of_copy": speed / bandwidth, "peak_mib": peak_memory(run),
-            }  # fmt: skip
+                "gb_per_s": speed,
+                "of_copy": speed / bandwidth,
+                "peak_mib": peak_memory(run),
+            }
 
 
 def draw(rows, path, title):
@@ -161,7 +180,12 @@ def draw(rows, path, title):
         shapes = list(dict.fromkeys(row["shape"] for row in mine))
         for offset, provider in enumerate(("kernel", "eager", "compiled")):
             of = {row["shape"]: row["of_copy"] for row in mine if row["provider"] == provider}
-            axis.barh([i + 0.27 * (offset - 1) for i in range(len(shapes))], [of.get(s, 0) for s in shapes], 0.25, label=provider)
+            axis.barh(
+                [i + 0.27 * (offset - 1) for i in range(len(shapes))],
+                [of.get(s, 0) for s in shapes],
+                0.25,
+                label=provider,
+            )
         axis.set_yticks(range(len(shapes)), shapes, fontsize=7)
         axis.invert_yaxis()
         axis.set_xlabel("useful bytes per second, forward and backward, over the measured copy")
@@ -172,7 +196,9 @@ def draw(rows, path, title):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", default="runs/kernels", help="folder for kernels.csv and kernels.png")
     parser.add_argument("--operations", nargs="+", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--quick", action="store_true", help="the first two shapes of each operation only")

@@ -47,7 +47,8 @@ class Case:
         grid: the launch grid.
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
             nothing).
-        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says why.
+        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says
+            why.
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
         flops: floating-point operations of the launch.
         rows: arguments through which token rows are read or written; none of these accesses may be under 16
@@ -128,8 +129,18 @@ _built = {}
 
 
 def build(case, target):
-    """Compile a case and read off its `Build`; the same source is compiled once per process (and cached by Triton)."""
-    key = (case.kernel.__name__, str(specialise(case)), case.num_warps, case.waves, case.num_stages, target, case.rows)
+    """Compile a case and read off its `Build`; the same source is compiled once per process (and cached by
+    Triton).
+    """
+    key = (
+        case.kernel.__name__,
+        str(specialise(case)),
+        case.num_warps,
+        case.waves,
+        case.num_stages,
+        target,
+        case.rows,
+    )
     if key not in _built:
         _built[key] = _inspect(case, target, compile_case(case, target))
     return _built[key]
@@ -148,10 +159,16 @@ def _inspect(case, target, compiled):
     rows = [size for name, _, size in access if name in case.rows]
     loads, stores = _widths(assembly, amd)
     return Build(
-        target=target, **usage, shared=shared, occupancy=occupancy(target, threads, usage["registers"], shared),
-        widest_load=max(loads, default=0), widest_store=max(stores, default=0), narrowest_row=min(rows, default=0),
-        tensor_core=_tensor_core(assembly), access=access,
-    )  # fmt: skip
+        target=target,
+        **usage,
+        shared=shared,
+        occupancy=occupancy(target, threads, usage["registers"], shared),
+        widest_load=max(loads, default=0),
+        widest_store=max(stores, default=0),
+        narrowest_row=min(rows, default=0),
+        tensor_core=_tensor_core(assembly),
+        access=access,
+    )
 
 
 @functools.cache
@@ -167,20 +184,26 @@ def _nvidia_usage(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
+        text = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
         spills = 0
         if found["STACK"] or found.get("LOCAL"):
             # Spills live in local memory, so there are none without a stack; with one, count its accesses in
             # the SASS.
-            sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
+            sass = subprocess.run(
+                [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
+            )
             spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
     stack = found["STACK"] + found.get("LOCAL", 0)
     return {"registers": found["REG"], "scalar_registers": 0, "stack": stack, "spills": spills}
 
 
 def _amd_usage(assembly):
-    found = {key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
+    found = {
+        key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)
+    }
     return {
         # gfx942 counts the accumulation registers inside vgpr_count: the two share one file.
         "registers": max(found["vgpr_count"], found.get("agpr_count", 0)),
@@ -191,10 +214,14 @@ def _amd_usage(assembly):
 
 
 def occupancy(target, threads, registers, shared):
-    """Share of a multiprocessor's warps (a compute unit's waves) that can be resident, from the published limits."""
+    """Share of a multiprocessor's warps (a compute unit's waves) that can be resident, from the published
+    limits.
+    """
     if TARGETS[target].backend == "hip":
         waves = threads // 64
-        per_simd = min(8, 512 // max(8, -(-registers // 8) * 8))  # Four SIMDs of 512 registers and 8 waves each.
+        per_simd = min(
+            8, 512 // max(8, -(-registers // 8) * 8)
+        )  # Four SIMDs of 512 registers and 8 waves each.
         blocks = min(4 * per_simd // waves, 65536 // shared if shared else 32)
         return blocks * waves / 32
     memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[target] * 1024
@@ -213,15 +240,23 @@ def _widths(assembly, amd):
         pairs = [(kind, size[unit]) for kind, unit in found if unit in size]
     else:
         found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\b", assembly)
-        pairs = [("load" if kind == "ld" else "store", int(n or 1) * int(bits) // 8) for kind, n, bits in found]
-        pairs += [("load", int(n, 0)) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x\w+|\d+)[,;]", assembly)]
+        pairs = [
+            ("load" if kind == "ld" else "store", int(n or 1) * int(bits) // 8) for kind, n, bits in found
+        ]
+        pairs += [
+            ("load", int(n, 0))
+            for n in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x\w+|\d+)[,;]", assembly)
+        ]
     return [n for kind, n in pairs if kind == "load"], [n for kind, n in pairs if kind == "store"]
 
 
 def _tensor_core(assembly):
     for name, pattern in {
-        "tcgen05": r"tcgen05\.mma", "wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "mfma": r"v_mfma_",
-    }.items():  # fmt: skip
+        "tcgen05": r"tcgen05\.mma",
+        "wgmma": r"wgmma\.mma_async",
+        "mma.sync": r"mma\.sync",
+        "mfma": r"v_mfma_",
+    }.items():
         if re.search(pattern, assembly):
             return name
     return ""
@@ -245,16 +280,47 @@ def _bytes(type_name):
 
 _ACCESSES = [
     # (pattern, kind, how to get the bytes from the match)
-    (re.compile(r'asm sideeffect ".*?ld\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '), "load", lambda m: int(m[1] or 1) * int(m[2]) // 8),
-    (re.compile(r'asm sideeffect ".*?st\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '), "store", lambda m: int(m[1] or 1) * int(m[2]) // 8),
+    (
+        re.compile(r'asm sideeffect ".*?ld\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '),
+        "load",
+        lambda m: int(m[1] or 1) * int(m[2]) // 8,
+    ),
+    (
+        re.compile(r'asm sideeffect ".*?st\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+) '),
+        "store",
+        lambda m: int(m[1] or 1) * int(m[2]) // 8,
+    ),
     (re.compile(r"cp\.async\.c[ag]\.shared\.global.*?\], (0x\w+|\d+)"), "load", lambda m: int(m[1], 0)),
     (re.compile(r"nvvm\.cp\.async\.c[ag]\.shared\.global\.(\d+)"), "load", lambda m: int(m[1])),
-    (re.compile(r"= (?:tail )?load (?:volatile )?(<[^>]*>|\w+), ptr addrspace\(1\)"), "load", lambda m: _bytes(m[1])),
-    (re.compile(r"store (?:volatile )?(<[^>]*>|\w+) .*?, ptr addrspace\(1\)"), "store", lambda m: _bytes(m[1])),
-    (re.compile(r"call (<[^>]*>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\."), "load", lambda m: _bytes(m[1])),
-    (re.compile(r"@llvm\.amdgcn\.raw\.ptr\.buffer\.store\.\w+\((<[^>]*>|\w+) "), "store", lambda m: _bytes(m[1])),
-    (re.compile(r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer|global)\.load\.(?:async\.)?(?:to\.)?lds.*?ptr addrspace\(3\) [^,]*, i32 (\d+)"), "load", lambda m: int(m[1])),
-]  # fmt: skip
+    (
+        re.compile(r"= (?:tail )?load (?:volatile )?(<[^>]*>|\w+), ptr addrspace\(1\)"),
+        "load",
+        lambda m: _bytes(m[1]),
+    ),
+    (
+        re.compile(r"store (?:volatile )?(<[^>]*>|\w+) .*?, ptr addrspace\(1\)"),
+        "store",
+        lambda m: _bytes(m[1]),
+    ),
+    (
+        re.compile(r"call (<[^>]*>|\w+) @llvm\.amdgcn\.raw\.ptr\.buffer\.load\."),
+        "load",
+        lambda m: _bytes(m[1]),
+    ),
+    (
+        re.compile(r"@llvm\.amdgcn\.raw\.ptr\.buffer\.store\.\w+\((<[^>]*>|\w+) "),
+        "store",
+        lambda m: _bytes(m[1]),
+    ),
+    (
+        re.compile(
+            r"@llvm\.amdgcn\.(?:raw\.ptr\.buffer|global)\.load\.(?:async\.)?(?:to\.)?lds"
+            r".*?ptr addrspace\(3\) [^,]*, i32 (\d+)"
+        ),
+        "load",
+        lambda m: int(m[1]),
+    ),
+]
 
 
 def accesses(llir, names):
@@ -270,7 +336,9 @@ def accesses(llir, names):
         for line in body[1:]:
             code = line.split(", !dbg")[0]
             match = re.match(r"\s+(%[\w.]+) = ", code)
-            hit = next(((kind, size(m)) for pattern, kind, size in _ACCESSES if (m := pattern.search(code))), None)
+            hit = next(
+                ((kind, size(m)) for pattern, kind, size in _ACCESSES if (m := pattern.search(code))), None
+            )
             operands = re.findall(r"%[\w.]+", code[match.end() :] if match else code)
             if hit:
                 found |= {(name, *hit) for operand in operands for name in origin.get(operand, ())}

@@ -19,7 +19,12 @@ try:
 except ImportError:  # No Triton wheel for this platform (macOS, for one): the CPU reference still works.
     triton = tl = None
 
-INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in (
+    "1",
+    "true",
+    "on",
+    "yes",
+)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
 # Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same
@@ -35,7 +40,9 @@ def jit(function):
 
 
 def use_triton(*tensors):
-    """Whether a call with these tensors runs the kernels: on CUDA and ROCm always, on the CPU under the interpreter."""
+    """Whether a call with these tensors runs the kernels: on CUDA and ROCm always, on the CPU under the
+    interpreter.
+    """
     if triton is None:
         return False
     return INTERPRET or any(t is not None and t.device.type == "cuda" for t in tensors)
@@ -95,7 +102,7 @@ def check_interpretable(op, **tensors):
             fail(op, name, tensor, "bfloat16, float16 or float32 (float64 runs on the CPU reference only)")
 
 
-# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected 
+# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected
 
 
 def describe(tensor):
@@ -119,7 +126,8 @@ def check_tensor(op, name, tensor, dims, sizes, dtypes, device=None):
         dtypes: the accepted dtypes.
         device: the device of the arguments before, or None for the first one.
     """
-    # The message is only put together where there is one: to format a symbolic size would fix it in the graph.
+    # The message is only put together where there is one: to format a symbolic size would fix it in the
+    # graph.
     if not isinstance(tensor, torch.Tensor):
         fail(op, name, tensor, f"a tensor of shape {_spell(dims, sizes)}")
     if tensor.dim() != len(dims):
@@ -158,7 +166,12 @@ def check_subset(op, subset, num_tokens, distinct):
         repeated = ordered[:, 1:] == ordered[:, :-1]
         if bool(repeated.any()):
             row, column = (int(v) for v in repeated.nonzero()[0])
-            fail(op, "subset", subset, f"distinct indices per row, found {int(ordered[row, column])} twice in row {row}")
+            fail(
+                op,
+                "subset",
+                subset,
+                f"distinct indices per row, found {int(ordered[row, column])} twice in row {row}",
+            )
 
 
 def is_abstract(tensor):

@@ -14,8 +14,19 @@ import torch
 
 from . import reference
 from .runtime import (
-    FLOATS, INDICES, WARP_SIZE, check_interpretable, check_subset, check_tensor, fail, jit, kernel_op, rows_contiguous, tl,
-    use_triton, wrap_triton,
+    FLOATS,
+    INDICES,
+    WARP_SIZE,
+    check_interpretable,
+    check_subset,
+    check_tensor,
+    fail,
+    jit,
+    kernel_op,
+    rows_contiguous,
+    tl,
+    use_triton,
+    wrap_triton,
 )
 from .tuning import choose
 
@@ -29,7 +40,9 @@ def _products(
     s_rows, t_rows, live, s_scale, t_scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Sums s*t, s*s and t*t of ROWS rows. The partial sums of a row stay apart until its end: one reduction per row."""
+    """Sums s*t, s*s and t*t of ROWS rows. The partial sums of a row stay apart until its end: one reduction
+    per row.
+    """
     dot = tl.zeros([ROWS, BLOCK_C], tl.float32)
     ss = tl.zeros([ROWS, BLOCK_C], tl.float32)
     tt = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -84,7 +97,9 @@ def _forward_kernel(
     s_inverse = 1.0 / tl.maximum(s_norm, eps * s_scale)
     t_inverse = 1.0 / tl.maximum(tl.sqrt(tt), eps * t_scale)
     cosine = dot * s_inverse * t_inverse
-    along = tl.where(s_norm < eps * s_scale, 0.0, cosine)  # As in F.normalize: max(|s|, eps) is flat below eps.
+    along = tl.where(
+        s_norm < eps * s_scale, 0.0, cosine
+    )  # As in F.normalize: max(|s|, eps) is flat below eps.
     tl.store(saved_ptr + token, s_inverse * s_scale, mask=live)
     tl.store(saved_ptr + saved_plane + token, t_inverse * t_scale, mask=live)
     tl.store(saved_ptr + 2 * saved_plane + token, along, mask=live)
@@ -132,7 +147,8 @@ def _gradient_rows(
 @jit
 def _backward_kernel(
     grad_ptr, weight_ptr, student_ptr, teacher_ptr, subset_ptr, saved_ptr, out_ptr,
-    kept, saved_plane, grad_batch, grad_token, count, scale, student_batch, student_row, teacher_batch, teacher_row,
+    kept, saved_plane, grad_batch, grad_token, count, scale,
+    student_batch, student_row, teacher_batch, teacher_row,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Student rows go with the subset row for row; grid as in the forward."""
@@ -152,17 +168,29 @@ def _backward_kernel(
     else:
         grad = tl.load(grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=live, other=0.0)
     _gradient_rows(
-        student_ptr, teacher_ptr, out_ptr,
-        image * student_batch + k.to(tl.int64) * student_row, image * teacher_batch + n * teacher_row, token * C,
-        live, live, grad * s_inverse, along * s_inverse, t_inverse, C, BLOCK_C,
-    )  # fmt: skip
+        student_ptr,
+        teacher_ptr,
+        out_ptr,
+        image * student_batch + k.to(tl.int64) * student_row,
+        image * teacher_batch + n * teacher_row,
+        token * C,
+        live,
+        live,
+        grad * s_inverse,
+        along * s_inverse,
+        t_inverse,
+        C,
+        BLOCK_C,
+    )
 
 
 @jit
 def _backward_gather_kernel(
     grad_ptr, weight_ptr, student_ptr, teacher_ptr, subset_ptr, saved_ptr, out_ptr,
-    tokens, kept, saved_plane, grad_batch, grad_token, count, scale, student_batch, student_row, teacher_batch, teacher_row,
-    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
+    tokens, kept, saved_plane, grad_batch, grad_token, count, scale,
+    student_batch, student_row, teacher_batch, teacher_row,
+    C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Student rows are gathered: all rows of the grid are written, zeros where the subset has no such token.
 
@@ -184,7 +212,9 @@ def _backward_gather_kernel(
         if LOSS:
             grad += tl.sum(tl.where(match, 1.0, 0.0), 1)
         else:
-            here = tl.load(grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=k < kept, other=0.0)
+            here = tl.load(
+                grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=k < kept, other=0.0
+            )
             grad += tl.sum(tl.where(match, here[None, :], 0.0), 1)
     if LOSS:
         grad *= tl.load(grad_ptr) * (-scale / count)
@@ -225,7 +255,8 @@ def configurations(width, itemsize, gather_backward=False):
     threads = 256 if gather_backward or width > 4096 else 128
     per_thread = 16 // itemsize
     widest = max(32 * per_thread, 1 << max(0, (-(-width // 8) - 1).bit_length()))
-    blocks = [widest >> i for i in range(5) if widest >> i >= 64 and -(-width // (widest >> i)) <= 8] or [widest]
+    halves = (widest >> i for i in range(5))
+    blocks = [block for block in halves if block >= 64 and -(-width // block) <= 8] or [widest]
     waste = {block: -(-width // block) * block for block in blocks}
     block = next((b for b in blocks if waste[b] <= 1.15 * width), min(blocks, key=waste.get))
     block = max(16, min(block, 1 << (width - 1).bit_length()))
@@ -239,15 +270,14 @@ def configurations(width, itemsize, gather_backward=False):
 
 
 def look_up_block(config):
-    """Subset entries compared at a time: at most 4096 comparisons per step, so that they stay in registers."""
+    """Subset entries compared at a time: at most 4096 comparisons per step, which stay in registers."""
     return max(16, min(128, 4096 // config["ROWS"]))
 
 
 def _options(config, warp=WARP_SIZE):
     """A configuration as the keyword arguments of a launch."""
-    return {
-        "ROWS": config["ROWS"], "BLOCK_C": config["BLOCK_C"], "num_warps": config["threads"] // warp, "num_stages": 1,
-    }  # fmt: skip
+    blocks = {"ROWS": config["ROWS"], "BLOCK_C": config["BLOCK_C"]}
+    return {**blocks, "num_warps": config["threads"] // warp, "num_stages": 1}
 
 
 def _key(student, teacher, *flags):
@@ -264,7 +294,7 @@ def may_overflow(*dtypes):
 
 
 def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
-    """Launch the forward; returns the cosines (B, K) or, with `loss`, the programs' sums, and the saved scalars."""
+    """Launch the forward; returns the cosines (B, K), or each program's sum, and the saved scalars."""
     subset = subset.contiguous()  # Small, and nearly always so already.
     batch, kept = subset.shape
     width = int(student.shape[-1])
@@ -277,10 +307,10 @@ def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
 
     def launch(config, out):
         wrap_triton(_forward_kernel)[(batch * -(-kept // config["ROWS"]),)](
-            student, teacher, subset, subset if weight is None else weight, out, saved,
-            kept, batch * kept, student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), eps,
-            C=width, GATHER=not student_is_subset, WIDE=may_overflow(student.dtype, teacher.dtype), LOSS=loss, WEIGHTED=weight is not None,
-            **_options(config),
+            student, teacher, subset, subset if weight is None else weight, out, saved, kept, batch * kept,
+            student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), eps,
+            C=width, GATHER=not student_is_subset, WIDE=may_overflow(student.dtype, teacher.dtype),
+            LOSS=loss, WEIGHTED=weight is not None, **_options(config),
         )  # fmt: skip
 
     config = configs[0]
@@ -317,7 +347,9 @@ def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_s
         if student_is_subset:
             wrap_triton(_backward_kernel)[grid](*shared, *sizes, **flags)
         else:
-            wrap_triton(_backward_gather_kernel)[grid](*shared, tokens, *sizes, BLOCK_K=look_up_block(config), **flags)
+            wrap_triton(_backward_gather_kernel)[grid](
+                *shared, tokens, *sizes, BLOCK_K=look_up_block(config), **flags
+            )
 
     configs = configurations(width, _itemsize(student, teacher), gather_backward=not student_is_subset)
     launch(choose("alignment_backward", _key(student, teacher, student_is_subset), configs, student, launch))
@@ -336,9 +368,13 @@ def _cosine_op(
 
 @kernel_op("maskalign_kernels::subset_cosine_alignment_backward")
 def _cosine_backward_op(
-    grad: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor, subset: torch.Tensor, saved: torch.Tensor,
+    grad: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    subset: torch.Tensor,
+    saved: torch.Tensor,
     student_is_subset: bool,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     return _backward(grad, student, teacher, subset, None, saved, 1.0, student_is_subset, False)
 
 
@@ -358,15 +394,22 @@ _cosine_op.register_autograd(_cosine_grad, setup_context=_cosine_setup)
 
 @kernel_op("maskalign_kernels::subset_cosine_alignment_loss")
 def _loss_op(
-    student: torch.Tensor, teacher: torch.Tensor, subset: torch.Tensor, weight: torch.Tensor | None, scale: float,
-    student_is_subset: bool, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    subset: torch.Tensor,
+    weight: torch.Tensor | None,
+    scale: float,
+    student_is_subset: bool,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     partial, saved = _forward(student, teacher, subset, weight, student_is_subset, eps, True)
     loss = torch.empty((), dtype=torch.float32, device=student.device)
     if saved.numel() == 0:
         return loss.zero_(), saved
     count = subset.shape[0] * subset.shape[1]
-    wrap_triton(_mean_kernel)[(1,)](partial, loss, partial.shape[0], count, scale, BLOCK=1024, num_warps=4, num_stages=1)
+    wrap_triton(_mean_kernel)[(1,)](
+        partial, loss, partial.shape[0], count, scale, BLOCK=1024, num_warps=4, num_stages=1
+    )
     return loss, saved
 
 
@@ -395,7 +438,9 @@ _loss_op.register_autograd(_loss_grad, setup_context=_loss_setup)
 
 
 def _check(op, student, teacher, subset, student_is_subset, eps):
-    """Raise a ValueError for arguments that do not fit; returns them with dense rows (pitch between rows is kept)."""
+    """Raise a ValueError for arguments that do not fit; returns them with dense rows (pitch between rows is
+    kept).
+    """
     sizes = {}
     floats = (*FLOATS, torch.float64)
     check_tensor(op, "teacher", teacher, "BNC", sizes, (*floats, torch.int8))
@@ -463,7 +508,9 @@ def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, studen
     student, teacher = _check(op, student, teacher, subset, student_is_subset, eps)
     per_image, scale = None, weight
     if isinstance(weight, torch.Tensor):
-        check_tensor(op, "weight", weight, "B", {"B": subset.shape[0]}, (*FLOATS, torch.float64), subset.device)
+        check_tensor(
+            op, "weight", weight, "B", {"B": subset.shape[0]}, (*FLOATS, torch.float64), subset.device
+        )
         if weight.requires_grad and torch.is_grad_enabled():
             fail(op, "weight", weight, "no gradient: pass weight.detach()")
         per_image, scale = weight.contiguous(), 1.0

@@ -1,4 +1,6 @@
-"""The launches of subset_cosine_alignment for the compile report: how they are made, what they move and compute."""
+"""The launches of subset_cosine_alignment for the compile report: how they are made, what they move and
+compute.
+"""
 
 import importlib
 
@@ -37,14 +39,20 @@ def count_bytes(direction, gather, loss, images, tokens, kept, width, student, t
     if direction == "forward":
         fixed = rows + total * (index + saved)
         # The loss: every program reads its image's weight and leaves one sum.
-        return (fixed + programs * 2 * scalar, fixed + images * scalar + scalar) if loss else (fixed + total * cosine,) * 2
+        return (
+            (fixed + programs * 2 * scalar, fixed + images * scalar + scalar)
+            if loss
+            else (fixed + total * cosine,) * 2
+        )
     written = images * (tokens if gather else kept) * width * student
     least = rows + written + total * (index + saved) + (images * scalar + scalar if loss else total * cosine)
     per_program = 2 * scalar if loss else 0
     if gather:  # Every program reads the whole subset of its image, and the gradients that go with it.
         per_program += kept * (index if loss else index + cosine)
         return rows + written + total * saved + programs * per_program, least
-    return rows + written + total * (index + saved) + (0 if loss else total * cosine) + programs * per_program, least
+    return rows + written + total * (index + saved) + (
+        0 if loss else total * cosine
+    ) + programs * per_program, least
 
 
 def aot_cases(shapes=None, every_configuration=True):
@@ -60,20 +68,39 @@ def aot_cases(shapes=None, every_configuration=True):
                     for number, config in enumerate(configs if every_configuration else configs[:1]):
                         programs = images * -(-(tokens if looks_up else kept) // config["ROWS"])
                         moved, least = count_bytes(
-                            direction, gather, loss, images, tokens, kept, width, student.itemsize, teacher.itemsize,
+                            direction,
+                            gather,
+                            loss,
+                            images,
+                            tokens,
+                            kept,
+                            width,
+                            student.itemsize,
+                            teacher.itemsize,
                             programs,
-                        )  # fmt: skip
+                        )
                         sizes = (images, tokens, kept, width)
-                        kernel, arguments, constexprs = _launch(direction, gather, loss, sizes, student, teacher, config)
+                        kernel, arguments, constexprs = _launch(
+                            direction, gather, loss, sizes, student, teacher, config
+                        )
                         yield Case(
-                            operation=alignment.OP + "_loss" * loss, direction=direction,
-                            launch="gathered rows" if gather else "rows", shape=shape,
+                            operation=alignment.OP + "_loss" * loss,
+                            direction=direction,
+                            launch="gathered rows" if gather else "rows",
+                            shape=shape,
                             config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
-                            kernel=kernel, arguments=arguments, constexprs=constexprs, num_stages=1,
-                            num_warps=config["threads"] // 32, waves=config["threads"] // 64, grid=(programs,),
-                            moved=moved, least=least, flops=images * kept * width * (6 if direction == "forward" else 4),
+                            kernel=kernel,
+                            arguments=arguments,
+                            constexprs=constexprs,
+                            num_stages=1,
+                            num_warps=config["threads"] // 32,
+                            waves=config["threads"] // 64,
+                            grid=(programs,),
+                            moved=moved,
+                            least=least,
+                            flops=images * kept * width * (6 if direction == "forward" else 4),
                             rows=("student_ptr", "teacher_ptr", "out_ptr"),
-                        )  # fmt: skip
+                        )
                         if loss and direction == "forward":
                             yield _mean_case(shape, gather, programs, images * kept, number, config)
 
@@ -84,20 +111,45 @@ def _launch(direction, gather, loss, sizes, student, teacher, config):
     kernel = alignment._forward_kernel
     if direction == "backward":
         kernel = alignment._backward_gather_kernel if gather else alignment._backward_kernel
-    pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "saved_ptr", "cosine_ptr"), "*fp32") | {"subset_ptr": "*i64"}
-    pointers |= {"teacher_ptr": _pointer(teacher), "student_ptr": _pointer(student), "out_ptr": _pointer(student)}
+    pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "saved_ptr", "cosine_ptr"), "*fp32") | {
+        "subset_ptr": "*i64"
+    }
+    pointers |= {
+        "teacher_ptr": _pointer(teacher),
+        "student_ptr": _pointer(student),
+        "out_ptr": _pointer(student),
+    }
     numbers = {
-        "tokens": tokens, "kept": kept, "saved_plane": images * kept, "count": images * kept, "scale": 1.0, "eps": 1e-12,
-        "student_batch": (tokens if gather else kept) * width, "student_row": width, "teacher_batch": tokens * width,
-        "teacher_row": width, "grad_batch": 0 if loss else kept, "grad_token": 0 if loss else 1,
-    }  # fmt: skip
+        "tokens": tokens,
+        "kept": kept,
+        "saved_plane": images * kept,
+        "count": images * kept,
+        "scale": 1.0,
+        "eps": 1e-12,
+        "student_batch": (tokens if gather else kept) * width,
+        "student_row": width,
+        "teacher_batch": tokens * width,
+        "teacher_row": width,
+        "grad_batch": 0 if loss else kept,
+        "grad_token": 0 if loss else 1,
+    }
     constexprs = {
-        "C": width, "ROWS": config["ROWS"], "BLOCK_C": config["BLOCK_C"], "BLOCK_K": alignment.look_up_block(config),
-        "GATHER": gather, "WIDE": alignment.may_overflow(student, teacher), "LOSS": loss, "WEIGHTED": loss,
-    }  # fmt: skip
+        "C": width,
+        "ROWS": config["ROWS"],
+        "BLOCK_C": config["BLOCK_C"],
+        "BLOCK_K": alignment.look_up_block(config),
+        "GATHER": gather,
+        "WIDE": alignment.may_overflow(student, teacher),
+        "LOSS": loss,
+        "WEIGHTED": loss,
+    }
     arguments = pointers | numbers
     names = kernel.arg_names
-    return kernel, {n: arguments[n] for n in names if n in arguments}, {n: constexprs[n] for n in names if n in constexprs}
+    return (
+        kernel,
+        {n: arguments[n] for n in names if n in arguments},
+        {n: constexprs[n] for n in names if n in constexprs},
+    )
 
 
 def _pointer(dtype):
@@ -106,9 +158,25 @@ def _pointer(dtype):
 
 def _mean_case(shape, gather, programs, count, number, config):
     return Case(
-        operation=alignment.OP + "_loss", direction="forward", launch="gathered mean" if gather else "mean", shape=shape,
+        operation=alignment.OP + "_loss",
+        direction="forward",
+        launch="gathered mean" if gather else "mean",
+        shape=shape,
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
-        kernel=alignment._mean_kernel, constexprs={"BLOCK": 1024}, num_warps=4, waves=4, num_stages=1, grid=(1,),
-        arguments={"partial_ptr": "*fp32", "loss_ptr": "*fp32", "programs": programs, "count": count, "scale": 1.0},
-        moved=4 * programs + 4, least=4 * programs + 4, flops=programs,
-    )  # fmt: skip
+        kernel=alignment._mean_kernel,
+        constexprs={"BLOCK": 1024},
+        num_warps=4,
+        waves=4,
+        num_stages=1,
+        grid=(1,),
+        arguments={
+            "partial_ptr": "*fp32",
+            "loss_ptr": "*fp32",
+            "programs": programs,
+            "count": count,
+            "scale": 1.0,
+        },
+        moved=4 * programs + 4,
+        least=4 * programs + 4,
+        flops=programs,
+    )

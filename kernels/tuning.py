@@ -76,7 +76,9 @@ def choose(kernel_name, key, configs, tensor, launch):
     times = []
     for index, config in enumerate(configs):
         try:
-            times.append((triton.testing.do_bench(lambda config=config: launch(config), warmup=10, rep=40), index))
+            times.append(
+                (triton.testing.do_bench(lambda config=config: launch(config), warmup=10, rep=40), index)
+            )
         except triton.runtime.errors.OutOfResources:
             continue
     choices[entry] = configs[min(times)[1]] if times else configs[0]

@@ -17,7 +17,9 @@ def one_thread():
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fill what torch.empty and its relatives return with NaN (or the largest integer), so that no byte goes unwritten."""
+    """Fill what torch.empty and its relatives return with NaN (or the largest integer), so that no byte goes
+    unwritten.
+    """
 
     def fill(allocate):
         def filled(*args, **kwargs):
@@ -53,13 +55,17 @@ def relative():
 
 @pytest.fixture(scope="session")
 def tolerance():
-    """Largest relative error of a result stored in a dtype (Triton's interpreter truncates to bfloat16: one whole ulp)."""
+    """Largest relative error of a result stored in a dtype (Triton's interpreter truncates to bfloat16: one
+    whole ulp).
+    """
     return TOLERANCE.__getitem__
 
 
 @pytest.fixture(scope="session")
 def cosine_truth():
-    """The definition, written out in float64 with no help from the package: loops over images, F.normalize's formula."""
+    """The definition, written out in float64 with no help from the package: loops over images, F.normalize's
+    formula.
+    """
 
     def truth(student, teacher, subset, student_is_subset=True, eps=1e-12):
         rows = []
@@ -77,7 +83,9 @@ def cosine_truth():
 
 @pytest.fixture
 def alignment_case(generator):
-    """alignment_case(B, N, K, C, student dtype, teacher dtype, gathered, index dtype) -> student, teacher, subset."""
+    """alignment_case(B, N, K, C, student dtype, teacher dtype, gathered, index dtype) -> student, teacher,
+    subset.
+    """
 
     def make(B, N, K, C, student=torch.float32, teacher=torch.float32, gathered=False, index=torch.int64):
         z = torch.randn(B, N, C, generator=generator)
@@ -91,7 +99,9 @@ def alignment_case(generator):
 
 @pytest.fixture(scope="session")
 def mix_truth():
-    """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the package."""
+    """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the
+    package.
+    """
 
     def truth(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
         images = []
@@ -109,7 +119,9 @@ def mix_truth():
 
 @pytest.fixture
 def mix_case(generator):
-    """mix_case(B, N, D, K, T, dtype of x and of the vectors, of the weights, of the indices) -> the nine arguments."""
+    """mix_case(B, N, D, K, T, dtype of x and of the vectors, of the weights, of the indices) -> the nine
+    arguments.
+    """
 
     def make(B, N, D, K, T, dtype=torch.float32, weights=None, index=torch.int64):
         def normal(*shape):
@@ -126,11 +138,12 @@ def mix_case(generator):
 
 @pytest.fixture
 def gpu_graphs(monkeypatch):
-    """gpu_graphs(function, *args, dynamic=...) -> the graphs (forward, backward) that torch.compile makes for a GPU.
+    """gpu_graphs(function, *args, dynamic=...) -> the graphs (forward, backward) that torch.compile makes for
+    a GPU.
 
-    There is no GPU here, so dispatch is told to take the Triton path on CPU tensors, a stand-in driver names sm_90 as
-    the target (the analysis of what a kernel writes compiles it as far as Triton's IR), and the graphs are kept, not
-    run. fullgraph=True: a graph break is an error.
+    There is no GPU here, so dispatch is told to take the Triton path on CPU tensors, a stand-in driver names
+    sm_90 as the target (the analysis of what a kernel writes compiles it as far as Triton's IR), and the
+    graphs are kept, not run. fullgraph=True: a graph break is an error.
     """
     import importlib
 
@@ -159,7 +172,9 @@ def gpu_graphs(monkeypatch):
 
         def capture(graph, _):
             graphs.append(graph)
-            outputs = [None if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
+            outputs = [
+                None if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]
+            ]
 
             def pretend(*_):
                 return [

@@ -34,7 +34,9 @@ def test_forward_and_gradient(
 def test_gradcheck(gathered, alignment_case):
     s, z, subset = alignment_case(2, 6, 3, 5, F64, F64, gathered)
     for function in (subset_cosine_alignment, subset_cosine_alignment_loss):
-        assert torch.autograd.gradcheck(lambda s, f=function: f(s, z, subset, student_is_subset=not gathered), s)
+        assert torch.autograd.gradcheck(
+            lambda s, f=function: f(s, z, subset, student_is_subset=not gathered), s
+        )
 
 
 def test_zero_tiny_and_huge_rows(cosine_truth, generator):
@@ -50,8 +52,12 @@ def test_zero_tiny_and_huge_rows(cosine_truth, generator):
         out.sum().backward()
         expected.sum().backward()
         error = (s.grad.double() - exact.grad).norm(dim=-1)
-        error[:, -1] = 0  # The product of two inverse norms of 1e-26 is no float32; the kernels multiply otherwise.
-        assert bool((error <= 1e-5 * exact.grad.norm(dim=-1) + 1e-7 / exact.norm(dim=-1).clamp_min(1e-12)).all())
+        error[:, -1] = (
+            0  # The product of two inverse norms of 1e-26 is no float32; the kernels multiply otherwise.
+        )
+        assert bool(
+            (error <= 1e-5 * exact.grad.norm(dim=-1) + 1e-7 / exact.norm(dim=-1).clamp_min(1e-12)).all()
+        )
 
 
 def test_views_of_every_pitch(cosine_truth, relative, generator):
@@ -62,7 +68,10 @@ def test_views_of_every_pitch(cosine_truth, relative, generator):
         torch.randn(1, N, C).expand(B, -1, -1), torch.randn(B, C, N).transpose(1, 2),
     ]  # fmt: skip
     for z in teachers:
-        for s, gathered in ((torch.randn(B, K, 2 * C)[..., :C], False), (torch.randn(N, B, C).transpose(0, 1), True)):
+        for s, gathered in (
+            (torch.randn(B, K, 2 * C)[..., :C], False),
+            (torch.randn(N, B, C).transpose(0, 1), True),
+        ):
             s = s.requires_grad_()
             out = subset_cosine_alignment(s, z, subset, student_is_subset=not gathered)
             assert relative(out.detach(), cosine_truth(s.detach(), z, subset, not gathered)) < 3e-6
@@ -77,12 +86,14 @@ def test_loss(gathered, alignment_case, cosine_truth):
     assert abs(float(loss.detach() + (cosine * weight[:, None]).mean())) < 1e-6
     loss = subset_cosine_alignment_loss(s, z, subset, weight=0.25, student_is_subset=not gathered)
     assert abs(float(loss.detach() + 0.25 * cosine.mean())) < 1e-6
-    empty = subset_cosine_alignment_loss(s[:, :0] if not gathered else s, z, subset[:, :0], student_is_subset=not gathered)
+    empty = subset_cosine_alignment_loss(
+        s[:, :0] if not gathered else s, z, subset[:, :0], student_is_subset=not gathered
+    )
     assert float(empty.detach()) == 0
 
 
 def test_only_inputs_and_three_scalars_are_saved(alignment_case):
-    """What the naive chain would save (gathered, widened and normalised copies) is several times the student."""
+    """The naive chain would save gathered, widened and normalised copies: several times the student."""
     s, z, subset = alignment_case(4, 64, 32, 256, F32, INT8)
     known = {t.untyped_storage().data_ptr() for t in (s, z, subset)}
     saved = []
@@ -100,7 +111,9 @@ def test_only_inputs_and_three_scalars_are_saved(alignment_case):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_break(dynamic, alignment_case, relative):
     def loss(s, z, subset):
-        return subset_cosine_alignment(s * 2, z, subset).mean() + subset_cosine_alignment_loss(s, z, subset, weight=0.5)
+        return subset_cosine_alignment(s * 2, z, subset).mean() + subset_cosine_alignment_loss(
+            s, z, subset, weight=0.5
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -118,18 +131,24 @@ def test_compiles_without_graph_break(dynamic, alignment_case, relative):
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_traces_for_a_gpu(gathered, dynamic, alignment_case, gpu_graphs):
-    """Forward and backward become Triton launches in one graph each, and a new batch size reuses dynamic ones."""
+    """Forward and backward become Triton launches in one graph each, and a new batch size reuses dynamic
+    ones.
+    """
 
     def loss(s, z, subset, weight):
         cosine = subset_cosine_alignment(s * 2, z, subset, student_is_subset=not gathered)
         options = {"weight": weight, "student_is_subset": not gathered}
         return cosine.mean() + subset_cosine_alignment_loss(s, z, subset, **options)
 
-    batches = [(*alignment_case(B, 9, 4, 64, BF16, INT8, gathered), w) for B, w in ((5, 0.5), (6, 0.25), (11, 0.75))]
+    batches = [
+        (*alignment_case(B, 9, 4, 64, BF16, INT8, gathered), w) for B, w in ((5, 0.5), (6, 0.25), (11, 0.75))
+    ]
     graphs = gpu_graphs(loss, *(batches if dynamic else batches[:1]), dynamic=dynamic)
     assert len(graphs) == 2, "one forward and one backward graph"
     forward, backward = (graph.code for graph in graphs)
-    assert forward.count("triton_kernel_wrapper_functional(") == 3  # The cosines, the loss's sums, their mean.
+    assert (
+        forward.count("triton_kernel_wrapper_functional(") == 3
+    )  # The cosines, the loss's sums, their mean.
     assert backward.count("triton_kernel_wrapper_functional(") == 2
 
 
@@ -140,9 +159,17 @@ def test_fake_cuda_tensors():
 
     with FakeTensorMode():
         s = torch.empty(4, 8, 64, device="cuda", dtype=BF16, requires_grad=True)
-        z, subset = torch.empty(4, 16, 64, device="cuda", dtype=INT8), torch.empty(4, 8, device="cuda", dtype=torch.int64)
+        z, subset = (
+            torch.empty(4, 16, 64, device="cuda", dtype=INT8),
+            torch.empty(4, 8, device="cuda", dtype=torch.int64),
+        )
         cosine = subset_cosine_alignment(s, z, subset)
-        assert cosine.shape == (4, 8) and cosine.dtype == F32 and cosine.device.type == "cuda" and cosine.requires_grad
+        assert (
+            cosine.shape == (4, 8)
+            and cosine.dtype == F32
+            and cosine.device.type == "cuda"
+            and cosine.requires_grad
+        )
         loss = subset_cosine_alignment_loss(s, z, subset, weight=0.5)
         assert loss.shape == () and loss.device.type == "cuda" and loss.requires_grad
         ops = torch.ops.maskalign_kernels
@@ -170,8 +197,16 @@ def test_autocast_and_recomputation(alignment_case, relative):
 
 
 BAD = [
-    ("teacher", torch.zeros(2, 5), r"teacher is of shape \(2, 5\), float32, on cpu; expected 3 dimensions, \(B, N, C\)"),
-    ("teacher", torch.zeros(2, 5, 4, dtype=torch.int32), "teacher is .* int32.*expected dtype bfloat16 or float16"),
+    (
+        "teacher",
+        torch.zeros(2, 5),
+        r"teacher is of shape \(2, 5\), float32, on cpu; expected 3 dimensions, \(B, N, C\)",
+    ),
+    (
+        "teacher",
+        torch.zeros(2, 5, 4, dtype=torch.int32),
+        "teacher is .* int32.*expected dtype bfloat16 or float16",
+    ),
     ("teacher", [1, 2], "teacher is a list; expected a tensor"),
     ("teacher", torch.zeros(2, 5, 0), "teacher .*at least one channel"),
     ("teacher", torch.zeros(2, 5, 4, requires_grad=True), r"teacher .*frozen, pass teacher.detach\(\)"),
@@ -192,7 +227,11 @@ BAD = [
 @pytest.mark.parametrize(("name", "value", "message"), BAD)
 @pytest.mark.parametrize("function", [subset_cosine_alignment, subset_cosine_alignment_loss])
 def test_bad_input(function, name, value, message):
-    good = {"student": torch.zeros(2, 3, 4), "teacher": torch.zeros(2, 5, 4), "subset": torch.arange(3).repeat(2, 1)}
+    good = {
+        "student": torch.zeros(2, 3, 4),
+        "teacher": torch.zeros(2, 5, 4),
+        "subset": torch.arange(3).repeat(2, 1),
+    }
     assert function(**good).isfinite().all()
     with pytest.raises(ValueError, match=rf"{function.__name__}: {message}"):
         function(**{**good, name: value})

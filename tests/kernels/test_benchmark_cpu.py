@@ -1,6 +1,7 @@
 """The CPU path, timed by pytest-benchmark: `pytest tests/kernels/test_benchmark_cpu.py --benchmark-enable`.
 
-The groups pair our CPU path with the chain as training codes write it; in a plain run each case runs once, unmeasured.
+The groups pair our CPU path with the chain as training codes write it; in a plain run each case runs once,
+unmeasured.
 """
 
 import subprocess
@@ -46,5 +47,7 @@ def test_mix_and_drop_forward_and_backward(benchmark, shape, provider, generator
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_the_gpu_benchmark_says_that_it_skips():
-    run = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels"], capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0 and "skipped, no CUDA or ROCm device" in run.stdout, run.stderr

@@ -1,4 +1,4 @@
-"""Both operations on a real GPU (CUDA or ROCm): `pytest -m gpu`. Elsewhere they are skipped, and said to be."""
+"""Both operations on a real GPU (CUDA or ROCm): `pytest -m gpu`. Elsewhere skipped, and said to be."""
 
 import functools
 import os
@@ -10,15 +10,27 @@ import torch
 
 from maskalign_kernels import mix_and_drop, subset_cosine_alignment, subset_cosine_alignment_loss, tuning
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here"),
+]
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
-SHAPES = [(2, 7, 3, 33), (3, 20, 9, 8), (2, 64, 32, 320), (4, 256, 128, 768), (2, 16, 5, 1152), (1, 9, 4, 8192)]
+SHAPES = [
+    (2, 7, 3, 33),
+    (3, 20, 9, 8),
+    (2, 64, 32, 320),
+    (4, 256, 128, 768),
+    (2, 16, 5, 1152),
+    (1, 9, 4, 8192),
+]
 
 
 @pytest.mark.parametrize("student", [F32, F16, BF16])
 @pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_alignment(student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator):
+def test_alignment(
+    student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator
+):
     for number, (B, N, K, C) in enumerate(SHAPES):
         index = (torch.int32, torch.int64)[number % 2]
         s, z, subset = alignment_case(B, N, K, C, student, teacher, gathered, index)
@@ -49,7 +61,12 @@ def test_mix_and_drop(dtype, relative, generator, poisoned):
     from benchmarks.kernel_report import unfused_mix
 
     limit = {F32: 2e-5, F16: 4e-3, BF16: 3e-2}[dtype]
-    for B, N, K, D, T in [(2, 63, 31, 40, 13), (2, 256, 128, 384, 64), (1, 196, None, 200, 128), (2, 256, 64, 1152, 64)]:
+    for B, N, K, D, T in [
+        (2, 63, 31, 40, 13),
+        (2, 256, 128, 384, 64),
+        (1, 196, None, 200, 128),
+        (2, 256, 64, 1152, 64),
+    ]:
         arguments = mix_arguments(B, N, D, T, dtype, generator)
         subset = None if K is None else torch.rand(B, N, generator=generator).argsort(1)[:, :K].cuda()
         exact = [a.detach().double().requires_grad_() for a in arguments]
@@ -82,7 +99,9 @@ def test_opcheck(alignment_case, generator):
     ops = torch.ops.maskalign_kernels
     torch.library.opcheck(ops.subset_cosine_alignment.default, (s.requires_grad_(), z, subset, True, 1e-12))
     torch.library.opcheck(ops.subset_cosine_alignment_loss.default, (s, z, subset, None, 1.0, True, 1e-12))
-    torch.library.opcheck(ops.mix_and_drop.default, (*mix_arguments(2, 16, 64, 16, BF16, generator), subset, BF16))
+    torch.library.opcheck(
+        ops.mix_and_drop.default, (*mix_arguments(2, 16, 64, 16, BF16, generator), subset, BF16)
+    )
 
 
 def test_runs_repeat_bit_for_bit(alignment_case, generator):

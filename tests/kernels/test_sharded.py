@@ -1,4 +1,6 @@
-"""Both operations inside a module that FSDP2 shards over two processes, with recomputation: the same gradients."""
+"""Both operations inside a module that FSDP2 shards over two processes, with recomputation: the same
+gradients.
+"""
 
 import os
 import subprocess
@@ -26,7 +28,9 @@ class Tiny(nn.Module):
 
     def forward(self, x, c, z, subset):
         def body(x, c):
-            return mix_and_drop(x, *self.modulation(c).chunk(3, -1), self.w1, self.b1, self.w2, self.b2, subset)
+            return mix_and_drop(
+                x, *self.modulation(c).chunk(3, -1), self.w1, self.b1, self.w2, self.b2, subset
+            )
 
         kept = checkpoint(body, x, c, use_reentrant=False)
         return subset_cosine_alignment_loss(self.project(kept), z, subset)
@@ -40,7 +44,9 @@ def batch():
 
 
 def worker():
-    """One of two processes: the sharded module's gradients against those of the plain module on the whole batch."""
+    """One of two processes: the sharded module's gradients against those of the plain module on the whole
+    batch.
+    """
     from torch.distributed.fsdp import fully_shard
 
     torch.set_num_threads(1)
@@ -61,7 +67,9 @@ def worker():
 @pytest.mark.distributed
 def test_gradients_are_those_of_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     assert "rank 0 agrees" in run.stdout and "rank 1 agrees" in run.stdout
 

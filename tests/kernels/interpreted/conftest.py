@@ -20,21 +20,31 @@ collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["tes
 
 @pytest.fixture
 def counted_bytes():
-    """with counted_bytes() as count: ... -> dict from kernel name to the bytes that its programs loaded and stored."""
+    """with counted_bytes() as count: ... -> dict from kernel name to the bytes that its programs loaded and
+    stored.
+    """
 
     @contextlib.contextmanager
     def count():
         found = collections.Counter()
         builder = interpreter.InterpreterBuilder
-        load, store, call = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+        load, store, call = (
+            builder.create_masked_load,
+            builder.create_masked_store,
+            interpreter.GridExecutor.__call__,
+        )
         running = []
 
         def counting_load(self, ptrs, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            found[running[-1]] += (
+                int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            )
             return load(self, ptrs, mask, *rest)
 
         def counting_store(self, ptrs, value, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            found[running[-1]] += (
+                int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            )
             return store(self, ptrs, value, mask, *rest)
 
         def counting_call(self, *args, **kwargs):

@@ -30,7 +30,11 @@ def check(case, truth, relative, limit, gathered, weights):
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
     # One channel has no direction to turn to: its gradient is zero but for rounding.
-    scale = exact.grad.norm() if student.shape[-1] > 1 else (weights.norm() / exact.detach().norm()).clamp_min(1e-3)
+    scale = (
+        exact.grad.norm()
+        if student.shape[-1] > 1
+        else (weights.norm() / exact.detach().norm()).clamp_min(1e-3)
+    )
     assert float((student.grad.double() - exact.grad).norm() / scale) < limit
     if gathered:
         outside = torch.ones(student.shape[:2], dtype=torch.bool).scatter(1, subset.long(), False)
@@ -57,7 +61,17 @@ def test_forward_and_gradient(
     gathered=st.booleans(), index=st.sampled_from([torch.int32, torch.int64]),
 )  # fmt: skip
 def test_any_shape(
-    sizes, share, student, teacher, gathered, index, alignment_case, cosine_truth, relative, tolerance, generator
+    sizes,
+    share,
+    student,
+    teacher,
+    gathered,
+    index,
+    alignment_case,
+    cosine_truth,
+    relative,
+    tolerance,
+    generator,
 ):
     B, N, C = sizes
     K = round(share * N)
@@ -65,12 +79,21 @@ def test_any_shape(
     if K == 0:
         assert subset_cosine_alignment(*case, student_is_subset=not gathered).shape == (B, 0)
         return
-    check(case, cosine_truth, relative, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator))
+    check(
+        case, cosine_truth, relative, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator)
+    )
 
 
 @pytest.mark.parametrize("gathered", [False, True])
 def test_widest_rows(gathered, alignment_case, cosine_truth, relative, poisoned):
-    check(alignment_case(1, 3, 2, 8192, F32, BF16, gathered), cosine_truth, relative, 3e-6, gathered, torch.ones(1, 2))
+    check(
+        alignment_case(1, 3, 2, 8192, F32, BF16, gathered),
+        cosine_truth,
+        relative,
+        3e-6,
+        gathered,
+        torch.ones(1, 2),
+    )
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -105,7 +128,10 @@ def test_no_token_and_all_tokens(gathered, kept, alignment_case, cosine_truth, r
         assert torch.isfinite(student.grad).all() and student.grad.shape == student.shape
         if kept == 0:
             assert not student.grad.any() and not out.any()
-    assert relative(out, -cosine_truth(student, teacher, subset, not gathered).mean() if kept else out * 0) < 1e-5
+    assert (
+        relative(out, -cosine_truth(student, teacher, subset, not gathered).mean() if kept else out * 0)
+        < 1e-5
+    )
 
 
 def test_rows_outside_the_subset_are_never_used(alignment_case, poisoned):
@@ -121,7 +147,9 @@ def test_rows_outside_the_subset_are_never_used(alignment_case, poisoned):
 
 
 def test_adversarial_rows(cosine_truth, relative, generator, poisoned):
-    """Zero, tiny, huge, equal and opposite rows; each row is judged alone, so that no large one hides a wrong one."""
+    """Zero, tiny, huge, equal and opposite rows; each row is judged alone, so that no large one hides a wrong
+    one.
+    """
     C = 48
     base = torch.randn(C, generator=generator)
     other = torch.randn(C, generator=generator)
@@ -129,7 +157,13 @@ def test_adversarial_rows(cosine_truth, relative, generator, poisoned):
         "zero": 0 * base, "under eps": 1e-14 * base, "above eps": 1e-9 * base, "large": 1e15 * base,
         "square overflows": 1e30 * base, "largest": base / base.abs().max() * 3e38, "one": torch.eye(C)[0],
     }  # fmt: skip
-    teachers = {"other": other, "zero": 0 * other, "huge": 1e25 * other, "tiny": 1e-30 * other, "sparse": torch.eye(C)[0]}
+    teachers = {
+        "other": other,
+        "zero": 0 * other,
+        "huge": 1e25 * other,
+        "tiny": 1e-30 * other,
+        "sparse": torch.eye(C)[0],
+    }
     for (s_name, s), (t_name, t) in itertools.product(students.items(), teachers.items()):
         student = s.view(1, 1, C).clone().requires_grad_()
         exact = s.double().view(1, 1, C).clone().requires_grad_()
@@ -142,7 +176,12 @@ def test_adversarial_rows(cosine_truth, relative, generator, poisoned):
         if s_name != "largest":  # 1/|s| is below the smallest normal float there.
             size = float(exact.grad.norm())
             error = float((student.grad.double() - exact.grad).norm())
-            assert error <= 1e-5 * size + 1e-7 / max(1e-12, float(s.double().norm())), (s_name, t_name, error, size)
+            assert error <= 1e-5 * size + 1e-7 / max(1e-12, float(s.double().norm())), (
+                s_name,
+                t_name,
+                error,
+                size,
+            )
     same = subset_cosine_alignment(base.view(1, 1, C), base.view(1, 1, C), subset)
     opposite = subset_cosine_alignment(base.view(1, 1, C), -base.view(1, 1, C), subset)
     assert abs(float(same) - 1) < 3e-7 and abs(float(opposite) + 1) < 3e-7
@@ -160,7 +199,9 @@ def test_not_a_number_stays_in_its_row(alignment_case):
 
 
 def test_duplicates_add_up_in_the_kernel(alignment_case, cosine_truth, relative):
-    """Rejected on the CPU, unchecked on a GPU: there the gradients of a repeated row have to add up, not race."""
+    """Rejected on the CPU, unchecked on a GPU: there the gradients of a repeated row have to add up, not
+    race.
+    """
     from maskalign_kernels.subset_cosine_alignment import _cosine_op
 
     student, teacher, _ = alignment_case(1, 5, 2, 16, gathered=True)
@@ -173,13 +214,17 @@ def test_duplicates_add_up_in_the_kernel(alignment_case, cosine_truth, relative)
 
 
 def test_gradient_against_finite_differences(alignment_case, cosine_truth, generator):
-    """As gradcheck does it, but the differences come from the float64 definition: the kernels know no float64."""
+    """As gradcheck does it, but the differences come from the float64 definition: the kernels know no
+    float64.
+    """
     student, teacher, subset = alignment_case(2, 6, 3, 20)
     weights = torch.randn(2, 3, generator=generator)
     (subset_cosine_alignment(student, teacher, subset) * weights).sum().backward()
     for _ in range(5):
         direction = torch.randn(student.shape, generator=generator, dtype=torch.float64)
-        ends = [cosine_truth(student.detach().double() + h * direction, teacher, subset) for h in (1e-6, -1e-6)]
+        ends = [
+            cosine_truth(student.detach().double() + h * direction, teacher, subset) for h in (1e-6, -1e-6)
+        ]
         slope = float(((ends[0] - ends[1]) * weights).sum() / 2e-6)
         assert abs(float((student.grad * direction).sum()) - slope) < 1e-5 * max(1, abs(slope))
 
@@ -192,7 +237,9 @@ def test_loss_is_the_weighted_mean(
     for student_dtype, teacher_dtype in ((F32, F32), (BF16, INT8), (F16, F16)):
         student, teacher, subset = alignment_case(3, 11, 5, 40, student_dtype, teacher_dtype, gathered)
         weight = torch.rand(3, generator=generator) if per_image else 0.5
-        loss = subset_cosine_alignment_loss(student, teacher, subset, weight=weight, student_is_subset=not gathered)
+        loss = subset_cosine_alignment_loss(
+            student, teacher, subset, weight=weight, student_is_subset=not gathered
+        )
         exact = student.detach().double().requires_grad_()
         cosine = cosine_truth(exact, teacher, subset, not gathered)
         expected = -(cosine * (weight[:, None] if per_image else weight)).mean()
@@ -200,8 +247,12 @@ def test_loss_is_the_weighted_mean(
         (3 * loss).backward()
         (3 * expected).backward()
         # float16 gradients of a mean come close to its smallest numbers.
-        assert relative(student.grad, exact.grad) < tolerance(student_dtype) * (4 if student_dtype == F16 else 1)
-        again = subset_cosine_alignment_loss(student, teacher, subset, weight=weight, student_is_subset=not gathered)
+        assert relative(student.grad, exact.grad) < tolerance(student_dtype) * (
+            4 if student_dtype == F16 else 1
+        )
+        again = subset_cosine_alignment_loss(
+            student, teacher, subset, weight=weight, student_is_subset=not gathered
+        )
         assert torch.equal(loss, again)
 
 
@@ -238,7 +289,9 @@ def test_opcheck(gathered, alignment_case):
     student, teacher, subset = alignment_case(2, 6, 3, 16, BF16, INT8, gathered)
     ops = torch.ops.maskalign_kernels
     detached = student.detach()
-    torch.library.opcheck(ops.subset_cosine_alignment.default, (student, teacher, subset, not gathered, 1e-12))
+    torch.library.opcheck(
+        ops.subset_cosine_alignment.default, (student, teacher, subset, not gathered, 1e-12)
+    )
     saved = ops.subset_cosine_alignment(detached, teacher, subset, not gathered, 1e-12)[1]
     backward = (torch.ones(2, 3), detached, teacher, subset, saved, not gathered)
     torch.library.opcheck(ops.subset_cosine_alignment_backward.default, backward)
@@ -271,5 +324,7 @@ def test_autocast_checkpoint_and_compile(alignment_case, relative):
 
 def test_float64_is_refused():
     z = torch.zeros(1, 2, 4, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"student is of shape \(1, 2, 4\), float64, on cpu; expected bfloat16"):
+    with pytest.raises(
+        ValueError, match=r"student is of shape \(1, 2, 4\), float64, on cpu; expected bfloat16"
+    ):
         subset_cosine_alignment(z, z, torch.tensor([[0, 1]]))
