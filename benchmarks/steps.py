@@ -140,6 +140,7 @@ def saved_bytes(case):
 def measure(cases, options, device):
     """Seconds of every step: dict from case name to a list with one entry per round."""
     for case in cases:
+        print(f"warming up {case.name}", file=sys.stderr, flush=True)
         for _ in range(options.warmup):
             loss = case.step()
         if not torch.isfinite(loss):
