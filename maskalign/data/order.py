@@ -98,7 +98,7 @@ class Order:
         return epoch, position - drawn_by(stream, epoch * self.total, self.streams)
 
     def stretch(self, stream, epoch):
-        """(shard, low, high) of the parts of shards that a stream reads in an epoch, in order: int64 array (n, 3).
+        """(shard, low, high) of the parts of shards that a stream reads in an epoch: int64 array (n, 3).
 
         `low` and `high` bound positions in the shard's own permutation of that epoch.
         """

@@ -68,6 +68,8 @@ class ShardFile:
             if not intact and checked:
                 # Each member proves itself by its checksum, so what lies behind the damage can be used too.
                 members = self._salvage()
+            if not members and shard.num_samples:
+                raise BadShard("holds nothing that can be read")
             self._build(members, {ending.encode() for ending in endings}, merge=not intact)
             if verify and not checked and self._unchecked():
                 self._compare_sha256()
@@ -204,7 +206,7 @@ class ShardFile:
 
     def read_ahead(self, i):
         """Have the system fetch sample i from the disk while others are being read."""
-        if i < len(self.keys):
+        if i < len(self.keys) and hasattr(os, "posix_fadvise"):  # macOS has none
             start = int(self.starts[i])
             length = max(int(self.stops[i]) - start, 1)
             os.posix_fadvise(self.fd, start, length, os.POSIX_FADV_WILLNEED)
@@ -242,7 +244,11 @@ class ShardFile:
             raise BadSample(f".{ending} is cut off: the shard ends inside it")
         if not proven:
             self._check(crc, seed, ending, header, view)
-        if npy_header(bytes(header)) != (out.dtype.str, out.shape):
+        try:
+            expected = npy_header(bytes(header)) == (out.dtype.str, out.shape)
+        except BadSample:
+            expected = False
+        if not expected:
             self._explain(i, ending, out)
 
     def _explain(self, i, ending, out):

@@ -304,7 +304,7 @@ class ShardStream:
     # -- bad samples
 
     def _bad_limit(self):
-        return int(self.max_bad_fraction * self.num_samples)
+        return int(self.max_bad_fraction * self.num_samples + 1e-6)  # 0.29 * 100 is a little below 29
 
     def _note_bad(self, bad):
         """Count and name the bad samples that are new; returns how many they are."""

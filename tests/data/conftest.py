@@ -51,10 +51,19 @@ def write_manifest(folder, shards, **changes):
 
 @pytest.fixture
 def make_shards(tmp_path):
-    """make(counts, ...) -> (folder, truth): a data set of shards with so many samples, and key -> what it holds."""
+    """make(counts, ...) -> (folder, truth): shards with so many samples, and key -> what it holds."""
 
     def make(
-        counts, *, name="set", image="png", latent=False, hflip=False, first=0, checksums=False, change=None, **more
+        counts,
+        *,
+        name="set",
+        image="png",
+        latent=False,
+        hflip=False,
+        first=0,
+        checksums=False,
+        change=None,
+        **more,
     ):
         import webdataset
 
@@ -102,7 +111,13 @@ def make_shards(tmp_path):
         if checksums:
             fields["member_checksums"] = "crc32"
         if latent:
-            fields["latent"] = {"scale": 1.0, "bias": 0.0, "shape": [8, 2, 2], "dtype": "float16", "name": "x"}
+            fields["latent"] = {
+                "scale": 1.0,
+                "bias": 0.0,
+                "shape": [8, 2, 2],
+                "dtype": "float16",
+                "name": "x",
+            }
         write_manifest(folder, shards, **(fields | more))
         return str(folder), truth
 

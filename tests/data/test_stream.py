@@ -1,4 +1,4 @@
-"""The stream's promises: what is in a batch, exactly once per epoch, the same batches for all, resumption anywhere."""
+"""The stream's promises: once per epoch, the same batches for all, resumption anywhere."""
 
 import json
 import os
@@ -18,7 +18,9 @@ from maskalign.errors import UsageError
 
 
 def ranks(path, batch_size, world_size, **options):
-    return [ShardStream(path, batch_size, rank=r, world_size=world_size, **options) for r in range(world_size)]
+    return [
+        ShardStream(path, batch_size, rank=r, world_size=world_size, **options) for r in range(world_size)
+    ]
 
 
 def steps(streams, most=None):
@@ -139,7 +141,9 @@ def test_resumes_anywhere_on_other_ranks_and_workers(make_shards, seed):
     for _ in range(4):
         done, state = [], None
         while len(done) < len(undisturbed):
-            streams = ranks(path, 8, draw.choice([1, 2, 4, 8]), epochs=4, num_workers=draw.choice([0, 0, 0, 2]))
+            streams = ranks(
+                path, 8, draw.choice([1, 2, 4, 8]), epochs=4, num_workers=draw.choice([0, 0, 0, 2])
+            )
             if state is not None:
                 for stream in streams:
                     stream.load_state_dict(state)
@@ -161,7 +165,9 @@ def test_state_is_the_position_after_the_last_batch_taken(make_shards):
         again = ShardStream(path, 4)
         again.load_state_dict(state)
         assert [batch["key"] for _, batch in zip(range(3), again, strict=False)] == after
-        stream.load_state_dict(ShardStream(path, 4).state_dict())  # back to the start, while an iterator is open
+        stream.load_state_dict(
+            ShardStream(path, 4).state_dict()
+        )  # back to the start, while an iterator is open
         assert [batch["key"] for _, batch in zip(range(3), stream, strict=False)] == seen
         with pytest.raises(UsageError, match="iterator has ended"):
             next(batches)
@@ -208,7 +214,9 @@ def test_resuming_opens_no_finished_shard(make_shards, monkeypatch):
         os.remove(os.path.join(path, f"shard-{shard:06d}.tar"))
     opened = []
     plain = Opener.open
-    monkeypatch.setattr(Opener, "open", lambda self, shard: (opened.append(shard.name), plain(self, shard))[1])
+    monkeypatch.setattr(
+        Opener, "open", lambda self, shard: (opened.append(shard.name), plain(self, shard))[1]
+    )
     again = ShardStream(path, 8, epochs=1)
     again.load_state_dict(stream.state_dict())
     rest = [batch["key"] for batch in again]
@@ -248,7 +256,9 @@ def test_mirrored_variants(make_shards):
                     entry, image = truth[key], batch["image"][i].permute(1, 2, 0).numpy()
                     flipped = np.array_equal(batch["lite:2"][i], entry["flip lite:2"])
                     assert np.array_equal(batch["lite:2"][i], entry["flip lite:2" if flipped else "lite:2"])
-                    assert np.array_equal(batch["moments"][i], entry["flip moments" if flipped else "moments"])
+                    assert np.array_equal(
+                        batch["moments"][i], entry["flip moments" if flipped else "moments"]
+                    )
                     assert np.array_equal(image, entry["image"][:, ::-1] if flipped else entry["image"])
                     assert drawn.setdefault((epoch, key), flipped) == flipped
     assert 20 < sum(drawn.values()) < 60
@@ -272,8 +282,7 @@ def test_mixture_keeps_its_shares(make_shards):
         assert abs(kinds[0] - 5) <= 1 and abs(kinds[1] - 3) <= 1 and abs(kinds[2] - 2) <= 1
     counts = Counter(int(key) // 1000 for key in flat[:380])
     assert counts == {0: 190, 1: 114, 2: 76}
-    # Inside each data set the samples are passed over evenly: nothing a third time before all came twice, but for
-    # the streams' drift against each other.
+    # Inside each data set the samples are passed over evenly, but for the streams' drift against each other.
     for part, truth in enumerate((first, second, third)):
         drawn = Counter(key for key in flat if int(key) // 1000 == part)
         assert max(drawn.values()) - min(drawn[key] for key in truth) <= 2

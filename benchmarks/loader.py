@@ -1,0 +1,285 @@
+"""Samples per second of the data path, against webdataset's own pipeline and REPA's one file per sample.
+
+    python -m benchmarks.loader [--out DIR] [--samples N] [--seconds S] [--workers 0 2] [--layouts ...]
+
+Two layouts, of random content: `latents` is what ImageNet at 256 px takes in training (moments 8x32x32
+float16 and 256x768 int8 teacher tokens, no image), `pixels` is 64 px PNG images with 64x320 int8 tokens.
+The same samples lie in shards (read by ours, and by webdataset's pipeline: shuffle, decode, batch) and in a
+folder with one file per sample and kind, as REPA's data set has it, read by a torch Dataset and DataLoader.
+
+Warm: after one pass over the data, the median of the runs, taken in turn. Cold: the files' pages are
+dropped with posix_fadvise first, then one pass from the start of the loader to its last batch. (Folder
+entries and inodes stay cached, which favours one file per sample.) Ours compares the checksum of each
+sample when a process first reads it, so in the cold pass but hardly in the warm ones; the others check
+nothing. Samples per CPU second count the time that the loader itself computes, which other work on the
+machine hardly changes; without workers only.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+
+from maskalign.data import Manifest, ShardStream
+from maskalign.data.shards import shard_name, write_shard
+
+BATCH = 256
+CLASSES = 1000
+TEACHERS = {"latents": ("dinov2-b", 256, 768, [16, 16]), "pixels": ("efficientnet-lite0", 64, 320, [8, 8])}
+
+
+def members(layout, number, rng):
+    """The members of one sample: ending -> bytes."""
+    _, tokens, dim, _ = TEACHERS[layout]
+    made = {"cls": str(number % CLASSES).encode()}
+    if layout == "pixels":
+        from PIL import Image
+
+        # Noise does not compress, flat colour compresses too well: a coarse pattern with some noise.
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+        noisy = (coarse // 2 + rng.integers(0, 16, coarse.shape, dtype=np.uint8)).astype(np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noisy).save(file, "png")
+        made["png"] = file.getvalue()
+    else:
+        made["moments.npy"] = npy(rng.standard_normal((8, 32, 32), dtype=np.float32).astype(np.float16))
+    made[f"{TEACHERS[layout][0]}.npy"] = npy(rng.integers(-127, 128, (tokens, dim), dtype=np.int8))
+    return made
+
+
+def npy(array):
+    """The bytes of a .npy file."""
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def build(layout, root, samples, per_shard=512):
+    """Write samples as shards (root/shards) and as single files (root/files); returns bytes per sample."""
+    rng = np.random.default_rng(0)
+    shards, files, labels, size = os.path.join(root, "shards"), os.path.join(root, "files"), {}, 0
+    os.makedirs(shards)
+    written = []
+
+    def content(first, last):
+        nonlocal size
+        for number in range(first, last):
+            key, made = f"{number:08d}", members(layout, number, rng)
+            folder = os.path.join(files, key[:5])
+            os.makedirs(folder, exist_ok=True)
+            labels[key] = number % CLASSES
+            for ending, data in made.items():
+                if ending != "cls":
+                    size += len(data)
+                    with open(os.path.join(folder, f"{key}.{ending}"), "wb") as file:
+                        file.write(data)
+            yield key, made
+
+    for number, first in enumerate(range(0, samples, per_shard)):
+        path = os.path.join(shards, shard_name(number))
+        written.append(write_shard(path, content(first, min(first + per_shard, samples))))
+    with open(os.path.join(files, "dataset.json"), "w") as file:
+        json.dump({"labels": labels}, file)
+    name, tokens, dim, grid = TEACHERS[layout]
+    teacher = {"tokens": tokens, "dim": dim, "grid": grid, "dtype": "int8", "normalize": "none"}
+    latent = {"scale": 0.18215, "bias": 0.0, "shape": [8, 32, 32], "dtype": "float16", "name": "random"}
+    Manifest(
+        num_samples=samples,
+        resolution=64 if layout == "pixels" else 256,
+        class_names=[str(i) for i in range(CLASSES)],
+        shards=written,
+        image_format="png" if layout == "pixels" else None,
+        latent=None if layout == "pixels" else latent,
+        teachers={name: teacher},
+        source="benchmark",
+    ).save(shards)
+    os.sync()
+    return size / samples
+
+
+class OneFilePerSample(torch.utils.data.Dataset):
+    """What REPA trains from: a folder per kind of content, one file per sample, labels in a JSON file."""
+
+    def __init__(self, root, layout):
+        with open(os.path.join(root, "dataset.json")) as file:
+            self.labels = sorted(json.load(file)["labels"].items())
+        self.root, self.first = root, "png" if layout == "pixels" else "moments.npy"
+        self.second = f"{TEACHERS[layout][0]}.npy"
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        key, label = self.labels[index]
+        path = os.path.join(self.root, key[:5], key)
+        if self.first == "png":
+            from PIL import Image
+
+            with Image.open(f"{path}.png") as image:
+                content = torch.from_numpy(np.array(image).transpose(2, 0, 1))
+        else:
+            content = torch.from_numpy(np.load(f"{path}.{self.first}"))
+        return content, torch.from_numpy(np.load(f"{path}.{self.second}")), torch.tensor(label)
+
+
+def ours(root, layout, workers):
+    """Endless batches of ShardStream."""
+    return ShardStream(os.path.join(root, "shards"), BATCH, num_workers=workers)
+
+
+def webdataset(root, layout, workers):
+    """Endless batches of webdataset's pipeline: shuffle, decode, batch."""
+    import webdataset as wds
+
+    folder = os.path.join(root, "shards")
+    urls = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tar"))
+    data = wds.WebDataset(urls, resampled=True, nodesplitter=wds.split_by_node).shuffle(1000)
+    first = "png" if layout == "pixels" else "moments.npy"
+    data = data.decode("torchrgb8").to_tuple(first, f"{TEACHERS[layout][0]}.npy", "cls").batched(BATCH)
+    return wds.WebLoader(data, batch_size=None, num_workers=workers)
+
+
+def one_file(root, layout, workers):
+    """One epoch after the other of the folder of files."""
+    data = OneFilePerSample(os.path.join(root, "files"), layout)
+    loader = torch.utils.data.DataLoader(
+        data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+    )
+    while True:
+        yield from loader
+
+
+LOADERS = {"maskalign": ours, "webdataset": webdataset, "one file per sample": one_file}
+
+
+def count(batch):
+    """Samples in a batch of any of the loaders."""
+    return len(batch["label"]) if isinstance(batch, dict) else len(batch[-1])
+
+
+def warm_rate(make, root, layout, workers, samples, seconds):
+    """(samples per second, samples per CPU second) of a loader that runs, over about `seconds`."""
+    batches = iter(make(root, layout, workers))
+    for _ in range(1 + samples // BATCH):  # one pass
+        next(batches)
+    seen, start, cpu = 0, time.perf_counter(), time.process_time()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        seen += count(next(batches))
+    cpu = time.process_time() - cpu
+    if hasattr(batches, "close"):
+        batches.close()
+    return seen / elapsed, seen / cpu
+
+
+def cold_rate(make, root, layout, workers, samples):
+    """Samples per second of one pass over data that are not in the page cache, start-up included."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+    start, seen = time.perf_counter(), 0
+    batches = iter(make(root, layout, workers))
+    while seen < samples - BATCH:
+        seen += count(next(batches))
+    elapsed = time.perf_counter() - start
+    if hasattr(batches, "close"):
+        batches.close()
+    return seen / elapsed
+
+
+def measure(layout, root, samples, workers, seconds, rounds):
+    """Rows of the table for one layout."""
+    size = build(layout, root, samples)
+    rows = []
+    for number in workers:
+        warm, cold = {name: [] for name in LOADERS}, {name: [] for name in LOADERS}
+        for _ in range(rounds):  # in turn, so that what else runs on the machine hits all alike
+            for name, make in LOADERS.items():
+                warm[name].append(warm_rate(make, root, layout, number, samples, seconds))
+        for _ in range(rounds):
+            for name, make in LOADERS.items():
+                cold[name].append(cold_rate(make, root, layout, number, samples))
+        rates = {
+            name: [statistics.median(values) for values in (*zip(*warm[name], strict=True), cold[name])]
+            for name in LOADERS
+        }
+        for name in LOADERS:
+            faster = [ours / other for ours, other in zip(rates["maskalign"], rates[name], strict=True)]
+            rows.append(
+                {
+                    "layout": layout,
+                    "loader": name,
+                    "workers": number,
+                    "warm_samples_per_second": round(rates[name][0]),
+                    "warm_gb_per_second": round(rates[name][0] * size / 1e9, 3),
+                    "maskalign_times_as_fast_warm": round(faster[0], 2),
+                    "samples_per_cpu_second": "" if number else round(rates[name][1]),
+                    "maskalign_times_as_fast_per_cpu": "" if number else round(faster[1], 2),
+                    "cold_samples_per_second": round(rates[name][2]),
+                    "maskalign_times_as_fast_cold": round(faster[2], 2),
+                    "bytes_per_sample": round(size),
+                    "cores": len(os.sched_getaffinity(0)),
+                }
+            )
+            print_row(rows[-1])
+    return rows
+
+
+def print_row(row):
+    """One line of the table."""
+    print(
+        f"{row['layout']:<8} {row['loader']:<20} {row['workers']:>7} {row['warm_samples_per_second']:>8} "
+        f"{row['warm_gb_per_second']:>7.2f} {row['maskalign_times_as_fast_warm']:>7} "
+        f"{row['samples_per_cpu_second']:>9} {row['maskalign_times_as_fast_per_cpu']:>7} "
+        f"{row['cold_samples_per_second']:>9} {row['maskalign_times_as_fast_cold']:>7}",
+        flush=True,
+    )
+
+
+def main(argv=None):
+    """Measure, print the table and write loader.csv."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="benchmarks/results", help="folder for loader.csv")
+    parser.add_argument("--samples", type=int, default=4096, help="samples in the data set")
+    parser.add_argument("--seconds", type=float, default=4.0, help="length of a warm run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of which the median is reported")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
+    parser.add_argument("--layouts", nargs="+", default=list(TEACHERS), choices=list(TEACHERS))
+    parser.add_argument("--scratch", default=None, help="folder on the disk to measure")
+    options = parser.parse_args(argv)
+    if options.samples < 2 * BATCH:
+        parser.error(f"--samples {options.samples}: give at least {2 * BATCH}")
+    torch.set_num_threads(1)
+    machine = platform.processor() or platform.machine()
+    print(f"{machine}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(
+        f"{'':<37} {'warm':>8} {'warm':>7} {'ours/':>7} {'per CPU':>9} {'ours/':>7} {'cold':>9} {'ours/':>7}"
+    )
+    print(f"{'layout   loader':<29} {'workers':>7} {'1/s':>8} {'GB/s':>7}", end=" ")
+    print(f"{'it':>7} {'s':>9} {'it':>7} {'1/s':>9} {'it':>7}")
+    rows = []
+    for layout in options.layouts:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as root:
+            rows += measure(layout, root, options.samples, options.workers, options.seconds, options.rounds)
+    os.makedirs(options.out, exist_ok=True)
+    path = os.path.join(options.out, "loader.csv")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
