@@ -368,7 +368,7 @@ def dispatch(argv):
 
 
 def main(argv=None):
-    """Run one command. A user's mistake ends in one line and status 2, a failure of the work in one line and status 1."""
+    """Run one command; a user's mistake ends in one line and status 2, failed work in one line and status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         dispatch(argv)

@@ -1,7 +1,7 @@
 """SiT with a token mixer, a route for a subset of its tokens and a tap for representation alignment.
 
-The forward pass is DESIGN section 2 in order: embed, mix, drop, route, tap, restore, predict. With `mixer="none"` and no
-subset it is SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), weight for weight.
+The forward pass is, in order: embed, mix, drop, route, tap, restore, predict. With `mixer="none"` and no subset it is
+SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), weight for weight.
 """
 
 from typing import List, NamedTuple, Optional
@@ -117,7 +117,7 @@ class SiT(nn.Module):
             make_projector(projector, width, projector_dim, dim, self.grid) for dim in self.teacher_dims
         )
         self.reset_parameters()
-        # Built, and their random numbers drawn, after the backbone: with one seed every recipe starts from the same one.
+        # Built after the backbone has drawn its numbers: with one seed, every recipe starts from the same backbone.
         self.mixer = make_mixer(
             mixer,
             width,

@@ -1,4 +1,4 @@
-"""From settings and what the data set holds to a model; the same facts rebuild it from a checkpoint without the data."""
+"""From settings and facts of the data set to a model; the same facts rebuild it from a checkpoint without the data."""
 
 from maskalign.config import model_sizes
 from maskalign.models.sit import SiT

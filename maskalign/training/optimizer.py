@@ -1,5 +1,7 @@
 """AdamW on float32 masters with the gradient clip folded in, skipped steps, and the moving average of the weights."""
 
+from contextlib import contextmanager
+
 import torch
 
 
@@ -62,7 +64,8 @@ class Optimizer:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
         # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides, in float32.
-        divisor = ((norm + 1e-6) / self.config.grad_clip).clamp(min=1) if self.config.grad_clip else torch.ones_like(norm)
+        clip = self.config.grad_clip
+        divisor = ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
         if divisor.dtype == torch.float64:
             torch._foreach_div_([p.grad for p in self.masters if p.grad is not None], divisor)
             divisor = torch.ones_like(divisor)
@@ -83,6 +86,18 @@ class Optimizer:
     def ema_state(self):
         """dict from parameter name to its moving average (not a copy)."""
         return dict(zip(self.names, self.ema, strict=True))
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the model's parameters are the moving averages, in float32."""
+        own = [p.data for p in self.params]
+        try:
+            for p, average in zip(self.params, self.ema, strict=True):
+                p.data = average
+            yield
+        finally:
+            for p, data in zip(self.params, own, strict=True):
+                p.data = data
 
     def tensors(self):
         """Flat dict of everything to checkpoint, by `kind/parameter`; the tensors themselves, not copies.

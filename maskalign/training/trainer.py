@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.func import functional_call
 from tqdm import tqdm
 
 from maskalign.config import dump_config
@@ -136,7 +135,8 @@ class Trainer:
         if config.training.compile:
             compile_model(self.model)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement)
-        self.previews = Previews(config, self.facts, self.device)
+        precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
+        self.previews = Previews(config, self.facts, self.device, precision)
         self.stop_requested = threading.Event()
 
     @staticmethod
@@ -211,10 +211,8 @@ class Trainer:
         if finished:
             print(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
         else:
-            print(
-                f"stopped at step {self.step}; the checkpoint is in {self.run_dir / checkpoint.FOLDER}, the same command "
-                f"goes on from there (training.resume {config.training.resume})"
-            )
+            where = self.run_dir / checkpoint.FOLDER
+            print(f"stopped at step {self.step}, saved in {where}; with training.resume auto the same command goes on")
         return self._result(finished)
 
     def _result(self, finished):
@@ -327,7 +325,7 @@ class Trainer:
         count = int(in_a_row)
         if count >= self.config.training.max_nonfinite:
             raise RunError(
-                f"the loss or its gradient was not finite in {count} steps in a row, the last of them step {self.step}; "
+                f"the loss or its gradient was not finite in {count} steps in a row, the last one step {self.step}; "
                 "lower optimizer.lr, or use training.precision fp32, and go on from the last checkpoint"
             )
 
@@ -382,18 +380,11 @@ class Trainer:
         )
 
     def _sample(self):
-        weights = self.optimizer.ema_state()
-        self.model.eval()
-
-        def model(x, t, labels):
-            return functional_call(self.model, weights, (x, t, labels), strict=False)
-
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
-        self.previews.draw(model, self.step, path)
-        self.model.train()
+        with self.optimizer.averaged():
+            sheet = self.previews.draw(self.model, self.step, path)
         draw_curves(read_metrics(self.run_dir / "metrics.csv"), self.run_dir / "curves.png", str(self.run_dir))
         if self.tensorboard is not None:
             import numpy as np
-            from PIL import Image
 
-            self.tensorboard.add_image("samples", np.asarray(Image.open(path)), self.step, dataformats="HWC")
+            self.tensorboard.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
