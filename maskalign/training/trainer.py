@@ -190,7 +190,6 @@ class Trainer:
         log.info("resumed from %s at step %d", path, self.step)
 
     def run(self):
-        config = self.config
         if self.progress() >= 1:
             print(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
             return self._result(finished=True)
