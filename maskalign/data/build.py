@@ -18,6 +18,8 @@ import time
 from contextlib import closing
 
 from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
+from maskalign.data.members import KEY as MEMBER_CHECKSUMS
+from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.data.pool import available_cores, in_processes
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
@@ -347,7 +349,10 @@ def _finish(job, max_bad_fraction, wait_seconds):
         image_format=job.settings["image_format"],
         license=job.found.license,
         source=job.found.name,
-        extra={"build": {"fingerprint": job.fingerprint, "settings": job.settings}},
+        extra={
+            MEMBER_CHECKSUMS: MEMBER_CHECKSUM_KIND,
+            "build": {"fingerprint": job.fingerprint, "settings": job.settings},
+        },
         root=job.out,
     )
     manifest.save(job.out)

@@ -65,7 +65,7 @@ class ShardFile:
         self.proven = bytearray(shard.num_samples)  # bits of the variants whose checksums have been compared
         try:
             members, intact = self._scan()
-            if not intact and checked:
+            if not intact and (checked or any(crc != -1 for *_, crc in members)):
                 # Each member proves itself by its checksum, so what lies behind the damage can be used too.
                 members = self._salvage()
             if not members and shard.num_samples:
