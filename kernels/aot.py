@@ -48,6 +48,7 @@ class Case:
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
             nothing).
         cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says
+        hip_constexprs: constexprs that differ on gfx942.
             why.
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
         flops: floating-point operations of the launch.
@@ -72,6 +73,7 @@ class Case:
     rows: tuple = ()
     waves: int = 0
     cached: int = 0
+    hip_constexprs: dict = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,10 +120,11 @@ def specialise(case):
 def compile_case(case, target):
     """The triton.compile result of a case for one of TARGETS."""
     signature, constants, attributes = specialise(case)
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    if TARGETS[target].backend == "hip" and case.waves:
-        options["num_warps"] = case.waves
+    if TARGETS[target].backend == "hip":
+        options["num_warps"] = case.waves or case.num_warps
+        constants |= case.hip_constexprs
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
 
 

@@ -9,13 +9,14 @@ A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles 
     statistics  reads x, writes the mean and 1/std of each row
     mix         reads x by (image, tile of D), keeps Z and H on the chip, writes the kept rows
 
-and three backward, which recompute H (only the statistics are saved). With Q = w2[kept]^T @ dout and S = dA * (1 + scale):
+and two or three backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout, S = dA (1 + scale):
 
     hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
                 dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes H, S (T, D) and each token's sum of
                 LayerNorm(x) * dLayerNorm(x) over the tile
-    tokens      reads x, dout, H, S by (tile of N, images): dw1, dw2, db2 added over D and over a few images in registers,
-                and dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)), written once
+    tokens      reads x, dout, H, S by (tile of N, images): dw1, dw2, db2, summed over D and a few images in registers;
+                dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)).
+                Two launches where T > 128
     sums        adds the partial weight gradients in a fixed order (torch.sum), so a run repeats bit for bit
 
 Products take operands in one dtype, x's or autocast's, and accumulate in float32; all else is float32.
@@ -162,7 +163,7 @@ def _load_rows(base, offs_n, offs_d, stride_n, in_n, in_d):
 
 @jit
 def _store_rows(base, rows, offs_n, offs_d, stride_n, in_n, in_d):
-    """Written as its transpose: AMD's compiler would else store 8 bytes at a time, straight from the product's layout."""
+    """Written as its transpose: AMD's compiler would else store 8 bytes at a time, as the product lies in registers."""
     at = offs_n.to(tl.int64)[None, :] * stride_n + offs_d[:, None]
     tl.store(base + at, tl.trans(rows.to(base.dtype.element_ty)), mask=in_n[None, :] & in_d[:, None])
 
@@ -323,19 +324,24 @@ def _token_grad_kernel(
     dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_gate, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of a few images; grid (tiles of N, groups of images)."""
+    """A tile of tokens of a few images; grid (tiles of N, groups of images).
+
+    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2.
+    """
     group = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     in_n = _inside(offs_n, N, BLOCK_N)
     in_t = _inside(offs_t, T, BLOCK_T)
-    w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-    dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-    dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    db2_tile = tl.zeros((BLOCK_N,), tl.float32)
+    if FIRST:
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+    if SECOND:
+        dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        db2_tile = tl.zeros((BLOCK_N,), tl.float32)
     for image in range(0, tl.minimum(images, B - group * images)):
         b = group.to(tl.int64) * images + image
         # Which kept row each token is, -1 for none: comparing is cheaper than an inverse table in memory.
@@ -349,52 +355,48 @@ def _token_grad_kernel(
         else:
             slot = offs_n
         is_kept = (slot >= 0) & in_n
-        mu = _load_vector(mean + b * N, offs_n, in_n)
-        inverse = _load_vector(rstd + b * N, offs_n, in_n)
-        along_row = tl.zeros((BLOCK_N,), tl.float32)
-        shifted = tl.zeros((BLOCK_T,), tl.float32)
-        total = tl.zeros((BLOCK_T,), tl.float32)
-        for tile in range(0, tiles):
-            part = b * tiles + tile
-            along_row += _load_vector(along + part * N, offs_n, in_n)
-            shifted += _load_vector(sums + (part * 3 + 1) * T, offs_t, in_t)
-            total += _load_vector(sums + (part * 3 + 2) * T, offs_t, in_t)
-        along_row = along_row / D
-        middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
-        dw1_tile += shifted[:, None]
+        if FIRST:
+            mu = _load_vector(mean + b * N, offs_n, in_n)
+            inverse = _load_vector(rstd + b * N, offs_n, in_n)
+            along_row = tl.zeros((BLOCK_N,), tl.float32)
+            shifted = tl.zeros((BLOCK_T,), tl.float32)
+            total = tl.zeros((BLOCK_T,), tl.float32)
+            for tile in range(0, tiles):
+                part = b * tiles + tile
+                along_row += _load_vector(along + part * N, offs_n, in_n)
+                shifted += _load_vector(sums + (part * 3 + 1) * T, offs_t, in_t)
+                total += _load_vector(sums + (part * 3 + 2) * T, offs_t, in_t)
+            along_row = along_row / D
+            middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
+            dw1_tile += shifted[:, None]
 
-        # A wide hidden layer takes the kept rows twice, so that only one of its gradients is in the making at a time.
-        if BLOCK_T > 128:
-            for d in range(0, D, BLOCK_D):
-                offs_d = d + tl.arange(0, BLOCK_D)
-                in_d = _inside(offs_d, D, BLOCK_D)
-                h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
-                grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
-                db2_tile += tl.sum(grads * gates[None, :], axis=1)
-                dw2_tile = _dot(grads * gates[None, :], tl.trans(h), dw2_tile, PRODUCT, PRECISION)
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_d = _inside(offs_d, D, BLOCK_D)
-            s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
-            rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
-            normed = (rows - mu[:, None]) * inverse[:, None]
             grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
-            if BLOCK_T <= 128:
+            if SECOND:
                 h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
-                db2_tile += tl.sum(grads * gates[None, :], axis=1)
-                dw2_tile = _dot(grads * gates[None, :], tl.trans(h), dw2_tile, PRODUCT, PRECISION)
-            dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
-            dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-            grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
-            _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
-    dw1 += group.to(tl.int64) * T * N
-    dw2 += group.to(tl.int64) * T * N
-    tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
-    tl.store(dw2 + offs_n[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
-    tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)
+                gated = grads * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :]
+                db2_tile += tl.sum(gated, axis=1)
+                dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
+            if FIRST:
+                s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+                normed = (rows - mu[:, None]) * inverse[:, None]
+                dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
+                if BLOCK_T > 128:  # Kept in registers across the loop, so wide an operand would spill.
+                    w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+                dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+                grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
+                _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
+    if FIRST:
+        dw1 += group.to(tl.int64) * T * N
+        tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
+    if SECOND:
+        dw2 += group.to(tl.int64) * T * N
+        tl.store(dw2 + offs_n[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
+        tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)
 
 
 # ---- Launchers ---------------------------------------------------------------------------------------------------
@@ -415,36 +417,34 @@ def statistics_config(D):
     return config | {"WHOLE": D <= block}
 
 
-def _configs(T, N, product, table):
-    """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages."""
+def _configs(T, product, table):
+    """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
+
+    Compiled for every target, these are the widest tiles that spill nowhere and give each thread 16 bytes of a row.
+    Float32 operands take twice the room: narrower tiles.
+    """
     width = max(64, _block_t(T))
-    rows = table[width] if width in table else [(16, 16, 16, 256, 1)]
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    configs = [dict(zip(names, row, strict=True)) for row in table.get(width, [(16, 16, 16, 256, 1)])]
+    if product == torch.float32:
+        configs = [c | {"BLOCK_D": min(32, max(16, c["BLOCK_D"] // 2)), "stages": min(2, c["stages"])} for c in configs]
+    return configs
 
 
 def mix_configs(T, N, product):
-    return _configs(T, N, product, {
-        64: [(64, 64, 64, 128, 3), (64, 64, 128, 256, 3)],
-        128: [(64, 64, 64, 256, 2)],
-        256: [(64, 64, 32, 256, 2)],
-    })  # fmt: skip
+    # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
+    narrow = [(64, 64, 64, 256, 3)]
+    table = {64: [(64, 64, 128, 256, 3), *narrow] if N <= 512 else narrow, 128: narrow, 256: [(64, 64, 32, 256, 2)]}
+    return _configs(T, product, table)
 
 
-def hidden_configs(T, N, product):
-    return _configs(T, N, product, {
-        64: [(64, 64, 32, 256, 2)],
-        128: [(64, 64, 32, 256, 1)],
-        256: [(128, 128, 16, 256, 1)],
-    })  # fmt: skip
+def hidden_configs(T, product):
+    table = {64: [(64, 64, 32, 256, 2)], 128: [(64, 64, 64, 256, 1)], 256: [(128, 128, 16, 256, 1)]}
+    return _configs(T, product, table)
 
 
-def tokens_configs(T, N, product):
-    return _configs(T, N, product, {
-        64: [(32, 64, 64, 256, 2)],
-        128: [(32, 64, 64, 256, 2)],
-        256: [(32, 64, 64, 256, 2)],
-    })  # fmt: skip
+def tokens_configs(T, product):
+    return _configs(T, product, dict.fromkeys((64, 128, 256), [(32, 64, 64, 256, 2)]))
 
 
 def _options(config):
@@ -507,7 +507,8 @@ def _mix_op(
             stride_subset, K, **constants, **_options(config),
         )  # fmt: skip
 
-    launch(choose("mix", (constants["N"], constants["D"], T, x.dtype, product), mix_configs(T, N, product), x, launch))
+    configs = mix_configs(T, constants["N"], product)
+    launch(choose("mix", (constants["N"], constants["D"], T, x.dtype, product), configs, x, launch))
     return out, mean, rstd
 
 
@@ -535,7 +536,7 @@ def _mix_backward_op(
     constants = _constants(x, w1, subset, product)
     index = x if subset is None else subset
 
-    config = hidden_configs(T, N, product)[0]
+    config = hidden_configs(T, product)[0]
     tiles = _cdiv(D, config["BLOCK_D"])
     sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
     along = x.new_empty((B, tiles, N), dtype=torch.float32)
@@ -546,23 +547,32 @@ def _mix_backward_op(
         K, **constants, **_options(config),
     )  # fmt: skip
 
-    config = tokens_configs(T, N, product)[0]
+    config = tokens_configs(T, product)[0]
     blocks = _cdiv(N, config["BLOCK_N"])
     images = images_per_program(B, blocks)
     groups = _cdiv(B, images)
     dw1 = x.new_empty((groups, T, N), dtype=torch.float32)
     dw2 = x.new_empty((groups, N, T), dtype=torch.float32)
     db2 = x.new_empty((groups, N), dtype=torch.float32)
-    wrap_triton(_token_grad_kernel)[(blocks, groups)](
-        dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
-        dout.stride(0), dout.stride(1), *strides, gate.stride(0), stride_subset,
-        B, K, tiles, images, **constants, **_options(config),
-    )  # fmt: skip
+    for first, second, config in token_launches(T, product):
+        wrap_triton(_token_grad_kernel)[(blocks, groups)](
+            dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
+            dout.stride(0), dout.stride(1), *strides, gate.stride(0), stride_subset,
+            B, K, tiles, images, FIRST=first, SECOND=second, **constants, **_options(config),
+        )  # fmt: skip
     db1 = sums[:, :, 0].sum((0, 1))
     return (
         dx, dshift, dscale, dgate, dw1.sum(0).to(w1.dtype), db1.to(b1.dtype), dw2.sum(0).to(w2.dtype),
         db2.sum(0).to(b2.dtype),
     )  # fmt: skip
+
+
+def token_launches(T, product):
+    """(FIRST, SECOND, configuration) of each launch of `tokens`: one, or two where the operands are too large for both."""
+    config = tokens_configs(T, product)[0]
+    if _block_t(T) <= 128 and product != torch.float32:
+        return [(True, True, config)]
+    return [(True, False, config), (False, True, config | {"stages": 1})]
 
 
 def images_per_program(B, blocks):
@@ -592,7 +602,7 @@ def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
     """Rows `subset` of x + gate * (w2 @ gelu(w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1) + b2).
 
     The products run along the tokens, so every kept token has seen all of them (mixer of MLP-Mixer, arXiv 2105.01601,
-    with the modulation of DiT's adaLN-Zero, arXiv 2212.09748). LayerNorm has no affine, eps 1e-6; GELU is the tanh form.
+    modulated as in DiT's adaLN-Zero, arXiv 2212.09748). LayerNorm has no affine, eps 1e-6; GELU is the tanh form.
 
     Args:
         x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU float64 too. Any pitch between rows.
@@ -626,4 +636,5 @@ def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
     check_interpretable(OP, x=x, shift=shift, scale=scale, gate=gate, w1=w1, b1=b1, w2=w2, b2=b2)
     x, shift, scale, gate = map(rows_contiguous, (x, shift, scale, gate))
     w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
-    return _mix_op(x, shift, scale, gate, w1, b1, w2, b2, None if subset is None else rows_contiguous(subset), product)[0]
+    subset = None if subset is None else rows_contiguous(subset)
+    return _mix_op(x, shift, scale, gate, w1, b1, w2, b2, subset, product)[0]

@@ -1,14 +1,14 @@
 """The launches of mix_and_drop for the compile report: how they are made, what they move and compute.
 
-`moved` counts what has to come from or go to DRAM: each launch is charged every tensor that it touches, once. What is read
-again is counted apart, as `cached`, because L2 has it:
+`moved` counts what has to come from or go to DRAM: each launch is charged every tensor that it touches, once. What is
+read again is counted apart, as `cached`, because L2 has it:
 
     the weights, a few hundred kilobytes that all programs share
     a program's second look at the tile of x that it has just read (the kept rows in `mix`, all rows in `hidden`)
     the hidden activations of an image in `tokens`, read by the image's programs, which run side by side
 
 A test holds this to account: for every target, the tiles of all programs that are resident at a time, by the registers
-and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: they are `moved` plus `cached`.
+and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: `moved` plus `cached`.
 """
 
 import importlib
@@ -22,8 +22,8 @@ mixer = importlib.import_module(f"{__package__}.mix_and_drop")
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [
-    # (images, tokens, kept, width, hidden, x, weights, product): XL/2 in bfloat16 at every hidden width and at 512 px, then
-    # autocast (float32 master weights; float32 residual stream), float16, float32, no subset, and S/2.
+    # (images, tokens, kept, width, hidden, x, weights, product): XL/2 in bfloat16 at every hidden width and at 512 px,
+    # then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, and S/2.
     (32, 256, 128, 1152, 64, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 128, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 256, _BF16, _BF16, _BF16),
@@ -51,8 +51,10 @@ def _launches(shape):
     _, tokens, _, width, hidden, _, _, product = shape
     yield "forward", "statistics", mixer._statistics_kernel, [mixer.statistics_config(width)]
     yield "forward", "mix", mixer._mix_kernel, mixer.mix_configs(hidden, tokens, product)
-    yield "backward", "hidden", mixer._hidden_grad_kernel, mixer.hidden_configs(hidden, tokens, product)
-    yield "backward", "tokens", mixer._token_grad_kernel, mixer.tokens_configs(hidden, tokens, product)
+    yield "backward", "hidden", mixer._hidden_grad_kernel, mixer.hidden_configs(hidden, product)
+    for first, second, config in mixer.token_launches(hidden, product):
+        launch = "tokens" if first and second else "tokens first" if first else "tokens second"
+        yield "backward", launch, mixer._token_grad_kernel, [config]
 
 
 def _case(shape, direction, launch, kernel, config, number):
@@ -60,11 +62,11 @@ def _case(shape, direction, launch, kernel, config, number):
     kept = N if K is None else K
     blocks = -(-N // config.get("BLOCK_N", N))
     images = mixer.images_per_program(B, blocks)
-    tiles = -(-D // mixer.hidden_configs(T, N, product)[0]["BLOCK_D"])
+    tiles = -(-D // mixer.hidden_configs(T, product)[0]["BLOCK_D"])
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)),),
         "tokens": (blocks, -(-B // images)),
-    }.get(launch, (-(-D // config["BLOCK_D"]), B))
+    }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
     float32 = ("mean", "rstd", "sums", "along", "dw1", "dw2", "db2")
     types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"} | dict.fromkeys(("hidden", "ds"), _pointer(product))
     types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
@@ -77,10 +79,12 @@ def _case(shape, direction, launch, kernel, config, number):
     if launch != "statistics":
         numbers = {k: v for k, v in numbers.items() if k not in ("N", "D")}
         constexprs |= {
-            "N": N, "D": D, "T": T, "HAS_SUBSET": K is not None, "PRODUCT": mixer._tl(product), "BLOCK_T": mixer._block_t(T),
-            # Compiled for NVIDIA; gfx942 has float32 matrix units and gets "ieee" at run time.
+            "N": N, "D": D, "T": T, "BLOCK_T": mixer._block_t(T), "HAS_SUBSET": K is not None,
+            "PRODUCT": mixer._tl(product),
             "PRECISION": "tf32x3" if product == torch.float32 else "ieee",
         }  # fmt: skip
+    if launch.startswith("tokens"):
+        constexprs |= {"FIRST": launch != "tokens second", "SECOND": launch != "tokens first"}
     arguments = {}
     for name in kernel.arg_names:
         if name not in constexprs:
@@ -91,7 +95,9 @@ def _case(shape, direction, launch, kernel, config, number):
         shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
-        waves=config["threads"] // 64, num_stages=config["stages"], grid=grid, moved=moved, least=moved, cached=cached, flops=flops,
+        hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=config["threads"] // 64,
+        num_stages=config["stages"], grid=grid,
+        moved=moved, least=moved, cached=cached, flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
 
@@ -124,11 +130,19 @@ def _cost(shape, launch, grid, tiles):
         return moved, again + _weights_again(shape, grid, 2), 2 * first + second
 
     blocks, groups = grid
-    sums = 8 * B * tiles * T
-    gradients = 4 * groups * (2 * T * N + N)
-    moved = 2 * rows + out + statistics + index + vector + T * N * weight.itemsize + between + 4 * B * tiles * N + sums
-    again = (blocks - 1) * (index + vector + between + sums) + (groups - 1) * T * N * weight.itemsize
-    return moved + gradients, again, 3 * first
+    moved, again, flops = out + index, (blocks - 1) * index, 0
+    if launch != "tokens second":
+        sums, matrix = 8 * B * tiles * T, T * N * weight.itemsize
+        moved += 2 * rows + statistics + matrix + between // 2 + 4 * B * tiles * N + sums + 4 * groups * T * N
+        again += (blocks - 1) * (between // 2 + sums) + (groups - 1) * matrix
+        if mixer._block_t(T) > 128:  # w1 again in every step along D.
+            again += B * -(-D // mixer.tokens_configs(T, product)[0]["BLOCK_D"]) * matrix
+        flops += 2 * first
+    if launch != "tokens first":
+        moved += vector + between // 2 + 4 * groups * (T * N + N)
+        again += (blocks - 1) * (vector + between // 2)
+        flops += first
+    return moved, again, flops
 
 
 def _weights_again(shape, grid, passes):

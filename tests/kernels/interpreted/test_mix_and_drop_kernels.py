@@ -1,5 +1,7 @@
 """mix_and_drop through Triton's interpreter, forward and backward, against float64."""
 
+import collections
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -10,7 +12,7 @@ from maskalign_kernels import mix_and_drop, runtime
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # exp(large) = inf is what sigmoid wants.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # As it should.
 SHAPES = [
     # (B, N, D, K, T): grids of 7x9 and 14x14, one token, tiles that end early in every direction, several tiles of each.
     (2, 63, 40, 31, 13), (1, 196, 24, 98, 16), (2, 1, 8, 1, 1), (1, 70, 130, 66, 70), (2, 16, 64, None, 64),
@@ -43,7 +45,7 @@ def check(case, truth, relative, tolerance, generator):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype", [(shape, F32) for shape in SHAPES] + [(shape, d) for shape in SHAPES[-3:] for d in (F16, BF16)], ids=str
+    "shape, dtype", [(s, F32) for s in SHAPES] + [(s, dtype) for s in SHAPES[-3:] for dtype in (F16, BF16)], ids=str
 )
 def test_forward_and_gradients(shape, dtype, mix_case, mix_truth, relative, tolerance, generator, poisoned):
     assert runtime.INTERPRET
@@ -182,11 +184,10 @@ def test_launches_load_and_store_what_the_report_counts(mix_case, counted_bytes)
     tensors, subset = mix_case(B, N, D, K, T)
     with counted_bytes() as count:
         gradients(tensors, subset, torch.ones(B, K, D))
-    reports = {c.kernel.__name__: c for c in cases.aot_cases([(B, N, K, D, T, F32, F32, F32)], every_configuration=False)}
-    assert set(reports) == set(count)
-    for name, case in reports.items():
-        assert case.moved == case.least
-        assert count[name] == case.moved + case.cached, (name, count[name], case.moved, case.cached)
+    reported = collections.Counter()
+    for case in cases.aot_cases([(B, N, K, D, T, F32, F32, F32)], every_configuration=False):
+        reported[case.kernel.__name__] += case.moved + case.cached
+    assert count == reported
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
