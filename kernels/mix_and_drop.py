@@ -433,8 +433,8 @@ def _configs(T, product, table):
 
 def mix_configs(T, N, product):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
-    narrow = [(64, 64, 64, 256, 3)]
-    table = {64: [(64, 64, 128, 256, 3), *narrow] if N <= 512 else narrow, 128: narrow, 256: [(64, 64, 32, 256, 2)]}
+    narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
+    table = {64: [wide, middle], 128: [middle], 256: [narrow]} if N <= 512 else dict.fromkeys((64, 128, 256), [narrow])
     return _configs(T, product, table)
 
 
@@ -568,11 +568,12 @@ def _mix_backward_op(
 
 
 def token_launches(T, product):
-    """(FIRST, SECOND, configuration) of each launch of `tokens`: one, or two where the operands are too large for both."""
+    """(FIRST, SECOND, configuration) of each launch of `tokens`: two where the operands are too large for one."""
     config = tokens_configs(T, product)[0]
     if _block_t(T) <= 128 and product != torch.float32:
         return [(True, True, config)]
-    return [(True, False, config), (False, True, config | {"stages": 1})]
+    first = config | {"stages": 1} if product == torch.float32 else config
+    return [(True, False, first), (False, True, config | {"stages": 1})]
 
 
 def images_per_program(B, blocks):

@@ -229,3 +229,27 @@ def test_cpu_speed(kept, benchmark, mix_case):
         return torch.autograd.grad(mix_and_drop(*tensors, subset).sum(), tensors)
 
     assert len(benchmark(step)) == 8
+
+
+# Multiprocessors, most resident warps (waves) of one, bytes of L2 (Infinity Cache on MI300X).
+CACHES = {
+    "sm_80": (108, 64, 40 << 20), "sm_90": (132, 64, 50 << 20), "sm_100": (148, 64, 126 << 20),
+    "gfx942": (304, 32, 256 << 20),
+}  # fmt: skip
+
+
+@compiled_kernels
+@pytest.mark.parametrize("target", CACHES)
+@pytest.mark.parametrize("tokens, hidden", [(256, 64), (1024, 64), (1024, 128)])
+def test_what_is_read_again_is_in_l2(target, tokens, hidden):
+    """The tiles of x that all resident programs go through twice fit L2 together: the byte count rests on it."""
+    from maskalign_kernels import aot, mix_and_drop_cases
+
+    shape = (32, tokens, tokens // 2, 1152, hidden, BF16, BF16, BF16)
+    processors, most, cache = CACHES[target]
+    for case in mix_and_drop_cases.aot_cases([shape]):
+        if case.launch in ("mix", "hidden"):
+            warps = case.waves if target == "gfx942" else case.num_warps
+            resident = processors * int(aot.build(case, target).occupancy * most / warps)
+            tile = tokens * case.constexprs["BLOCK_D"] * 2
+            assert min(resident, case.grid[0] * case.grid[1]) * tile <= cache, (case.launch, case.config)

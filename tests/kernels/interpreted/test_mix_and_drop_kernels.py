@@ -12,9 +12,9 @@ from maskalign_kernels import mix_and_drop, runtime
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # As it should.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 SHAPES = [
-    # (B, N, D, K, T): grids of 7x9 and 14x14, one token, tiles that end early in every direction, several tiles of each.
+    # (B, N, D, K, T): grids of 7x9 and 14x14, one token, tiles that end early, several tiles of each.
     (2, 63, 40, 31, 13), (1, 196, 24, 98, 16), (2, 1, 8, 1, 1), (1, 70, 130, 66, 70), (2, 16, 64, None, 64),
     (3, 9, 20, 9, 5), (1, 5, 1, 2, 3),
 ]  # fmt: skip
