@@ -6,6 +6,8 @@ Two layouts, of random content: `latents` is what ImageNet at 256 px takes in tr
 float16 and 256x768 int8 teacher tokens, no image), `pixels` is 64 px PNG images with 64x320 int8 tokens.
 The same samples lie in shards (read by ours, and by webdataset's pipeline: shuffle, decode, batch) and in a
 folder with one file per sample and kind, as REPA's data set has it, read by a torch Dataset and DataLoader.
+"REPA's data set" is what its own preprocessing leaves: a 256 px PNG, from which features are computed in
+the loop, and float32 moments.
 
 Warm: after one pass over the data, the median of the runs, taken in turn. Cold: the files' pages are
 dropped with posix_fadvise first, then one pass from the start of the loader to its last batch. (Folder
@@ -56,6 +58,22 @@ def members(layout, number, rng):
     return made
 
 
+def repa_members(variety=64):
+    """Members of a sample as REPA's own preprocessing leaves them: the 256 px image and float32 moments."""
+    from PIL import Image
+
+    rng, made = np.random.default_rng(1), []
+    for _ in range(variety):
+        coarse = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+        file = io.BytesIO()
+        Image.fromarray(
+            (coarse // 2 + rng.integers(0, 8, coarse.shape, dtype=np.uint8)).astype(np.uint8)
+        ).save(file, "png")
+        moments = npy(rng.standard_normal((8, 32, 32), dtype=np.float32))
+        made.append({"png": file.getvalue(), "moments.npy": moments})
+    return made
+
+
 def npy(array):
     """The bytes of a .npy file."""
     file = io.BytesIO()
@@ -87,8 +105,19 @@ def build(layout, root, samples, per_shard=512):
     for number, first in enumerate(range(0, samples, per_shard)):
         path = os.path.join(shards, shard_name(number))
         written.append(write_shard(path, content(first, min(first + per_shard, samples))))
-    with open(os.path.join(files, "dataset.json"), "w") as file:
-        json.dump({"labels": labels}, file)
+    folders = [files]
+    if layout == "latents":
+        folders.append(os.path.join(root, "repa"))
+        variety = repa_members()
+        for number, key in enumerate(labels):
+            folder = os.path.join(folders[1], key[:5])
+            os.makedirs(folder, exist_ok=True)
+            for ending, data in variety[number % len(variety)].items():
+                with open(os.path.join(folder, f"{key}.{ending}"), "wb") as file:
+                    file.write(data)
+    for folder in folders:
+        with open(os.path.join(folder, "dataset.json"), "w") as file:
+            json.dump({"labels": labels}, file)
     name, tokens, dim, grid = TEACHERS[layout]
     teacher = {"tokens": tokens, "dim": dim, "grid": grid, "dtype": "int8", "normalize": "none"}
     latent = {"scale": 0.18215, "bias": 0.0, "shape": [8, 32, 32], "dtype": "float16", "name": "random"}
@@ -107,13 +136,17 @@ def build(layout, root, samples, per_shard=512):
 
 
 class OneFilePerSample(torch.utils.data.Dataset):
-    """What REPA trains from: a folder per kind of content, one file per sample, labels in a JSON file."""
+    """How REPA keeps a data set: a file per sample and kind of content, labels in a JSON file.
 
-    def __init__(self, root, layout):
+    Args:
+        root: the folder.
+        first, second: endings of the two files of a sample.
+    """
+
+    def __init__(self, root, first, second):
         with open(os.path.join(root, "dataset.json")) as file:
             self.labels = sorted(json.load(file)["labels"].items())
-        self.root, self.first = root, "png" if layout == "pixels" else "moments.npy"
-        self.second = f"{TEACHERS[layout][0]}.npy"
+        self.root, self.first, self.second = root, first, second
 
     def __len__(self):
         return len(self.labels)
@@ -149,8 +182,19 @@ def webdataset(root, layout, workers):
 
 
 def one_file(root, layout, workers):
-    """One epoch after the other of the folder of files."""
-    data = OneFilePerSample(os.path.join(root, "files"), layout)
+    """The same content as the shards, one file per sample and kind."""
+    first = "png" if layout == "pixels" else "moments.npy"
+    return files_loader(os.path.join(root, "files"), first, f"{TEACHERS[layout][0]}.npy", workers)
+
+
+def repa(root, layout, workers):
+    """What REPA reads: the image, of which it computes the features in the loop, and the moments."""
+    return files_loader(os.path.join(root, "repa"), "png", "moments.npy", workers)
+
+
+def files_loader(folder, first, second, workers):
+    """One epoch after the other of a folder of files."""
+    data = OneFilePerSample(folder, first, second)
     loader = torch.utils.data.DataLoader(
         data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
@@ -158,7 +202,15 @@ def one_file(root, layout, workers):
         yield from loader
 
 
-LOADERS = {"maskalign": ours, "webdataset": webdataset, "one file per sample": one_file}
+LOADERS = {
+    "latents": {
+        "maskalign": ours,
+        "webdataset": webdataset,
+        "one file per sample": one_file,
+        "REPA's data set": repa,
+    },
+    "pixels": {"maskalign": ours, "webdataset": webdataset, "one file per sample": one_file},
+}
 
 
 def count(batch):
@@ -200,20 +252,20 @@ def cold_rate(make, root, layout, workers, samples):
 def measure(layout, root, samples, workers, seconds, rounds):
     """Rows of the table for one layout."""
     size = build(layout, root, samples)
-    rows = []
+    loaders, rows = LOADERS[layout], []
     for number in workers:
-        warm, cold = {name: [] for name in LOADERS}, {name: [] for name in LOADERS}
+        warm, cold = {name: [] for name in loaders}, {name: [] for name in loaders}
         for _ in range(rounds):  # in turn, so that what else runs on the machine hits all alike
-            for name, make in LOADERS.items():
+            for name, make in loaders.items():
                 warm[name].append(warm_rate(make, root, layout, number, samples, seconds))
         for _ in range(rounds):
-            for name, make in LOADERS.items():
+            for name, make in loaders.items():
                 cold[name].append(cold_rate(make, root, layout, number, samples))
         rates = {
             name: [statistics.median(values) for values in (*zip(*warm[name], strict=True), cold[name])]
-            for name in LOADERS
+            for name in loaders
         }
-        for name in LOADERS:
+        for name in loaders:
             faster = [ours / other for ours, other in zip(rates["maskalign"], rates[name], strict=True)]
             rows.append(
                 {

@@ -5,6 +5,7 @@ next good ones, so which samples a step gets depends on the data alone and not o
 """
 
 import errno
+import os
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -85,8 +86,9 @@ class Filled:
 class ShardTable:
     """The open shards of one process, counted by the streams that hold them, opened ahead by threads."""
 
-    def __init__(self, sources, verify, threads=4):
+    def __init__(self, sources, verify, read_ahead_bytes, threads=4):
         self.sources, self.verify, self.threads = sources, verify, threads
+        self.read_ahead_bytes, self.held_bytes = read_ahead_bytes, 0
         self.entries = {}  # (data set, shard) -> [future, holders, shard once it has been asked for]
         self.proven = {}  # (data set, shard) -> (what the file was, its ShardFile.proven)
         self._executor = None
@@ -99,6 +101,7 @@ class ShardTable:
             entry = self.entries.get((dataset, shard))
             if entry is None:
                 self._executor = self._executor or ThreadPoolExecutor(self.threads, "maskalign-shards")
+                self.held_bytes += self.sources[dataset].manifest.shards[shard].bytes
                 future = self._executor.submit(self._open, dataset, shard)
                 entry = self.entries[dataset, shard] = [future, 0, None]
             entry[1] += 1
@@ -107,6 +110,7 @@ class ShardTable:
             entry[1] -= 1
             if not entry[1]:
                 del self.entries[dataset, shard]
+                self.held_bytes -= self.sources[dataset].manifest.shards[shard].bytes
                 if not entry[0].cancel():
                     entry[0].add_done_callback(_close_result)
 
@@ -139,6 +143,9 @@ class ShardTable:
         source = self.sources[dataset]
         shard = source.manifest.shards[number]
         fd = source.opener.open(shard)
+        if self.held_bytes <= self.read_ahead_bytes and hasattr(os, "posix_fadvise"):
+            # One long read, where looking for headers and single samples would be many short ones.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
         checked = source.manifest.extra.get(KEY) == KIND
         try:
             opened = ShardFile(fd, shard, source.endings(), checked, self.verify)
@@ -169,14 +176,15 @@ class SampleReader:
         mixture: which data set a draw comes from (mixture.Mixture).
         shares: the `Share`s of this process, in the order of their rows.
         positions: stream -> list of one position per data set.
-        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (most bad samples).
+        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (most bad samples),
+            read_ahead_bytes (fetch held shards whole while they are no more than that together).
         bad: (data set, shard, sample) of the bad samples that are known already.
     """
 
     def __init__(self, sources, mixture, shares, positions, settings, bad=()):
         self.sources, self.mixture, self.shares, self.settings = sources, mixture, shares, settings
         self.seed, self.streams = settings["seed"], settings["streams"]
-        self.table = ShardTable(sources, settings["verify"])
+        self.table = ShardTable(sources, settings["verify"], settings["read_ahead_bytes"])
         self.scratch, self.bad = None, set(bad)
         total = sum(source.order.total for source in sources)
         self.hopeless = 3 * total + 1000  # draws without one good sample after which no good one can be there

@@ -154,7 +154,7 @@ class ShardFile:
 
     def _build(self, members, endings, merge):
         """Group members by key (neighbours, as webdataset does; anywhere with `merge`) into columns."""
-        rows, current, places = [], None, {}
+        rows, current, places = {ending: [] for ending in endings}, None, {}
         for name, offset, size, crc in members:
             key, ending = split_name(name)
             if key is None or name.startswith(b"__"):  # webdataset's metadata
@@ -164,16 +164,13 @@ class ShardFile:
             elif key != current:
                 places[key], current = len(self.keys), key
                 self.keys.append(key)
-            if ending in endings:
-                rows.append((ending, places[key], offset, size, crc, name))
-        for ending in endings:
-            self.columns[ending.decode()] = Column(len(self.keys))
-        for ending, row, offset, size, crc, name in rows:
-            column = self.columns[ending.decode()]
-            if column.offset[row] < 0:
-                column.offset[row], column.size[row] = offset, size
-                column.crc[row], column.seed[row] = crc, name_crc(name)
-
+            if ending in rows:
+                rows[ending].append((places[key], offset, size, crc, name_crc(name)))
+        for ending, found in rows.items():
+            column = self.columns[ending.decode()] = Column(len(self.keys))
+            found.reverse()  # of two members with one name the first shall count
+            place, *values = np.array(found, np.int64).reshape(-1, 5).T
+            column.offset[place], column.size[place], column.crc[place], column.seed[place] = values
         starts = [np.where(column.offset < 0, self.bytes, column.offset) for column in self.columns.values()]
         self.starts = np.min(starts, axis=0)
         self.stops = np.max([column.offset + column.size for column in self.columns.values()], axis=0)
@@ -272,7 +269,13 @@ def member_name(header):
 
 def parse_crc(header):
     """CRC-32 in a ustar header: -1 where there is none, -2 (which no data has) where it is mangled."""
-    crc = parse_field(header[297:329].split(b"\0", 1)[0])
+    field = header[297:329].split(b"\0", 1)[0]
+    if len(field) == 14 and field[:6] == b"crc32=" and field[6:].isalnum():  # the usual case, in a hurry
+        try:
+            return int(field[6:], 16)
+        except ValueError:
+            return -2
+    crc = parse_field(field)
     return -1 if crc is None else -2 if crc < 0 else crc
 
 

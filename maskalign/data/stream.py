@@ -6,6 +6,7 @@ workers.py reads ahead. This file deals a step's samples to the ranks and keeps 
 """
 
 import logging
+import os
 import resource
 import time
 from collections import Counter
@@ -231,6 +232,8 @@ class ShardStream:
             "hflip": self.hflip,
             "verify": self.verify,
             "bad_limit": self._bad_limit(),
+            # A quarter of the memory for the page cache, as if all ranks were on this machine.
+            "read_ahead_bytes": _memory() // 4 // (max(self.num_workers, 1) * self.world_size),
         }
 
         def make_reader(shares, positions):
@@ -427,6 +430,11 @@ def merge_states(states):
         "position": [list(positions[stream]) for stream in streams],
         "bad": [list(place) for place in sorted(bad)][:MOST_BAD_IN_STATE],
     }
+
+
+def _memory():
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _raise_file_limit(needed):
