@@ -247,9 +247,9 @@ def configurations(width, itemsize, gather_backward=False):
     A row is read in steps of BLOCK_C columns, at most what one warp takes with 16 bytes per lane (so that its
     sums stay inside the warp) unless there would be more than eight steps, and less where that leaves fewer
     lanes idle at the end of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte
-    load per step even of the narrower dtype. The alternatives keep two such loads per step in flight, in as
-    many programs of half the size, in half as many programs, or in as many threads again. The gathering
-    backward takes 16 rows unless they are long, so that the look-up, which every program repeats, stays a few
+    load per step even of the narrower dtype. The alternatives keep two such loads per step in flight in half
+    as many programs, or double the program, rows and threads. (Half as many threads, and a doubled gathering
+    program, spill a few registers on sm_80 and sm_90.) The gathering backward takes 16 rows unless they are long, so that the look-up, which every program repeats, stays a few
     per cent of the rows' bytes.
     """
     threads = 256 if gather_backward or width > 4096 else 128
@@ -261,12 +261,12 @@ def configurations(width, itemsize, gather_backward=False):
     block = next((b for b in blocks if waste[b] <= 1.15 * width), min(blocks, key=waste.get))
     block = max(16, min(block, 1 << (width - 1).bit_length()))
     rows = max(min(16, 4096 // block) if gather_backward else 1, threads * per_thread // block)
-    return [
+    configs = [
         {"ROWS": rows, "BLOCK_C": block, "threads": threads},
-        {"ROWS": rows, "BLOCK_C": block, "threads": threads // 2},
         {"ROWS": 2 * rows, "BLOCK_C": block, "threads": threads},
         {"ROWS": 2 * rows, "BLOCK_C": block, "threads": 2 * threads},
     ]
+    return configs[:2] if gather_backward else configs
 
 
 def look_up_block(config):

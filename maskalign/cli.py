@@ -314,7 +314,7 @@ def complete_switches(function, argv):
     """Take `--hflip` as well as `--hflip true`."""
     switches = {f"--{name}" for name, annotation in function.__annotations__.items() if annotation is bool}
     completed = []
-    for word, following in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, following in zip(argv, [*argv[1:], "--"], strict=False):
         completed.append(word)
         if word.replace("_", "-") in {s.replace("_", "-") for s in switches} and following.startswith("--"):
             completed.append("true")

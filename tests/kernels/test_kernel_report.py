@@ -47,7 +47,7 @@ def test_default_builds(target):
     judge([*cases, *mix_and_drop_cases.aot_cases(MIX, every_configuration=False)], target)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 @pytest.mark.parametrize("operation", ["subset_cosine_alignment", "mix_and_drop"])
 def test_every_build(operation, target):
@@ -124,7 +124,7 @@ def test_occupancy_by_rule():
     assert aot.occupancy("gfx942", 256, 128, 0) == 16 / 32  # 512 / 128 waves on each of four SIMDs.
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_the_command_writes_both_tables(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernel_report", "--out", str(tmp_path), "--targets", "sm_90"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
