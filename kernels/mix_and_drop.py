@@ -434,17 +434,18 @@ def _configs(T, product, table):
 def mix_configs(T, N, product):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
     narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
-    table = {64: [wide, middle], 128: [middle], 256: [narrow]} if N <= 512 else dict.fromkeys((64, 128, 256), [narrow])
+    short = (32, 64, 64, 256, 2)
+    table = {64: [wide, short], 128: [middle], 256: [narrow]} if N <= 512 else dict.fromkeys((64, 128, 256), [narrow])
     return _configs(T, product, table)
 
 
 def hidden_configs(T, product):
-    table = {64: [(64, 64, 32, 256, 2)], 128: [(64, 64, 64, 256, 1)], 256: [(128, 128, 16, 256, 1)]}
+    table = {64: [(64, 128, 32, 256, 2)], 128: [(64, 64, 64, 256, 1)], 256: [(128, 128, 16, 256, 1)]}
     return _configs(T, product, table)
 
 
 def tokens_configs(T, product):
-    return _configs(T, product, dict.fromkeys((64, 128, 256), [(32, 64, 64, 256, 2)]))
+    return _configs(T, product, dict.fromkeys((64, 128, 256), [(32, 32, 64, 256, 2)]))
 
 
 def _options(config):
