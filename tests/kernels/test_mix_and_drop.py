@@ -38,7 +38,10 @@ def test_forward_and_gradients(shape, dtype, mix_case, mix_truth, relative, tole
         limit = 2 * tolerance(dtype)
         if shape[2] == 1:  # One channel is normalised to 0 with 1 / std = 1000.
             limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 0.1)}.get(name, limit)
-        assert relative(grad, true) < limit, (name, relative(grad, true))
+        error = relative(grad, true)
+        if true.numel() == 1:  # One number, a sum that may cancel: its error is that of its terms, which are near 1.
+            error = min(error, (grad.double() - true).abs().item())
+        assert error < limit, (name, error)
 
 
 @pytest.mark.parametrize("kept", [3, None])
