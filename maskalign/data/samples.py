@@ -19,6 +19,8 @@ from maskalign.data.order import FLIP, Cursor, drawn_by, hash_key
 from maskalign.data.shard_file import BadShard, ShardFile
 from maskalign.errors import RunError
 
+LARGE_SAMPLE = 2**17  # bytes from which single samples are read as fast as a whole shard
+
 
 @dataclass(frozen=True)
 class Column:
@@ -143,9 +145,13 @@ class ShardTable:
         source = self.sources[dataset]
         shard = source.manifest.shards[number]
         fd = source.opener.open(shard)
-        if self.held_bytes <= self.read_ahead_bytes and hasattr(os, "posix_fadvise"):
-            # One long read, where looking for headers and single samples would be many short ones.
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+        if hasattr(os, "posix_fadvise"):  # macOS has none
+            if shard.bytes > LARGE_SAMPLE * shard.num_samples:
+                # The index needs a page here and there; what the system adds to them only delays it.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+            elif self.held_bytes <= self.read_ahead_bytes:
+                # One long read, where headers and single samples would be many short ones.
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
         checked = source.manifest.extra.get(KEY) == KIND
         try:
             opened = ShardFile(fd, shard, source.endings(), checked, self.verify)
@@ -177,7 +183,7 @@ class SampleReader:
         shares: the `Share`s of this process, in the order of their rows.
         positions: stream -> list of one position per data set.
         settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (most bad samples),
-            read_ahead_bytes (fetch held shards whole while they are no more than that together).
+            read_ahead_bytes (fetch shards of small samples whole while no more than that is held).
         bad: (data set, shard, sample) of the bad samples that are known already.
     """
 
