@@ -13,14 +13,13 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from contextlib import closing
 
 from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
-from maskalign.data.pool import available_cores, in_processes
+from maskalign.data.pool import Say, available_cores, in_processes, wait_for
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
 
@@ -83,7 +82,7 @@ def build(
     out = os.path.abspath(out)
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    say = _Say(quiet or rank > 0)
+    say = Say(quiet or rank > 0)
     if os.path.exists(out) and not os.path.isdir(out):
         raise UsageError(f"{out} is a file; give a folder as --out")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
@@ -102,7 +101,7 @@ def build(
         started = time.monotonic()
         made = _make_shards(job, rank, world_size, workers, max_bad_fraction, say)
         if rank > 0:
-            return _wait(lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest")
+            return wait_for(lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest")
         rate = f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s" if made else "nothing left to prepare"
         manifest, bad = _finish(job, max_bad_fraction, wait_seconds)
     except UsageError:
@@ -146,18 +145,6 @@ def _remove_empty(*folders):
     for folder in folders:
         if os.path.isdir(folder) and not os.listdir(folder):
             os.rmdir(folder)
-
-
-class _Say:
-    """Prints lines, or not; to a terminal that cannot show a character, something in its place."""
-
-    def __init__(self, quiet):
-        self.quiet = quiet
-
-    def __call__(self, line):
-        if not self.quiet:
-            encoding = sys.stdout.encoding or "ascii"
-            print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 def _summary(manifest):
@@ -218,7 +205,7 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, subset, cl
     plan_path = os.path.join(work, "plan.json")
     if rank > 0:  # rank 0 downloads and unpacks
         ready = (plan_path, os.path.join(out, FILE_NAME))
-        _wait(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
+        wait_for(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
     found = open_source(source, size=size, subset=subset, class_names=class_names, root=root, scratch=work)
     if license is not None:
         found.license = license
@@ -328,7 +315,7 @@ def _limit_bad(job, bad, latest, max_bad_fraction):
 def _finish(job, max_bad_fraction, wait_seconds):
     """Wait for all shards, then write bad.csv and the manifest; returns (manifest, list of bad images)."""
     records = [
-        _wait(lambda shard=shard: job.record(shard), wait_seconds, f"{shard_name(shard)} of another rank")
+        wait_for(lambda shard=shard: job.record(shard), wait_seconds, f"{shard_name(shard)} of another rank")
         for shard in range(job.num_shards)
     ]
     bad = [list(entry) for entry in job.found.rejected]
@@ -358,13 +345,3 @@ def _finish(job, max_bad_fraction, wait_seconds):
     manifest.save(job.out)
     shutil.rmtree(job.work, ignore_errors=True)
     return manifest, bad
-
-
-def _wait(ready, seconds, what):
-    """Poll until `ready()` is true and return it; RunError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (result := ready()):
-        if time.monotonic() > deadline:
-            raise RunError(f"waited {seconds:.0f} s for {what}; is every rank of the job still running?")
-        time.sleep(0.05)
-    return result

@@ -14,14 +14,14 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
+from maskalign.data.pool import Say, wait_for
 from maskalign.data.recipe import Recipe, check_vae, entry_bytes, weights_label
-from maskalign.data.staging import Staging, finish_commits, read_json, wait_for
+from maskalign.data.staging import Staging, finish_commits, read_json
 from maskalign.errors import RunError, UsageError
 from maskalign.teachers.hub import check_weights
 from maskalign.teachers.names import check_normalisation, parse_teachers
@@ -81,7 +81,7 @@ def encode(
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    say = _Say(quiet or rank > 0)
+    say = Say(quiet or rank > 0)
     names = parse_teachers(teacher)
     grid = _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device)
     files = _weights_of(names, weights)
@@ -376,18 +376,6 @@ def _in_processes(job, todo, workers, devices, threads, means, advance):
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-class _Say:
-    """Prints lines, or not."""
-
-    def __init__(self, quiet):
-        self.quiet = quiet
-
-    def __call__(self, line):
-        if not self.quiet:
-            encoding = sys.stdout.encoding or "ascii"
-            print(line.encode(encoding, "replace").decode(encoding), flush=True)
 
 
 @contextmanager

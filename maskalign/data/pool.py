@@ -1,8 +1,10 @@
-"""Work spread over processes, a few tasks ahead, with one clear line where a process dies."""
+"""Work spread over processes: a few tasks ahead, waiting for one another, one clear line where a process dies."""
 
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -54,3 +56,25 @@ def in_processes(function, tasks, workers):
 
 def _start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
+
+
+def wait_for(ready, seconds, what):
+    """Poll until `ready()` is true and return it; RunError after `seconds`."""
+    deadline = time.monotonic() + seconds
+    while not (result := ready()):
+        if time.monotonic() > deadline:
+            raise RunError(f"waited {seconds:.0f} s for {what}; is every rank of the job still running?")
+        time.sleep(0.05)
+    return result
+
+
+class Say:
+    """Prints lines, or not; to a terminal that cannot show a character, something in its place."""
+
+    def __init__(self, quiet):
+        self.quiet = quiet
+
+    def __call__(self, line):
+        if not self.quiet:
+            encoding = sys.stdout.encoding or "ascii"
+            print(line.encode(encoding, "replace").decode(encoding), flush=True)

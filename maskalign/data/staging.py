@@ -9,11 +9,11 @@ readers have the old data set; between the first rename and the last, shards wit
 import json
 import os
 import shutil
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, Shard, sync_folder, write_atomically
+from maskalign.data.pool import wait_for
 from maskalign.errors import RunError, UsageError
 
 PREFIX = ".encode-"
@@ -133,13 +133,3 @@ def read_json(path):
             return json.load(file)
     except (FileNotFoundError, ValueError):
         return None
-
-
-def wait_for(ready, seconds, what):
-    """Poll until `ready()` is true and return it; RunError after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (result := ready()):
-        if time.monotonic() > deadline:
-            raise RunError(f"waited {seconds:.0f} s for {what}; is every rank of the job still running?")
-        time.sleep(0.05)
-    return result

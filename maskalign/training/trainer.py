@@ -125,6 +125,7 @@ class Trainer:
             max_bad_fraction=config.data.max_bad_fraction,
             allow_pipe=config.data.allow_pipe,
             cache_dir=config.data.cache_dir,
+            fields=self._fields(),
         )
         self.step = 0
         self.seconds = 0.0  # of training, without samples and checkpoints
@@ -144,6 +145,16 @@ class Trainer:
         from maskalign.config import model_sizes
 
         return (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
+
+    def _fields(self):
+        """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
+        online = any(teacher is not None for _, teacher, _, _ in self.features.sources)
+        fields = [name for name, teacher, _, _ in self.features.sources if teacher is None]
+        if self.manifest.latent is not None:
+            fields.append("moments")
+        if self.manifest.latent is None or online:
+            fields.append("image")
+        return fields
 
     def _find_resume(self):
         resume = self.config.training.resume
