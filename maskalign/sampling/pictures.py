@@ -2,7 +2,7 @@
 
 import torch
 
-from maskalign.errors import UsageError
+from maskalign.data.vae import load_vae
 
 # sd-vae-ft-mse's, for data sets that do not say otherwise.
 LATENT_SCALE = 0.18215
@@ -59,15 +59,5 @@ def load_decoder(name, *, scale=LATENT_SCALE, bias=0.0, device="cpu", chunk=8):
     Raises:
         UsageError: diffusers is not installed, or the VAE cannot be loaded.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UsageError(
-            f"vae {name!r}: decoding latents needs diffusers; install it with: pip install 'maskalign[latents]'"
-        ) from None
-    try:
-        vae = AutoencoderKL.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"vae {name!r} cannot be loaded ({reason}); give a hub name or a local folder") from None
-    return Decoder(vae.to(device).eval().requires_grad_(False), scale, bias, chunk)
+    vae = load_vae(name, device=device)
+    return Decoder(vae, scale, bias, chunk)
