@@ -15,8 +15,9 @@ from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
 from maskalign.training import step as step_module
 from maskalign.training.build import build_model
+from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import compile_model, place
+from maskalign.training.parallel import place
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "imagenet256"
 LATENT, CLASSES, TEACHER_DIM = (4, 32, 32), 1000, 768

@@ -7,6 +7,7 @@ and the work is done by one function of the room that owns it.
 import os
 import re
 import sys
+import time
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Optional
@@ -367,6 +368,19 @@ def dispatch(argv):
         run_function(name, COMMANDS[name], argv[words:])
 
 
+def complain(what, error):
+    """Print an error's line, once where the ranks of torchrun meet the same one.
+
+    Rank 0 speaks at once and ends; torchrun then ends the others before they have waited. What only another rank has
+    met is told by that rank.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        time.sleep(2)
+        what = f"{what} (rank {rank})"
+    print(f"maskalign: {what}: {one_line(error)}", file=sys.stderr, flush=True)
+
+
 def main(argv=None):
     """Run one command; a user's mistake ends in one line and status 2, failed work in one line and status 1."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -374,10 +388,10 @@ def main(argv=None):
         dispatch(argv)
     except UsageError as error:
         status = 2
-        print(f"maskalign: error: {one_line(error)}", file=sys.stderr)
+        complain("error", error)
     except RunError as error:
         status = 1
-        print(f"maskalign: failed: {one_line(error)}", file=sys.stderr)
+        complain("failed", error)
     except KeyboardInterrupt:
         status = 130
         print("maskalign: stopped", file=sys.stderr)

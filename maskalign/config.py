@@ -212,7 +212,21 @@ class ParallelConfig:
     """How the work is spread over processes."""
 
     plan: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
-    """none is one process; the others are not built yet."""
+    """none: one process; ddp: a copy on every rank; fsdp: shards over all ranks; hsdp: over groups of ranks."""
+    shard_size: Optional[int] = None
+    """hsdp: ranks that share one copy of the weights; it divides the ranks; by default the ranks of a node."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free gathered weights between forward and backward (ZeRO-3), or keep them (ZeRO-2)."""
+    prefetch: int = 1
+    """fsdp, hsdp: blocks whose weights are gathered ahead of the one that computes."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """Activations made again in the backward: none, of all blocks, or as many as memory_budget asks for."""
+    memory_budget: float = 0.5
+    """selective: share of the blocks' activations that is kept, in [0, 1]."""
+    ema_on_cpu: bool = False
+    """Keep the moving average in host memory."""
+    shard_teacher_above: float = 1024
+    """fsdp, hsdp: MiB of weights above which an online teacher is sharded too."""
 
 
 @dataclass
@@ -306,6 +320,8 @@ def validate(config):
         "training.sample_every": 0,
         "training.max_nonfinite": 1,
         "data.num_workers": 0,
+        "parallel.prefetch": 0,
+        "parallel.shard_teacher_above": 0,
         "optimizer.warmup_steps": 0,
         "optimizer.grad_clip": 0,
         "optimizer.weight_decay": 0,
@@ -318,7 +334,7 @@ def validate(config):
         _require(value >= low, key, value, f"must be at least {low}")
     for key in ("optimizer.lr", "optimizer.eps", "model.mlp_ratio"):
         _require(_get(config, key) > 0, key, _get(config, key), "must be above 0")
-    for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout"):
+    for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout", "parallel.memory_budget"):
         _require(0 <= _get(config, key) <= 1, key, _get(config, key), "must be in [0, 1]")
     for key in ("optimizer.ema_decay",):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
@@ -328,9 +344,38 @@ def validate(config):
     _require(seconds is None or seconds > 0, "training.max_seconds", seconds, "must be above 0")
     batch, parts = config.training.batch_size, config.training.accumulation
     _require(batch % parts == 0, "training.accumulation", parts, f"must divide training.batch_size {batch}")
-    if config.parallel.plan != "none":
-        raise UsageError(f"parallel.plan: {config.parallel.plan} is not built yet; use none (one process)")
+    shard_size = config.parallel.shard_size
+    _require(shard_size is None or shard_size >= 1, "parallel.shard_size", shard_size, "must be at least 1")
     return sizes
+
+
+def validate_with_ranks(config, world_size, local_world_size=None):
+    """Check the settings against the number of processes, and on this node; needs no torch, so it can come first."""
+    plan, batch, parts = config.parallel.plan, config.training.batch_size, config.training.accumulation
+    if plan == "none" and world_size > 1:
+        raise UsageError(
+            f"parallel.plan: none runs in one process, but torchrun started {world_size}; set ddp, fsdp or hsdp"
+        )
+    _require(
+        batch % (world_size * parts) == 0,
+        "training.batch_size",
+        batch,
+        f"must be a multiple of ranks x training.accumulation = {world_size} x {parts} = {world_size * parts}",
+    )
+    shard_ranks(config.parallel, world_size, local_world_size)
+
+
+def shard_ranks(parallel, world_size, local_world_size=None):
+    """Ranks that share one copy of the weights: 1 for none and ddp, all for fsdp, for hsdp as set or those of a node.
+
+    Raises:
+        UsageError: where that does not divide the ranks.
+    """
+    if parallel.plan != "hsdp":
+        return world_size if parallel.plan == "fsdp" else 1
+    size = parallel.shard_size or local_world_size or world_size
+    _require(world_size % size == 0, "parallel.shard_size", size, f"must divide the {world_size} ranks")
+    return size
 
 
 def validate_with_data(config, manifest):

@@ -1,47 +1,108 @@
-"""Where the work runs: device, precision, ranks, and how the model is compiled.
-
-One process for now; plans over several processes have this file as their place.
-"""
+"""Where the work runs: device, precision, the ranks and their mesh. What a plan does to the model is in plans.py."""
 
 import ctypes
 import os
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from maskalign.config import ParallelConfig, shard_ranks
 from maskalign.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Placement:
-    """device: torch.device; dtype: of parameters and activations in forward and backward; rank, world_size."""
+    """Where this process stands.
+
+    device: torch.device; dtype: of parameters and activations in forward and backward; rank, world_size, local_rank:
+    as torchrun counts; mesh: DeviceMesh with the dimensions `replicate` and `shard`, None for the plan `none`.
+    """
 
     device: torch.device
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
+    mesh: Optional[DeviceMesh] = None
+
+    @property
+    def is_main(self):
+        """True on the one rank that writes logs, pictures and the bar."""
+        return self.rank == 0
 
 
-def place(training):
-    """Choose device and dtype from the settings.
+def place(training, parallel=None):
+    """Choose device and dtype from the settings and, for a plan of several processes, join the other ranks.
 
     Args:
         training: `TrainingConfig`.
+        parallel: `ParallelConfig`; by default one process.
 
     Raises:
-        UsageError: where the device is not there, or torchrun started several processes.
+        UsageError: where the device is not there, or the plan does not fit the processes that torchrun started.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("parallel.plan: none runs in one process, but torchrun started several; start one process")
-    name = training.device
+    plan = (parallel or ParallelConfig()).plan
+    rank, world_size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if plan == "none" and world_size > 1:
+        raise UsageError(
+            f"parallel.plan: none runs in one process, but torchrun started {world_size}; set ddp, fsdp or hsdp"
+        )
+    device = find_device(training.device, local_rank)
+    dtype = compute_dtype(training.precision, device)
+    if plan == "none":
+        return Placement(device, dtype)
+    join_ranks(device)
+    return Placement(device, dtype, rank, world_size, local_rank, make_mesh(device, parallel))
+
+
+def find_device(name, local_rank=0):
+    """The device that a setting means; of several GPUs the one of this rank.
+
+    Raises:
+        UsageError: where it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", local_rank)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"training.device: {name!r} is not usable here ({str(error).splitlines()[0]})") from None
-    return Placement(device, compute_dtype(training.precision, device))
+    return device
+
+
+def join_ranks(device):
+    """Start the process group, with torchrun's ranks, or alone where there is no torchrun."""
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def leave_ranks(failed=False):
+    """End the process group. After a failure the others may be stuck in a collective: only the process's end frees us
+    then, and torchrun stops them."""
+    if dist.is_initialized() and (not failed or dist.get_world_size() == 1):
+        dist.destroy_process_group()
+
+
+def make_mesh(device, parallel):
+    """DeviceMesh (replicate, shard) of a plan: ddp is all replicas, fsdp all shards, hsdp replicas of shard groups."""
+    world_size, local = dist.get_world_size(), os.environ.get("LOCAL_WORLD_SIZE")
+    shards = shard_ranks(parallel, world_size, local and int(local))
+    return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def compute_dtype(precision, device):
@@ -78,9 +139,3 @@ def tune_host(device):
         libc.mallopt(m_top_pad, 64 * 2**20)
     except (OSError, AttributeError):
         return  # another C library: nothing to tune
-
-
-def compile_model(model):
-    """torch.compile every block of a SiT in place, whole graphs, so that equal blocks share one compilation."""
-    for block in model.blocks:
-        block.compile(fullgraph=True)

@@ -1,8 +1,9 @@
-"""Checks of a run against its data set and its run folder; imports no torch."""
+"""Checks of a run against its processes, its data set and its run folder; imports no torch."""
 
+import os
 from pathlib import Path
 
-from maskalign.config import validate_with_data
+from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 
@@ -16,6 +17,8 @@ def check_data(config):
     Raises:
         UsageError: the data set is not there, or does not fit the settings; or the run folder is in use.
     """
+    world_size, local = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE")
+    validate_with_ranks(config, world_size, local and int(local))
     manifest = Manifest.load(config.data.path)
     facts = validate_with_data(config, manifest)
     run_dir, resume = Path(config.run_dir), config.training.resume

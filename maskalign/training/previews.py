@@ -47,7 +47,10 @@ class Previews:
             return None
 
     def draw(self, model, step, path):
-        """Sample a row per class with `model` and write the sheet to `path`; returns the PIL.Image."""
+        """Sample a row per class with `model` and write the sheet to `path`; returns the PIL.Image.
+
+        Where the model is sharded all ranks draw the same sheet, and those whose path is None write nothing.
+        """
         sheet, _ = class_sheet(
             model,
             self.classes,
@@ -57,5 +60,6 @@ class Previews:
             decoder=self.decoder,
             title=f"step {step}, EMA, {self.sampling.describe()}",
         )
-        sheet.save(path)
+        if path is not None:
+            sheet.save(path)
         return sheet

@@ -7,11 +7,12 @@ import torch
 from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import training_loss
+from maskalign.training.plans import Plan
 from maskalign.training.schedules import learning_rate, schedule_value
 
 
 class StepResult(NamedTuple):
-    """0-d tensors, still on the device: losses are means over the step's images; `skipped` tells a non-finite step."""
+    """0-d tensors, still on the device: losses are means over the global batch; `skipped` tells a non-finite step."""
 
     loss: torch.Tensor
     velocity_loss: torch.Tensor
@@ -31,10 +32,12 @@ class TrainStep:
         optimizer: an `Optimizer` over it.
         config: `Config`.
         placement: `parallel.Placement`.
+        plan: `plans.Plan` over the model; by default one process.
     """
 
-    def __init__(self, model, optimizer, config, placement):
+    def __init__(self, model, optimizer, config, placement, plan=None):
         self.model = model
+        self.plan = plan or Plan(model, config, placement)
         self.optimizer = optimizer
         self.config = config
         self.placement = placement
@@ -96,17 +99,20 @@ class TrainStep:
                 step, first_slot + rows.start, rows.stop - rows.start, keep_ratio, align_ratio, prepare is not None
             )
             x = inputs[rows] if prepare is None else prepare(inputs[rows], draws.posterior)
-            losses = training_loss(
-                self.model,
-                x,
-                labels[rows],
-                [z[rows] for z in teachers],
-                draws,
-                align_weight=align_weight,
-                path=config.objective.path,
-                dtype=self.placement.dtype,
-            )
-            (losses.total * share).backward()
+            with self.plan.micro_batch(last=part == parts - 1):
+                losses = training_loss(
+                    self.plan.forward,
+                    x,
+                    labels[rows],
+                    [z[rows] for z in teachers],
+                    draws,
+                    align_weight=align_weight,
+                    path=config.objective.path,
+                    dtype=self.placement.dtype,
+                )
+                (losses.total * share).backward()
             sums += torch.stack([loss.detach().float() for loss in losses]) * share
+        # The means over all ranks: every rank judges a step by the same numbers, so all of them skip it or none does.
+        self.plan.mean(sums)
         norm, skipped = self.optimizer.step(lr, sums[0].isfinite())
         return StepResult(*sums.unbind(), norm, skipped, lr, keep_ratio, align_weight)

@@ -7,18 +7,21 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from maskalign.config import dump_config
-from maskalign.data.stream import ShardStream
+from maskalign.data.stream import ShardStream, merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
 from maskalign.training import checkpoint
 from maskalign.training.build import build_model
+from maskalign.training.compiling import compile_model
 from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import compile_model, place, tune_host
+from maskalign.training.parallel import leave_ranks, place, tune_host
+from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
 from maskalign.training.step import TrainStep
 
@@ -39,7 +42,13 @@ def train(config, manifest, facts):
     Raises:
         UsageError: the settings cannot work. RunError: the training failed.
     """
-    return Trainer(config, manifest, facts).run()
+    failed = True
+    try:
+        result = Trainer(config, manifest, facts).run()
+        failed = False
+        return result
+    finally:
+        leave_ranks(failed)
 
 
 class Features:
@@ -92,7 +101,7 @@ class Trainer:
     def __init__(self, config, manifest, facts):
         self.config = config
         self.manifest = manifest
-        self.placement = place(config.training)
+        self.placement = place(config.training, config.parallel)
         self.device = self.placement.device
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
@@ -114,6 +123,7 @@ class Trainer:
         self.model = build_model(config, self.facts).to(self.device)
         if config.training.init_from and not resume:
             self._init_from(config.training.init_from)
+        self.plan = Plan(self.model, config, self.placement)
         self.optimizer = Optimizer(self.model, config.optimizer, self.placement.dtype)
         self.stream = ShardStream(
             config.data.path,
@@ -135,7 +145,7 @@ class Trainer:
             self._resume(resume, state)
         if config.training.compile:
             compile_model(self.model)
-        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement)
+        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
         self.stop_requested = threading.Event()
@@ -196,16 +206,16 @@ class Trainer:
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.skipped_steps = state["skipped_steps"]
-        self.bad_samples = state["bad_samples"]
+        self.bad_samples = state["bad_samples"] if self.placement.is_main else 0  # each rank counts its own
         self.stream.load_state_dict(state["stream"])
         log.info("resumed from %s at step %d", path, self.step)
 
     def run(self):
         if self.progress() >= 1:
-            print(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
+            self._say(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
             return self._result(finished=True)
         self._prepare_run_dir()
-        self.metrics = MetricsFile(self.run_dir / "metrics.csv", self.step)
+        self.metrics = MetricsFile(self.run_dir / "metrics.csv", self.step) if self.placement.is_main else None
         self.tensorboard = self._tensorboard()
         previous = self._catch_signals()
         try:
@@ -214,16 +224,23 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
             if self.tensorboard is not None:
                 self.tensorboard.close()
         finished = self.progress() >= 1
         if finished:
-            print(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
+            self._say(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
         else:
             where = self.run_dir / checkpoint.FOLDER
-            print(f"stopped at step {self.step}, saved in {where}; with training.resume auto the same command goes on")
+            self._say(
+                f"stopped at step {self.step}, saved in {where}; with training.resume auto the same command goes on"
+            )
         return self._result(finished)
+
+    def _say(self, line):
+        if self.placement.is_main:
+            print(line)
 
     def _result(self, finished):
         return {"step": self.step, "seconds": self.seconds, "run_dir": str(self.run_dir), "finished": finished}
@@ -237,9 +254,11 @@ class Trainer:
         return min(1.0, share)
 
     def _prepare_run_dir(self):
+        self.config_yaml = dump_config(self.config)
+        if not self.placement.is_main:
+            return
         try:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-            self.config_yaml = dump_config(self.config)
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
         except OSError as error:
             raise UsageError(
@@ -247,7 +266,7 @@ class Trainer:
             ) from None
 
     def _tensorboard(self):
-        if not self.config.training.tensorboard:
+        if not self.config.training.tensorboard or not self.placement.is_main:
             return None
         from torch.utils.tensorboard import SummaryWriter
 
@@ -255,7 +274,7 @@ class Trainer:
 
     def _bar(self):
         training = self.config.training
-        disable = not training.progress
+        disable = not training.progress or not self.placement.is_main
         if training.max_seconds is None:
             return tqdm(total=training.max_steps, initial=self.step, desc="train", unit="step", disable=disable)
         layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} of at most {total_fmt} s{postfix}"
@@ -312,6 +331,8 @@ class Trainer:
             if self.step % check_every == 0 or last:
                 self._check_finite(in_a_row)
             self.seconds += time.perf_counter() - start
+            if training.max_seconds is not None:
+                self.seconds = self.plan.of_main(self.seconds)  # all ranks stop at one step
             last = last or self.progress() >= 1
 
             # A first row soon: somebody is watching the first seconds of a run.
@@ -340,6 +361,7 @@ class Trainer:
             )
 
     def _log(self, result, sums, healthy, steps, since):
+        bad = self.plan.total(self.bad_samples)
         good = int(healthy)
         self.skipped_steps += steps - good
         loss, velocity, alignment, norm = (sums / max(good, 1) if good else sums * float("nan")).tolist()
@@ -359,8 +381,10 @@ class Trainer:
             "data_wait": self.stream.wait_seconds - since["wait"],
             "epoch": self.step * self.config.training.batch_size // self.manifest.num_samples,
             "skipped_steps": self.skipped_steps,
-            "bad_samples": self.bad_samples,
+            "bad_samples": bad,
         }
+        if not self.placement.is_main:
+            return
         self.metrics.write(row)
         if self.tensorboard is not None:
             for key, value in row.items():
@@ -371,28 +395,37 @@ class Trainer:
         )
 
     def _save(self):
+        stream, bad = self.stream.state_dict(), self.plan.total(self.bad_samples)
+        if self.placement.world_size > 1:
+            states = [None] * self.placement.world_size
+            dist.all_gather_object(states, stream)
+            stream = merge_states(states)
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
-            "bad_samples": self.bad_samples,
+            "bad_samples": bad,
             "seed": self.config.seed,
             "facts": self.facts,
-            "stream": self.stream.state_dict(),
+            "stream": stream,
         }
-        checkpoint.save(
-            self.run_dir,
-            self.step,
-            self.optimizer.tensors(),
-            state,
-            self.config_yaml,
-            keep=self.config.training.keep_checkpoints,
-        )
+        if self.placement.is_main:
+            checkpoint.save(
+                self.run_dir,
+                self.step,
+                self.optimizer.tensors(),
+                state,
+                self.config_yaml,
+                keep=self.config.training.keep_checkpoints,
+            )
+        self.plan.wait()
 
     def _sample(self):
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         with self.optimizer.averaged():
-            sheet = self.previews.draw(self.model, self.step, path)
+            sheet = self.previews.draw(self.model, self.step, path if self.placement.is_main else None)
+        if not self.placement.is_main:
+            return
         draw_curves(read_metrics(self.run_dir / "metrics.csv"), self.run_dir / "curves.png", str(self.run_dir))
         if self.tensorboard is not None:
             import numpy as np

@@ -26,7 +26,7 @@ def test_a_device_that_is_not_there(device):
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="parallel.plan"):
+    with pytest.raises(UsageError, match="parallel.plan: none runs in one process, but torchrun started 2"):
         parallel.place(TrainingConfig())
 
 

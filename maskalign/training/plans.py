@@ -1,0 +1,111 @@
+"""What a parallel plan does to the model: DDP, or FSDP2's fully_shard per block, over the mesh of parallel.py.
+
+torch's own DistributedDataParallel and fully_shard do the work; this file decides what is wrapped, in which precision,
+and when ranks talk to each other.
+"""
+
+import warnings
+from contextlib import nullcontext
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from maskalign.config import as_schedule
+
+
+class Replicated(DistributedDataParallel):
+    """DDP that shows the attributes of the model inside, so that the objective can ask it for its sizes."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.module, name)
+
+
+class Plan:
+    """A model spread over the ranks of a placement.
+
+    Args:
+        model: the `SiT`, on the placement's device.
+        config: `Config`.
+        placement: `parallel.Placement`.
+
+    """
+
+    def __init__(self, model, config, placement):
+        self.model = model
+        self.mesh, self.device = placement.mesh, placement.device
+        self.several = placement.world_size > 1
+        self.kind = config.parallel.plan if placement.mesh is not None else "none"
+        self.idle = some_parameters_idle(config, model)
+
+    @cached_property
+    def forward(self):
+        """What to call in training, with the model's signature; first used when parameters have their final dtype."""
+        if self.kind != "ddp":
+            return self.model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # newer torch has two names for broadcast_buffers
+            forward = Replicated(
+                self.model,
+                device_mesh=self.mesh["replicate"],
+                gradient_as_bucket_view=True,
+                find_unused_parameters=self.idle,
+                broadcast_buffers=False,
+                init_sync=False,  # every rank makes or loads the same weights
+            )
+        if next(self.model.parameters()).dtype == torch.bfloat16:
+            forward.register_comm_hook(None, reduce_in_float32)
+        return forward
+
+    def micro_batch(self, last):
+        """Context of one forward and backward; gradients are averaged over the ranks in the last one of a step."""
+        if self.kind == "ddp" and not last:
+            return self.forward.no_sync()
+        return nullcontext()
+
+    def mean(self, values):
+        """Mean of a small tensor over all ranks, in place."""
+        if self.several:
+            dist.all_reduce(values)
+            values /= dist.get_world_size()
+        return values
+
+    def total(self, number):
+        """Sum of an integer over all ranks."""
+        if not self.several:
+            return number
+        value = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(value)
+        return int(value)
+
+    def of_main(self, number):
+        """Rank 0's float on all ranks."""
+        if not self.several:
+            return number
+        value = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.broadcast(value, 0)
+        return float(value)
+
+    def wait(self):
+        """Wait for all ranks."""
+        if self.several:
+            dist.barrier()
+
+
+def some_parameters_idle(config, model):
+    """True where some steps of a run leave parameters without a gradient: the projectors once the alignment ends, the
+    mask token once all tokens are kept."""
+    weight, keep = as_schedule(config.method.align_weight), as_schedule(config.method.keep_ratio)
+    ends = len(model.projectors) > 0 and 0 in (weight.start, weight.end)
+    return ends or (model.fuse is not None and 1 in (keep.start, keep.end))
+
+
+def reduce_in_float32(_, bucket):
+    """DDP communication hook: the mean of bfloat16 gradients, summed in float32."""
+    total = bucket.buffer().float().div_(dist.get_world_size())
+    work = dist.all_reduce(total, async_op=True).get_future()
+    return work.then(lambda done: bucket.buffer().copy_(done.value()[0]))
