@@ -1,0 +1,90 @@
+"""The data of `benchmarks.convergence`: a training and a held-out part with cached teacher features, each made once."""
+
+import os
+from pathlib import Path
+
+from maskalign.data.build import build
+from maskalign.data.encode import encode
+from maskalign.data.manifest import FILE_NAME, Manifest
+from maskalign.errors import UsageError
+
+PARTS = ("train", "test")
+
+
+def prepare(source, folder, teacher, *, size=32, images=None, heldout=None, quiet=False):
+    """Build, split and encode a data set, or take what an earlier call has left.
+
+    Args:
+        source: a folder or archive of images, `openmoji`, `torchvision:NAME`, or the folder of a built data set.
+            Where it has no parts `train` and `test`, the last tenth of its shards is held out.
+        folder: where the parts go, as `folder/train` and `folder/test`.
+        teacher: the teacher to encode with; features are int8, minus the data set's mean token.
+        size: side of the images in pixels.
+        images: keep about this many training images (whole shards), None for all; heldout: the same for the rest.
+        quiet: print no progress.
+
+    Returns:
+        (training folder, held-out folder), as strings.
+    """
+    folder = Path(folder)
+    for part, most in zip(PARTS, (images, heldout), strict=True):
+        target = folder / part
+        if not (target / FILE_NAME).is_file():
+            manifest, shards = _whole_part(source, folder, part, size, quiet)
+            _cut(manifest, _first(shards, most), target)
+    # The held-out part stays as it is: its features are computed where they are used, minus the training mean token.
+    if teacher not in Manifest.load(str(folder / "train")).teachers:
+        encode(str(folder / "train"), teacher=teacher, normalize="mean", quiet=quiet)
+    return tuple(str(folder / part) for part in PARTS)
+
+
+def _whole_part(source, folder, part, size, quiet):
+    """(manifest, shards) of a part before it is cut to the number of images that is asked for."""
+    if (Path(source) / FILE_NAME).is_file():
+        return _heldout_shards(Manifest.load(str(source)), part)
+    whole = folder / f"whole-{part}"
+    if not (whole / FILE_NAME).is_file() and not (folder / "whole" / FILE_NAME).is_file():
+        try:
+            build(source, str(whole), size=size, subset=part, quiet=quiet)
+        except UsageError as error:
+            if not any(words in str(error) for words in ("no subsets", "no images below")):
+                raise
+            build(source, str(folder / "whole"), size=size, quiet=quiet)
+    if (whole / FILE_NAME).is_file():
+        manifest = Manifest.load(str(whole))
+        return manifest, manifest.shards
+    return _heldout_shards(Manifest.load(str(folder / "whole")), part)
+
+
+def _heldout_shards(manifest, part):
+    """The last tenth of the shards is held out; a built data set is shuffled, so any tenth is as good."""
+    count = len(manifest.shards)
+    if count < 2:
+        raise UsageError(f"--data {manifest.root}: one shard cannot be split into training and held-out images")
+    border = count - max(1, count // 10)
+    return manifest, manifest.shards[:border] if part == "train" else manifest.shards[border:]
+
+
+def _first(shards, most):
+    """The first shards with at least `most` images together; all of them for None."""
+    kept, total = [], 0
+    for shard in shards:
+        if most is not None and total >= most:
+            break
+        kept.append(shard)
+        total += shard.num_samples
+    return kept
+
+
+def _cut(manifest, shards, target):
+    """A data set of some of another's shards, by links: nothing is copied, and encoding it leaves the other alone."""
+    target.mkdir(parents=True, exist_ok=True)
+    for shard in shards:
+        link = target / shard.name
+        link.unlink(missing_ok=True)
+        try:
+            os.link(manifest.shard_path(shard), link)
+        except OSError:  # another file system
+            os.symlink(os.path.abspath(manifest.shard_path(shard)), link)
+    manifest.shards, manifest.num_samples = shards, sum(shard.num_samples for shard in shards)
+    manifest.save(target)

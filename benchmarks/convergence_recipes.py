@@ -1,0 +1,112 @@
+"""The recipes that `benchmarks.convergence` compares: settings on top of configs/convergence.yaml, and nothing else.
+
+A suite is a list of recipes with seeds and shares of the budget. A share below 1 is a run of its own whose schedules
+end there: a recipe with a full-token end phase is judged at 0.6 of the budget by a run that was planned for 0.6.
+"""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskalign.errors import UsageError
+
+BASE = Path(__file__).resolve().parent.parent / "configs" / "convergence.yaml"
+
+
+def _masked(keep=0.5, begin=0.9, mixer="token_mlp", **more):
+    """Settings of MaskAlign: the keep ratio until `begin` (a share of training), all tokens after it."""
+    schedule = keep if begin is None else f"{{kind: step, start: {keep}, end: 1.0, begin: {begin}}}"
+    return {"method.keep_ratio": schedule, "model.mixer": mixer, **more}
+
+
+NO_TEACHER = {"method.align_weight": 0}
+BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
+FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
+# Rivals as their papers have them, scaled from 12 blocks to 8; MaskAlign's variants change one thing at a time.
+RECIPES = {
+    "sit": NO_TEACHER,
+    "repa": {},
+    "loss-only": {"method.keep_ratio": 0.5, "method.route": "none"},
+    "tread": {"method.keep_ratio": 0.5, **BYPASS, **NO_TEACHER},
+    "tread+repa": {"method.keep_ratio": 0.5, **BYPASS},
+    "sprint": _masked(0.25, mixer="none", **FUSE, **NO_TEACHER),
+    "sprint+repa": _masked(0.25, mixer="none", **FUSE),
+    "deferred-masking": _masked(0.25, mixer="attention", **NO_TEACHER),
+    "maskalign": _masked(),
+    "maskalign-keep0.75": _masked(0.75),
+    "maskalign-keep0.25": _masked(0.25),
+    "maskalign-end0.7": _masked(begin=0.7),
+    "maskalign-end0.5": _masked(begin=0.5),
+    "maskalign-no-end": _masked(begin=None),
+    "maskalign-ramp": {
+        "method.keep_ratio": "{kind: linear, start: 0.25, end: 1.0, begin: 0.0, until: 0.9}",
+        "model.mixer": "token_mlp",
+    },
+    "maskalign-no-mixer": _masked(mixer="none"),
+    "maskalign-conv-mixer": _masked(mixer="depthwise_conv"),
+    "maskalign-attention-mixer": _masked(mixer="attention"),
+    "maskalign-mixer8": _masked(**{"model.mixer_hidden": 8}),
+    "maskalign-mixer128": _masked(**{"model.mixer_hidden": 128}),
+    "maskalign-grid": _masked(**{"method.subset": "grid"}),
+    "maskalign-block": _masked(**{"method.subset": "block"}),
+    "maskalign-bypass": _masked(**BYPASS),
+    "maskalign-fuse": _masked(**FUSE),
+    "maskalign-fuse-keep0.25": _masked(0.25, **FUSE),
+    "maskalign-weight0.25": _masked(**{"method.align_weight": 0.25}),
+    "maskalign-weight1": _masked(**{"method.align_weight": 1.0}),
+    "maskalign-early-stop": _masked(**{"method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"}),
+    "maskalign-depth2": _masked(**{"method.align_depth": 2}),
+    "maskalign-depth5": _masked(**{"method.align_depth": 5}),
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What one command runs: recipes, seeds, and shares of the budget by recipe (1 where none are named)."""
+
+    recipes: tuple
+    seeds: tuple
+    shares: dict
+
+
+MASKALIGN = tuple(name for name in RECIPES if name.startswith("maskalign"))
+SUITES = {
+    "screening": Suite(("repa", *MASKALIGN), (0,), {}),
+    "rivals": Suite(tuple(name for name in RECIPES if not name.startswith("maskalign-")), (0,), {}),
+    "final": Suite(
+        ("repa", "sit", "maskalign", "loss-only", "tread", "sprint", "sprint+repa", "deferred-masking"),
+        (0, 1, 2),
+        {"maskalign": (0.4, 0.6, 0.8, 1.0)},
+    ),
+}
+
+
+def own_recipe(text):
+    """A recipe from the command line: `NAME: --section.key value ...`, on top of a recipe with `NAME=OTHER: ...`.
+
+    Returns:
+        (name, settings).
+    """
+    head, colon, words = text.partition(":")
+    name, _, other = (part.strip() for part in head.partition("="))
+    words = shlex.split(words)
+    good = colon and name and len(words) % 2 == 0 and all(word.startswith("--") for word in words[::2])
+    if not good or "/" in name:
+        raise UsageError(f"--recipe {text!r}: write NAME: --section.key value ..., or NAME=OTHER: ...")
+    if other and other not in RECIPES:
+        raise UsageError(f"--recipe {text!r}: there is no recipe {other!r}; there are {', '.join(RECIPES)}")
+    own = {key[2:]: value for key, value in zip(words[::2], words[1::2], strict=True)}
+    return name, {**RECIPES.get(other, {}), **own}
+
+
+def arguments(settings):
+    """Settings as the command line of `maskalign train`."""
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def recipe_config(settings, base=BASE, **more):
+    """The checked `Config` of a recipe: the base, then `settings`, then `more` (dots as double underscores)."""
+    from maskalign.config import parse_config
+
+    more = {key.replace("__", "."): value for key, value in more.items()}
+    return parse_config(["--config", str(base), *arguments({**settings, **more})])

@@ -1,0 +1,199 @@
+"""What `benchmarks.convergence` shows of its rows: the table, and quality against time and against FLOPs."""
+
+import csv
+import statistics
+from collections import defaultdict
+
+COLUMNS = (
+    "data", "recipe", "seed", "share", "run_steps", "step", "seconds", "tflop", "metric", "time", "value",
+)  # fmt: skip
+NUMBERS = {"seed": int, "share": float, "run_steps": int, "step": int, "seconds": float, "tflop": float, "value": float}
+BETTER_LOW = {"velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
+FORMS = {"velocity_loss": "{:.4f}", "cosine": "{:.3f}", "frechet": "{:.3g}", "kernel": "{:.3g}"}
+TITLES = {
+    "velocity_loss": "held-out velocity loss, all tokens",
+    "cosine": "held-out alignment cosine",
+    "frechet": "Frechet distance of EMA samples",
+    "kernel": "kernel distance of EMA samples",
+}
+
+
+def write_rows(rows, path):
+    """The long CSV: a row per run, point, metric and time step (`time` empty: the mean over time steps, or none)."""
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: f"{row[key]:.6g}" if isinstance(row[key], float) else row[key] for key in COLUMNS})
+
+
+def read_rows(path):
+    """Rows of the long CSV, with numbers; an empty `seconds` (no calibration) is None."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for key, kind in NUMBERS.items():
+            row[key] = None if row[key] == "" else kind(row[key])
+    return rows
+
+
+def curves(rows, metric):
+    """dict (recipe, seed, share) -> list of (seconds, tflop, step, value), in order of the steps."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["metric"] == metric and row["time"] == "":
+            point = (row["seconds"], row["tflop"], row["step"], row["value"])
+            found[row["recipe"], row["seed"], row["share"]].append(point)
+    return {key: sorted(points, key=lambda point: point[2]) for key, points in found.items()}
+
+
+def finals(rows, metric, share=1.0):
+    """dict recipe -> {seed: value at the end of its run with that share of the budget}."""
+    found = defaultdict(dict)
+    for (recipe, seed, of), points in curves(rows, metric).items():
+        if of == share:
+            found[recipe][seed] = points[-1][-1]
+    return dict(found)
+
+
+def time_to(points, target, low=True, axis=0):
+    """Where a curve first reaches a target, by linear interpolation between its points; None where it does not.
+
+    Args:
+        points: those of `curves`.
+        low: lower values are better.
+        axis: 0 for seconds, 1 for TFLOP, 2 for steps.
+    """
+    before = None
+    for point in points:
+        value = point[-1]
+        if (value <= target) if low else (value >= target):
+            if before is None:
+                return point[axis]
+            share = (before[-1] - target) / (before[-1] - value)
+            return before[axis] + share * (point[axis] - before[axis])
+        before = point
+    return None
+
+
+def ratios_to_repa(rows, metric, axis=0):
+    """dict recipe -> list over seeds: the least time at which one of its runs reaches what REPA has at the end.
+
+    The target is REPA's final value, a mean over its seeds; the time is a share of the mean length of REPA's runs.
+    None stands for a seed that does not reach it within the budget.
+    """
+    runs, repa = curves(rows, metric), finals(rows, metric).get("repa")
+    if not repa:
+        return {}
+    target = statistics.fmean(repa.values())
+    length = statistics.fmean(points[-1][axis] for key, points in runs.items() if key[0] == "repa" and key[2] == 1)
+    found = defaultdict(dict)
+    for (recipe, seed, _), points in runs.items():
+        reached = time_to(points, target, BETTER_LOW[metric], axis)
+        known = found[recipe].get(seed)
+        ratio = None if reached is None else reached / length
+        found[recipe][seed] = ratio if known is None else known if ratio is None else min(known, ratio)
+    return {recipe: [by_seed[seed] for seed in sorted(by_seed)] for recipe, by_seed in found.items()}
+
+
+def spread(values, form):
+    """`mean [lowest, highest]` over seeds; the mean alone for one seed."""
+    values = list(values)
+    text = form.format(statistics.fmean(values))
+    return text if len(values) == 1 else f"{text} [{form.format(min(values))}, {form.format(max(values))}]"
+
+
+def spread_of_ratios(values):
+    """Median and range of times; `>1` where a seed does not get there."""
+    if not values:
+        return "-"
+    ordered = sorted(values, key=lambda value: float("inf") if value is None else value)
+    words = [">1" if value is None else f"{value:.2f}" for value in ordered]
+    middle = words[len(words) // 2]
+    return middle if len(words) == 1 else f"{middle} [{words[0]}, {words[-1]}]"
+
+
+def apart(values, repa):
+    """True where all values are better (lower) than all of REPA's: the ranges over seeds do not overlap."""
+    return len(values) > 1 and len(repa) > 1 and max(values) < min(repa)
+
+
+def summary(rows):
+    """One dict per recipe: what the table shows. Recipes come in the order of the rows."""
+    ends = {metric: finals(rows, metric) for metric in BETTER_LOW}
+    timed = all(row["seconds"] is not None for row in rows)
+    axis = 0 if timed else 2
+    to_loss, to_frechet = (ratios_to_repa(rows, metric, axis) for metric in ("velocity_loss", "frechet"))
+    lines = []
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        if recipe not in ends["velocity_loss"]:
+            continue
+        last = max((row for row in rows if row["recipe"] == recipe and row["share"] == 1), key=lambda row: row["step"])
+        line = {"recipe": recipe, "seeds": len(ends["velocity_loss"][recipe]), "steps": last["run_steps"]}
+        line["PFLOP"] = f"{last['tflop'] / 1000:.3g}"
+        for metric, form in FORMS.items():
+            values = ends[metric].get(recipe)
+            line[metric] = spread(values.values(), form) if values else "-"
+            repa = ends[metric].get("repa")
+            if values and repa and BETTER_LOW[metric] and apart(values.values(), repa.values()):
+                line[metric] += " *"
+        line["time to REPA's loss"] = spread_of_ratios(to_loss.get(recipe))
+        line["time to REPA's Frechet"] = spread_of_ratios(to_frechet.get(recipe))
+        lines.append(line)
+    return lines
+
+
+def table(rows):
+    """The summary as aligned text; a star marks seed ranges that are wholly better than REPA's."""
+    lines = summary(rows)
+    if not lines:
+        return "no run is finished yet"
+    cells = [list(lines[0]), *[[str(value) for value in line.values()] for line in lines]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+
+def draw(rows, about, path):
+    """Quality against time and against FLOPs: a row of panels per metric, a colour per recipe, a band over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    metrics = [metric for metric in BETTER_LOW if curves(rows, metric)]
+    timed = all(row["seconds"] is not None for row in rows)
+    axes_of = [(0, "seconds of training (calibrated)") if timed else (2, "steps"), (1, "TFLOP of training")]
+    size = (11, 3.1 * len(metrics))
+    figure, panels = plt.subplots(len(metrics), 2, figsize=size, squeeze=False, layout="constrained")
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    colours = plt.get_cmap("tab20")
+    for line, metric in zip(panels, metrics, strict=True):
+        runs = curves(rows, metric)
+        for panel, (axis, unit) in zip(line, axes_of, strict=True):
+            for number, recipe in enumerate(recipes):
+                colour = "black" if recipe == "repa" else colours(number % 20)
+                shares = sorted({share for name, _, share in runs if name == recipe})
+                for share in shares:
+                    own = [points for (name, _, of), points in runs.items() if (name, of) == (recipe, share)]
+                    columns = list(zip(*own, strict=True))
+                    x = [statistics.fmean(point[axis] for point in points) for points in columns]
+                    values = [[point[-1] for point in points] for points in columns]
+                    mean = [statistics.fmean(column) for column in values]
+                    # Runs that were planned for a part of the budget: thin, their ends as dots.
+                    whole = share == 1
+                    label = recipe if whole else None
+                    panel.plot(x, mean, color=colour, linewidth=1.4 if whole else 0.6, label=label)
+                    panel.plot(x[-1:], mean[-1:], "o", color=colour, markersize=3)
+                    if len(own) > 1 and whole:
+                        low, high = [min(column) for column in values], [max(column) for column in values]
+                        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            panel.set_xlabel(unit, fontsize=8)
+            panel.set_title(TITLES[metric], fontsize=9, loc="left")
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+            if BETTER_LOW[metric]:
+                panel.set_yscale("log")
+    panels[0, 0].legend(fontsize=6, ncols=2)
+    figure.suptitle(about, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,105 @@
+"""One run of `benchmarks.convergence`, in a process of its own: train with the real trainer, then measure checkpoints.
+
+    RUN/job.json            what the run is: settings, steps, points, how it is measured
+    RUN/quality-STEP.json   what was measured at a point; the run is finished when all of them are there
+    RUN/config.yaml, metrics.csv, checkpoints/ ...   those of any run of `maskalign train`
+
+Stopped or killed at any moment, it goes on: the trainer from its newest checkpoint, the measurements point by point.
+Checkpoints are removed once they are measured, but for the last one.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from maskalign.data.manifest import write_atomically
+from maskalign.errors import RunError, UsageError
+
+JOB = "job.json"
+
+
+def quality_path(run_dir, step):
+    return Path(run_dir, f"quality-{step:08d}.json")
+
+
+def is_finished(run_dir):
+    """True where every point of the run has been measured."""
+    job = read_job(run_dir)
+    return job is not None and all(quality_path(run_dir, step).is_file() for step in job["points"])
+
+
+def read_job(run_dir):
+    """What the run is, or None where nothing has been started."""
+    path = Path(run_dir, JOB)
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def write_job(run_dir, job):
+    """Set up a run folder, or check that the one there is the same run.
+
+    Raises:
+        UsageError: it holds a run with other settings.
+    """
+    job, old = json.loads(json.dumps(job)), read_job(run_dir)
+    if old is not None and old != job:
+        other = next(key for key in {**job, **old} if job.get(key) != old.get(key))
+        raise UsageError(
+            f"{run_dir} holds a run with another {other} ({old.get(other)}, now {job.get(other)}); remove it, or give "
+            "another --work"
+        )
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    write_atomically(str(Path(run_dir, JOB)), json.dumps(job, indent=1).encode())
+
+
+def work(run_dir):
+    """Do what is left of a run; returns whether it is finished (False: a signal asked it to stop)."""
+    import torch
+
+    from maskalign.config import parse_config
+    from maskalign.training import checkpoint
+    from maskalign.training.preflight import check_data
+    from maskalign.training.trainer import train
+
+    job = read_job(run_dir)
+    torch.set_num_threads(job["threads"])
+    config = parse_config(job["arguments"])
+    there = {path.name: path for path in checkpoint.complete_checkpoints(run_dir)}
+    if f"step_{job['steps']:08d}" not in there and not train(config, *check_data(config))["finished"]:
+        return False
+    from benchmarks.convergence_quality import Heldout
+
+    heldout = Heldout(*job["data"])
+    for step in job["points"]:
+        if not quality_path(run_dir, step).is_file():
+            measure(run_dir, step, job, config, heldout)
+    for path in checkpoint.complete_checkpoints(run_dir)[:-1]:
+        shutil.rmtree(path)
+    return True
+
+
+def measure(run_dir, step, job, config, heldout):
+    """Write the quality file of one point."""
+    from benchmarks.convergence_quality import heldout_losses, sample_distances
+    from maskalign.training.checkpoint import load_model
+
+    model, _, _ = load_model(Path(run_dir, "checkpoints", f"step_{step:08d}"))
+    path = config.objective.path
+    rows = [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
+    if step in job["sample_points"]:
+        found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path)
+        rows += [[metric, "", value] for metric, value in found.items()]
+    write_atomically(str(quality_path(run_dir, step)), json.dumps(rows).encode())
+
+
+def main(run_dir):
+    try:
+        finished = work(run_dir)
+    except (RunError, UsageError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0 if finished else 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
