@@ -29,7 +29,8 @@ from benchmarks import convergence_run as run_folder
 from benchmarks.convergence_clock import Calibration, calibrate, phase_at
 from benchmarks.convergence_data import prepare
 from benchmarks.convergence_recipes import BASE, RECIPES, SUITES, arguments, own_recipe, recipe_config
-from benchmarks.convergence_report import draw, read_rows, table, write_rows
+from benchmarks.convergence_report import read_rows, table, write_rows
+from benchmarks.report import draw
 from maskalign.config import model_sizes, validate_with_data
 from maskalign.data.manifest import Manifest
 from maskalign.errors import RunError, UsageError
@@ -258,10 +259,9 @@ class Benchmark:
             },
         }
         Path(f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n")
-        rows = read_rows(f"{stem}.csv")
-        draw(rows, f"{about['command']}\n{about['machine']}", f"{stem}.png")
+        draw(Path(f"{stem}.csv"))
         print(f"written: {stem}.csv {stem}.json {stem}.png")
-        print(table(rows))
+        print(table(read_rows(f"{stem}.csv")))
 
 
 def command_of(options, data):

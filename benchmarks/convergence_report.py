@@ -153,7 +153,7 @@ def table(rows):
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def draw(rows, about, path):
+def draw(rows, about, path, metadata=None):
     """Quality against time and against FLOPs: a row of panels per metric, a colour per recipe, a band over seeds."""
     import matplotlib
 
@@ -195,5 +195,5 @@ def draw(rows, about, path):
                 panel.set_yscale("log")
     panels[0, 0].legend(fontsize=6, ncols=2)
     figure.suptitle(about, fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)

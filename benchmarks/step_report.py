@@ -58,22 +58,23 @@ def write(rows, options, about):
             }
             for row in rows
         )
-    draw(rows, options, about, f"{stem}.png")
+    draw(rows, about, f"{stem}.png")
     return f"{stem}.csv", f"{stem}.png"
 
 
-def draw(rows, options, about, path):
+def draw(rows, about, path, metadata=None):
+    """Images per second and saved bytes as bars, from rows as they are written or as they are read back."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    names = [row["case"] for row in rows][::-1]
+    first, names = rows[0], [row["case"] for row in rows][::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.45 * len(rows)), sharey=True, layout="constrained")
     colours = ["#999999" if name.startswith("reference") else "#2a6f97" for name in names]
     rates = [row["images_per_second"] for row in rows][::-1]
-    low = [options.batch_size * 1000 / row["step_ms_p90"] for row in rows][::-1]
-    high = [options.batch_size * 1000 / row["step_ms_p10"] for row in rows][::-1]
+    low = [row["batch_size"] * 1000 / row["step_ms_p90"] for row in rows][::-1]
+    high = [row["batch_size"] * 1000 / row["step_ms_p10"] for row in rows][::-1]
     errors = [
         [max(0, r - a) for r, a in zip(rates, low, strict=True)],
         [max(0, b - r) for r, b in zip(rates, high, strict=True)],
@@ -85,9 +86,7 @@ def draw(rows, options, about, path):
             left.text(row["images_per_second"] / 2, y, f"{row['x_repa']:.2f}x", color="white", ha="center", va="center")
     right.barh(names, [row["saved_mib"] for row in rows][::-1], color=colours)
     right.set_xlabel("activations saved for the backward, MiB")
-    figure.suptitle(
-        f"{options.preset}, batch {options.batch_size}, {options.precision}, training step; x: over our REPA\n{about}",
-        fontsize=9,
-    )
-    figure.savefig(path, dpi=120)
+    what = f"{first['preset']}, batch {first['batch_size']:.0f}, {first['precision']}, training step; x: over our REPA"
+    figure.suptitle(f"{what}\n{about}", fontsize=9)
+    figure.savefig(path, dpi=120, metadata=metadata)
     plt.close(figure)

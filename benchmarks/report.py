@@ -1,0 +1,229 @@
+"""The figures in README.md, from the CSVs in benchmarks/results.
+
+    python -m benchmarks.report [--check] [--readme README.md] [--results benchmarks/results]
+
+Rewrites what stands in README.md between the two `figures` markers, and the plots beside the CSVs. --check only says
+whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
+stands in results/notes.json under the CSV's name.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+from benchmarks import convergence_report, step_report
+from maskalign.errors import UsageError
+
+BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
+STEP_NAMES = {"repa": "REPA, all tokens", "reference": "the public REPA code", "sit": "SiT, no alignment"}
+
+
+def read_csv(path):
+    """Rows as dicts; numbers are floats, what is empty is None."""
+    with open(path, newline="") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(text):
+    if text == "":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def markdown_table(head, lines):
+    """A Markdown table; cells are texts."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def paragraph(text):
+    """Text in lines of the README's length."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def step_name(case):
+    """What a case of `benchmarks.steps` is called in the README."""
+    recipe, _, keep = case.partition("@")
+    if recipe.startswith("reference"):
+        return f"{STEP_NAMES['reference']}, {recipe.removeprefix('reference-')}"
+    if recipe in STEP_NAMES:
+        return STEP_NAMES[recipe]
+    name = "MaskAlign" + recipe.removeprefix("maskalign").replace("-", " ") if "maskalign" in recipe else recipe
+    return f"{name}, keep {keep}" if keep else name
+
+
+def ratio(row, key):
+    """`2.01x`, with the 10th to 90th percentile where the CSV has it; bold for MaskAlign."""
+    if row.get(key) is None:
+        return "-"
+    text = f"{row[key]:.2f}x"
+    text = f"**{text}**" if row["case"].startswith("maskalign@") else text
+    low, high = row.get(f"{key}_p10"), row.get(f"{key}_p90")
+    return text if low is None else f"{text} ({low:.2f}-{high:.2f})"
+
+
+def steps_section(path, note):
+    """One table of `benchmarks.steps`."""
+    rows = read_csv(path)
+    first = rows[0]
+    head = ["case", "images/s", "against our REPA", "against the public REPA code", "GFLOP per image",
+            "of the matmul peak", "saved for the backward", "peak memory"]  # fmt: skip
+    lines = []
+    for row in rows:
+        if row["case"].startswith("maskalign-no-mixer"):
+            continue
+        saved = f"{row['saved_mib']:.0f} MiB"
+        saved += f" ({row['saved_x_repa']:.2f}x)" if row["saved_x_repa"] not in (None, 1) else ""
+        lines.append([
+            step_name(row["case"]), f"{row['images_per_second']:.2f}", ratio(row, "x_repa"), ratio(row, "x_reference"),
+            f"{row['gflops_per_image']:.1f}", f"{row['share_of_matmul_peak']:.0%}", saved,
+            "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB",
+        ])  # fmt: skip
+    if all(row["x_reference"] is None for row in rows):
+        head, lines = ([cell for k, cell in enumerate(line) if k != 3] for line in (head, *lines)), None
+        head, *lines = head
+    tokens = int(str(first["tokens"]).split("/")[1])
+    what = f"{first['preset']}, {first['precision']}, batch {first['batch_size']:.0f}, {tokens} tokens"
+    step = "One training step (forward, backward, clip, AdamW, EMA)"
+    text = [
+        paragraph(f"{step} of {what}; {first['machine']}; medians. {note['conditions']}"),
+        f"`{note['command']}`",
+        markdown_table(head, lines),
+    ]
+    costs = {row["case"].partition("@")[2]: row["mixer_cost"] for row in rows if row.get("mixer_cost") is not None}
+    if costs:
+        words = ", ".join(f"{cost:.1%} of a step at keep {keep}" for keep, cost in costs.items())
+        text.append(f"The mixer costs {words}.")
+    return "\n\n".join(text)
+
+
+def loader_section(path, note):
+    """The rates of `benchmarks.loader` with no worker processes."""
+    rows = [row for row in read_csv(path) if row["workers"] == 0]
+    lines = [
+        [f"{row['layout']}, {row['loader']}", f"{row['warm_samples_per_second']:,.0f}",
+         f"{row['cold_samples_per_second']:,.0f}", f"{row['bytes_per_sample'] / 1000:.0f} kB"]
+        for row in rows
+    ]  # fmt: skip
+    head = ["layout, loader", "samples/s, page cache", "samples/s, cold disk", "a sample"]
+    text = paragraph(f"Samples a second, read in the training process. {note['conditions']}")
+    return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
+
+
+def convergence_section(path, note):
+    """The table of one suite of `benchmarks.convergence`, and its plot."""
+    rows = convergence_report.read_rows(path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    lines = convergence_report.summary(rows)
+    names = {"velocity_loss": "held-out loss", "cosine": "cosine", "frechet": "Frechet", "kernel": "kernel"}
+    head = [names.get(key, key) for key in lines[0]]
+    longest = max(row["seconds"] or 0 for row in rows)
+    limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
+    what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
+    return "\n\n".join([
+        paragraph(f"{what} {note['conditions']}"),
+        f"`{about['command']}`",
+        markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
+        f"![Quality against time and FLOPs](benchmarks/results/{path.stem}.png)",
+    ])  # fmt: skip
+
+
+SECTIONS = (
+    ("### Steps", "steps-*.csv", steps_section),
+    ("### Convergence", "convergence-*.csv", convergence_section),
+    ("### Loading", "loader.csv", loader_section),
+)
+
+
+def figures(results):
+    """The README's figures as Markdown."""
+    path = results / "notes.json"
+    notes = json.loads(path.read_text()) if path.is_file() else {}
+    parts = []
+    for title, pattern, section in SECTIONS:
+        found = sorted(results.glob(pattern))
+        missing = [path.stem for path in found if path.stem not in notes]
+        if missing:
+            raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
+        parts += [title, *(section(path, notes[path.stem]) for path in found)] if found else []
+    return "\n\n".join(parts)
+
+
+def rewritten(text, new):
+    """README text with `new` between its markers.
+
+    Raises:
+        UsageError: the markers are not there, once each and in order.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise UsageError(f"the README needs the markers {BEGIN} and {END}, once each, around its figures")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
+
+
+def digest(path):
+    """What a plot is drawn from: the CSV, and for a convergence plot the JSON beside it."""
+    data = path.read_bytes()
+    side = path.with_suffix(".json")
+    return hashlib.sha256(data + (side.read_bytes() if side.is_file() else b"")).hexdigest()
+
+
+def stale_plots(results):
+    """CSVs whose plot is missing or was drawn from other numbers (the plot holds the digest of its data)."""
+    from PIL import Image
+
+    stale = []
+    for path in [*sorted(results.glob("steps-*.csv")), *sorted(results.glob("convergence-*.csv"))]:
+        plot = path.with_suffix(".png")
+        if not plot.is_file() or Image.open(plot).text.get("Source") != digest(path):
+            stale.append(path)
+    return stale
+
+
+def draw(path):
+    """Draw the plot of one CSV beside it."""
+    plot, metadata = path.with_suffix(".png"), {"Source": digest(path)}
+    if path.stem.startswith("steps-"):
+        rows = read_csv(path)
+        step_report.draw(rows, rows[0]["machine"], plot, metadata=metadata)
+    else:
+        about = json.loads(path.with_suffix(".json").read_text())
+        title = f"{about['command']}\n{about['machine']}"
+        convergence_report.draw(convergence_report.read_rows(path), title, plot, metadata=metadata)
+
+
+def main(argv=None):
+    root = Path(__file__).resolve().parent.parent
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
+    parser.add_argument("--readme", type=Path, default=root / "README.md")
+    parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results")
+    options = parser.parse_args(argv)
+    text = options.readme.read_text()
+    new, stale = rewritten(text, figures(options.results)), stale_plots(options.results)
+    differing = [str(options.readme)] * (new != text) + [str(path.with_suffix(".png")) for path in stale]
+    if options.check:
+        for name in differing:
+            print(f"{name} differs from the CSVs; python -m benchmarks.report writes it anew")
+        return 1 if differing else 0
+    if new != text:
+        options.readme.write_text(new)
+    for path in stale:
+        draw(path)
+    print("\n".join(f"written: {name}" for name in differing) or "nothing to do: README and plots fit the CSVs")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        print(f"benchmarks.report: error: {error}", file=sys.stderr)
+        sys.exit(2)
