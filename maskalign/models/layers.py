@@ -161,10 +161,6 @@ class AdaLN(nn.Sequential):
     def forward(self, c):
         return super().forward(c).chunk(self.chunks, dim=-1)
 
-    def reset_to_zero(self):
-        nn.init.zeros_(self[1].weight)
-        nn.init.zeros_(self[1].bias)
-
 
 class Block(nn.Module):
     """SiT block: attention and MLP, each behind adaLN-Zero (DiT, arXiv 2212.09748, figure 3)."""

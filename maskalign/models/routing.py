@@ -112,9 +112,6 @@ class Fuse(nn.Module):
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.linear = nn.Linear(2 * width, width)
-        nn.init.normal_(self.mask_token, std=0.02)
-        nn.init.xavier_uniform_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
 
     def forward(self, before, deep, subset=None):
         """before (B, N, D), deep (B, K, D) at rows `subset`, or all N rows where subset is None; returns (B, N, D)."""

@@ -9,6 +9,7 @@ from typing import List, NamedTuple, Optional
 import torch
 from torch import nn
 
+from maskalign.models.initial import initialise
 from maskalign.models.layers import (
     Block,
     FinalLayer,
@@ -116,8 +117,6 @@ class SiT(nn.Module):
         self.projectors = nn.ModuleList(
             make_projector(projector, width, projector_dim, dim, self.grid) for dim in self.teacher_dims
         )
-        self.reset_parameters()
-        # Built after the backbone has drawn its numbers: with one seed, every recipe starts from the same backbone.
         self.mixer = make_mixer(
             mixer,
             width,
@@ -128,9 +127,9 @@ class SiT(nn.Module):
             qk_norm=qk_norm,
             attention=attention,
         )
-        self.mixer.apply(_init_linear)
-        self.mixer.apply(_zero_adaln)
         self.fuse = Fuse(width) if restore == "fuse" else None
+        if not self.pos_embed.is_meta:
+            self.reset_parameters()
 
     @property
     def tap_sees_subset(self):
@@ -148,18 +147,16 @@ class SiT(nn.Module):
         """
         return cls(**{**preset_sizes(name), **settings})
 
-    def reset_parameters(self):
-        """REPA's initialisation: Xavier-uniform linears with zero bias (the patch convolution flattened likewise),
-        N(0, 0.02) for the label table and the two time linears, zeros for every adaLN linear and the final linear."""
-        self.apply(_init_linear)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.width, -1))
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        self.apply(_zero_adaln)
-        nn.init.zeros_(self.final_layer.linear.weight)
-        nn.init.zeros_(self.final_layer.linear.bias)
+    def reset_parameters(self, seed=None):
+        """REPA's initialisation, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
+
+        Args:
+            seed: makes the weights a function of this and of each parameter's name alone: the same on any device, under
+                any sharding, and for what two recipes have in common. None draws from torch's global generator.
+        """
+        with torch.device("cpu"):
+            self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
+        initialise(self, seed)
 
     def forward(self, x, t, labels, subset=None, align_subset=None, align=True):
         """Predict the velocity, on all tokens or on a subset of them.
@@ -241,15 +238,3 @@ def resolve_route(route, depth):
     if not 0 <= start < end <= depth:
         raise ValueError(f"route [{start}, {end}) is outside the model's blocks [0, {depth})")
     return (start, end)
-
-
-def _init_linear(module):
-    if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-def _zero_adaln(module):
-    if hasattr(module, "reset_to_zero"):
-        module.reset_to_zero()

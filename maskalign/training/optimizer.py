@@ -3,6 +3,10 @@
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 
 class Optimizer:
@@ -14,25 +18,35 @@ class Optimizer:
     Where the model computes in bfloat16 its parameters are bfloat16 copies of float32 masters: no cast per use, half
     the memory traffic, and updates that do not round to nothing.
 
+    Where the parameters are DTensors (plans fsdp and hsdp) every rank updates and averages its shards alone, as plain
+    tensors; only the gradient norm is summed over the ranks. There the gathered weights are the bfloat16 copies.
+
     Args:
-        model: the model; its parameters are cast to `dtype` in place.
+        model: the model; its parameters are cast to `dtype` in place unless they are sharded.
         config: `OptimizerConfig`.
         dtype: float32, bfloat16, or float64 for tests.
+        ema_on_cpu: keep the moving average in host memory; every step then copies the weights there.
     """
 
-    def __init__(self, model, config, dtype=torch.float32):
+    def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False):
         self.config = config
+        self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
-        if dtype == torch.bfloat16:
+        self.sharded = isinstance(self.params[0], DTensor)
+        if self.sharded:
+            self.masters = [p.detach().to_local() for p in self.params]
+            mesh = self.params[0].device_mesh
+            self.shard_group = mesh.get_group(mesh.ndim - 1)
+        elif dtype == torch.bfloat16:
             self.masters = [p.detach().float().clone() for p in self.params]
             for p in self.params:
                 p.data = p.data.to(dtype)
         else:
             self.masters = self.params
         with torch.no_grad():
-            self.ema = [p.detach().clone() for p in self.masters]
+            self.ema = [p.detach().to("cpu" if ema_on_cpu else p.device, copy=True) for p in self.masters]
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.lr,
@@ -44,7 +58,7 @@ class Optimizer:
 
     @property
     def has_copies(self):
-        return self.masters is not self.params
+        return self.masters is not self.params and not self.sharded
 
     @torch.no_grad()
     def step(self, lr, healthy):
@@ -58,11 +72,14 @@ class Optimizer:
             (norm, skipped): the global gradient norm before the clip, 0-d float32, and a 0-d bool tensor that tells
             whether the step was skipped since the loss or the norm was not finite.
         """
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        skipped = ~(healthy & norm.isfinite())
-        if self.has_copies:
+        if self.sharded:
+            for master, p in zip(self.masters, self.params, strict=True):
+                master.grad = None if p.grad is None else p.grad.to_local()
+        elif self.has_copies:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
+        norm = self._gradient_norm()
+        skipped = ~(healthy & norm.isfinite())
         # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides, in float32.
         clip = self.config.grad_clip
         divisor = ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
@@ -74,7 +91,8 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        torch._foreach_lerp_(self.ema, self.masters, 1 - self.config.ema_decay)
+        masters = [master.to(average.device) for master, average in zip(self.masters, self.ema, strict=True)]
+        torch._foreach_lerp_(self.ema, masters, 1 - self.config.ema_decay)
         if self.has_copies:
             torch._foreach_copy_(self.params, self.masters)
         for p in self.params:
@@ -83,38 +101,87 @@ class Optimizer:
             master.grad = None
         return norm, skipped
 
+    def _gradient_norm(self):
+        """Global norm, a 0-d tensor; the same on all ranks."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None])
+        if not self.sharded:
+            return norm
+        square = norm.square()
+        dist.all_reduce(square, group=self.shard_group)
+        return square.sqrt()
+
     def ema_state(self):
-        """dict from parameter name to its moving average (not a copy)."""
-        return dict(zip(self.names, self.ema, strict=True))
+        """dict from parameter name to its moving average (not a copy); DTensors where the parameters are."""
+        return {name: self._whole(k, ema) for k, (name, ema) in enumerate(zip(self.names, self.ema, strict=True))}
+
+    def _whole(self, k, local):
+        """The tensor that `local` is this rank's part of, for parameter number k."""
+        if not self.sharded:
+            return local
+        p = self.params[k]
+        mesh = p.device_mesh
+        if local.device.type != mesh.device_type:
+            mesh = DeviceMesh.from_group(
+                [mesh.get_group(d) for d in range(mesh.ndim)] if mesh.ndim > 1 else mesh.get_group(),
+                local.device.type,
+                mesh.mesh,
+                mesh_dim_names=mesh.mesh_dim_names,
+            )
+        return DTensor.from_local(local, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
 
     @contextmanager
     def averaged(self):
-        """Inside, the model's parameters are the moving averages, in float32."""
+        """Inside, the model's parameters are the moving averages, in float32 (as gathered in the plan's precision where
+        they are sharded: all ranks must then call the model together). Nothing is compiled for it."""
+        with torch.compiler.set_stance("force_eager"):
+            yield from self._averaged_shards() if self.sharded else self._averaged_parameters()
+
+    def _averaged_parameters(self):
         own = [p.data for p in self.params]
         try:
             for p, average in zip(self.params, self.ema, strict=True):
-                p.data = average
+                p.data = average.to(p.device)
             yield
         finally:
             for p, data in zip(self.params, own, strict=True):
                 p.data = data
 
+    def _averaged_shards(self):
+        with torch.no_grad():
+            own = [master.detach().clone() for master in self.masters]
+        try:
+            self._load_shards(self.ema)
+            yield
+        finally:
+            self._load_shards(own)
+
+    @torch.no_grad()
+    def _load_shards(self, values):
+        """Copy into the shards, and drop what was gathered of the old ones."""
+        for master, value in zip(self.masters, values, strict=True):
+            master.copy_(value)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
     def tensors(self):
-        """Flat dict of everything to checkpoint, by `kind/parameter`; the tensors themselves, not copies.
+        """Flat dict of everything to checkpoint, by `kind/parameter`; the tensors themselves, not copies (DTensors over
+        them where the parameters are sharded).
 
         Moments are made where a parameter has none yet, so that saving and loading see one layout.
         """
         out = {}
-        for name, master, ema in zip(self.names, self.masters, self.ema, strict=True):
+        for k, (name, master, ema) in enumerate(zip(self.names, self.masters, self.ema, strict=True)):
             state = self.adamw.state[master]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
                 state["exp_avg"] = torch.zeros_like(master.detach())
                 state["exp_avg_sq"] = torch.zeros_like(master.detach())
-            out[f"model/{name}"] = master.detach()
-            out[f"ema/{name}"] = ema
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                out[f"{key}/{name}"] = state[key]
+            out[f"model/{name}"] = self._whole(k, master.detach())
+            out[f"ema/{name}"] = self._whole(k, ema)
+            for key in ("exp_avg", "exp_avg_sq"):
+                out[f"{key}/{name}"] = self._whole(k, state[key])
+            out[f"step/{name}"] = state["step"]
         return out
 
     @torch.no_grad()

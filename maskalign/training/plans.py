@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskalign.config import as_schedule
@@ -40,6 +41,11 @@ class Plan:
         self.mesh, self.device = placement.mesh, placement.device
         self.several = placement.world_size > 1
         self.kind = config.parallel.plan if placement.mesh is not None else "none"
+        self.keep_gathered = not config.parallel.reshard_after_forward
+        self.sharded = self.kind in ("fsdp", "hsdp")
+        if self.sharded:
+            mesh = self.mesh if self.kind == "hsdp" else self.mesh["shard"]
+            shard_model(model, mesh, placement.dtype, config.parallel)
         self.idle = some_parameters_idle(config, model)
 
     @cached_property
@@ -65,6 +71,11 @@ class Plan:
         """Context of one forward and backward; gradients are averaged over the ranks in the last one of a step."""
         if self.kind == "ddp" and not last:
             return self.forward.no_sync()
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_is_last_backward(last)
+            # What is kept between forward and backward may as well stay for the next micro-batch.
+            self.model.set_reshard_after_backward(last or not self.keep_gathered)
         return nullcontext()
 
     def mean(self, values):
@@ -94,6 +105,36 @@ class Plan:
         """Wait for all ranks."""
         if self.several:
             dist.barrier()
+
+
+def shard_model(model, mesh, dtype, parallel):
+    """FSDP2 on every block, and on the rest as the root; parameters become float32 DTensors, gathered in `dtype`.
+
+    The last block and the root are needed again at once when the backward begins, so they stay gathered until then.
+
+    Args:
+        model: a `SiT`.
+        mesh: DeviceMesh (shard,) or (replicate, shard).
+        dtype: float32 or bfloat16, of gathered weights; gradients are reduced in float32.
+        parallel: `ParallelConfig`.
+    """
+    # The objective computes out of place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    low = dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,  # time stays in float32, see flow_matching.training_loss
+    )
+    for block in model.blocks:
+        reshard = parallel.reshard_after_forward and block is not model.blocks[-1]
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    blocks = list(model.blocks)
+    for number, block in enumerate(blocks):
+        ahead, behind = blocks[number + 1 :], blocks[:number][::-1]
+        block.set_modules_to_forward_prefetch(ahead[: parallel.prefetch])
+        block.set_modules_to_backward_prefetch(behind[: parallel.prefetch])
 
 
 def some_parameters_idle(config, model):

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from maskalign.config import dump_config
 from maskalign.data.stream import ShardStream, merge_states
 from maskalign.errors import RunError, UsageError
+from maskalign.models.initial import assign
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
 from maskalign.training import checkpoint
@@ -119,12 +120,14 @@ class Trainer:
             "class_names": manifest.class_names,
             "latent": manifest.latent,
         }
-        torch.manual_seed(config.seed)
-        self.model = build_model(config, self.facts).to(self.device)
+        # On meta, spread, then filled: a model need not fit one device, and every plan starts from the same weights.
+        with torch.device("meta"):
+            self.model = build_model(config, self.facts)
+        self.plan = Plan(self.model, config, self.placement)
+        self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
             self._init_from(config.training.init_from)
-        self.plan = Plan(self.model, config, self.placement)
-        self.optimizer = Optimizer(self.model, config.optimizer, self.placement.dtype)
+        self.optimizer = Optimizer(self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu)
         self.stream = ShardStream(
             config.data.path,
             batch_size=config.training.batch_size,
@@ -191,10 +194,9 @@ class Trainer:
         ]
         if missing:
             raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                if name in weights:
-                    parameter.copy_(weights[name])
+        for name, parameter in own.items():
+            if name in weights:
+                assign(parameter, weights[name])
 
     def _resume(self, path, state):
         there, here = state["facts"], self.facts
@@ -409,11 +411,14 @@ class Trainer:
             "facts": self.facts,
             "stream": stream,
         }
+        tensors = self.optimizer.tensors()
+        if self.plan.sharded:
+            tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
         if self.placement.is_main:
             checkpoint.save(
                 self.run_dir,
                 self.step,
-                self.optimizer.tensors(),
+                tensors,
                 state,
                 self.config_yaml,
                 keep=self.config.training.keep_checkpoints,
@@ -421,6 +426,8 @@ class Trainer:
         self.plan.wait()
 
     def _sample(self):
+        if not (self.placement.is_main or self.plan.sharded):
+            return
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         with self.optimizer.averaged():
             sheet = self.previews.draw(self.model, self.step, path if self.placement.is_main else None)

@@ -140,13 +140,13 @@ def test_checkpoints_give_the_model_back(run, tmp_path):
 def test_time_limited_runs_end_with_their_schedules_complete(run, tmp_path):
     run(
         training__max_steps=100_000,
-        training__max_seconds=1.0,
+        training__max_seconds=4.0,
         method__keep_ratio='{"kind": "step", "start": 0.5, "end": 1, "begin": 0.5}',
     )
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
-    assert rows[0]["keep_ratio"] == 0.5 and rows[-1]["keep_ratio"] == 1 and 1 <= rows[-1]["time"] < 5
+    assert rows[0]["keep_ratio"] == 0.5 and rows[-1]["keep_ratio"] == 1 and 4 <= rows[-1]["time"] < 12
     assert (
-        run(training__max_steps=100_000, training__max_seconds=1.0)["step"] == rows[-1]["step"]
+        run(training__max_steps=100_000, training__max_seconds=4.0)["step"] == rows[-1]["step"]
     )  # complete: nothing to do
 
 

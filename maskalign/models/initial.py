@@ -1,0 +1,76 @@
+"""Initial weights, parameter by parameter: the same numbers in any order, on any device and in any shards.
+
+The rules are REPA's (arXiv 2410.06940): Xavier-uniform linears with zero bias, the patch convolution likewise over its
+flattened kernel, N(0, 0.02) for the label table and the two time linears, zeros for every adaLN linear and the final
+linear. Other convolutions start as torch starts them.
+"""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+from torch.distributed.tensor import distribute_tensor
+
+from maskalign.models.layers import AdaLN, FinalLayer, LabelEmbedder, PatchEmbed, TimestepEmbedder
+from maskalign.models.routing import Fuse
+
+
+@torch.no_grad()
+def initialise(model, seed=None):
+    """Fill every parameter of a model.
+
+    Args:
+        model: its parameters may be DTensors; each rank then makes the whole of a parameter and keeps its shard.
+        seed: each parameter is drawn on the CPU from a generator keyed by this and its name; None draws from torch's
+            global generator.
+    """
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        generator = None
+        if seed is not None:
+            digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        full = torch.empty(parameter.shape, dtype=parameter.dtype)
+        _draw(full, modules, name, generator)
+        assign(parameter, full)
+
+
+@torch.no_grad()
+def assign(parameter, full):
+    """Copy a whole tensor, the same on all ranks, into a parameter or into this rank's shard of it."""
+    if hasattr(parameter, "placements"):
+        full = full.to(device=parameter.device, dtype=parameter.dtype)
+        full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.detach().copy_(full)
+
+
+def _draw(full, modules, name, generator):
+    owner, _, leaf = name.rpartition(".")
+    module, chain = modules[owner], [modules[part] for part in _prefixes(owner)]
+    if leaf == "mask_token" and isinstance(module, Fuse):
+        full.normal_(std=0.02, generator=generator)
+    elif isinstance(module, nn.LayerNorm):
+        full.fill_(1.0 if leaf == "weight" else 0.0)
+    elif any(isinstance(outer, AdaLN) for outer in chain) or isinstance(chain[-2], FinalLayer):
+        full.zero_()
+    elif isinstance(module, nn.Embedding) or any(
+        isinstance(outer, (TimestepEmbedder, LabelEmbedder)) for outer in chain
+    ):
+        full.normal_(std=0.02, generator=generator) if leaf == "weight" else full.zero_()
+    elif isinstance(module, nn.Linear) or isinstance(chain[-2], PatchEmbed):
+        if leaf == "weight":
+            rows, columns = full.shape[0], full[0].numel()
+            full.uniform_(-1, 1, generator=generator).mul_(math.sqrt(6 / (rows + columns)))
+        else:
+            full.zero_()
+    elif isinstance(module, nn.Conv2d):
+        full.uniform_(-1, 1, generator=generator).mul_(1 / math.sqrt(module.weight[0].numel()))
+    else:
+        raise TypeError(f"no rule for the initial value of {name}")
+
+
+def _prefixes(path):
+    """The names of a module and of those around it, the outermost ("") first."""
+    parts = path.split(".")
+    return ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]
