@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import torch
 
+from benchmarks.step_data import CLASSES, LATENT, Batches
 from maskalign.config import as_schedule, model_sizes, parse_config
 from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
@@ -20,7 +21,6 @@ from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import place
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "imagenet256"
-LATENT, CLASSES, TEACHER_DIM = (4, 32, 32), 1000, 768
 # Recipes by name; "maskalign-no-mixer" is there to state what the mixer costs.
 RECIPES = (
     "repa",
@@ -45,26 +45,19 @@ def recipe_settings(recipe, preset, keep):
     return argv
 
 
-def make_batch(batch_size, device, grid):
-    """Random latents, labels and teacher features on the student's grid, as a cached data set gives them."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, dim = grid[0] * grid[1], TEACHER_DIM
-    return (
-        torch.randn(batch_size, *LATENT, generator=generator).to(device),
-        torch.randint(0, CLASSES, (batch_size,), generator=generator).to(device),
-        torch.randn(batch_size, tokens, dim, generator=generator).to(device),
-    )
-
-
 class OurCase:
     """Our training step: `maskalign.training.step.TrainStep` as the trainer calls it.
 
     Args:
         recipe, preset, keep: see `recipe_settings`.
         batch_size, precision, device, compiled: of the run.
+        data, teacher, folder: see `step_data.Batches`.
     """
 
-    def __init__(self, recipe, preset, keep, batch_size, precision, device, compiled=False):
+    def __init__(
+        self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
+        folder=None,
+    ):  # fmt: skip
         overrides = ["--training.precision", precision, "--training.device", device]
         overrides += ["--training.batch_size", str(batch_size)]
         self.config = parse_config(recipe_settings(recipe, preset, keep) + overrides)
@@ -72,31 +65,32 @@ class OurCase:
         self.recipe, self.keep = recipe, 1.0 if keep is None else keep
         self.placement = place(self.config.training)
         aligned = as_schedule(self.config.method.align_weight).start > 0
+        grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
+        self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned)
         torch.manual_seed(0)
         facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
-        self.model = build_model(self.config, {**facts, "teacher_dims": [TEACHER_DIM] if aligned else []})
+        self.model = build_model(self.config, {**facts, "teacher_dims": self.batches.dims})
         self.model.to(self.placement.device)
         self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype)
         self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement)
         if compiled:
             compile_model(self.model)
-        inputs, labels, teacher = make_batch(batch_size, self.placement.device, self.model.grid)
-        self.batch = inputs, labels, [teacher] if aligned else []
         self.kept = keep_count(self.keep, self.model.num_tokens, self.config.method.keep_multiple)
-        self.count = 0
+        self.count, self.clock = 0, None
 
-    def step(self):
-        """One optimiser step; returns the loss, a 0-d tensor."""
+    def step(self, batch=None):
+        """One optimiser step, on the next batch or the given one; returns the loss, a 0-d tensor."""
         self.count += 1
-        return self.train_step(self.count, 0.0, *self.batch).loss
+        inputs, labels, teachers, prepare = batch or self.batches(self.clock)
+        return self.train_step(self.count, 0.0, inputs, labels, teachers, prepare=prepare).loss
 
-    def tensors_that_are_no_activations(self):
-        inputs, labels, teachers = self.batch
-        return [*self.model.parameters(), *self.model.buffers(), inputs, labels, *teachers]
+    def weights(self):
+        return [*self.model.parameters(), *self.model.buffers()]
 
     @contextmanager
     def timed(self, clock):
         """Inside, the parts of a step report to `clock` (name -> context)."""
+        self.clock = clock
         with (
             wrapped(step_module, "draw", clock("draws")),
             wrapped(step_module, "training_loss", clock("forward")),
@@ -104,7 +98,10 @@ class OurCase:
             wrapped(self.optimizer, "step", clock("optimiser")),
             wrapped(torch, "_foreach_lerp_", clock("ema")),
         ):
-            yield
+            try:
+                yield
+            finally:
+                self.clock = None
 
 
 class ReferenceCase:
@@ -118,25 +115,25 @@ class ReferenceCase:
 
     recipe, keep = "reference", 1.0
 
-    def __init__(self, folder, preset, batch_size, precision, device):
+    def __init__(self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None):
         sit, loss = (load_file(Path(folder) / name) for name in ("models/sit.py", "loss.py"))
         self.name = f"reference-{precision}"
         self.bf16 = precision == "bf16"
         config = parse_config(recipe_settings("repa", preset, None))
         sizes = model_sizes(config)
         width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
-        torch.manual_seed(0)
         self.device = torch.device(place(config.training).device if device == "auto" else device)
+        grid = (LATENT[1] // sizes["patch_size"],) * 2
+        self.batches = Batches(data, teacher, batch_size, self.device, grid, shards)
+        torch.manual_seed(0)
         self.net = sit.SiT_models[preset](
-            input_size=LATENT[1], num_classes=CLASSES, use_cfg=True, z_dims=[TEACHER_DIM],
+            input_size=LATENT[1], num_classes=CLASSES, use_cfg=True, z_dims=self.batches.dims,
             encoder_depth=sizes["align_depth"], fused_attn=True, qk_norm=False, **width,
         ).to(self.device)  # fmt: skip
         self.ema = deepcopy(self.net).requires_grad_(False).eval()
         self.net.train()
         self.criterion = loss.SILoss(prediction="v", path_type="linear", encoders=[], weighting="uniform")
         self.adamw = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
-        grid = (LATENT[1] // sizes["patch_size"],) * 2
-        self.batch = make_batch(batch_size, self.device, grid)
         self.model = SimpleNamespace(
             num_tokens=grid[0] * grid[1], route=None, mixer=None, restore="none", in_channels=LATENT[0],
             blocks=self.net.blocks, projectors=self.net.projectors, **sizes,
@@ -149,15 +146,19 @@ class ReferenceCase:
             velocity, projected = self.net(*args, **kwargs)
         return velocity.float(), [z.float() for z in projected]
 
-    def step(self):
+    def step(self, batch=None):
         part = self.clock or (lambda name: nullcontext())
         # Its train.py leaves matmul precision as torch sets it.
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
-            inputs, labels, teacher = self.batch
+            inputs, labels, teachers, prepare = batch or self.batches(self.clock)
             with part("forward"):
-                loss, alignment = self.criterion(self._forward, inputs, dict(y=labels), zs=[teacher])
+                inputs = (
+                    inputs if prepare is None else prepare(inputs, torch.randn(len(inputs), *LATENT).to(inputs.device))
+                )
+                teachers = [z.float() for z in teachers]
+                loss, alignment = self.criterion(self._forward, inputs, dict(y=labels), zs=teachers)
                 total = loss.mean() + 0.5 * alignment.mean()
             with part("backward"):
                 total.backward()
@@ -177,8 +178,8 @@ class ReferenceCase:
         for name, parameter in OrderedDict(self.net.named_parameters()).items():
             averages[name].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
 
-    def tensors_that_are_no_activations(self):
-        return [*self.net.parameters(), *self.net.buffers(), *self.batch]
+    def weights(self):
+        return [*self.net.parameters(), *self.net.buffers()]
 
     @contextmanager
     def timed(self, clock):

@@ -2,6 +2,7 @@
 
 import csv
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -9,9 +10,10 @@ import torch
 COLUMNS = (
     ("case", "case", "{}"), ("tokens", "tokens", "{}"), ("images_per_second", "images/s", "{:.2f}"),
     ("step_ms", "ms", "{:.0f}"), ("spread", "p10-p90", "{}"), ("x_repa", "x REPA", "{:.2f}"),
-    ("x_reference", "x ref", "{:.2f}"), ("mixer_cost", "mixer", "{:+.1%}"), ("gflops_per_image", "GFLOP", "{:.1f}"),
-    ("share_of_matmul_peak", "of peak", "{:.0%}"), ("saved_mib", "saved MiB", "{:.0f}"),
-    ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
+    ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("mixer_cost", "mixer", "{:+.1%}"),
+    ("gflops_per_image", "GFLOP", "{:.1f}"), ("share_of_matmul_peak", "of peak", "{:.0%}"),
+    ("saved_mib", "saved MiB", "{:.0f}"), ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"),
+    ("data_ms", "data", "{:.0f}"), ("teacher_ms", "teacher", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
     ("backward_ms", "bwd", "{:.0f}"), ("optimiser_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),
 )  # fmt: skip
 
@@ -20,7 +22,9 @@ def table(rows):
     """The rows as aligned text."""
     lines = [[title for _, title, _ in COLUMNS]]
     for row in rows:
-        row = {**row, "spread": f"{row['step_ms_p10']:.0f}-{row['step_ms_p90']:.0f}"}
+        row = {**row, "spread": f"{row['step_ms_p10']:.0f}-{row['step_ms_p90']:.0f}", "ratio_spread": None}
+        if row["x_repa"] is not None:
+            row["ratio_spread"] = f"{row['x_repa_p10']:.2f}-{row['x_repa_p90']:.2f}"
         lines.append(["-" if row[key] is None else form.format(row[key]) for key, _, form in COLUMNS])
     widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
     return "\n".join(
@@ -47,7 +51,11 @@ def write(rows, options, about):
     """CSV and PNG under options.out; returns their paths."""
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
+    stem = f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
+    stem += "" if rows[0]["device"] == "cpu" else f"-{rows[0]['device']}"
+    stem += "-compiled" * options.compile + "-shards" * (options.data == "shards")
+    stem += "" if options.teacher == "cached" else f"-{re.sub('[^a-z0-9]+', '-', options.teacher.lower())}"
+    stem = folder / stem
     with open(f"{stem}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "machine"])
         writer.writeheader()

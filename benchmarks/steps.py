@@ -1,13 +1,14 @@
 """Throughput and memory of a training step: MaskAlign, the baselines, and the public REPA code, side by side.
 
     python -m benchmarks.steps --preset SiT-S/2 --batch-size 8 --keep-ratios 0.5,0.25 --precision bf16 \\
-        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--rounds N] [--out DIR]
+        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--teacher online:dinov2-b] [--data shards] [--compile]
 
-A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and cached teacher features
-256x768 in memory: no data reading. All cases live in one process and take turns, in another order every round; figures
-are medians over rounds, ratios are medians of the ratios within a round, and the spread is the 10th to 90th percentile.
-Further columns come from passes of their own: the parts of a step, the bytes that autograd saves, and the peak memory
-of the case alone in a process.
+A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and teacher features of width
+768. By default both lie in memory; --data shards reads them through the loader, --teacher online:NAME runs an encoder
+in every step. All cases live in one process and take turns, in another order every round; figures are medians over
+rounds, ratios are medians of the ratios within a round, and the spread is the 10th to 90th percentile. Further columns
+come from passes of their own: the parts of a step, the bytes that autograd saves, and the peak memory of the case alone
+in a process.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +28,17 @@ import torch
 
 from benchmarks.flops import step_flops
 from benchmarks.step_cases import RECIPES, OurCase, ReferenceCase
+from benchmarks.step_data import LATENT, write_shards
 from benchmarks.step_report import machine, table, write
 from maskalign.config import Config
 from maskalign.errors import UsageError
+from maskalign.models.presets import preset_sizes
 from maskalign.training.parallel import place, tune_host
 
-PARTS = ("draws", "forward", "backward", "optimiser", "ema")
+PASSED_ON = (
+    "preset", "batch_size", "precision", "reference_precision", "device", "reference", "teacher", "data", "shards",
+)  # fmt: skip
+PARTS = ("data", "teacher", "draws", "forward", "backward", "optimiser", "ema")
 
 
 def case_names(options):
@@ -48,9 +55,13 @@ def case_names(options):
 def make_case(recipe, keep, options):
     if recipe == "reference":
         return ReferenceCase(
-            options.reference, options.preset, options.batch_size, options.reference_precision, options.device
-        )
-    return OurCase(recipe, options.preset, keep, options.batch_size, options.precision, options.device, options.compile)
+            options.reference, options.preset, options.batch_size, options.reference_precision, options.device,
+            options.data, options.teacher, options.shards,
+        )  # fmt: skip
+    return OurCase(
+        recipe, options.preset, keep, options.batch_size, options.precision, options.device, options.compile,
+        options.data, options.teacher, options.shards,
+    )  # fmt: skip
 
 
 def synchronise(device):
@@ -123,7 +134,9 @@ def split_of(case, device, steps):
 
 def saved_bytes(case):
     """Bytes of the distinct storages that autograd keeps for the backward of a step, without weights and inputs."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in case.tensors_that_are_no_activations()}
+    batch = case.batches()
+    inputs = [batch.inputs, batch.labels, *batch.teachers]
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*case.weights(), *inputs]}
     sizes = {}
 
     def pack(tensor):
@@ -133,7 +146,7 @@ def saved_bytes(case):
         return tensor  # kept alive until the backward, so no address is used twice
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.step()
+        case.step(batch)
     return sum(sizes.values())
 
 
@@ -162,7 +175,17 @@ def peak_memory_alone(case, options):
     """Peak MiB of a case in a process of its own, above what Python and torch take before the model is built."""
     of = "reference" if case.recipe == "reference" else case.name
     words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
-    for name in ("preset", "batch_size", "precision", "reference_precision", "device", "reference"):
+    for name in (
+        "preset",
+        "batch_size",
+        "precision",
+        "reference_precision",
+        "device",
+        "reference",
+        "teacher",
+        "data",
+        "shards",
+    ):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -198,10 +221,12 @@ def print_peak(options, device):
 def rows_of(cases, seconds, peaks, options, device):
     """One dict per case, in the columns of the CSV."""
 
-    def ratio(over, of):
+    def ratios(key, over, of):
+        """Median, 10th and 90th percentile of the ratios within a round, under `key`, `key`_p10 and `key`_p90."""
         if over not in seconds:
-            return None
-        return statistics.median(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
+            return dict.fromkeys((key, f"{key}_p10", f"{key}_p90"))
+        found = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
+        return {key: statistics.median(found), f"{key}_p10": quantile(found, 0.1), f"{key}_p90": quantile(found, 0.9)}
 
     reference = next((case.name for case in cases if case.recipe == "reference"), None)
     mixing = {case.keep: case.name for case in cases if case.recipe == "maskalign-no-mixer"}
@@ -220,13 +245,17 @@ def rows_of(cases, seconds, peaks, options, device):
             "precision": precision,
             "batch_size": options.batch_size,
             "tokens": f"{case.kept}/{case.model.num_tokens}",
+            "device": device.type,
+            "compiled": options.compile and case.recipe != "reference",
+            "data": options.data,
+            "teacher": options.teacher if case.batches.aligned else "none",
             "images_per_second": options.batch_size / median,
             "step_ms": 1000 * median,
             "step_ms_p10": 1000 * quantile(times, 0.1),
             "step_ms_p90": 1000 * quantile(times, 0.9),
-            "x_repa": ratio("repa", case.name),
-            "x_reference": ratio(reference, case.name),
-            "mixer_cost": None if without is None else ratio(case.name, without) - 1,
+            **ratios("x_repa", "repa", case.name),
+            **ratios("x_reference", reference, case.name),
+            "mixer_cost": None if without is None else ratios("x", case.name, without)["x"] - 1,
             "gflops_per_image": flops / 1e9,
             "share_of_matmul_peak": rate / peaks[precision],
             "saved_mib": saved[case.name] / 2**20,
@@ -274,10 +303,13 @@ def parse(argv):
     parser.add_argument("--split-steps", type=int, default=3, help="steps over which the parts of a step are timed")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of our cases")
+    parser.add_argument("--teacher", default="cached", help="cached, or online:NAME to run that encoder in every step")
+    parser.add_argument("--data", choices=("memory", "shards"), default="memory", help="where batches come from")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV and PNG")
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave out the peak memory, which is slow")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--shards", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     options.recipes = [name.strip() for name in options.recipes.split(",")]
     unknown = [name for name in options.recipes if name not in RECIPES]
@@ -287,6 +319,8 @@ def parse(argv):
         options.keep_ratios = [float(ratio) for ratio in options.keep_ratios.split(",")]
     except ValueError:
         parser.error(f"--keep-ratios: {options.keep_ratios!r} is not a list of numbers")
+    if options.teacher != "cached" and not options.teacher.startswith("online:"):
+        parser.error(f"--teacher: {options.teacher!r} is neither cached nor online:NAME")
     if options.rounds < 1 or options.warmup < 1:
         parser.error("--rounds and --warmup must be at least 1")
     options.reference_precision = options.reference_precision or options.precision
@@ -307,6 +341,15 @@ def main(argv=None):
     names = case_names(options)
     if device.type == "cpu":
         check_memory(options, names)
+    with tempfile.TemporaryDirectory() as folder:
+        if options.data == "shards":
+            patch = preset_sizes(options.preset)["patch_size"]
+            options.shards = write_shards(folder, (LATENT[1] // patch,) * 2, max(64, 8 * options.batch_size))
+        run(names, options, device)
+
+
+def run(names, options, device):
+    """Measure the cases, write the files and print the table."""
     cases = [make_case(recipe, keep, options) for recipe, keep in names]
     peaks = {p: matmul_peak(device, p) for p in dict.fromkeys((options.precision, options.reference_precision))}
     seconds = measure(cases, options, device)

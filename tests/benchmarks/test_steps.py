@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import forward_flops
 from benchmarks.step_cases import OurCase
+from benchmarks.step_data import write_shards
 from benchmarks.steps import main, saved_bytes, split_of
 from maskalign.models import SiT
 
@@ -50,6 +51,22 @@ def test_saved_bytes_follow_the_tokens():
     assert all(parts[name] > 0 for name in ("draws", "forward", "backward", "optimiser"))
 
 
+def test_batches_through_the_loader_and_a_teacher_in_the_loop(tmp_path):
+    """What is read or computed in a step shows up as its own part, and not as a saved activation."""
+    folder = write_shards(tmp_path, (4, 4), 64)
+    settings = ("maskalign", "SiT-S/8", 0.5, 2, "fp32", "cpu", False)
+    plain, read = OurCase(*settings), OurCase(*settings, "shards", "cached", folder)
+    online = OurCase(*settings, "memory", "online:efficientnet-lite0")
+    batch, other = read.batches(), read.batches()
+    assert batch.inputs.shape == (2, 8, 32, 32) and batch.teachers[0].shape == (2, 16, 768)
+    assert batch.teachers[0].dtype == torch.int8 and not torch.equal(batch.inputs, other.inputs)
+    assert online.batches().teachers[0].shape == (2, 16, 320)
+    of = {name: split_of(case, torch.device("cpu"), 2) for name, case in
+          {"plain": plain, "read": read, "online": online}.items()}  # fmt: skip
+    assert of["read"]["data"] > 5 * of["plain"]["data"] and of["online"]["teacher"] > 20 * of["plain"]["teacher"]
+    assert abs(saved_bytes(read) / saved_bytes(plain) - 1) < 0.1
+
+
 def test_a_small_run(tmp_path, capsys):
     main(["--preset", "SiT-S/8", "--batch-size", "1", "--keep-ratios", "0.5", "--rounds", "1", "--warmup", "1",
           "--split-steps", "1", "--no-peak", "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
@@ -57,7 +74,11 @@ def test_a_small_run(tmp_path, capsys):
     assert [line.split()[0] for line in lines[-4:]] == ["case", "repa", "maskalign@0.5", "maskalign-no-mixer@0.5"]
     with open(tmp_path / "steps-SiT-S-8-fp32-b1.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and float(rows[0]["x_repa"]) == 1
+    assert len(rows) == 3 and all(float(rows[0][key]) == 1 for key in ("x_repa", "x_repa_p10", "x_repa_p90"))
+    assert {(row["device"], row["compiled"], row["data"], row["teacher"]) for row in rows} == {
+        ("cpu", "False", "memory", "cached")
+    }
+    assert all(float(row["data_ms"]) >= 0 and float(row["backward_ms"]) > 0 for row in rows)
     assert all(float(row["images_per_second"]) > 0 and row["machine"] for row in rows)
     assert float(rows[1]["gflops_per_image"]) < 0.6 * float(rows[0]["gflops_per_image"])
     assert (tmp_path / "steps-SiT-S-8-fp32-b1.png").stat().st_size > 10_000
@@ -65,7 +86,12 @@ def test_a_small_run(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "words, match",
-    [(["--recipes", "repo"], "no recipe"), (["--keep-ratios", "half"], "keep-ratios"), (["--rounds", "0"], "rounds")],
+    [
+        (["--teacher", "live"], "neither cached"),
+        (["--recipes", "repo"], "no recipe"),
+        (["--keep-ratios", "half"], "keep-ratios"),
+        (["--rounds", "0"], "rounds"),
+    ],
 )
 def test_wrong_options(words, match, capsys):
     with pytest.raises(SystemExit) as end:

@@ -1,0 +1,124 @@
+"""The batches of `benchmarks.steps`: from memory or through the loader, teacher features cached or computed."""
+
+import tempfile
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Callable, List, NamedTuple, Optional
+
+import numpy as np
+import torch
+
+from maskalign.data.manifest import Manifest
+from maskalign.data.shards import shard_name, write_shard
+from maskalign.data.stream import ShardStream
+from maskalign.objective.flow_matching import sample_posterior
+from maskalign.teachers import load_teacher, resample_tokens
+
+LATENT, CLASSES, TEACHER_DIM = (4, 32, 32), 1000, 768
+SCALE = 0.18215
+IMAGE_SIDE = 256
+
+
+class Batch(NamedTuple):
+    """inputs: latents, or moments where `prepare` makes latents of them; teachers: one (b, N, Dz) each."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    teachers: List[torch.Tensor]
+    prepare: Optional[Callable] = None
+
+
+class Batches:
+    """Makes the batch of a step.
+
+    Args:
+        data: `memory` (the same random latents every step, nothing is read) or `shards` (moments and int8 features in
+            the ImageNet layout, read by the training stream in this process).
+        teacher: `cached`, or `online:NAME`: that encoder, with random weights, runs on random 256 px images every step.
+        batch_size, device: of the run.
+        grid: (rows, columns) of the student's tokens.
+        folder: where the shards are, see `write_shards`; None for memory.
+        aligned: False for recipes without a teacher.
+    """
+
+    def __init__(self, data, teacher, batch_size, device, grid, folder=None, aligned=True):
+        self.device, self.grid, self.aligned = device, grid, aligned
+        generator = torch.Generator().manual_seed(0)
+        tokens = grid[0] * grid[1]
+        self.inputs = torch.randn(batch_size, *LATENT, generator=generator).to(device)
+        self.labels = torch.randint(0, CLASSES, (batch_size,), generator=generator).to(device)
+        self.features = torch.randn(batch_size, tokens, TEACHER_DIM, generator=generator).to(device)
+        self.encoder, self.dim = None, TEACHER_DIM
+        if aligned and teacher != "cached":
+            name = teacher.removeprefix("online:")
+            self.encoder = load_teacher(name, weights="random", image_size=IMAGE_SIDE, device=device)
+            self.dim = self.encoder.dim
+            shape = (batch_size, 3, IMAGE_SIDE, IMAGE_SIDE)
+            self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        self.stream = None
+        if data == "shards":
+            fields = ["moments", "cached"] if aligned and self.encoder is None else ["moments"]
+            self.stream = iter(ShardStream(str(folder), batch_size, fields=fields, streams=1))
+
+    @property
+    def dims(self):
+        """Widths of the teachers, for the model."""
+        return [self.dim] if self.aligned else []
+
+    def __call__(self, part=None):
+        """The next `Batch`; `part` names the contexts that time `data` and `teacher`."""
+        part = part or (lambda name: nullcontext())
+        with part("data"):
+            inputs, labels, features, prepare = self.inputs, self.labels, self.features, None
+            if self.stream is not None:
+                read = next(self.stream)
+                inputs, labels = (read[name].to(self.device, non_blocking=True) for name in ("moments", "label"))
+                features, prepare = read.get("cached"), moments_to_latents
+                features = None if features is None else features.to(self.device, non_blocking=True)
+        teachers = []
+        if self.aligned:
+            with part("teacher"), torch.no_grad():
+                if self.encoder is not None:
+                    features = resample_tokens(self.encoder(self.images), self.encoder.grid, self.grid)
+                teachers = [features]
+        return Batch(inputs, labels, teachers, prepare)
+
+
+def moments_to_latents(moments, noise):
+    return sample_posterior(moments.float(), noise, SCALE)
+
+
+def write_shards(folder, grid, samples):
+    """A data set in the ImageNet layout: random moments (float16) and int8 features on the student's grid."""
+    rng, tokens, shards = np.random.default_rng(0), grid[0] * grid[1], []
+
+    def members(number):
+        moments = np.abs(rng.standard_normal((2 * LATENT[0], *LATENT[1:]))).astype(np.float16)
+        features = rng.integers(-127, 128, (tokens, TEACHER_DIM), dtype=np.int8)
+        label = str(number % CLASSES).encode()
+        return {"cls": label, "moments.npy": npy(moments), "cached.npy": npy(features)}
+
+    for number, first in enumerate(range(0, samples, 64)):
+        content = ((f"{k:08d}", members(k)) for k in range(first, min(first + 64, samples)))
+        shards.append(write_shard(str(Path(folder, shard_name(number))), content))
+    teacher = {"tokens": tokens, "dim": TEACHER_DIM, "grid": list(grid), "dtype": "int8", "normalize": "none"}
+    shape = [2 * LATENT[0], *LATENT[1:]]
+    Manifest(
+        num_samples=samples,
+        resolution=IMAGE_SIDE,
+        class_names=[str(k) for k in range(CLASSES)],
+        shards=shards,
+        image_format=None,
+        latent={"scale": SCALE, "bias": 0.0, "shape": shape, "dtype": "float16", "name": "random"},
+        teachers={"cached": teacher},
+        source="benchmark",
+    ).save(folder)
+    return folder
+
+
+def npy(array):
+    """The bytes of a .npy file."""
+    with tempfile.SpooledTemporaryFile() as file:
+        np.save(file, array)
+        file.seek(0)
+        return file.read()
