@@ -173,6 +173,12 @@ class TrainingConfig:
     """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay on disk for good; 0 keeps the newest only."""
+    async_checkpoint: bool = True
+    """Copy to host memory and write in the background; else training waits for the disk."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run on several ranks ends and names the rank and the step."""
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0 draws only the last one."""
     resume: str = "auto"
@@ -317,6 +323,8 @@ def validate(config):
         "training.log_every": 1,
         "training.checkpoint_every": 1,
         "training.keep_checkpoints": 1,
+        "training.keep_every": 0,
+        "training.timeout": 1,
         "training.sample_every": 0,
         "training.max_nonfinite": 1,
         "data.num_workers": 0,
