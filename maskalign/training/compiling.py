@@ -1,7 +1,94 @@
-"""torch.compile of a model's blocks, whole graphs."""
+"""What the blocks of a model are wrapped in: torch.compile, whole graphs, and recomputation of activations.
+
+Both replace a module's `forward`, inside the hooks by which FSDP gathers and frees weights, so that `fully_shard` may
+come before or after.
+"""
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from maskalign.config import as_schedule
+
+BACKEND = "inductor"
 
 
-def compile_model(model):
-    """torch.compile every block of a SiT in place, whole graphs, so that equal blocks share one compilation."""
+def prepare_blocks(model, config):
+    """Wrap the blocks of a `SiT` in place, as `training.compile` and `parallel.recompute` ask for.
+
+    With `selective`, compiled blocks leave the choice to torch's partitioner (its activation memory budget, a knapsack
+    of FLOPs against bytes); eager ones are recomputed whole or not at all, evenly spread, as many as the budget asks.
+    """
+    parallel = config.parallel
+    budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]
+    compiled = config.training.compile
+    if compiled:
+        compile_model(model, config.method.keep_ratio, budget)
+    if not compiled or parallel.recompute == "block":
+        recomputed = spread(round((1 - budget) * model.depth), model.depth)
+        for number in recomputed:
+            recompute(model.blocks[number])
+
+
+def compile_model(model, keep=None, budget=1.0):
+    """torch.compile the blocks and the mixer of a SiT in place, whole graphs; equal blocks share one compilation.
+
+    Where the number of kept tokens changes over the run it is compiled as a symbol, once for all numbers. Where it is
+    constant a block sees two lengths at the most, inside and outside of the route, and each gets code of its own.
+
+    Args:
+        keep: the keep ratio, a number or a `Schedule`; None for a constant one.
+        budget: share of a block's activations that is kept for the backward; the rest is computed again.
+    """
+    keep = as_schedule(1.0 if keep is None else keep)
+    varying = keep.kind != "constant" and keep.start != keep.end
+    torch._functorch.config.activation_memory_budget = budget
+    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than DDP's buckets: nothing to cut
     for block in model.blocks:
-        block.compile(fullgraph=True)
+        block.forward = _compiled_block(block.forward, varying)
+    model.mixer.forward = _compiled_mixer(model.mixer.forward, varying, keep.start)
+
+
+def _compile(function, varying):
+    return torch.compile(function, fullgraph=True, dynamic=None if varying else False, backend=BACKEND)
+
+
+def _compiled_block(function, varying):
+    compiled = _compile(function, varying)
+
+    def forward(x, c):
+        torch._dynamo.maybe_mark_dynamic(x, 1)
+        return compiled(x, c)
+
+    return forward if varying else compiled
+
+
+def _compiled_mixer(function, varying, start):
+    compiled = _compile(function, varying)
+
+    def forward(x, c, subset=None):
+        # The way without a subset is another graph. Where both occur in a run only that of its beginning is compiled:
+        # the mixer is one fused operation in any case, and nothing stops in the middle of a run.
+        if (subset is None) != (start == 1):
+            return function(x, c, subset)
+        if subset is not None:
+            torch._dynamo.maybe_mark_dynamic(subset, 1)
+        return compiled(x, c, subset)
+
+    return forward if varying else compiled
+
+
+def recompute(block):
+    """Keep only a block's inputs for its backward; the forward has no random draws to repeat."""
+    inner = block.forward
+
+    def forward(x, c):
+        if not torch.is_grad_enabled():
+            return inner(x, c)
+        return checkpoint(inner, x, c, use_reentrant=False, preserve_rng_state=False)
+
+    block.forward = forward
+
+
+def spread(count, total):
+    """`count` of the numbers 0..total-1, evenly spread."""
+    return [number for number in range(total) if (number + 1) * count // total > number * count // total]

@@ -18,7 +18,7 @@ from maskalign.objective.flow_matching import sample_posterior
 from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
 from maskalign.training import checkpoint
 from maskalign.training.build import build_model
-from maskalign.training.compiling import compile_model
+from maskalign.training.compiling import prepare_blocks
 from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import leave_ranks, place, tune_host
@@ -146,8 +146,7 @@ class Trainer:
         self.bad_samples = 0
         if resume:
             self._resume(resume, state)
-        if config.training.compile:
-            compile_model(self.model)
+        prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
