@@ -117,6 +117,8 @@ class Calibration:
             self.phase_seconds(config, phase_at(config, tokens, part / resolution)) for part in range(resolution)
         )
         steps = int(budget / mean) // multiple * multiple
+        while self.seconds(config, tokens, steps + multiple)[-1] <= budget:
+            steps += multiple
         while steps and self.seconds(config, tokens, steps)[-1] > budget:
             steps -= multiple
         if not steps:

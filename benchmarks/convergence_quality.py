@@ -11,7 +11,6 @@ import torch
 
 from maskalign.data.manifest import Manifest
 from maskalign.data.stream import ShardStream
-from maskalign.evaluation.distances import frechet_distance, kernel_distance
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import generate
 from maskalign.sampling.pictures import to_uint8
@@ -118,6 +117,8 @@ def sample_distances(model, heldout, samples, steps, path="linear"):
     Returns:
         dict: `frechet`, `kernel`.
     """
+    from maskalign.evaluation.distances import frechet_distance, kernel_distance
+
     arrays = heldout.arrays
     labels = arrays["labels"][torch.arange(samples) % len(arrays["labels"])]
     settings = Sampling("ode", steps, path=path, seed=SAMPLE_SEED, batch_size=64)

@@ -1,0 +1,323 @@
+"""The convergence benchmark: what it counts and measures, against arithmetic; and small runs of the whole."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.convergence import main
+from benchmarks.convergence_clock import Calibration, Phase, key_of, phase_at, phases
+from benchmarks.convergence_data import prepare
+from benchmarks.convergence_flops import step_tflop
+from benchmarks.convergence_quality import heldout_losses
+from benchmarks.convergence_recipes import RECIPES, SUITES, own_recipe, recipe_config
+from benchmarks.convergence_report import ratios_to_repa, read_rows, table, time_to
+from maskalign.data.manifest import Manifest
+from maskalign.errors import UsageError
+from maskalign.models import SiT
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.projector_dim=8",
+    "--set", "training.batch_size=8", "--set", "training.log_every=1",
+    "--steps", "6", "--points", "3", "--sample-points", "1", "--samples", "6", "--sampler-steps", "2",
+    "--heldout", "8", "--reference", "8", "--recipes", "repa,maskalign",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of small images: train and test, two classes."""
+    root, rng = tmp_path_factory.mktemp("source"), np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 8)):
+        for number in range(count):
+            folder = root / part / ("cat", "dog")[number % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(images, tmp_path_factory):
+    """The images as the benchmark prepares them: (work folder, training part, held-out part)."""
+    work = tmp_path_factory.mktemp("work")
+    return work, *prepare(str(images), work / "data" / "tiny", "efficientnet-lite0", quiet=True)
+
+
+def words(images, work, out, *more):
+    return ["--data", str(images), "--name", "tiny", "--work", str(work), "--out", str(out), "--seeds", "0",
+            *SMALL, *more]  # fmt: skip
+
+
+def test_every_recipe_is_a_valid_config_and_every_suite_has_repa():
+    for name, settings in RECIPES.items():
+        assert phases(recipe_config(settings), 64), name
+    assert all("repa" in suite.recipes and set(suite.shares) <= set(suite.recipes) for suite in SUITES.values())
+    assert len(SUITES["final"].seeds) >= 3
+
+
+def test_phases_follow_the_schedules():
+    settings = {**RECIPES["maskalign"], "method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.25}"}
+    config = recipe_config(settings)
+    assert phases(config, 64) == {Phase(32, True, None): 0, Phase(32, False, None): 0.25, Phase(64, False, None): 0.9}
+    assert phase_at(config, 64, 0.8999).keep == 32 and phase_at(config, 64, 0.9).keep == 64
+
+
+def calibration(config, times):
+    """A calibration in which the phases of a recipe take the given times REPA's 0.5 s."""
+    steps = {key_of(config, phase): {"x_repa": times[phase]} for phase in phases(config, 64)}
+    return Calibration({"repa_seconds": 0.5, "steps": steps, "threads": 1})
+
+
+def test_a_budget_of_seconds_is_the_sum_over_steps():
+    config = recipe_config(RECIPES["maskalign"])
+    clock = calibration(config, {Phase(32, True, None): 0.5, Phase(64, True, None): 1.0})
+    seconds = clock.seconds(config, 64, 100)
+    assert len(seconds) == 101 and seconds[0] == 0
+    assert seconds[90] == pytest.approx(90 * 0.25) and seconds[100] == pytest.approx(90 * 0.25 + 10 * 0.5)
+    # Of 37 steps, 34 begin in the first 0.9 of the run: 34 * 0.25 + 3 * 0.5 = 10.
+    assert clock.steps_within(config, 64, 10.0) == 37 and clock.steps_within(config, 64, 10.0, multiple=10) == 30
+    assert clock.steps_within(config, 64, 9.99) == 36
+    with pytest.raises(UsageError, match="give more"):
+        clock.steps_within(config, 64, 0.1)
+    other = recipe_config({**RECIPES["maskalign"], "model.width": 64})
+    assert clock.missing({"same": config, "other": other}, 64) == ["other"]
+
+
+@pytest.mark.parametrize("recipe", ["repa", "maskalign", "sit", "sprint", "loss-only", "maskalign-early-stop"])
+def test_tflop_are_those_that_torch_counts(recipe):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from maskalign.training.build import build_model
+
+    settings = {"model.attention": "math", "training.batch_size": 2, **RECIPES[recipe]}
+    config = recipe_config(settings)
+    facts = {"input_size": 32, "in_channels": 3, "num_classes": 10, "teachers": [("efficientnet-lite0", True)]}
+    manifest = SimpleNamespace(teachers={"efficientnet-lite0": {"dim": 320}})
+    model = build_model(config, {**facts, "teacher_dims": [320]})
+    for phase, progress in phases(config, 64).items():
+        assert phase == phase_at(config, 64, progress)
+        subset = None if phase.keep == 64 else torch.arange(phase.keep).expand(2, -1)
+        with FlopCounterMode(display=False) as counter:
+            model(
+                torch.randn(2, 3, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64), subset, None, phase.aligned
+            )
+        counted = 3 * counter.get_total_flops() / 1e12
+        assert step_tflop(config, facts, manifest, phase) == pytest.approx(counted, rel=1e-9)
+
+
+def test_parts_of_the_data(data, images):
+    work, train, test = data
+    assert Manifest.load(train).num_samples == 24 and Manifest.load(test).num_samples == 8
+    assert "efficientnet-lite0" in Manifest.load(train).teachers
+    assert prepare(str(images), work / "data" / "tiny", "efficientnet-lite0", quiet=True) == (train, test)
+    # A built data set has no parts: the last shards are held out, and it stays as it was.
+    before = Path(train, "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match="one shard"):
+        prepare(train, work / "data" / "again", "efficientnet-lite0", quiet=True)
+    assert Path(train, "manifest.json").read_bytes() == before
+
+
+def test_heldout_losses_against_the_definition():
+    """A model that predicts nothing has the loss |eps - x|^2, and one that knows the teacher has cosine 1."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (10, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    tokens = torch.randn(10, 4, 5, generator=generator).half()
+    arrays = {"images": images, "labels": torch.zeros(12, dtype=torch.int64), "tokens": tokens}
+    heldout = SimpleNamespace(arrays=arrays, teacher=SimpleNamespace(grid=(2, 2)))
+    seen = []
+
+    def model(x, t, labels):
+        rows = slice(sum(map(len, seen)), sum(map(len, seen)) + len(x))
+        seen.append(x)
+        return SimpleNamespace(velocity=torch.zeros_like(x), aligned=[2.5 * tokens[rows].float()])
+
+    model.grid = (2, 2)
+    found = heldout_losses(model, heldout, [0.0], batch=4)
+    assert [len(x) for x in seen] == [4, 4, 2] and found["cosine", 0.0] == pytest.approx(1, abs=1e-6)
+    clean = images.double() / 127.5 - 1
+    torch.testing.assert_close(torch.cat(seen).double(), clean, rtol=0, atol=1e-6)  # nothing is noised at time 0
+    # E|eps - x|^2 = 1 + E|x|^2, up to the noise of 1,920 draws.
+    assert found["velocity_loss", 0.0] == pytest.approx(1 + float(clean.square().mean()), abs=0.2)
+    seen.clear()
+    assert heldout_losses(model, heldout, [1.0], batch=10)["velocity_loss", 1.0] == pytest.approx(
+        float((torch.cat(seen).double() - clean).square().mean()), rel=1e-5
+    )
+
+
+def test_time_to_a_target():
+    points = [(1.0, 10.0, 5, 0.9), (2.0, 20.0, 10, 0.5), (4.0, 40.0, 20, 0.4)]
+    assert time_to(points, 0.7) == 1.5 and time_to(points, 0.45) == 3.0 and time_to(points, 0.45, axis=1) == 30
+    assert time_to(points, 1.0) == 1.0 and time_to(points, 0.1) is None
+    assert time_to([(1.0, 1.0, 1, 0.2), (3.0, 3.0, 3, 0.6)], 0.4, low=False) == 2.0
+
+
+def rows_of(curves):
+    """Rows of the CSV from {(recipe, seed, share): [(seconds, loss)]}."""
+    return [
+        dict(data="tiny", recipe=recipe, seed=seed, share=share, run_steps=len(points), step=k + 1, seconds=seconds,
+             tflop=seconds, metric="velocity_loss", time="", value=value)
+        for (recipe, seed, share), points in curves.items() for k, (seconds, value) in enumerate(points)
+    ]  # fmt: skip
+
+
+def test_the_table_counts_time_to_repas_quality_over_all_shares():
+    rows = rows_of({
+        ("repa", 0, 1.0): [(5, 0.6), (10, 0.4)], ("repa", 1, 1.0): [(5, 0.7), (10, 0.5)],  # target 0.45 at 10 s
+        ("fast", 0, 1.0): [(5, 0.55), (10, 0.3)], ("fast", 0, 0.6): [(6, 0.42)],
+        ("fast", 1, 1.0): [(5, 0.5), (10, 0.35)], ("slow", 0, 1.0): [(5, 0.9), (10, 0.8)],
+    })  # fmt: skip
+    ratios = ratios_to_repa(rows, "velocity_loss")
+    assert ratios["fast"] == [pytest.approx(0.6), pytest.approx((5 + 5 * 0.05 / 0.15) / 10)]
+    assert ratios["slow"] == [None]
+    lines = {line.split()[0]: line for line in table(rows).splitlines()}
+    assert "0.3250 [0.3000, 0.3500] *" in lines["fast"]  # both seeds beat both of REPA's
+    assert ">1" in lines["slow"] and "*" not in lines["slow"] and "*" not in lines["repa"]
+
+
+def test_own_recipes():
+    name, settings = own_recipe("mine=maskalign: --model.mixer none --method.subset grid")
+    assert name == "mine"
+    assert settings == {**RECIPES["maskalign"], "model.mixer": "none", "method.subset": "grid"}
+
+
+@pytest.mark.parametrize(
+    "more, match",
+    [
+        (["--suite", "finale"], "no suite"),
+        (["--recipes", "repa,maskaligned"], "no recipe 'maskaligned'"),
+        (["--recipe", "mine --model.mixer none"], "NAME:"),
+        (["--recipe", "mine=ours: --model.mixer none"], "no recipe 'ours'"),
+        (["--set", "model.width"], "KEY=VALUE"),
+        (["--set", "model.wdth=3"], "model.width"),
+        (["--seeds", "one"], "whole numbers"),
+    ],
+)
+def test_wrong_options_before_any_work(more, match, tmp_path):
+    with pytest.raises(UsageError, match=match):
+        main(["--data", str(tmp_path / "none"), "--work", str(tmp_path / "work"), *more])
+    assert not (tmp_path / "work").exists()
+
+
+def test_seconds_need_a_calibration_first(data, images, tmp_path):
+    argv = words(images, data[0], tmp_path)
+    argv = [word for k, word in enumerate(argv) if word != "--steps" and argv[k - 1] != "--steps"]
+    with pytest.raises(UsageError, match="--calibrate first"):
+        main(argv)
+
+
+@pytest.mark.slow
+def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, capsys):
+    work, train, _ = data
+    argv = words(images, work, tmp_path, "--rounds", "3", "--calibrate")
+    main(argv)
+    path = work / "calibration-tiny.json"
+    first = json.loads(path.read_text())
+    labels = {entry["label"]: entry for entry in first["steps"].values()}
+    assert set(labels) == {"repa 64/64", "maskalign 32/64", "maskalign 64/64"} and labels["repa 64/64"]["x_repa"] == 1
+    assert first["repa_seconds"] > 0 and first["threads"] == 1 and "CPU time" in first["clock"]
+    main([*argv, "--recipe", "grid=maskalign: --method.subset grid"])
+    second = json.loads(path.read_text())
+    assert all(second["steps"][key] == entry for key, entry in first["steps"].items())
+    assert len(second["steps"]) == 5 and second["repa_seconds"] == first["repa_seconds"]
+    with pytest.raises(UsageError, match="--recalibrate"):
+        main([*argv, "--set", "model.depth=7", "--set", "method.align_depth=2"])
+    path.unlink()  # the other tests of this module give a budget of steps
+
+
+def run(argv):
+    return subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.convergence", *argv], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_path):
+    """A run that was stopped, one that was killed, and another number of jobs: the CSV has the same bytes."""
+    work, train, _ = data
+    whole = words(images, work, tmp_path / "whole")
+    main(whole)
+    # Another work folder with the same data, where things go wrong.
+    other = tmp_path / "work"
+    (other / "data").mkdir(parents=True)
+    (other / "data" / "tiny").symlink_to(work / "data" / "tiny")
+    again = words(images, other, tmp_path / "again", "--jobs", "2")
+    process = run(again)
+    runs = other / "runs" / "tiny-6steps"
+    deadline = time.time() + 240
+    while not list(runs.glob("*/checkpoints/step_*/COMPLETE")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130, process.stdout.read()
+    assert not list(runs.glob("*/quality-00000006.json"))  # it was in the middle
+    process = run(again)  # and now the harder way: no time for a checkpoint
+    while not list(runs.glob("*/quality-00000002.json")) and time.time() < deadline:
+        time.sleep(0.02)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"benchmarks.convergence_run" in command and any(str(runs).encode() in word for word in command):
+            os.kill(int(path.parent.name), signal.SIGKILL)
+    process.communicate(timeout=240)
+    process = run(again)
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, output
+    name = "convergence-final-tiny-steps.csv"
+    csvs = [(tmp_path / folder / name).read_text() for folder in ("whole", "again")]
+    assert csvs[0] == csvs[1]
+    check_rows(tmp_path / "whole" / name)
+    assert "time to REPA's loss" in output.strip().splitlines()[-3]
+    assert (tmp_path / "again" / name).with_suffix(".png").stat().st_size > 10_000
+    assert all(len(list(run.glob("checkpoints/step_*"))) == 1 for run in runs.iterdir())
+    # Finished runs are not repeated; another measurement of them is another run.
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.csv")}
+    main(again)
+    assert {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.csv")} == before
+    with pytest.raises(UsageError, match="another samples"):
+        main([*again, "--samples", "7"])
+
+
+def check_rows(path):
+    """The CSV has every number once, and the mean over times is the mean."""
+    rows = read_rows(path)
+    with open(path, newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    # Per run: 3 points with 10 times and a mean of two metrics, and two distances at the last point.
+    assert len(rows) == 2 * (3 * 2 * 11 + 2)
+    for recipe in ("repa", "maskalign"):
+        losses = [row for row in rows if row["recipe"] == recipe and row["metric"] == "velocity_loss"]
+        for step in (2, 4, 6):
+            by_time = {row["time"]: row["value"] for row in losses if row["step"] == step}
+            assert len(by_time) == 11 and by_time.pop("") == pytest.approx(np.mean(list(by_time.values())), rel=1e-4)
+            assert all(0 < value < 10 for value in by_time.values())
+    assert all(row["tflop"] > 0 and row["seconds"] is None for row in rows)
+    frechet = [row["value"] for row in rows if row["metric"] == "frechet"]
+    assert len(frechet) == 2 and all(value > 0 for value in frechet)
+
+
+def test_evaluation_sees_all_tokens():
+    """What is measured is the full-token model, whatever it was trained on."""
+    model = SiT(input_size=8, patch_size=2, depth=2, width=16, heads=2, teacher_dims=(5,), align_depth=1,
+                projector_dim=8, mixer_hidden=4, num_classes=3, in_channels=3).eval()  # fmt: skip
+    arrays = {
+        "images": torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8),
+        "labels": torch.zeros(4, dtype=torch.int64),
+        "tokens": torch.randn(4, 16, 5).half(),
+    }
+    heldout = SimpleNamespace(arrays=arrays, teacher=SimpleNamespace(grid=(4, 4)))
+    found = heldout_losses(model, heldout, [0.3, 0.7])
+    assert set(found) == {(metric, at) for metric in ("velocity_loss", "cosine") for at in (0.3, 0.7)}
+    assert all(np.isfinite(value) for value in found.values())
