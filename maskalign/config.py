@@ -81,8 +81,8 @@ class ModelConfig:
     """Hidden width of a block's MLP over its width."""
     qk_norm: bool = False
     """LayerNorm on queries and keys."""
-    attention: Literal["auto", "sdpa", "math"] = "auto"
-    """Attention: torch's fused kernel, plain operations, or the faster one for the device and length."""
+    attention: Literal["auto", "sdpa", "math", "flash_attn"] = "auto"
+    """Attention: torch's fused kernel, plain operations, the faster of these, or the package flash-attn (GPUs)."""
     mixer: Literal["token_mlp", "depthwise_conv", "attention", "none"] = "token_mlp"
     """What shares information across all tokens before some are dropped."""
     mixer_hidden: int = 64

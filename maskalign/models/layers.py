@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-ATTENTIONS = ("auto", "sdpa", "math")
+from maskalign.models.flash import flash_function
+
+ATTENTIONS = ("auto", "sdpa", "math", "flash_attn")
 
 
 def modulate(x, shift, scale):
@@ -107,7 +109,8 @@ class Attention(nn.Module):
     Args:
         implementation: `sdpa` (torch's fused kernel), `math` (matmul, softmax, matmul) or `auto`: on a CPU and short
             sequences the three plain operations are faster than the fused kernel, whose backward is slow there;
-            everywhere else the fused kernel.
+            everywhere else the fused kernel. `flash_attn` is FlashAttention's package, see flash.py, which must be
+            installed; where the numbers are not half precision on a GPU the fused kernel takes its place.
     """
 
     def __init__(self, width, heads, qk_norm=False, implementation="auto"):
@@ -119,6 +122,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.head_dim = width // heads
         self.implementation = implementation
+        self.flash = flash_function() if implementation == "flash_attn" else None
         self.qkv = nn.Linear(width, 3 * width)
         self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
@@ -134,9 +138,17 @@ class Attention(nn.Module):
         if plain:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             out = scores.softmax(dim=-1) @ v
+        elif self.flash is not None and fits_flash(v):
+            q, k = q.to(v.dtype), k.to(v.dtype)  # LayerNorm under autocast gives float32
+            return self.proj(self.flash(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).flatten(2))
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+
+def fits_flash(x):
+    """True where FlashAttention's kernels take x."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class Mlp(nn.Module):

@@ -1,6 +1,7 @@
 """From settings and facts of the data set to a model; the same facts rebuild it from a checkpoint without the data."""
 
 from maskalign.config import model_sizes
+from maskalign.models.flash import flash_package
 from maskalign.models.sit import SiT
 
 
@@ -16,6 +17,8 @@ def build_model(config, facts):
     """
     sizes = model_sizes(config)
     model, method = config.model, config.method
+    # A trained model loads anywhere, with the same numbers; training itself has asked for the package (preflight.py).
+    attention = "auto" if model.attention == "flash_attn" and flash_package() is None else model.attention
     return SiT(
         input_size=facts["input_size"],
         in_channels=facts["in_channels"],
@@ -30,5 +33,5 @@ def build_model(config, facts):
         mixer_hidden=model.mixer_hidden,
         route=method.route if isinstance(method.route, str) else tuple(method.route),
         restore=method.restore,
-        attention=model.attention,
+        attention=attention,
     )

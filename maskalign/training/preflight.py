@@ -6,6 +6,7 @@ from pathlib import Path
 from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
+from maskalign.models.flash import check_flash
 
 
 def check_data(config):
@@ -19,6 +20,8 @@ def check_data(config):
     """
     world_size, local = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE")
     validate_with_ranks(config, world_size, local and int(local))
+    if config.model.attention == "flash_attn":
+        check_flash(config.training.device, config.training.precision)
     manifest = Manifest.load(config.data.path)
     facts = validate_with_data(config, manifest)
     run_dir, resume = Path(config.run_dir), config.training.resume
