@@ -1,120 +1,171 @@
-"""Checkpoints: torch.distributed.checkpoint in safetensors files, committed by an atomic rename.
+"""Checkpoints on disk: what is in one, which are whole, and how tensors come back. Writing them is saving.py.
 
     RUN/checkpoints/step_00000100/
-        *.safetensors    every tensor by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step
-        state.json       step, seconds, stream position, and the facts that rebuild the model
-        config.yaml      the full settings
-        COMPLETE         written last: the files' sizes
+        shard-*.safetensors   tensors by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; a file per rank
+        state.json            step, seconds, stream position, and the facts that rebuild the model
+        config.yaml           the full settings
+        COMPLETE              written last: size and sha256 of every file
 
-Tensors go through DCP's safetensors storage, everything else through JSON, so nothing is ever unpickled. A folder
-without a matching COMPLETE is never read; a crash while saving leaves the one before as the newest.
+Tensors go through torch.distributed.checkpoint in safetensors files, everything else through JSON, so nothing is ever
+unpickled. A folder without a matching COMPLETE is never read; a crash while saving leaves the one before as the newest.
 """
 
 import json
-import os
-import shutil
+import logging
 import warnings
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from maskalign.config import load_config
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import UsageError
 from maskalign.training.build import build_model
+from maskalign.training.shard_files import digest_of
+
+log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
-
-
-def save(run_dir, step, tensors, state, config_yaml, keep=3):
-    """Write one checkpoint and remove the oldest beyond `keep`.
-
-    Args:
-        run_dir: the run's folder.
-        step: number of optimiser steps done.
-        tensors: flat dict from name to tensor.
-        state: what JSON can hold.
-        config_yaml: the run's settings as text.
-
-    Returns:
-        Path of the checkpoint.
-
-    Raises:
-        RunError: the folder cannot be written to; earlier checkpoints are untouched.
-    """
-    root = Path(run_dir, FOLDER)
-    final = root / f"step_{step:08d}"
-    if is_complete(final):
-        return final
-    partial = root / f".partial_{final.name}"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with _quiet():
-            writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-        (partial / "state.json").write_text(json.dumps(state))
-        (partial / "config.yaml").write_text(config_yaml)
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        for name in sizes:
-            _sync(partial / name)
-        (partial / MARKER).write_text(json.dumps(sizes))
-        _sync(partial / MARKER)
-        shutil.rmtree(final, ignore_errors=True)  # an incomplete one of the same step
-        os.rename(partial, final)
-        _sync(root)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"the checkpoint {final} cannot be written ({error}); free space or choose another run_dir"
-        ) from None
-    for old in complete_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+PARTIAL = ".partial_"  # of a save that goes on, or that was cut off
+DAMAGED = "damaged_"
 
 
 def complete_checkpoints(run_dir):
-    """Paths of a run's complete checkpoints, oldest first."""
+    """Paths of a run's complete checkpoints, oldest first, by the sizes of their files; `damage` reads them whole."""
     return sorted(path for path in Path(run_dir, FOLDER).glob("step_*") if is_complete(path))
 
 
 def is_complete(path):
     """True where the marker is there and every file that it names has its size."""
+    return _size_damage(path) is None
+
+
+def marked_files(checkpoint):
+    """dict from file name to {"size", "sha256"} as the marker has them; checkpoints of old have no sha256.
+
+    Raises:
+        OSError, ValueError: there is no marker, or none that can be read.
+    """
+    marked = json.loads(Path(checkpoint, MARKER).read_text())
+    if not isinstance(marked, dict):
+        raise ValueError("no table of files")
+    files = {name: entry if isinstance(entry, dict) else {"size": entry} for name, entry in marked.items()}
+    if not all(isinstance(entry.get("size"), int) for entry in files.values()):
+        raise ValueError("a file without its size")
+    return files
+
+
+def _size_damage(checkpoint):
     try:
-        sizes = json.loads(Path(path, MARKER).read_text())
-        return all(Path(path, name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+        files = marked_files(checkpoint)
+    except FileNotFoundError:
+        return f"{MARKER} is missing"
+    except (OSError, ValueError) as error:
+        return f"{MARKER} cannot be read ({error})"
+    for name, entry in files.items():
+        try:
+            size = Path(checkpoint, name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry["size"]:
+            return f"{name} has {size} bytes instead of {entry['size']}"
+    return None
+
+
+def damage(checkpoint, part=0, parts=1):
+    """What is wrong with a checkpoint: None, or a few words. Reads every file, and compares its checksum.
+
+    Args:
+        checkpoint: its folder.
+        part, parts: look into this share of the files only, so that ranks can divide the work.
+    """
+    found = _size_damage(checkpoint)
+    if found:
+        return found
+    for number, (name, entry) in enumerate(sorted(marked_files(checkpoint).items())):
+        if number % parts == part and "sha256" in entry:
+            try:
+                if digest_of(Path(checkpoint, name))["sha256"] != entry["sha256"]:
+                    return f"{name} has another checksum than when it was written"
+            except OSError as error:
+                return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest_sound(run_dir, share=None):
+    """The newest checkpoint of a run that is whole to the last bit.
+
+    Args:
+        run_dir: the run's folder.
+        share: (rank, world size, function that gives one rank's value to all as a list) on several ranks, which look
+            at a share of the files each and come to the same answer.
+
+    Returns:
+        (path or None, line or None): the line names what was passed over, and what is used instead.
+    """
+    rank, world_size, gather = share or (0, 1, lambda value: [value])
+    passed = []
+    # Another rank's view of the folder may lag behind on a network file system: rank 0's list counts.
+    candidates = gather(sorted(path.name for path in Path(run_dir, FOLDER).glob("step_*")))[0]
+    chosen = None
+    for name in reversed(candidates):
+        path = Path(run_dir, FOLDER, name)
+        problems = [problem for problem in gather(damage(path, rank, world_size)) if problem]
+        if not problems:
+            chosen = path
+            break
+        passed.append(f"{name} is damaged ({problems[0]})")
+    partial = gather(sorted(path.name for path in Path(run_dir, FOLDER).glob(f"{PARTIAL}*")))[0]
+    passed = [f"the save of {name.removeprefix(PARTIAL)} was cut off" for name in partial] + passed
+    if not passed:
+        return chosen, None
+    instead = f"going on from {chosen.name}, the newest complete one" if chosen else "there is no complete one before"
+    return chosen, f"{Path(run_dir, FOLDER)}: {'; '.join(passed)}; {instead}"
 
 
 def find(run_or_checkpoint):
-    """The checkpoint that a path means: itself, or the newest of a run.
+    """The checkpoint that a path means: itself, or the newest sound one of a run; a damaged one is named in a warning.
 
     Raises:
-        UsageError: there is no complete checkpoint.
+        UsageError: there is no complete checkpoint, or the one that was asked for is damaged.
     """
     path = Path(run_or_checkpoint)
-    if is_complete(path):
-        return path
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such run or checkpoint folder")
-    found = complete_checkpoints(path)
+    if (path / MARKER).exists() or (path / "state.json").exists():
+        problem = damage(path)
+        if problem:
+            raise UsageError(f"{path}: this checkpoint is damaged ({problem}); choose another one of its run")
+        return path
+    found, passed_over = newest_sound(path)
     if not found:
         raise UsageError(
-            f"{path}: holds no complete checkpoint; give a run folder of maskalign train, or a step_* folder"
+            f"{passed_over or path}: holds no complete checkpoint; give a run folder of maskalign train, "
+            "or a step_* folder"
         )
-    return found[-1]
+    if passed_over:
+        log.warning("%s", passed_over)
+    return found
 
 
 def read_state(checkpoint):
-    """The JSON part of a checkpoint."""
-    return json.loads(Path(checkpoint, "state.json").read_text())
+    """The JSON part of a checkpoint.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return json.loads(Path(checkpoint, "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{checkpoint}: state.json cannot be read ({error}); choose another checkpoint") from None
 
 
 def load_tensors(checkpoint, tensors):
-    """Fill a flat dict of tensors in place.
+    """Fill a flat dict of tensors in place; under FSDP they are DTensors, and each rank reads its shards.
+
+    The number of ranks and the plan may be others than when it was saved. No rank waits for another one.
 
     Raises:
         UsageError: a tensor is missing or has another shape: the settings are not those of the checkpoint.
@@ -128,7 +179,7 @@ def load_tensors(checkpoint, tensors):
                 f"{checkpoint}: {name} has shape {tuple(there[name])}, the model's is {tuple(tensor.shape)}; "
                 "it was saved with other model settings"
             )
-    with _quiet():
+    with quiet():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
 
 
@@ -142,7 +193,7 @@ def load_model(run_or_checkpoint, ema=True, device="cpu"):
     """A trained model, ready to evaluate.
 
     Args:
-        run_or_checkpoint: a run's folder (its newest checkpoint) or a checkpoint's.
+        run_or_checkpoint: a run's folder (its newest checkpoint) or a checkpoint's, of any plan and number of ranks.
         ema: take the moving average of the weights instead of the weights.
         device: where to put it.
 
@@ -163,15 +214,7 @@ def load_model(run_or_checkpoint, ema=True, device="cpu"):
     return model.to(device).eval().requires_grad_(False), config, state["step"]
 
 
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-class _quiet(warnings.catch_warnings):
+class quiet(warnings.catch_warnings):
     """DCP warns that no process group is there, which is what one process means."""
 
     def __enter__(self):

@@ -3,6 +3,7 @@
 import ctypes
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Optional
 
 import torch
@@ -56,7 +57,7 @@ def place(training, parallel=None):
     dtype = compute_dtype(training.precision, device)
     if plan == "none":
         return Placement(device, dtype)
-    join_ranks(device)
+    join_ranks(device, training.timeout)
     return Placement(device, dtype, rank, world_size, local_rank, make_mesh(device, parallel))
 
 
@@ -78,15 +79,19 @@ def find_device(name, local_rank=0):
     return device
 
 
-def join_ranks(device):
-    """Start the process group, with torchrun's ranks, or alone where there is no torchrun."""
+def join_ranks(device, timeout=600):
+    """Start the process group, with torchrun's ranks, or alone where there is no torchrun.
+
+    The watchdog of failures.py ends a hung job after `timeout` seconds, and says more than torch's own time-out, which
+    comes later. That one also covers the time in which rank 0 draws samples and the others wait for it.
+    """
     if dist.is_initialized():
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timedelta(seconds=4 * timeout + 600))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -1,8 +1,7 @@
 """The loop: read, step, log, sample, save; stop cleanly; go on where it stopped."""
 
 import logging
-import signal
-import threading
+import sys
 import time
 from pathlib import Path
 
@@ -19,11 +18,13 @@ from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
 from maskalign.training import checkpoint
 from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
+from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import leave_ranks, place, tune_host
 from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
+from maskalign.training.saving import Saver
 from maskalign.training.step import TrainStep
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,19 @@ def train(config, manifest, facts):
     Raises:
         UsageError: the settings cannot work. RunError: the training failed.
     """
-    failed = True
+    failed, watchdog, rank = True, None, 0
     try:
-        result = Trainer(config, manifest, facts).run()
+        with Stop() as stop:
+            trainer = Trainer(config, manifest, facts, stop)
+            watchdog, rank = trainer.watchdog, trainer.placement.rank
+            result = trainer.run()
         failed = False
         return result
+    except Exception as error:
+        lost = lost_contact(error, watchdog, rank) if watchdog is not None else None
+        if lost is None:
+            raise
+        raise lost from None
     finally:
         leave_ranks(failed)
 
@@ -99,10 +108,15 @@ class Features:
 
 
 class Trainer:
-    def __init__(self, config, manifest, facts):
+    def __init__(self, config, manifest, facts, stop=None):
         self.config = config
         self.manifest = manifest
         self.placement = place(config.training, config.parallel)
+        several = self.placement.world_size > 1
+        self.stop = stop or Stop()
+        if several:
+            self.stop.join()
+        self.watchdog = Watchdog(config.training.timeout, several)
         self.device = self.placement.device
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
@@ -150,7 +164,8 @@ class Trainer:
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
-        self.stop_requested = threading.Event()
+        training = config.training
+        self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
 
     @staticmethod
     def _grid(config, facts):
@@ -173,9 +188,19 @@ class Trainer:
         if resume == "never":
             return None
         if resume == "auto":
-            found = checkpoint.complete_checkpoints(self.run_dir)
-            return found[-1] if found else None
+            share = (self.placement.rank, self.placement.world_size, self._gather)
+            found, passed_over = checkpoint.newest_sound(self.run_dir, share)
+            if passed_over and self.placement.is_main:
+                print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
+            return found
         return checkpoint.find(resume)
+
+    def _gather(self, value):
+        """The values of all ranks, as a list."""
+        values = [value] * self.placement.world_size
+        if len(values) > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def _init_from(self, path):
         from maskalign.training.export import load_weights
@@ -214,17 +239,21 @@ class Trainer:
     def run(self):
         if self.progress() >= 1:
             self._say(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
+            if self.placement.is_main:
+                clear_requeue(self.run_dir)
+            self.watchdog.close()
             return self._result(finished=True)
         self._prepare_run_dir()
         self.metrics = MetricsFile(self.run_dir / "metrics.csv", self.step) if self.placement.is_main else None
         self.tensorboard = self._tensorboard()
-        previous = self._catch_signals()
         try:
             with self._bar() as self.bar:
                 self._loop()
+            self.watchdog.enter("save")
+            self.stop.finish()
+            self.saver.wait()
         finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self.watchdog.close()
             if self.metrics is not None:
                 self.metrics.close()
             if self.tensorboard is not None:
@@ -233,10 +262,12 @@ class Trainer:
         if finished:
             self._say(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
         else:
-            where = self.run_dir / checkpoint.FOLDER
-            self._say(
-                f"stopped at step {self.step}, saved in {where}; with training.resume auto the same command goes on"
+            if self.stop.wants_requeue and self.placement.is_main:
+                mark_requeue(self.run_dir, self.step)
+            saved = (
+                f"at step {self.step}, saved in {self.run_dir / checkpoint.FOLDER}" if self.step else "before step 1"
             )
+            self._say(f"stopped {saved}; with training.resume auto the same command goes on")
         return self._result(finished)
 
     def _say(self, line):
@@ -261,6 +292,8 @@ class Trainer:
         try:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
+            clear_requeue(self.run_dir)
+            self.saver.clean()
         except OSError as error:
             raise UsageError(
                 f"run_dir: {self.run_dir} cannot be written to ({error.strerror}); choose another"
@@ -282,19 +315,6 @@ class Trainer:
         total = round(training.max_seconds)
         return tqdm(total=total, initial=int(self.seconds), desc="train", bar_format=layout, disable=disable)
 
-    def _catch_signals(self):
-        """The first SIGINT or SIGTERM ends the loop after the step in hand; a second one ends it at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-
-        def handler(number, frame):
-            if self.stop_requested.is_set():
-                raise KeyboardInterrupt
-            self.stop_requested.set()
-            tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
-
-        return {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def _prepare(self, moments, posterior):
         latent = self.manifest.latent
         return sample_posterior(moments.float(), posterior, latent["scale"], latent["bias"])
@@ -309,9 +329,12 @@ class Trainer:
         # Often enough to stop in time, and as seldom as logging where that is more often.
         check_every = min(training.log_every, training.max_nonfinite)
         batches = iter(self.stream)
-        while self.progress() < 1 and not self.stop_requested.is_set():
+        stop = self.stop.agree()  # a signal may have come while the model was built
+        while self.progress() < 1 and not stop:
             start = time.perf_counter()
+            self.watchdog.enter("data", self.step)
             batch = next(batches)
+            self.watchdog.enter("step")
             self.bad_samples += batch["bad"]
             labels = batch["label"].to(device, non_blocking=True)
             teachers = self.features(batch)
@@ -335,16 +358,17 @@ class Trainer:
             if training.max_seconds is not None:
                 self.seconds = self.plan.of_main(self.seconds)  # all ranks stop at one step
             last = last or self.progress() >= 1
+            stop = self.stop.agree()
 
             # A first row soon: somebody is watching the first seconds of a run.
-            if self.step % training.log_every == 0 or last or self.step == 1 or self.stop_requested.is_set():
+            if self.step % training.log_every == 0 or last or self.step == 1 or stop:
                 steps = self.step - since["step"]
                 self._log(result, sums, healthy, steps, since)
                 sums.zero_()
                 healthy.zero_()
                 since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
             self._advance_bar()
-            if self.step % training.checkpoint_every == 0 or last or self.stop_requested.is_set():
+            if self.step % training.checkpoint_every == 0 or last or stop:
                 self._save()
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
@@ -396,37 +420,23 @@ class Trainer:
         )
 
     def _save(self):
-        stream, bad = self.stream.state_dict(), self.plan.total(self.bad_samples)
-        if self.placement.world_size > 1:
-            states = [None] * self.placement.world_size
-            dist.all_gather_object(states, stream)
-            stream = merge_states(states)
+        self.watchdog.enter("save")
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "skipped_steps": self.skipped_steps,
-            "bad_samples": bad,
+            "bad_samples": self.bad_samples,
             "seed": self.config.seed,
             "facts": self.facts,
-            "stream": stream,
+            "stream": self.stream.state_dict(),
         }
-        tensors = self.optimizer.tensors()
-        if self.plan.sharded:
-            tensors = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
-        if self.placement.is_main:
-            checkpoint.save(
-                self.run_dir,
-                self.step,
-                tensors,
-                state,
-                self.config_yaml,
-                keep=self.config.training.keep_checkpoints,
-            )
-        self.plan.wait()
+        self.saver.save(self.step, self.optimizer.tensors(), state, self.config_yaml, merge=merge_ranks)
+        self.watchdog.enter("step")
 
     def _sample(self):
         if not (self.placement.is_main or self.plan.sharded):
             return
+        self.watchdog.enter("sample")
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         with self.optimizer.averaged():
             sheet = self.previews.draw(self.model, self.step, path if self.placement.is_main else None)
@@ -437,3 +447,9 @@ class Trainer:
             import numpy as np
 
             self.tensorboard.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+
+
+def merge_ranks(states):
+    """The state to save from those of all ranks: each has its own share of the stream, and its own bad samples."""
+    stream = merge_states(state["stream"] for state in states)
+    return states[0] | {"stream": stream, "bad_samples": sum(state["bad_samples"] for state in states)}

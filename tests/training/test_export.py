@@ -8,7 +8,7 @@ from maskalign.errors import UsageError
 from maskalign.models.weight_files import load_file, read_file
 from maskalign.sampling import Sampling
 from maskalign.sampling.command import load, sample
-from maskalign.training import checkpoint
+from maskalign.training import saving
 from maskalign.training.build import build_model
 from maskalign.training.export import convert, load_any, load_weights
 from maskalign.training.optimizer import Optimizer
@@ -36,7 +36,7 @@ def make_run(folder, seed, **more):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
         optimizer.step(0.1, torch.tensor(True))
     state = {"step": 2, "seconds": 1.0, "facts": FACTS}
-    checkpoint.save(folder, 2, optimizer.tensors(), state, dump_config(config))
+    saving.save(folder, 2, optimizer.tensors(), state, dump_config(config))
     return folder, model, optimizer.ema_state()
 
 

@@ -1,0 +1,238 @@
+"""When a run is told to stop, when a rank hangs, and when one is lost: every rank does the same, and one line says why.
+
+Stopping. SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before it takes a node away) ask for a stop. The ranks agree on
+the step after which all of them stop and save. After SIGTERM and SIGUSR1 the file RUN/REQUEUE tells the job script that
+the same command goes on.
+
+Hanging. Each rank's watchdog, a thread, writes what its rank does to torchrun's key-value store. A rank that makes no
+progress for `training.timeout` compares notes with the others', names the one that they wait for, and ends the job.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from maskalign.errors import RunError
+
+REQUEUE = "REQUEUE"
+PATIENT = ("sample", "evaluate", "save", "set up", "end")  # phases in which a rank may take as long as it takes
+LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Socket", "TCPStore", "Broken pipe")
+
+
+class Stop:
+    """The wish of any rank to stop, agreed on by all.
+
+    Used as a context: inside, signals are caught. The first asks for a stop after the step in hand; a second Ctrl-C
+    ends this process at once.
+
+    """
+
+    def __init__(self):
+        self.signal = 0  # the one that came to this rank
+        self.agreed = 0  # the one that all ranks stop for
+        self.since = 0.0
+        self.group = None
+        self.question, self.pending = None, None
+        self.previous = {}
+
+    def join(self):
+        """From now on agree with the other ranks; every rank calls this at the same time."""
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog is quicker
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+                self.previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, frame):
+        # torchrun passes on a Ctrl-C that the terminal has sent to everybody: within a second it is the same one.
+        if self.signal and number == signal.SIGINT and time.monotonic() - self.since > 1:
+            raise KeyboardInterrupt
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                tqdm.write(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
+
+    def agree(self):
+        """True where all ranks stop now. Called once per step by all.
+
+        With other ranks, the answer is to the question asked one step before, so that nobody waits for it.
+        """
+        if self.group is None:
+            self.agreed = int(self.signal)
+        else:
+            self.finish()
+            if not self.agreed:
+                self.question = torch.tensor(int(self.signal))
+                self.pending = dist.all_reduce(self.question, op=dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return bool(self.agreed)
+
+    def finish(self):
+        """Take the answer that is on its way, so that no message is left when the ranks part."""
+        if self.pending is not None:
+            self.pending.wait()
+            self.pending = None
+            self.agreed = int(self.question)
+
+    @property
+    def wants_requeue(self):
+        """True where the machine was taken away, not where a person pressed Ctrl-C."""
+        return self.agreed in (signal.SIGTERM, signal.SIGUSR1)
+
+
+def mark_requeue(run_dir, step):
+    """Leave RUN/REQUEUE: this run was interrupted at `step` and saved; the same command goes on."""
+    Path(run_dir, REQUEUE).write_text(f"stopped and saved at step {step}; the same command goes on\n")
+
+
+def clear_requeue(run_dir):
+    Path(run_dir, REQUEUE).unlink(missing_ok=True)
+
+
+class Watchdog:
+    """Ends a job of several ranks that does not go on, with one line that names the rank and the step.
+
+    Args:
+        timeout: seconds without progress.
+        several: False makes a watchdog that only remembers step and phase.
+    """
+
+    def __init__(self, timeout, several=True):
+        self.timeout = timeout
+        self.interval = min(5.0, timeout / 8)
+        self.step, self.phase, self.beats = 0, "set up", 0
+        self.progress = 0
+        self.done = threading.Event()
+        self.main = threading.main_thread().ident
+        self.thread = None
+        if several:
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self.store = _store()
+            if self.store is not None:
+                self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+                self.thread.start()
+
+    def enter(self, phase, step=None):
+        """This rank goes on: with `phase` (data, step, save, sample, evaluate, ...) of `step`."""
+        self.phase = phase
+        self.step = self.step if step is None else step
+        self.progress += 1
+
+    def close(self):
+        """End the watch."""
+        self.phase = "end"
+        self.done.set()
+
+    def _watch(self):
+        seen, since = -1, time.monotonic()
+        try:
+            while not self.done.wait(self.interval):
+                self._tell()
+                if self.progress != seen or self.phase in PATIENT:
+                    seen, since = self.progress, time.monotonic()
+                elif time.monotonic() - since >= self.timeout:
+                    line = self._judge()
+                    if line and self.progress == seen and not self.done.is_set():
+                        self._end(line)
+        except (RuntimeError, dist.DistError):
+            return  # the store has gone with the job's first rank: torchrun ends us
+
+    def _tell(self):
+        self.beats += 1
+        note = {"beats": self.beats, "step": self.step, "phase": self.phase, "calls": collectives_begun()}
+        self.store.set(f"rank{self.rank}", json.dumps(note | {"place": self._place()}))
+
+    def _place(self):
+        """File, line and function in which the main thread is: of a hung rank, the best hint there is."""
+        frame = sys._current_frames().get(self.main)
+        if frame is None:
+            return "its end"
+        return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno} {frame.f_code.co_name}"
+
+    def _notes(self):
+        keys = [f"rank{rank}" for rank in range(self.world_size)]
+        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
+    def _judge(self):
+        """One line about who holds up the job; None where somebody does what may take long."""
+        before = self._notes()
+        for _ in range(3):  # for the others' watchdogs to give a sign of life, and for ours
+            time.sleep(self.interval)
+            self._tell()
+        now = self._notes()
+        took = f"within training.timeout {self.timeout:g} s"
+        silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a is None or a["beats"] == b["beats"]]
+        if silent:
+            known = now[silent[0]]
+            at = f"in step {known['step'] + 1}" if known else "in the set-up"
+            return f"{_ranks(silent)} gave no sign of life {took}, last seen {at}; stopped, or its machine is gone"
+        if any(note["phase"] in PATIENT for note in now):
+            return None
+        last = min((note["step"], note["calls"]) for note in now)
+        late = [r for r, note in enumerate(now) if (note["step"], note["calls"]) == last]
+        where = "; ".join(f"rank {r} is in {now[r]['phase']} at {now[r]['place']}" for r in late[:4])
+        if len(late) < self.world_size:
+            return f"{_ranks(late)} did not go on in step {last[0] + 1} {took}, the others wait ({where})"
+        return f"all ranks wait in step {last[0] + 1}, which did not end {took} ({where})"
+
+    def _end(self, line):
+        """Say it once, and end this process: its main thread cannot, as it waits in a collective."""
+        if self.store.add("told", 1) == 1:
+            hint = "see that rank's log, or raise training.timeout; the last checkpoint is kept"
+            print(f"\nmaskalign: failed: {line}; {hint}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all others with the first one
+        os._exit(1)
+
+
+def lost_contact(error, watchdog, rank):
+    """What torch raises where another rank has gone, as a RunError that names this rank and the step; else None."""
+    text = str(error)
+    known = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RunError)
+    if not known or not (isinstance(error, dist.DistError) or any(word in text for word in LOST)):
+        return None
+    reason = text.strip().splitlines()[0].split("] ")[-1][:160]
+    return RunError(
+        f"rank {rank} lost contact with another rank in step {watchdog.step + 1} ({watchdog.phase}: {reason}); "
+        "see the line of the rank that ended first; the same command goes on from the last checkpoint"
+    )
+
+
+def collectives_begun():
+    """How many collectives this process has begun, over all its process groups."""
+    total = 0
+    for group in list(dist.distributed_c10d._world.pg_map):
+        try:
+            total += group._get_sequence_number_for_group()
+        except (RuntimeError, AttributeError):
+            continue  # a backend that does not count
+    return total
+
+
+def _store():
+    """A connection of our own to torchrun's store, as the main thread may block the process group's."""
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
+    start = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
+    return dist.PrefixStore("/".join(["maskalign", *start]), store)
+
+
+def _ranks(ranks):
+    shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

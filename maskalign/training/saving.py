@@ -1,0 +1,256 @@
+"""Saving checkpoints: copied to host memory in a moment, written in the background, committed all at once.
+
+All ranks write their shards into a hidden folder; when every one is done, rank 0 writes the marker with the checksums
+and renames the folder. Ranks talk about it in a process group of their own, so that a save never mixes with training.
+"""
+
+import json
+import os
+import shutil
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from maskalign.errors import RunError
+from maskalign.training.checkpoint import FOLDER, MARKER, PARTIAL, complete_checkpoints, is_complete, quiet
+from maskalign.training.shard_files import ShardWriter, digest_of
+
+PATIENCE = timedelta(hours=2)  # for the slowest disk of all ranks; a rank that dies is noticed at once
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every rank makes one, at the same time.
+
+    Args:
+        run_dir: the run's folder, on a file system that all ranks share.
+        keep: how many of the newest checkpoints stay.
+        keep_every: those at multiples of this many steps stay for good; 0 for none.
+        background: write in a thread, after a copy of the tensors; else `save` returns when all is on disk.
+    """
+
+    def __init__(self, run_dir, keep=3, keep_every=0, background=True):
+        self.run_dir, self.root = Path(run_dir), Path(run_dir, FOLDER)
+        self.keep, self.keep_every, self.background = keep, keep_every, background
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self.buffers = {}
+        self.thread = None
+        self.error = None
+        self.saved = None  # the last step that this process was asked to save
+
+    def save(self, step, tensors, state, config_yaml, merge=None):
+        """Save one checkpoint, after the one before is on disk; in the background, unless `background` is False.
+
+        Args:
+            step: number of optimiser steps done.
+            tensors: flat dict from name to tensor. Plain tensors are the same on every rank; DTensors are shards.
+            state: what JSON can hold, of this rank.
+            config_yaml: the run's settings as text.
+            merge: function from the states of all ranks to the one to write; by default rank 0's is written.
+
+        Raises:
+            RunError: this save, or the one before, could not be written; the checkpoints before are untouched.
+        """
+        self.wait()
+        if step == self.saved:
+            return
+        self.saved = step
+        owned = self._owned(tensors)
+        own = {name: tensor for name, tensor in tensors.items() if name in owned}
+        if not self.background:
+            self._write(step, own, state, config_yaml, merge)
+            self.raise_error()
+            return
+        staged = self._stage(own)
+        # Not a daemon: a process that ends of itself finishes its checkpoint first.
+        self.thread = threading.Thread(
+            target=self._write, args=(step, staged, state, config_yaml, merge), name="checkpoint"
+        )
+        self.thread.start()
+
+    def wait(self):
+        """Wait until nothing is being written.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.raise_error()
+
+    def raise_error(self):
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def clean(self):
+        """Remove what saves that were cut off have left; rank 0 calls it before the first save."""
+        for path in self.root.glob(f"{PARTIAL}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _owned(self, tensors):
+        """Names that this rank writes. Of copies on several ranks one is staged and written, evenly by bytes."""
+        owned, load = set(), {}
+        for name in sorted(tensors, key=lambda name: (-_local(tensors[name]).nbytes, name)):
+            copies, own = _copies(tensors[name], self.rank, self.world_size)
+            table = load.setdefault(copies, [0] * copies)
+            chosen = table.index(min(table))
+            table[chosen] += _local(tensors[name]).nbytes + 1
+            if chosen == own:
+                owned.add(name)
+        return owned
+
+    @torch.no_grad()
+    def _stage(self, tensors):
+        """Copies in host memory, in buffers that later saves use again; DTensors stay DTensors."""
+        staged = {}
+        for name, tensor in tensors.items():
+            local = _local(tensor)
+            buffer = self.buffers.get(name)
+            if buffer is None or buffer.shape != local.shape or buffer.dtype != local.dtype:
+                buffer = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=local.is_cuda)
+                self.buffers[name] = buffer
+            buffer.copy_(local, non_blocking=True)
+            # The constructor, as from_local would bring the copy back to the mesh's device.
+            staged[name] = DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
+        if any(_local(tensor).is_cuda for tensor in tensors.values()):
+            torch.cuda.current_stream().synchronize()
+        return staged
+
+    def _write(self, step, tensors, state, config_yaml, merge):
+        final = self.root / f"step_{step:08d}"
+        partial = self.root / f"{PARTIAL}{final.name}"
+        try:
+            self._all(lambda: self._open(partial))
+            writer = ShardWriter(partial)
+            with quiet():
+                dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            parts = self._gather((state, writer.digests))
+            self._all(lambda: self._commit(partial, final, parts, config_yaml, merge))
+        except Exception as error:  # of the disk, of a torch library, of a lost rank: all end as one line
+            before = complete_checkpoints(self.run_dir)
+            if self.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            self.error = RunError(
+                f"the checkpoint {final} cannot be written ({_reason(error)}); free space, or choose another run_dir; "
+                + (f"{before[-1].name} is the newest complete one" if before else "there is no complete one yet")
+            )
+
+    def _open(self, partial):
+        if self.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def _commit(self, partial, final, parts, config_yaml, merge):
+        if self.rank != 0:
+            return
+        files = {name: entry for _, digests in parts for name, entry in digests.items()}
+        states = [state for state, _ in parts]
+        texts = {"state.json": json.dumps(merge(states) if merge else states[0]), "config.yaml": config_yaml}
+        for name, text in texts.items():
+            _write_text(partial / name, text)
+            files[name] = digest_of(partial / name)
+        for name, entry in files.items():
+            if (partial / name).stat().st_size != entry["size"]:
+                raise OSError(f"{name} is not on the disk as it was written; do all ranks share this folder?")
+        _write_text(partial / MARKER, json.dumps(files, indent=1))
+        _sync(partial)
+        old = self.root / f"{PARTIAL}old_{final.name}"
+        if final.exists():  # from before a resume at an earlier step
+            os.rename(final, old)
+        os.rename(partial, final)
+        _sync(self.root)
+        shutil.rmtree(old, ignore_errors=True)
+        for path in superfluous(complete_checkpoints(self.run_dir), self.keep, self.keep_every):
+            # First without its marker: a crash in the middle leaves nothing that looks whole.
+            (path / MARKER).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _all(self, work):
+        """Do `work` on every rank; an error on one is raised on all."""
+        error = None
+        try:
+            work()
+        except Exception as failure:
+            error = failure
+        if self.group is None:
+            if error is not None:
+                raise error
+            return
+        failures = [text for text in self._gather(None if error is None else _reason(error)) if text is not None]
+        if failures:
+            raise OSError(failures[0])
+
+    def _gather(self, value):
+        if self.group is None:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def save(run_dir, step, tensors, state, config_yaml, keep=3):
+    """Write one checkpoint of one process now, and remove the oldest beyond `keep`; returns its path.
+
+    Raises:
+        RunError: the folder cannot be written to; earlier checkpoints are untouched.
+    """
+    final = Path(run_dir, FOLDER, f"step_{step:08d}")
+    if not is_complete(final):
+        Saver(run_dir, keep=keep, background=False).save(step, tensors, state, config_yaml)
+    return final
+
+
+def superfluous(checkpoints, keep, keep_every=0):
+    """Those of a list of step_* paths, oldest first, that are neither of the newest nor kept for good."""
+    return [path for path in checkpoints[:-keep] if not keep_every or int(path.name.removeprefix("step_")) % keep_every]
+
+
+def _local(tensor):
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _copies(tensor, rank, world_size):
+    """(number of ranks that hold this very data, number of this rank among them)."""
+    if not isinstance(tensor, DTensor):
+        return world_size, rank
+    copies, own = 1, 0
+    for size, coordinate, placement in zip(
+        tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements, strict=True
+    ):
+        if placement.is_replicate():
+            copies, own = copies * size, own * size + coordinate
+    return copies, own
+
+
+def _reason(error):
+    """An error in a few words; of DCP's, which has one per rank, the first."""
+    if isinstance(error, CheckpointException):
+        rank, wrapped = next(iter(sorted(error.failures.items())))
+        several = "" if len(error.failures) == 1 and rank == 0 else f"rank {rank}: "
+        return several + _reason(wrapped[0])
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _write_text(path, text):
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
