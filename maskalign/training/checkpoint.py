@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
 PARTIAL = ".partial_"  # of a save that goes on, or that was cut off
-DAMAGED = "damaged_"
+ASIDE = "aside_"  # damaged, or of later steps than the one a run went on from
 
 
 def complete_checkpoints(run_dir):

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from maskalign.errors import RunError
-from maskalign.training.checkpoint import FOLDER, MARKER, PARTIAL, complete_checkpoints, is_complete, quiet
+from maskalign.training.checkpoint import ASIDE, FOLDER, MARKER, PARTIAL, complete_checkpoints, is_complete, quiet
 from maskalign.training.shard_files import ShardWriter, digest_of
 
 PATIENCE = timedelta(hours=2)  # for the slowest disk of all ranks; a rank that dies is noticed at once
@@ -91,10 +91,26 @@ class Saver:
         if error is not None:
             raise error
 
-    def clean(self):
-        """Remove what saves that were cut off have left; rank 0 calls it before the first save."""
+    def clear(self, step):
+        """Make room for a run that goes on from `step`; rank 0 calls it before the first save.
+
+        What saves that were cut off have left is removed. Checkpoints of later steps are damaged, or belong to a course
+        that this run leaves: they get another name, so that neither a restart nor the rule of the newest counts them.
+
+        Returns:
+            list of the new names.
+        """
         for path in self.root.glob(f"{PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
+        moved = []
+        for path in sorted(self.root.glob("step_*")):
+            number = path.name.removeprefix("step_")
+            if number.isdigit() and int(number) > step:
+                target = path.with_name(ASIDE + path.name)
+                shutil.rmtree(target, ignore_errors=True)
+                os.rename(path, target)
+                moved.append(target.name)
+        return moved
 
     def _owned(self, tensors):
         """Names that this rank writes. Of copies on several ranks one is staged and written, evenly by bytes."""

@@ -293,7 +293,9 @@ class Trainer:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
             clear_requeue(self.run_dir)
-            self.saver.clean()
+            moved = self.saver.clear(self.step)
+            if moved:
+                log.warning("%s: later checkpoints were set aside: %s", self.run_dir, ", ".join(moved))
         except OSError as error:
             raise UsageError(
                 f"run_dir: {self.run_dir} cannot be written to ({error.strerror}); choose another"

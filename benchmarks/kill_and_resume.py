@@ -1,0 +1,202 @@
+"""kill -9 at random moments of a run, with 1, 2 and 4 ranks in turn; it must end like a run that nobody disturbed.
+
+    python -m benchmarks.kill_and_resume --data datasets/openmoji32 --out runs/kills
+
+Every start of the killed run takes another number of ranks and another plan. Told at the end, and checked: the final
+loss against the undisturbed run's, and that every epoch has had each sample's key exactly once (of a step that was done
+again after a kill, both times with the same keys). The whole process tree is killed, in the start-up, in a step, or in
+a save, as chance will have it.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+LAYOUTS = [
+    (1, ["--parallel.plan", "none"]),
+    (2, ["--parallel.plan", "ddp"]),
+    (4, ["--parallel.plan", "hsdp", "--parallel.shard_size", "2"]),
+    (2, ["--parallel.plan", "fsdp"]),
+]
+MODEL = """--model.depth 2 --model.width 32 --model.heads 2 --model.patch_size 4 --model.mixer_hidden 8
+--model.projector_dim 16 --method.align_depth 1 --teacher.names [efficientnet-lite0] --optimizer.lr 0.0003
+--training.log_every 1 --training.sample_every 0 --training.precision fp32 --training.progress false
+--training.tensorboard false --preview.per_class 1 --preview.steps 1 --preview.classes 2""".split()
+
+
+def settings(data, run_dir, steps, batch):
+    own = ["--data.path", data, "--run_dir", run_dir, "--training.max_steps", steps, "--training.batch_size", batch]
+    return [*MODEL, *(str(word) for word in own), "--training.checkpoint_every", "3"]
+
+
+def start(argv, ranks, log):
+    """Start a run on some ranks; the keys that it sees go to files in the folder `log`, its output to `output.txt`."""
+    log.mkdir(parents=True, exist_ok=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "benchmarks.kill_and_resume", "--worker", str(log), *argv]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with open(log / "output.txt", "a") as output:
+        return subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, cwd=Path(__file__).resolve().parent.parent
+        )
+
+
+def work(log, argv):
+    """`maskalign train`, which also writes the keys of each step's batch as lines of JSON before it is used."""
+    from maskalign.cli import main
+    from maskalign.training import trainer
+
+    file = open(Path(log, f"keys-{os.getpid()}.jsonl"), "a")
+
+    class Watched(trainer.ShardStream):
+        def __iter__(self):
+            for batch in super().__iter__():
+                # `served` counts the whole job, this batch included.
+                file.write(json.dumps([self.served // self.batch_size - 1, batch["key"]]) + "\n")
+                file.flush()
+                yield batch
+
+    trainer.ShardStream = Watched
+    main(["train", *argv])
+
+
+def seen_keys(log):
+    """dict from step, counted from 0, to a list of tuples of keys, one for each time that a rank did it."""
+    seen = {}
+    for path in sorted(log.glob("keys-*.jsonl")):
+        for line in path.read_text().splitlines():
+            try:
+                step, keys = json.loads(line)
+            except ValueError:
+                continue  # cut off by a kill
+            seen.setdefault(step, []).append(tuple(keys))
+    return seen
+
+
+def tree(pid):
+    """A process and all that it has started."""
+    children = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found
+
+
+def kill(process):
+    for pid in tree(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def losses(run_dir):
+    path = Path(run_dir, "metrics.csv")
+    if not path.exists():
+        return {}
+    with open(path, newline="") as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row.get("bad_samples")}
+
+
+def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
+    """Run the undisturbed and the killed run, and compare them.
+
+    Returns:
+        dict with kills, starts, steps, loss, killed_loss, relative (difference of the final losses), samples, epochs,
+        and `wrong`: a list of what did not hold, in words.
+    """
+    rng, out = random.Random(seed), Path(out)
+    shutil.rmtree(out, ignore_errors=True)
+    whole, killed = out / "whole", out / "killed"
+    if start(settings(data, whole, steps, batch), 1, out / "whole-log").wait() != 0:
+        raise SystemExit(f"the undisturbed run failed; see {out / 'whole-log' / 'output.txt'}")
+    log, done, starts = out / "killed-log", 0, 0
+    while True:
+        ranks, plan = LAYOUTS[starts % len(LAYOUTS)]
+        starts += 1
+        process = start([*settings(data, killed, steps, batch), *plan], ranks, log)
+        if done < kills:
+            before = max(losses(killed), default=0)
+            target = before + rng.randint(1, max(1, 2 * (steps - before) // (kills - done + 1)))
+            target = min(target, steps - 2)
+            if rng.random() < 0.15:  # in the start-up
+                time.sleep(rng.uniform(0.5, 6))
+            else:
+                while process.poll() is None and max(losses(killed), default=0) < target:
+                    time.sleep(0.02)
+                time.sleep(rng.uniform(0, 0.2))
+            if process.poll() is None:
+                kill(process)
+                done += 1
+                say(f"kill {done} of {kills}: {ranks} rank(s), at step {max(losses(killed), default=0)}", flush=True)
+                continue
+        elif process.wait() == 0:
+            break
+        if process.returncode != 0:
+            raise SystemExit(f"a start on {ranks} rank(s) failed by itself; see {log / 'output.txt'}")
+        break
+    return {"kills": done, "starts": starts} | compare(whole, killed, out, steps, batch, data)
+
+
+def compare(whole, killed, out, steps, batch, data):
+    expected, got, wrong = losses(whole), losses(killed), []
+    relative = abs(got[steps] - expected[steps]) / abs(expected[steps])
+    if relative > 1e-5:
+        wrong.append(f"the final loss is {got[steps]}, undisturbed {expected[steps]}")
+    samples = json.loads(Path(data, "manifest.json").read_text())["num_samples"]
+    reference, seen = seen_keys(out / "whole-log"), seen_keys(out / "killed-log")
+    total = Counter()
+    for step in range(steps):
+        own = {key for keys in reference[step] for key in keys}
+        times = Counter(key for keys in seen.get(step, []) for key in keys)
+        if set(times) != own or len(own) != batch:
+            wrong.append(f"step {step + 1} had other samples than the undisturbed run")
+        total.update(own)
+    # Every epoch's samples once: after whole epochs all keys have been seen equally often.
+    for epoch in range(steps * batch // samples):
+        first, last = math.ceil(epoch * samples / batch), (epoch + 1) * samples // batch
+        keys = Counter(key for step in range(first, last) for batch_keys in reference[step] for key in batch_keys)
+        if max(keys.values()) > 1 or (samples % batch == 0 and len(keys) != samples):
+            wrong.append(f"epoch {epoch} had not each of its samples once")
+    facts = {"steps": steps, "loss": expected[steps], "killed_loss": got[steps], "relative": relative}
+    return facts | {"samples": samples, "epochs": steps * batch / samples, "wrong": wrong}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--worker"]:
+        return work(argv[1], argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="folder of a data set with features of efficientnet-lite0")
+    parser.add_argument("--out", default="runs/kills", help="folder for the two runs; it is emptied first")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=8, help="a multiple of 4; it should divide the samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    args = parser.parse_args(argv)
+    result = campaign(args.data, args.out, args.steps, args.kills, args.batch, args.seed)
+    for key, value in result.items():
+        print(f"{key:12} {value}")
+    Path(args.out, "result.json").write_text(json.dumps(result, indent=1))
+    return 1 if result["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
