@@ -550,7 +550,7 @@ def _mix_backward_op(
 
     config = tokens_configs(T, product)[0]
     blocks = _cdiv(N, config["BLOCK_N"])
-    images = images_per_program(B, blocks)
+    images = images_per_program(B, blocks, T, D)
     groups = _cdiv(B, images)
     dw1 = x.new_empty((groups, T, N), dtype=torch.float32)
     dw2 = x.new_empty((groups, N, T), dtype=torch.float32)
@@ -577,9 +577,14 @@ def token_launches(T, product):
     return [(True, False, first), (False, True, config | {"stages": 1})]
 
 
-def images_per_program(B, blocks):
-    """Images whose weight gradients one program adds up: as many as leave 512 programs to fill a GPU."""
-    return max(1, B * blocks // 512)
+def images_per_program(B, blocks, T, D):
+    """Images whose weight gradients one program adds up, for partial sums that a small reduction finishes.
+
+    As many as leave 512 programs to fill a GPU. Where the hidden width is large beside the model's, the partial sums
+    would weigh more than a tenth of the rows: then more images, as long as 128 programs are left.
+    """
+    programs = B * blocks
+    return max(1, programs // 512, min(round(20 * T / D), programs // 128))
 
 
 # ---- Autograd and the public function ----------------------------------------------------------------------------

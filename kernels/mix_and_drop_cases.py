@@ -35,7 +35,7 @@ SHAPES = [
     (32, 256, 128, 1152, 64, _FP16, _FP16, _FP16),
     (32, 256, 128, 1152, 64, _FP32, _FP32, _FP32),
     (32, 256, None, 1152, 64, _BF16, _BF16, _BF16),
-    (8, 256, 128, 384, 64, _BF16, _BF16, _BF16),
+    (32, 256, 128, 384, 64, _BF16, _BF16, _BF16),
 ]
 
 
@@ -61,7 +61,7 @@ def _case(shape, direction, launch, kernel, config, number):
     B, N, K, D, T, x, weight, product = shape
     kept = N if K is None else K
     blocks = -(-N // config.get("BLOCK_N", N))
-    images = mixer.images_per_program(B, blocks)
+    images = mixer.images_per_program(B, blocks, T, D)
     tiles = -(-D // mixer.hidden_configs(T, product)[0]["BLOCK_D"])
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)),),
@@ -97,7 +97,7 @@ def _case(shape, direction, launch, kernel, config, number):
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
         hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=config["threads"] // 64,
         num_stages=config["stages"], grid=grid,
-        moved=moved, least=moved, cached=cached, flops=flops,
+        moved=moved, least=_least(shape, launch, tiles), cached=cached, flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
 
@@ -143,6 +143,37 @@ def _cost(shape, launch, grid, tiles):
         again += (blocks - 1) * (vector + between // 2)
         flops += first
     return moved, again, flops
+
+
+def _least(shape, launch, tiles):
+    """Bytes that a launch cannot do without: what it is given once, and its results once, whatever its own tiles.
+
+    Counted apart from `_cost`, tensor by tensor, so that the report notices what tiles add: results that are left in
+    parts (per tile, per group of images) for a later step to add up. `tiles` are those of `hidden`, whose parts
+    `tokens` is given.
+    """
+    B, N, K, D, T, x, weight, product = shape
+    tokens, kept = B * N * D * x.itemsize, B * (K or N) * D * x.itemsize
+    vector, hidden = B * D * x.itemsize, B * T * D * product.itemsize
+    w1 = w2 = T * N * weight.itemsize
+    b1, b2 = T * weight.itemsize, N * weight.itemsize
+    mean = rstd = 4 * B * N
+    subset = 8 * B * K if K else 0
+    if launch == "statistics":  # x -> mean, rstd
+        return tokens + mean + rstd
+    if launch == "mix":  # x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset -> out
+        return tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset + kept
+    along = 4 * B * N  # sums along D that dx needs, one per token
+    sums = 4 * B * 3 * T  # of ds and of w1's rows, three for each hidden token
+    if launch == "hidden":  # and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
+        inputs = kept + tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset
+        return inputs + 3 * vector + 2 * hidden + along + sums
+    least = kept + subset
+    if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1
+        least += 2 * tokens + mean + rstd + w1 + hidden + tiles * (along + 8 * B * T) + 4 * T * N
+    if launch != "tokens first":  # dout, gate, the activations -> dw2, db2
+        least += vector + hidden + 4 * (T * N + N)
+    return least
 
 
 def _weights_again(shape, grid, passes):

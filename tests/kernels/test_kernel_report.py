@@ -54,6 +54,14 @@ def test_every_build(operation, target):
     judge(list(kernel_report.CASES[operation].aot_cases()), target)
 
 
+def test_every_launch_moves_close_to_the_least_it_must():
+    cases = [*subset_cosine_alignment_cases.aot_cases(), *mix_and_drop_cases.aot_cases()]
+    over = {(c.operation, c.launch, c.shape, c.config): c.moved / c.least for c in cases}
+    assert all(1 <= ratio <= 1.15 for ratio in over.values()), {k: v for k, v in over.items() if not 1 <= v <= 1.15}
+    # The mixer leaves sums in parts, which its least does not contain: the rule has something to find.
+    assert max(ratio for (operation, *_), ratio in over.items() if operation == "mix_and_drop") > 1.05
+
+
 def test_bytes_reach_the_goals():
     rows = {
         (r["operation"], r["direction"], r["student"], r["shape"]): r for r in kernel_report.operations()

@@ -120,9 +120,10 @@ def test_batch_sums_over_several_images_per_program(
 ):
     from maskalign_kernels.mix_and_drop import images_per_program
 
-    monkeypatch.setitem(mix_and_drop.__globals__, "images_per_program", lambda batch, blocks: 2)
+    monkeypatch.setitem(mix_and_drop.__globals__, "images_per_program", lambda *sizes: 2)
     check(mix_case(5, 40, 24, 20, 8), mix_truth, relative, tolerance, generator)
-    assert images_per_program(1, 1) == 1 and images_per_program(256, 16) == 8
+    assert images_per_program(1, 1, 64, 1152) == 1 and images_per_program(256, 16, 64, 1152) == 8
+    assert images_per_program(32, 8, 256, 1152) == 2 and images_per_program(4, 8, 256, 1152) == 1
 
 
 def test_views_are_read_in_place(mix_truth, relative, generator, poisoned):
