@@ -18,8 +18,11 @@ COLUMNS = [
     "keep_ratio",
     "align_weight",
     "images_per_second",
+    "tflops",
+    "mfu",
     "peak_memory_mib",
     "data_wait",
+    "comm_seconds",
     "epoch",
     "skipped_steps",
     "bad_samples",
@@ -60,12 +63,12 @@ class MetricsFile:
 
 
 def read_metrics(path):
-    """Rows of a metrics.csv as dicts of numbers; a half-written last line is left out."""
+    """Rows of a metrics.csv as dicts of numbers; a half-written last line is left out, a column that is not there 0."""
     rows = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             try:
-                numbers = {key: float(row[key]) for key in COLUMNS}
+                numbers = {key: float(row[key]) if key in row else 0.0 for key in COLUMNS}
             except (TypeError, ValueError, KeyError):
                 continue
             for key in ("step", "epoch", "skipped_steps", "bad_samples"):

@@ -93,6 +93,14 @@ class Plan:
         dist.all_reduce(value)
         return int(value)
 
+    def most(self, *numbers):
+        """The largest of all ranks, of each of some numbers, as floats."""
+        if not self.several:
+            return numbers
+        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values.tolist()
+
     def of_main(self, number):
         """Rank 0's float on all ranks."""
         if not self.several:

@@ -26,6 +26,7 @@ from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
 from maskalign.training.saving import Saver
 from maskalign.training.step import TrainStep
+from maskalign.training.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +163,7 @@ class Trainer:
             self._resume(resume, state)
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
+        self.throughput = Throughput(self.model, config, self.placement)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
         training = config.training
@@ -344,9 +346,17 @@ class Trainer:
                 inputs, prepare = batch["moments"].to(device, non_blocking=True), self._prepare
             else:
                 inputs, prepare = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1, None
-            result = self.train_step(
-                self.step, self.progress(), inputs, labels, teachers, first_slot=batch["slot"], prepare=prepare
+            result = self.throughput.run(
+                self.train_step,
+                self.step,
+                self.progress(),
+                inputs,
+                labels,
+                teachers,
+                first_slot=batch["slot"],
+                prepare=prepare,
             )
+            self.throughput.count(result.keep_ratio, result.align_weight if teachers else 0)
             good = ~result.skipped
             row = torch.stack([result.loss, result.velocity_loss, result.align_loss, result.grad_norm.float()]).double()
             sums += torch.where(good, row, 0)
@@ -389,6 +399,7 @@ class Trainer:
 
     def _log(self, result, sums, healthy, steps, since):
         bad = self.plan.total(self.bad_samples)
+        wait, memory = self.plan.most(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
         good = int(healthy)
         self.skipped_steps += steps - good
         loss, velocity, alignment, norm = (sums / max(good, 1) if good else sums * float("nan")).tolist()
@@ -404,8 +415,9 @@ class Trainer:
             "keep_ratio": result.keep_ratio,
             "align_weight": result.align_weight,
             "images_per_second": steps * self.config.training.batch_size / seconds,
-            "peak_memory_mib": peak_memory_mib(self.device),
-            "data_wait": self.stream.wait_seconds - since["wait"],
+            **self.throughput.interval(seconds),
+            "peak_memory_mib": memory,
+            "data_wait": wait,
             "epoch": self.step * self.config.training.batch_size // self.manifest.num_samples,
             "skipped_steps": self.skipped_steps,
             "bad_samples": bad,
@@ -418,7 +430,9 @@ class Trainer:
                 if key != "step":
                     self.tensorboard.add_scalar(f"train/{key}", value, self.step)
         self.bar.set_postfix_str(
-            f"step {self.step}, loss {loss:.4f}, cosine {-alignment:.3f}, {row['images_per_second']:.1f} images/s"
+            f"step {self.step}, loss {loss:.4f}, cosine {-alignment:.3f}, {row['images_per_second']:.1f} images/s, "
+            f"{row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, waiting {wait / seconds:.0%} for data, "
+            f"{row['comm_seconds'] / seconds:.0%} in communication, {memory / 1024:.1f} GiB"
         )
 
     def _save(self):

@@ -78,6 +78,8 @@ def test_two_processes_give_the_losses_of_one(run, launch, tmp_path):
         assert_same(rows(tmp_path / "one"), rows(tmp_path / name), name)
         ranks = json.loads((tmp_path / name / "ranks.json").read_text())
         assert ranks[0] == ranks[1] and ranks[0]["skipped"] == [], name
+        last = rows(tmp_path / name)[STEPS]
+        assert 0 < last["comm_seconds"] < last["time"] and 0 < last["mfu"] < 1 and last["tflops"] > 0, name
 
 
 @pytest.mark.slow

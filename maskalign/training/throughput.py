@@ -1,0 +1,123 @@
+"""What a run makes of its hardware: FLOP/s of the tokens that are really computed, the share of the device's peak, and
+the time in communication.
+"""
+
+import os
+import time
+
+import torch
+
+from maskalign.models.flops import step_flops
+from maskalign.models.routing import keep_count
+
+# Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
+# here (TF32, see parallel.tune_host; MI300X: its float32 matrix rate).
+PEAKS = {
+    "A100": (312, 156),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 494),
+    "H200": (989, 494),
+    "GH200": (989, 494),
+    "B200": (2250, 1125),
+    "MI300X": (1307, 163),
+}
+SAMPLES = (1, 9, 50)  # steps before the first sample, between it and the second (the first is slow), and then on
+
+
+def device_peak(device, dtype):
+    """Peak FLOP/s of a device in a precision: by its name where that is known, else the best of a few square matmuls
+    with this process's threads."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in PEAKS if key in name]
+        if known:
+            low, single = PEAKS[max(known, key=len)]
+            return 1e12 * (low if dtype == torch.bfloat16 else single)
+    size = 4096 if device.type == "cuda" else 512
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        _synchronise(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronise(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Throughput:
+    """Counts the work of the steps of an interval.
+
+    Args:
+        model: the `SiT`. config: `Config`. placement: `parallel.Placement`.
+    """
+
+    def __init__(self, model, config, placement):
+        self.model, self.config, self.placement = model, config, placement
+        self.peak = None
+        self.flops = 0
+        self.flops_of = {}
+        self.share_in_communication = 0.0
+        self.pauses = list(SAMPLES)
+        self.until_sample = self.pauses.pop(0)
+
+    def count(self, keep_ratio, align_weight):
+        """Add one step of the global batch: forward and backward of the student, nothing counted twice."""
+        key = (keep_ratio, align_weight > 0)
+        if key not in self.flops_of:
+            kept = keep_count(keep_ratio, self.model.num_tokens, self.config.method.keep_multiple)
+            self.flops_of[key] = step_flops(self.model, kept, align=key[1])
+        self.flops += self.flops_of[key] * self.config.training.batch_size
+
+    def interval(self, seconds):
+        """Figures of the steps counted since the last call.
+
+        Returns:
+            dict: tflops, TFLOP/s per rank; mfu, their share of the device's peak; comm_seconds, the part of `seconds`
+            in which a collective was under way, computation beside it included.
+        """
+        if self.peak is None:
+            self.peak = device_peak(self.placement.device, self.placement.dtype)
+        rate = self.flops / seconds / self.placement.world_size
+        self.flops = 0
+        return {"tflops": rate / 1e12, "mfu": rate / self.peak, "comm_seconds": self.share_in_communication * seconds}
+
+    def run(self, step, *args, **kwargs):
+        """Call `step`; now and then, on several ranks, under torch's profiler, to see its collectives."""
+        self.until_sample -= 1
+        if self.until_sample >= 0 or self.placement.world_size == 1:
+            return step(*args, **kwargs)
+        self.until_sample = self.pauses.pop(0) if len(self.pauses) > 1 else self.pauses[0]
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains of absent GPUs
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self.placement.device.type == "cuda":
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            begin = time.perf_counter()
+            result = step(*args, **kwargs)
+            _synchronise(self.placement.device)
+            end = time.perf_counter()
+        spans = [
+            (event.time_range.start, event.time_range.end) for event in profile.events() if _collective(event.name)
+        ]
+        self.share_in_communication = min(1.0, _union(spans) * 1e-6 / (end - begin))
+        return result
+
+
+def _collective(name):
+    """True for the span of a collective: gloo's own threads name it so, and NCCL's kernels."""
+    return name.startswith("gloo:") or "nccl" in name and "Kernel" in name
+
+
+def _union(spans):
+    """Length of the union of intervals."""
+    total, reach = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reach))
+        reach = max(reach, end)
+    return total
+
+
+def _synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
