@@ -1,0 +1,160 @@
+"""What a step costs under each parallel plan, all plans in one run, in turns.
+
+    python -m benchmarks.parallel [--preset SiT-B/2] [--ranks 2] [--batch-size 8] [--plans ddp,fsdp,zero2] [--rounds N]
+
+starts torchrun itself. A step is forward, backward, gradient reduction, clip, AdamW and EMA on random latents 4x32x32
+and cached teacher features 256x768 in memory. All plans live in the same processes and take turns, in another order
+every round; a figure is the median over rounds of the slowest rank's step, the ratio the median of the ratios to the
+first plan within a round. Communication is the share of a profiled step in which a collective was under way.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SETTINGS = {
+    "ddp": ["--parallel.plan", "ddp"],
+    "fsdp": ["--parallel.plan", "fsdp"],
+    "zero2": ["--parallel.plan", "fsdp", "--parallel.reshard_after_forward", "false"],
+    "hsdp": ["--parallel.plan", "hsdp"],
+}
+COLUMNS = ["plan", "seconds", "low", "high", "ratio", "communication", "state_mib", "rounds", "about"]
+
+
+class Case:
+    """One plan's model, optimiser and step, on a batch that stays."""
+
+    def __init__(self, name, options):
+        import torch
+
+        from benchmarks.step_cases import recipe_settings
+        from maskalign.config import parse_config
+        from maskalign.training.build import build_model
+        from maskalign.training.compiling import prepare_blocks
+        from maskalign.training.optimizer import Optimizer
+        from maskalign.training.parallel import place
+        from maskalign.training.plans import Plan
+        from maskalign.training.step import TrainStep
+        from maskalign.training.throughput import Throughput
+
+        world = int(os.environ["WORLD_SIZE"])
+        argv = recipe_settings(options.recipe, options.preset, options.keep) + SETTINGS[name]
+        argv += ["--training.batch_size", str(options.batch_size * world), "--training.precision", options.precision]
+        argv += ["--training.compile", str(options.compile).lower(), "--training.accumulation", "1"]
+        config = parse_config(argv)
+        self.name = name
+        self.placement = place(config.training, config.parallel)
+        facts = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "teacher_dims": [768]}
+        with torch.device("meta"):
+            model = build_model(config, facts)
+        plan = Plan(model, config, self.placement)
+        model.to_empty(device=self.placement.device).reset_parameters(0)
+        self.optimizer = Optimizer(model, config.optimizer, self.placement.dtype)
+        prepare_blocks(model, config)
+        self.train_step = TrainStep(model, self.optimizer, config, self.placement, plan)
+        self.throughput = Throughput(model, config, self.placement)
+        self.plan = plan
+        size, device = options.batch_size, self.placement.device
+        generator = torch.Generator().manual_seed(self.placement.rank)
+        self.batch = (
+            torch.randn(size, 4, 32, 32, generator=generator).to(device),
+            torch.randint(1000, (size,), generator=generator).to(device),
+            [torch.randint(-127, 128, (size, 256, 768), generator=generator, dtype=torch.int8).to(device)],
+        )
+        self.first_slot = size * self.placement.rank
+        self.number = 0
+
+    def step(self, profiled=False):
+        """Seconds of one step, on the slowest rank."""
+        self.number += 1
+        if profiled:
+            self.throughput.until_sample = 0
+        run = self.throughput.run if profiled else lambda step, *args, **kwargs: step(*args, **kwargs)
+        self.plan.wait()
+        start = time.perf_counter()
+        result = run(self.train_step, self.number, 0.0, *self.batch, first_slot=self.first_slot)
+        float(result.loss)
+        return self.plan.most(time.perf_counter() - start)[0]
+
+    def state_mib(self):
+        """MiB of weights, averages and moments on this rank."""
+        locals_of = [t.to_local() if hasattr(t, "to_local") else t for t in self.optimizer.tensors().values()]
+        return sum(t.numel() * t.element_size() for t in locals_of) / 2**20
+
+
+def measure(options):
+    """The table's rows, on every rank alike."""
+    from maskalign.training.parallel import tune_host
+
+    cases = [Case(name, options) for name in options.plans]
+    tune_host(cases[0].placement.device)
+    for case in cases:
+        case.step()
+        case.step(profiled=True)
+    seconds = {case.name: [] for case in cases}
+    for number in range(options.rounds):
+        shift = number % len(cases)
+        for case in cases[shift:] + cases[:shift]:
+            seconds[case.name].append(case.step())
+        if cases[0].placement.is_main:
+            print(f"round {number + 1}:", {name: round(times[-1], 2) for name, times in seconds.items()}, flush=True)
+    first = seconds[options.plans[0]]
+    about = (
+        f"{options.preset} {options.recipe} keep {options.keep:g} {options.precision}, "
+        f"batch {options.batch_size} per rank, {options.ranks} ranks, {cases[0].placement.device.type}, compile {options.compile}"
+    )
+    rows = []
+    for case in cases:
+        own = sorted(seconds[case.name])
+        ratios = [a / b for a, b in zip(seconds[case.name], first, strict=True)]
+        figures = [statistics.median(own), own[0], own[-1], statistics.median(ratios)]
+        figures += [case.throughput.share_in_communication, case.state_mib()]
+        rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, about])
+    return rows, cases[0].placement.is_main
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="SiT-B/2")
+    parser.add_argument("--recipe", default="maskalign")
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=8, help="images per rank")
+    parser.add_argument("--plans", default="ddp,fsdp", type=lambda text: text.split(","))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    unknown = [name for name in options.plans if name not in SETTINGS]
+    if unknown:
+        parser.error(f"--plans: there is no {unknown[0]!r}; choose among {', '.join(SETTINGS)}")
+    if "WORLD_SIZE" not in os.environ:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
+        sys.exit(subprocess.run([*torchrun, "-m", "benchmarks.parallel", *sys.argv[1:]]).returncode)
+    rows, is_main = measure(options)
+    if is_main:
+        print(rows[0][-1])
+        print(f"{'plan':8} {'seconds':>8} {'ratio':>6} {'in communication':>17} {'state MiB':>10}")
+        for name, seconds, _, _, ratio, share, state, *_ in rows:
+            print(f"{name:8} {seconds:8.2f} {ratio:6.2f} {share:17.0%} {state:10.0f}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = (
+            options.out / f"parallel-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}.csv"
+        )
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([COLUMNS, *rows])
+        print(path)
+
+    from maskalign.training.parallel import leave_ranks
+
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()
