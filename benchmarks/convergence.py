@@ -187,7 +187,7 @@ class Benchmark:
             "run_dir": str(folder),
             "training.max_steps": steps,
             "training.checkpoint_every": every,
-            "training.keep_checkpoints": 1000,
+            "training.keep_every": every,  # for good, until they have been measured
         }
         points = [every * (number + 1) for number in range(options.points)]
         return {
