@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from maskalign.config import load_config
-from maskalign.errors import UsageError
+from maskalign.errors import RunError, UsageError
 from maskalign.training.build import build_model
 from maskalign.training.shard_files import digest_of
 
@@ -169,6 +169,7 @@ def load_tensors(checkpoint, tensors):
 
     Raises:
         UsageError: a tensor is missing or has another shape: the settings are not those of the checkpoint.
+        RunError: the files cannot be read.
     """
     there = tensor_shapes(checkpoint)
     for name, tensor in tensors.items():
@@ -179,8 +180,12 @@ def load_tensors(checkpoint, tensors):
                 f"{checkpoint}: {name} has shape {tuple(there[name])}, the model's is {tuple(tensor.shape)}; "
                 "it was saved with other model settings"
             )
-    with quiet():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    try:
+        with quiet():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    except CheckpointException as error:  # a BaseException, which nobody else would catch
+        reason = next(iter(error.failures.values()))[0]
+        raise RunError(f"{checkpoint}: its tensors cannot be read ({reason}); choose another checkpoint") from None
 
 
 def tensor_shapes(checkpoint):

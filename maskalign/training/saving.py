@@ -151,7 +151,8 @@ class Saver:
                 dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             parts = self._gather((state, writer.digests))
             self._all(lambda: self._commit(partial, final, parts, config_yaml, merge))
-        except Exception as error:  # of the disk, of a torch library, of a lost rank: all end as one line
+        # Of the disk, of torch, of a lost rank: all end as one line. DCP's own is no Exception but a BaseException.
+        except (Exception, CheckpointException) as error:
             before = complete_checkpoints(self.run_dir)
             if self.rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
