@@ -106,7 +106,8 @@ def measure(options):
     first = seconds[options.plans[0]]
     about = (
         f"{options.preset} {options.recipe} keep {options.keep:g} {options.precision}, "
-        f"batch {options.batch_size} per rank, {options.ranks} ranks, {cases[0].placement.device.type}, compile {options.compile}"
+        f"batch {options.batch_size} per rank, {options.ranks} ranks, {cases[0].placement.device.type}, "
+        f"compile {options.compile}"
     )
     rows = []
     for case in cases:

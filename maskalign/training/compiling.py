@@ -48,6 +48,12 @@ def compile_model(model, keep=None, budget=1.0):
     model.mixer.forward = _compiled_mixer(model.mixer.forward, varying, keep.start)
 
 
+def compile_units(modules):
+    """torch.compile the forward of each module in place, as a whole graph for the shapes that come."""
+    for module in modules:
+        module.forward = _compile(module.forward, varying=False)
+
+
 def _compile(function, varying):
     return torch.compile(function, fullgraph=True, dynamic=None if varying else False, backend=BACKEND)
 

@@ -14,11 +14,11 @@ from maskalign.data.stream import ShardStream, merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.models.initial import assign
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
 from maskalign.training import checkpoint
 from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
+from maskalign.training.features import Features
 from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import leave_ranks, place, tune_host
@@ -62,52 +62,6 @@ def train(config, manifest, facts):
         leave_ranks(failed)
 
 
-class Features:
-    """Teacher features of a batch on the student's grid: from the shards, or computed from the images.
-
-    Args:
-        config, manifest: of the run.
-        teachers: list of (name, cached).
-        grid: (rows, columns) of the student's tokens.
-        device: where the features are used.
-    """
-
-    def __init__(self, config, manifest, teachers, grid, device):
-        self.grid = grid
-        self.device = device
-        self.sources = []
-        weights = config.teacher.weights
-        for name, cached in teachers:
-            if cached:
-                self.sources.append(
-                    (name, None, tuple(manifest.teachers[name]["grid"]), manifest.teachers[name]["dim"])
-                )
-                continue
-            own = dict(weights=weights, image_size=manifest.resolution, device=device)
-            if name in manifest.teachers:
-                teacher = load_teacher_like(name, manifest.teachers[name], **own)
-            else:
-                teacher = load_teacher(name, normalize=config.teacher.normalize, **own)
-            self.sources.append((name, teacher, teacher.grid, teacher.dim))
-
-    @property
-    def dims(self):
-        return [dim for _, _, _, dim in self.sources]
-
-    @torch.no_grad()
-    def __call__(self, batch):
-        """One (b, N, Dz) per teacher, floating or int8."""
-        out = []
-        for name, teacher, grid, _ in self.sources:
-            if teacher is None:
-                z = batch[name].to(self.device, non_blocking=True)
-            else:
-                z = teacher(batch["image"].to(self.device, non_blocking=True))
-            # int8 rows have no common length, which a weighted mean of neighbours needs: resample before storing.
-            out.append(z if grid == self.grid else resample_tokens(z.float(), grid, self.grid))
-        return out
-
-
 class Trainer:
     def __init__(self, config, manifest, facts, stop=None):
         self.config = config
@@ -125,7 +79,7 @@ class Trainer:
         state = checkpoint.read_state(resume) if resume else None
 
         sizes_grid = self._grid(config, facts)
-        self.features = Features(config, manifest, facts["teachers"], sizes_grid, self.device)
+        self.features = Features(config, manifest, facts["teachers"], sizes_grid, self.placement)
         self.facts = {
             "input_size": facts["input_size"],
             "in_channels": facts["in_channels"],

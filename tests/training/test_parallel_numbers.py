@@ -122,3 +122,14 @@ def test_nan_on_one_rank_makes_all_ranks_skip_the_same_step(launch, tmp_path):
         assert ranks[0]["digest"] == ranks[1]["digest"], name
         last = rows(tmp_path / name)[5]
         assert last["skipped_steps"] == 1 and math.isfinite(last["loss"]), name
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_and_sharded_teacher_gives_the_losses_of_a_whole_one(run, launch, tmp_path):
+    small = dict(training__max_steps=3, teacher__names="[timm:vit_tiny_patch16_224]", teacher__weights="random")
+    run("one", **small)
+    launch(2, {"two": small | PLANS["fsdp"] | COMPILED | dict(parallel__shard_teacher_above=1)})
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    for step in (1, 2, 3):
+        assert math.isclose(one[step]["loss"], two[step]["loss"], rel_tol=1e-5), step
