@@ -5,7 +5,8 @@
 starts torchrun itself. A step is forward, backward, gradient reduction, clip, AdamW and EMA on random latents 4x32x32
 and cached teacher features 256x768 in memory. All plans live in the same processes and take turns, in another order
 every round; a figure is the median over rounds of the slowest rank's step, the ratio the median of the ratios to the
-first plan within a round. Communication is the share of a profiled step in which a collective was under way.
+first plan within a round. CPU seconds, of all threads of the busiest rank, say what a step costs on a CPU whatever else
+runs on the machine. Communication is the share of a profiled step in which a collective was under way.
 """
 
 import argparse
@@ -23,7 +24,8 @@ SETTINGS = {
     "zero2": ["--parallel.plan", "fsdp", "--parallel.reshard_after_forward", "false"],
     "hsdp": ["--parallel.plan", "hsdp"],
 }
-COLUMNS = ["plan", "seconds", "low", "high", "ratio", "communication", "state_mib", "rounds", "about"]
+COLUMNS = ["plan", "seconds", "low", "high", "ratio", "cpu_seconds", "cpu_ratio", "communication", "state_mib"]
+COLUMNS += ["rounds", "about"]
 
 
 class Case:
@@ -70,16 +72,16 @@ class Case:
         self.number = 0
 
     def step(self, profiled=False):
-        """Seconds of one step, on the slowest rank."""
+        """Seconds and CPU seconds of one step, each on the rank with the most."""
         self.number += 1
         if profiled:
             self.throughput.until_sample = 0
         run = self.throughput.run if profiled else lambda step, *args, **kwargs: step(*args, **kwargs)
         self.plan.wait()
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         result = run(self.train_step, self.number, 0.0, *self.batch, first_slot=self.first_slot)
         float(result.loss)
-        return self.plan.most(time.perf_counter() - start)[0]
+        return self.plan.most(time.perf_counter() - start, time.process_time() - cpu)
 
     def state_mib(self):
         """MiB of weights, averages and moments on this rank."""
@@ -89,10 +91,10 @@ class Case:
 
 def measure(options):
     """The table's rows, on every rank alike."""
-    from maskalign.training.parallel import tune_host
+    from maskalign.training.parallel import find_device, tune_host
 
+    tune_host(find_device("auto"))
     cases = [Case(name, options) for name in options.plans]
-    tune_host(cases[0].placement.device)
     for case in cases:
         case.step()
         case.step(profiled=True)
@@ -102,7 +104,11 @@ def measure(options):
         for case in cases[shift:] + cases[:shift]:
             seconds[case.name].append(case.step())
         if cases[0].placement.is_main:
-            print(f"round {number + 1}:", {name: round(times[-1], 2) for name, times in seconds.items()}, flush=True)
+            print(
+                f"round {number + 1}:",
+                {name: [round(x, 2) for x in times[-1]] for name, times in seconds.items()},
+                flush=True,
+            )
     first = seconds[options.plans[0]]
     about = (
         f"{options.preset} {options.recipe} keep {options.keep:g} {options.precision}, "
@@ -111,9 +117,10 @@ def measure(options):
     )
     rows = []
     for case in cases:
-        own = sorted(seconds[case.name])
-        ratios = [a / b for a, b in zip(seconds[case.name], first, strict=True)]
-        figures = [statistics.median(own), own[0], own[-1], statistics.median(ratios)]
+        own, cpu = (sorted(column) for column in zip(*seconds[case.name], strict=True))
+        pairs = list(zip(seconds[case.name], first, strict=True))
+        ratio, cpu_ratio = (statistics.median(a[k] / b[k] for a, b in pairs) for k in (0, 1))
+        figures = [statistics.median(own), own[0], own[-1], ratio, statistics.median(cpu), cpu_ratio]
         figures += [case.throughput.share_in_communication, case.state_mib()]
         rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, about])
     return rows, cases[0].placement.is_main
@@ -141,9 +148,9 @@ def main():
     rows, is_main = measure(options)
     if is_main:
         print(rows[0][-1])
-        print(f"{'plan':8} {'seconds':>8} {'ratio':>6} {'in communication':>17} {'state MiB':>10}")
-        for name, seconds, _, _, ratio, share, state, *_ in rows:
-            print(f"{name:8} {seconds:8.2f} {ratio:6.2f} {share:17.0%} {state:10.0f}")
+        print(f"{'plan':8} {'seconds':>8} {'ratio':>6} {'CPU s':>7} {'ratio':>6} {'in comm.':>9} {'state MiB':>10}")
+        for name, seconds, _, _, ratio, cpu, cpu_ratio, share, state, *_ in rows:
+            print(f"{name:8} {seconds:8.2f} {ratio:6.2f} {cpu:7.2f} {cpu_ratio:6.2f} {share:9.0%} {state:10.0f}")
         options.out.mkdir(parents=True, exist_ok=True)
         path = (
             options.out / f"parallel-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}.csv"

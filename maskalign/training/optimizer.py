@@ -1,6 +1,7 @@
 """AdamW on float32 masters with the gradient clip folded in, skipped steps, and the moving average of the weights."""
 
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -119,15 +120,15 @@ class Optimizer:
         if not self.sharded:
             return local
         p = self.params[k]
-        mesh = p.device_mesh
-        if local.device.type != mesh.device_type:
-            mesh = DeviceMesh.from_group(
-                [mesh.get_group(d) for d in range(mesh.ndim)] if mesh.ndim > 1 else mesh.get_group(),
-                local.device.type,
-                mesh.mesh,
-                mesh_dim_names=mesh.mesh_dim_names,
-            )
+        mesh = p.device_mesh if local.device.type == p.device.type else self._host_mesh
         return DTensor.from_local(local, mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride())
+
+    @cached_property
+    def _host_mesh(self):
+        """The parameters' mesh for tensors in host memory, with the same ranks; the groups have gloo beside NCCL."""
+        mesh = self.params[0].device_mesh
+        groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh.ndim > 1 else mesh.get_group()
+        return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
 
     @contextmanager
     def averaged(self):

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskalign.config import as_schedule
+from maskalign.models.routing import keep_count
 
 
 class Replicated(DistributedDataParallel):
@@ -149,8 +150,9 @@ def some_parameters_idle(config, model):
     """True where some steps of a run leave parameters without a gradient: the projectors once the alignment ends, the
     mask token once all tokens are kept."""
     weight, keep = as_schedule(config.method.align_weight), as_schedule(config.method.keep_ratio)
+    counts = [keep_count(ratio, model.num_tokens, config.method.keep_multiple) for ratio in (keep.start, keep.end)]
     ends = len(model.projectors) > 0 and 0 in (weight.start, weight.end)
-    return ends or (model.fuse is not None and 1 in (keep.start, keep.end))
+    return ends or (model.fuse is not None and model.num_tokens in counts)
 
 
 def reduce_in_float32(_, bucket):
