@@ -10,8 +10,9 @@ does, with any number of --jobs, and after any interruption. The x axis "seconds
 without checkpoints, samples and the measurements themselves. Schedules go by steps and end with the run.
 
 Each run is a folder below WORK/runs; run the same command again to go on, finished runs are not repeated. At several
-points of each run, on averaged weights: velocity loss on all tokens of held-out images by time step, alignment cosine,
-and Frechet and kernel distance of samples in the teacher's features. Writes OUT/convergence-SUITE-DATA.csv, one row per
+points of each run, on averaged weights: velocity loss on all tokens of held-out images by time step (and that of the
+weights themselves, which an average over too many steps would hide), alignment cosine, and Frechet and kernel distance
+of samples in the teacher's features. Writes OUT/convergence-SUITE-DATA.csv, one row per
 number; .json, what was run; .png; and prints the table. --data takes a folder or archive of images, openmoji,
 torchvision:CIFAR10, or a built data set.
 """
@@ -216,7 +217,7 @@ class Benchmark:
             tflop = self._tflop(config, steps)
             for step in job["points"]:
                 values = [tuple(row) for row in json.loads(run_folder.quality_path(folder, step).read_text())]
-                for metric in ("velocity_loss", "cosine"):
+                for metric in ("velocity_loss", "raw_velocity_loss", "cosine"):
                     each = [value for of, _, value in values if of == metric]
                     values += [(metric, "", sum(each) / len(each))] if each else []
                 common = dict(data=self.data, recipe=name, seed=seed, share=float(share), run_steps=steps, step=step)

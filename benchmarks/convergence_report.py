@@ -8,10 +8,11 @@ COLUMNS = (
     "data", "recipe", "seed", "share", "run_steps", "step", "seconds", "tflop", "metric", "time", "value",
 )  # fmt: skip
 NUMBERS = {"seed": int, "share": float, "run_steps": int, "step": int, "seconds": float, "tflop": float, "value": float}
-BETTER_LOW = {"velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
-FORMS = {"velocity_loss": "{:.4f}", "cosine": "{:.3f}", "frechet": "{:.3g}", "kernel": "{:.3g}"}
+BETTER_LOW = {"velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
+FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
 TITLES = {
     "velocity_loss": "held-out velocity loss, all tokens",
+    "raw_velocity_loss": "the same of the weights themselves, not averaged",
     "cosine": "held-out alignment cosine",
     "frechet": "Frechet distance of EMA samples",
     "kernel": "kernel distance of EMA samples",

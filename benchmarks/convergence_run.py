@@ -79,13 +79,16 @@ def work(run_dir):
 
 
 def measure(run_dir, step, job, config, heldout):
-    """Write the quality file of one point."""
+    """Write the quality file of one point: averaged weights, and the velocity loss of the weights themselves."""
     from benchmarks.convergence_quality import heldout_losses, sample_distances
     from maskalign.training.checkpoint import load_model
 
-    model, _, _ = load_model(Path(run_dir, "checkpoints", f"step_{step:08d}"))
-    path = config.objective.path
-    rows = [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
+    folder, path = Path(run_dir, "checkpoints", f"step_{step:08d}"), config.objective.path
+    model, _, _ = load_model(folder, ema=False)
+    found = heldout_losses(model, heldout, job["times"], path)
+    rows = [["raw_velocity_loss", at, value] for (metric, at), value in found.items() if metric == "velocity_loss"]
+    model, _, _ = load_model(folder)
+    rows += [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
     if step in job["sample_points"]:
         found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path)
         rows += [[metric, "", value] for metric, value in found.items()]

@@ -122,7 +122,7 @@ def convergence_section(path, note):
     rows = convergence_report.read_rows(path)
     about = json.loads(path.with_suffix(".json").read_text())
     lines = convergence_report.summary(rows)
-    names = {"velocity_loss": "held-out loss", "cosine": "cosine", "frechet": "Frechet", "kernel": "kernel"}
+    names = {"velocity_loss": "held-out loss", "raw_velocity_loss": "not averaged", "frechet": "Frechet"}
     head = [names.get(key, key) for key in lines[0]]
     longest = max(row["seconds"] or 0 for row in rows)
     limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"

@@ -295,8 +295,8 @@ def check_rows(path):
     rows = read_rows(path)
     with open(path, newline="") as file:
         assert len(list(csv.DictReader(file))) == len(rows)
-    # Per run: 3 points with 10 times and a mean of two metrics, and two distances at the last point.
-    assert len(rows) == 2 * (3 * 2 * 11 + 2)
+    # Per run: 3 points with 10 times and a mean of three metrics, and two distances at the last point.
+    assert len(rows) == 2 * (3 * 3 * 11 + 2)
     for recipe in ("repa", "maskalign"):
         losses = [row for row in rows if row["recipe"] == recipe and row["metric"] == "velocity_loss"]
         for step in (2, 4, 6):
@@ -304,6 +304,9 @@ def check_rows(path):
             assert len(by_time) == 11 and by_time.pop("") == pytest.approx(np.mean(list(by_time.values())), rel=1e-4)
             assert all(0 < value < 10 for value in by_time.values())
     assert all(row["tflop"] > 0 and row["seconds"] is None for row in rows)
+    by_weights = [{(row["recipe"], row["step"], row["time"]): row["value"] for row in rows if row["metric"] == metric}
+                  for metric in ("velocity_loss", "raw_velocity_loss")]  # fmt: skip
+    assert by_weights[0].keys() == by_weights[1].keys() and by_weights[0] != by_weights[1]
     frechet = [row["value"] for row in rows if row["metric"] == "frechet"]
     assert len(frechet) == 2 and all(value > 0 for value in frechet)
 
