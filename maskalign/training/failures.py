@@ -108,23 +108,25 @@ class Watchdog:
 
     Args:
         timeout: seconds without progress.
-        several: False makes a watchdog that only remembers step and phase.
+
+    Until `join`, and in one process, it only remembers step and phase.
     """
 
-    def __init__(self, timeout, several=True):
+    def __init__(self, timeout):
         self.timeout = timeout
         self.interval = min(5.0, timeout / 8)
         self.step, self.phase, self.beats = 0, "set up", 0
         self.progress = 0
         self.done = threading.Event()
         self.main = threading.main_thread().ident
-        self.thread = None
-        if several:
-            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            self.store = _store()
-            if self.store is not None:
-                self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-                self.thread.start()
+        self.rank, self.world_size, self.store = 0, 1, None
+
+    def join(self):
+        """Watch, with the watchdogs of all other ranks."""
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.store = _store()
+        if self.store is not None:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase, step=None):
         """This rank goes on: with `phase` (data, step, save, sample, evaluate, ...) of `step`."""
@@ -199,15 +201,19 @@ class Watchdog:
         os._exit(1)
 
 
-def lost_contact(error, watchdog, rank):
+def lost_contact(error, watchdog):
     """What torch raises where another rank has gone, as a RunError that names this rank and the step; else None."""
     text = str(error)
     known = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RunError)
-    if not known or not (isinstance(error, dist.DistError) or any(word in text for word in LOST)):
+    if (
+        watchdog.world_size == 1
+        or not known
+        or not (isinstance(error, dist.DistError) or any(word in text for word in LOST))
+    ):
         return None
-    reason = text.strip().splitlines()[0].split("] ")[-1][:160]
+    reason = text.strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
     return RunError(
-        f"rank {rank} lost contact with another rank in step {watchdog.step + 1} ({watchdog.phase}: {reason}); "
+        f"rank {watchdog.rank} lost contact with another rank in step {watchdog.step + 1} ({reason}); "
         "see the line of the rank that ended first; the same command goes on from the last checkpoint"
     )
 

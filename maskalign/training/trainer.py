@@ -45,16 +45,15 @@ def train(config, manifest, facts):
     Raises:
         UsageError: the settings cannot work. RunError: the training failed.
     """
-    failed, watchdog, rank = True, None, 0
+    failed = True
+    watchdog = Watchdog(config.training.timeout)
     try:
         with Stop() as stop:
-            trainer = Trainer(config, manifest, facts, stop)
-            watchdog, rank = trainer.watchdog, trainer.placement.rank
-            result = trainer.run()
+            result = Trainer(config, manifest, facts, stop, watchdog).run()
         failed = False
         return result
     except Exception as error:
-        lost = lost_contact(error, watchdog, rank) if watchdog is not None else None
+        lost = lost_contact(error, watchdog)
         if lost is None:
             raise
         raise lost from None
@@ -63,15 +62,14 @@ def train(config, manifest, facts):
 
 
 class Trainer:
-    def __init__(self, config, manifest, facts, stop=None):
+    def __init__(self, config, manifest, facts, stop=None, watchdog=None):
         self.config = config
         self.manifest = manifest
         self.placement = place(config.training, config.parallel)
-        several = self.placement.world_size > 1
-        self.stop = stop or Stop()
-        if several:
+        self.stop, self.watchdog = stop or Stop(), watchdog or Watchdog(config.training.timeout)
+        if self.placement.world_size > 1:
             self.stop.join()
-        self.watchdog = Watchdog(config.training.timeout, several)
+            self.watchdog.join()
         self.device = self.placement.device
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
