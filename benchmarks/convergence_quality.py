@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.distances import frechet_distance, kernel_distance
 from maskalign.data.manifest import Manifest
 from maskalign.data.stream import ShardStream
 from maskalign.objective.interpolant import Interpolant
@@ -117,8 +118,6 @@ def sample_distances(model, heldout, samples, steps, path="linear"):
     Returns:
         dict: `frechet`, `kernel`.
     """
-    from maskalign.evaluation.distances import frechet_distance, kernel_distance
-
     arrays = heldout.arrays
     labels = arrays["labels"][torch.arange(samples) % len(arrays["labels"])]
     settings = Sampling("ode", steps, path=path, seed=SAMPLE_SEED, batch_size=64)
