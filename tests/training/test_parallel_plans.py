@@ -129,6 +129,30 @@ def test_recomputation_keeps_less_and_changes_no_gradient(command, seed):
             assert (a is None and b is None) or torch.equal(a, b), name
 
 
+@pytest.mark.slow
+def test_compiled_blocks_keep_what_the_budget_allows(command, seed, monkeypatch):
+    # The partitioner that inductor uses, without its slow code generation.
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager_decomp_partition")
+    sizes, gradients = [], []
+    for budget in (1.0, 0.5, 0.1):
+        torch._dynamo.reset()
+        torch.manual_seed(seed)
+        model = small(depth=2, width=64, mixer="none")
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.05)
+        changes = dict(parallel__recompute="selective", parallel__memory_budget=budget, training__compile="true")
+        try:
+            compiling.prepare_blocks(model, parse_config(command(**changes)))
+            sizes.append(saved_bytes(model, torch.arange(8).expand(4, 8)))
+        finally:
+            torch._functorch.config.activation_memory_budget = 1.0
+        gradients.append([p.grad for p in model.parameters()])
+    assert sizes[2] < sizes[1] < sizes[0] and sizes[2] < 0.6 * sizes[0], sizes
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("count, expected", [(0, []), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3])])
 def test_recomputed_blocks_are_spread(count, expected):
     assert compiling.spread(count, 4) == expected
