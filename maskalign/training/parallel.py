@@ -91,7 +91,11 @@ def join_ranks(device, timeout=600):
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(seconds=4 * timeout + 600))
+        patience = timedelta(seconds=4 * timeout + 600)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+        # After --max-restarts torchrun's store is the one of before, and has the addresses of ranks that are dead.
+        store = dist.PrefixStore("start" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
