@@ -294,14 +294,14 @@ def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
 
 
 def test_imagenet_with_dinov2_b_takes_what_the_help_says():
-    import maskalign.cli
+    from maskalign.commands import data_encode
 
     for dtype, said in (("int8", 252), ("float16", 504)):
         entry = {"tokens": 256, "dim": 768, "dtype": dtype}
         numbers = 256 * 768 * (1 if dtype == "int8" else 2) * IMAGENET_IMAGES
         assert round(numbers / 1e9) == said
         assert 1 <= entry_bytes(entry) * IMAGENET_IMAGES / numbers < 1.01  # headers included
-        assert f"{said} GB as {dtype}" in " ".join(maskalign.cli.data_encode.__doc__.split())
+        assert f"{said} GB as {dtype}" in " ".join(data_encode.__doc__.split())
 
 
 CRASHES = textwrap.dedent(
@@ -559,7 +559,7 @@ def test_a_wrong_name_on_the_command_line_is_answered_at_once(data):
 
 
 def test_the_command_hands_every_option_on(monkeypatch):
-    import maskalign.cli
+    from maskalign.commands import data_encode
     import maskalign.data.encode as module
 
     seen = {}
