@@ -559,7 +559,7 @@ def test_a_wrong_name_on_the_command_line_is_answered_at_once(data):
 
 
 def test_the_command_hands_every_option_on(monkeypatch):
-    from maskalign.commands import data_encode
+    import maskalign.cli
     import maskalign.data.encode as module
 
     seen = {}
