@@ -39,11 +39,14 @@ def settings(data, run_dir, steps, batch):
     return [*MODEL, *(str(word) for word in own), "--training.checkpoint_every", "3"]
 
 
-def start(argv, ranks, log):
-    """Start a run on some ranks; the keys that it sees go to files in the folder `log`, its output to `output.txt`."""
+def start(argv, ranks, log, pause=0.0):
+    """Start a run on some ranks; the keys that it sees go to files in the folder `log`, its output to `output.txt`.
+
+    `pause` is a rest in seconds before each step: so small a model is else at its end before the kill has come.
+    """
     log.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, "-m", "benchmarks.kill_and_resume", "--worker", str(log), *argv]
+    command = [sys.executable, *launcher, "-m", "benchmarks.kill_and_resume", "--worker", str(log), str(pause), *argv]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log / "output.txt", "a") as output:
         return subprocess.Popen(
@@ -51,7 +54,7 @@ def start(argv, ranks, log):
         )
 
 
-def work(log, argv):
+def work(log, pause, argv):
     """`maskalign train`, which also writes the keys of each step's batch as lines of JSON before it is used."""
     from maskalign.cli import main
     from maskalign.training import trainer
@@ -64,6 +67,7 @@ def work(log, argv):
                 # `served` counts the whole job, this batch included.
                 file.write(json.dumps([self.served // self.batch_size - 1, batch["key"]]) + "\n")
                 file.flush()
+                time.sleep(pause)
                 yield batch
 
     trainer.ShardStream = Watched
@@ -131,7 +135,8 @@ def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
     while True:
         ranks, plan = LAYOUTS[starts % len(LAYOUTS)]
         starts += 1
-        process = start([*settings(data, killed, steps, batch), *plan], ranks, log)
+        pause = 0.1 if done < kills else 0.0
+        process = start([*settings(data, killed, steps, batch), *plan], ranks, log, pause)
         if done < kills:
             before = max(losses(killed), default=0)
             target = before + rng.randint(1, max(1, 2 * (steps - before) // (kills - done + 1)))
@@ -182,7 +187,7 @@ def compare(whole, killed, out, steps, batch, data):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--worker"]:
-        return work(argv[1], argv[2:])
+        return work(argv[1], float(argv[2]), argv[3:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder of a data set with features of efficientnet-lite0")
     parser.add_argument("--out", default="runs/kills", help="folder for the two runs; it is emptied first")

@@ -231,7 +231,7 @@ class ParallelConfig:
     """selective: share of the blocks' activations that is kept, in [0, 1]."""
     ema_on_cpu: bool = False
     """Keep the moving average in host memory."""
-    shard_teacher_above: float = 1024
+    shard_teacher_above: float = 1024.0
     """fsdp, hsdp: MiB of weights above which an online teacher is sharded too."""
 
 

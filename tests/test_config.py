@@ -76,7 +76,7 @@ WRONG = [
     (["--optimizer.lr", "0"], ["optimizer.lr", "above 0"]),
     (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay"]),
     (["--training.batch_size", "10", "--training.accumulation", "4"], ["training.accumulation", "divide"]),
-    (["--parallel.plan", "fsdp"], ["parallel.plan", "none"]),
+    (["--parallel.plan", "zero3"], ["parallel.plan", "fsdp"]),
     (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
 ]
 

@@ -51,10 +51,13 @@ def marked_files(checkpoint):
     marked = json.loads(Path(checkpoint, MARKER).read_text())
     if not isinstance(marked, dict):
         raise ValueError("no table of files")
-    files = {name: entry if isinstance(entry, dict) else {"size": entry} for name, entry in marked.items()}
-    if not all(isinstance(entry.get("size"), int) for entry in files.values()):
-        raise ValueError("a file without its size")
-    return files
+    for name, entry in marked.items():
+        # Strict: a flipped bit in a key would otherwise drop the checksum that it names.
+        if isinstance(entry, dict) and not (entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int)):
+            raise ValueError(f"{name} without its size and checksum")
+        if not isinstance(entry, (dict, int)):
+            raise ValueError(f"{name} without its size")
+    return {name: entry if isinstance(entry, dict) else {"size": entry} for name, entry in marked.items()}
 
 
 def _size_damage(checkpoint):

@@ -134,6 +134,13 @@ class Watchdog:
         self.step = self.step if step is None else step
         self.progress += 1
 
+    def was_told(self):
+        """True where a watchdog has said why the job ends."""
+        try:
+            return self.store is not None and self.store.check(["told"])
+        except (RuntimeError, dist.DistError):
+            return False  # the store has gone, and with it the answer
+
     def close(self):
         """End the watch."""
         self.phase = "end"
@@ -142,6 +149,7 @@ class Watchdog:
     def _watch(self):
         seen, since = -1, time.monotonic()
         try:
+            self._tell()
             while not self.done.wait(self.interval):
                 self._tell()
                 if self.progress != seen or self.phase in PATIENT:
@@ -179,9 +187,9 @@ class Watchdog:
         took = f"within training.timeout {self.timeout:g} s"
         silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a is None or a["beats"] == b["beats"]]
         if silent:
-            known = now[silent[0]]
-            at = f"in step {known['step'] + 1}" if known else "in the set-up"
-            return f"{_ranks(silent)} gave no sign of life {took}, last seen {at}; stopped, or its machine is gone"
+            # Its own last note may be some steps old: where the job stands, the waiting ranks know better.
+            step = max(note["step"] for note in now if note)
+            return f"{_ranks(silent)} gave no sign of life {took} in step {step + 1}: stopped, or its machine is gone"
         if any(note["phase"] in PATIENT for note in now):
             return None
         last = min((note["step"], note["calls"]) for note in now)

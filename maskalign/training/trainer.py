@@ -56,6 +56,8 @@ def train(config, manifest, facts):
         lost = lost_contact(error, watchdog)
         if lost is None:
             raise
+        if watchdog.was_told():
+            raise SystemExit(1) from None
         raise lost from None
     finally:
         leave_ranks(failed)

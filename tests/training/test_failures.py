@@ -79,7 +79,9 @@ def test_a_hung_rank_ends_the_run_with_its_number_and_the_step(command, tmp_path
     assert re.search(r"failed: rank 1 .* in step 6", lines[0]) and "training.timeout 4 s" in lines[0]
     if fault == "hang":
         assert "train_with_faults.py" in lines[0]  # where it hangs
-    assert complete_checkpoints(tmp_path / "run")[-1].name == "step_00000004"
+    # A stopped process also stops writing the checkpoint of step 4, if it was still in the background.
+    steps = [4] if fault == "hang" else [2, 4]
+    assert complete_checkpoints(tmp_path / "run")[-1].name in {f"step_{step:08d}" for step in steps}
 
 
 def test_what_one_rank_alone_meets_is_told_and_the_others_follow(command, tmp_path):
