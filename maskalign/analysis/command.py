@@ -1,0 +1,191 @@
+"""The work of `maskalign analyze`: measure checkpoints, then tables, pictures and the outcome in words."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from maskalign.analysis.agreement import agreement_work, measure_agreement
+from maskalign.analysis.images import Images
+from maskalign.analysis.measure import measure_tokens, work_of
+from maskalign.analysis.outcome import write_outcome
+from maskalign.analysis.pictures import draw_curves, draw_maps, draw_series
+from maskalign.analysis.settings import AnalysisSettings
+from maskalign.analysis.subjects import find_checkpoints, load_subject
+from maskalign.analysis.tables import (
+    AGREEMENT_COLUMNS,
+    CONCENTRATION_COLUMNS,
+    POSITION_COLUMNS,
+    STABILITY_COLUMNS,
+    agreement_rows,
+    checkpoint_rows,
+    concentration_row,
+    position_rows,
+    run_rows,
+    stability_rows,
+    write_csv,
+)
+from maskalign.errors import RunError, UsageError
+
+TABLES = {
+    "positions": POSITION_COLUMNS,
+    "stability": STABILITY_COLUMNS,
+    "concentration": CONCENTRATION_COLUMNS,
+    "agreement": AGREEMENT_COLUMNS,
+}
+
+
+def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers=(), device="auto", progress=True):
+    """Measure where the alignment loss pulls on the tokens, and how stable that is.
+
+    Args:
+        checkpoints: run folders, checkpoint folders, REPA .pt or .safetensors files, see `subjects.find_checkpoints`.
+        data: folder or URL prefix of the data set.
+        out: folder for the tables, pictures and outcome.md.
+        settings: `AnalysisSettings`.
+        ema: the moving average of the weights instead of the weights.
+        most: of a run, at most this many checkpoints.
+        teachers: names, for files that do not tell them.
+        device: auto, cpu or cuda.
+        progress: show bars.
+
+    Returns:
+        Path of outcome.md.
+
+    Raises:
+        UsageError: checkpoints or data that do not fit. RunError: results that are not finite, or cannot be written.
+    """
+    settings, out, device = settings or AnalysisSettings(), Path(out), _device(device)
+    entries = find_checkpoints(checkpoints, most)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: {out} cannot be written to ({error.strerror}); choose another folder") from None
+    first = load_subject(entries[0], ema)
+    with _bar(settings.images, "reading", " images", progress) as bar:
+        images = Images(
+            data, first, settings.images, teachers=teachers, batch_size=settings.batch_size, seed=settings.seed,
+            device=device, progress=bar.update,
+        )  # fmt: skip
+    settings = replace(settings, images=images.count)
+    tables = {name: [] for name in TABLES}
+    about = _about(data, images, settings, first, ema)
+    series = {}
+    work = len(entries) * (work_of(images, settings) + agreement_work(images, settings))
+    with _bar(work, "measuring", " batches", progress) as bar:
+        for entry in entries:
+            subject = load_subject(entry, ema)
+            _check_alike(subject, first, settings)
+            subject.model = subject.model.to(device)
+            found = measure_tokens(subject, images, settings, bar.update)
+            _check_finite(subject, found)
+            agreement = measure_agreement(subject, images, settings, bar.update)
+            tables["positions"] += position_rows(subject, found, settings)
+            tables["stability"] += stability_rows(subject, found, settings)
+            tables["concentration"] += [concentration_row(subject, m, n, settings) for m, n in found.norms.items()]
+            tables["agreement"] += agreement_rows(subject, agreement, min(settings.batch_size, images.count))
+            subject.model = subject.model.cpu()
+            series.setdefault(entry.run, []).append((subject, found))
+            about["settings"][entry.run] = _describe(subject)
+            about["kept"][entry.run] = subject.kept(settings.keep_ratio)
+    for members in series.values():
+        tables["stability"] += checkpoint_rows(*zip(*members, strict=True), settings)
+    if len(series) > 1:
+        tables["stability"] += run_rows(*zip(*(members[-1] for members in series.values()), strict=True), settings)
+    about["series"] = {run: [subject.step for subject, _ in members] for run, members in series.items()}
+    return _write(out, tables, about, settings)
+
+
+def _write(out, tables, about, settings):
+    try:
+        for name, columns in TABLES.items():
+            write_csv(out / f"{name}.csv", columns, tables[name])
+        for run, steps in about["series"].items():
+            stem, own = run.replace("/", "-"), [row for row in tables["positions"] if row["run"] == run]
+            last = [row for row in own if row["step"] == steps[-1]]
+            title = run if steps[-1] is None else f"{run}, step {steps[-1]}"
+            draw_maps(last, out / f"maps-{stem}.png", settings.top, title)
+            if len(set(steps)) > 1:
+                draw_series(own, out / f"training-{stem}.png", run)
+        draw_curves(tables["positions"], tables["stability"], tables["agreement"], out / "curves.png")
+        path = out / "outcome.md"
+        path.write_text(write_outcome(tables, about))
+    except OSError as error:
+        raise RunError(f"cannot write to {out} ({error.strerror or error}); choose another --out") from None
+    return path
+
+
+def _about(data, images, settings, subject, ema):
+    source = images.manifest.source
+    return {
+        "data": Path(str(data)).name if not source else f"{source} ({images.manifest.resolution} px)",
+        "images": images.count,
+        "times": settings.times,
+        "draws": settings.draws,
+        "top": settings.top,
+        "seed": settings.seed,
+        "weights": "moving average (EMA)" if ema else "the weights themselves, not averaged",
+        "tokens": subject.model.num_tokens,
+        "teachers": images.names,
+        "group_size": min(settings.batch_size, images.count),
+        "settings": {},
+        "kept": {},
+    }
+
+
+def _describe(subject):
+    """What matters of a run's settings, for the table of conditions."""
+    model, method = subject.model, subject.config.method
+    words = f"{model.depth} blocks of width {model.width}, tap behind block {model.align_depth}"
+    if subject.step is None or not subject.teachers:
+        return words
+    keep = method.keep_ratio
+    if hasattr(keep, "kind"):
+        keep = f"{keep.start:g} to {keep.end:g} ({keep.kind} from {keep.begin:g})"
+    mixer = subject.config.model.mixer
+    trained = "trained on subsets" if subject.trained_on_subsets else "trained with all tokens up to the tap"
+    return f"{words}, mixer {mixer}, keep ratio {keep}, {trained}, EMA decay {subject.config.optimizer.ema_decay:g}"
+
+
+def _check_alike(subject, first, settings):
+    one, other = subject.model, first.model
+    for what, here, there in (
+        ("input", (one.in_channels, one.input_size), (other.in_channels, other.input_size)),
+        ("token grid", one.grid, other.grid),
+        ("teachers", subject.teachers, first.teachers),
+        ("teacher widths", one.teacher_dims, other.teacher_dims),
+    ):
+        if here != there:
+            raise UsageError(
+                f"{subject.label}: has another {what} ({here}) than {first.label} ({there}); analyse them in two calls"
+            )
+    if one.num_classes != other.num_classes:
+        raise UsageError(f"{subject.label}: has {one.num_classes} classes, {first.label} {other.num_classes}")
+    kept = subject.kept(settings.keep_ratio)
+    if kept >= one.num_tokens:
+        raise UsageError(
+            f"--keep-ratio: {kept} of {one.num_tokens} tokens would be kept (numbers of tokens are rounded to "
+            f"multiples of {subject.config.method.keep_multiple}); give a smaller one"
+        )
+
+
+def _check_finite(subject, found):
+    for mode, norms in found.norms.items():
+        # Where all tokens are aligned every norm must be a number; elsewhere NaN means "not in the subset".
+        if (mode == "full" and not (norms >= 0).all()) or (norms == float("inf")).any():
+            raise RunError(f"{subject.label}: its alignment gradients are not finite; choose an earlier checkpoint")
+
+
+def _device(name):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no GPU here; use --device cpu")
+    if not name.startswith(("cuda", "cpu")):
+        raise UsageError(f"--device: {name!r} is not auto, cpu or cuda")
+    return torch.device(name)
+
+
+def _bar(total, name, unit, shown):
+    return tqdm(total=total, desc=name, unit=unit, disable=not shown)

@@ -1,0 +1,147 @@
+"""Gradients of the alignment loss: with respect to the tokens at the tap, and to the trunk's parameters before it."""
+
+import copy
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from maskalign.objective.alignment import alignment_loss
+
+
+class TokenGradients(NamedTuple):
+    """norms, cosines: (B, N) in the model's dtype; NaN at tokens that the loss does not align.
+
+    A norm is that of d(sum over aligned tokens of -cos) / d h, h the token's features at the tap; the training loss
+    divides the sum by the number of aligned tokens of the batch, which would only make subsets look stronger.
+    """
+
+    norms: torch.Tensor
+    cosines: torch.Tensor
+
+
+def cut_at_tap(model):
+    """A frozen copy of a `SiT` that ends at its tap: later blocks have no part in the alignment loss.
+
+    The copy keeps the model's forward pass; what it calls `velocity` is not one.
+    """
+    trunk = copy.deepcopy(model).eval().requires_grad_(False)
+    trunk.blocks = trunk.blocks[: trunk.align_depth]
+    return trunk
+
+
+@contextmanager
+def _leaf_at_tap(trunk):
+    """Makes the output of the last block a leaf; gives a list that holds it after a forward pass."""
+    found = []
+
+    def cut(block, inputs, output):
+        found[:] = [output.detach().requires_grad_()]
+        return found[0]
+
+    handle = trunk.blocks[-1].register_forward_hook(cut)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _forward(trunk, x_t, t, labels, subset, align_subset, full_forward):
+    """The model's output, with all tokens in the blocks where `full_forward`, and the subset in the loss alone."""
+    if full_forward and subset is not None:
+        if align_subset is not None:
+            subset = subset.gather(1, align_subset)
+        return trunk(x_t, t, labels, None, subset)
+    return trunk(x_t, t, labels, subset, align_subset)
+
+
+def token_gradients(trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False):
+    """Norm of the alignment loss's gradient at every token of the tapped block's output, before the projector.
+
+    Args:
+        trunk: of `cut_at_tap`.
+        x_t: (B, C, H, W) noised input; t (B,) time; labels (B,) int64.
+        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's grid.
+        subset: (B, K) int64, ascending: the tokens that are kept; None aligns all tokens.
+        align_subset: (B, n) int64, positions among the kept tokens; None aligns all of these.
+        full_forward: let the blocks see all tokens, and align those of the subset.
+
+    Returns:
+        TokenGradients. Several teachers count by the mean of their cosines, as in the training loss.
+    """
+    with torch.enable_grad(), _leaf_at_tap(trunk) as found:
+        out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward)
+        (h,) = found
+        batch, aligned = out.aligned[0].shape[:2]
+        loss = alignment_loss(out.aligned, teachers, out.aligned_index) * (batch * aligned)
+        (gradient,) = torch.autograd.grad(loss, h)
+    norms = gradient.norm(dim=-1)
+    if h.shape[1] < trunk.num_tokens:  # the tap saw the subset: back to the places of its tokens
+        norms = norms.new_full((batch, trunk.num_tokens), float("nan")).scatter(1, subset, norms)
+    index = out.aligned_index
+    if index is None:
+        index = torch.arange(trunk.num_tokens, device=h.device).expand(batch, -1)
+    cosine = torch.stack([_cosines(z, y, index) for z, y in zip(out.aligned, teachers, strict=True)]).mean(dim=0)
+    nowhere = torch.full_like(norms, float("nan"))
+    return TokenGradients(nowhere.scatter(1, index, norms.gather(1, index)), nowhere.scatter(1, index, cosine))
+
+
+@torch.no_grad()
+def _cosines(rows, teacher, index):
+    wanted = teacher.to(rows.dtype).gather(1, index.unsqueeze(-1).expand(-1, -1, teacher.shape[-1]))
+    return torch.cosine_similarity(rows, wanted, dim=-1)
+
+
+def parameter_groups(trunk):
+    """Parameters of the trunk that the alignment loss shapes, by place: dict name -> list of parameters.
+
+    `embedding` (patches, time, label), `mixer` where there is one, `block 1` to the tapped one. Projectors are left
+    out: they do not outlive training.
+    """
+    groups = {"embedding": [trunk.x_embedder, trunk.t_embedder, trunk.y_embedder], "mixer": [trunk.mixer]}
+    groups |= {f"block {depth + 1}": [block] for depth, block in enumerate(trunk.blocks)}
+    found = {name: [p for module in modules for p in module.parameters()] for name, modules in groups.items()}
+    return {name: parameters for name, parameters in found.items() if parameters}
+
+
+def trunk_gradients(trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False):
+    """Gradient of the alignment loss (the mean, as trained) with respect to the trunk's parameters up to the tap.
+
+    Arguments as for `token_gradients`.
+
+    Returns:
+        dict from the name of a group (`parameter_groups`) to its flat gradient; zeros where the loss does not reach.
+    """
+    groups = parameter_groups(trunk)
+    parameters = [parameter for group in groups.values() for parameter in group]
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward)
+            loss = alignment_loss(out.aligned, teachers, out.aligned_index)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    finally:
+        for parameter, needed in zip(parameters, before, strict=True):
+            parameter.requires_grad_(needed)
+    gradients = iter(gradients)
+    return {name: torch.cat([next(gradients).flatten() for _ in group]) for name, group in groups.items()}
+
+
+def gradient_cosines(first, second):
+    """Cosine of two results of `trunk_gradients`: dict group -> float, and `all` for the whole trunk.
+
+    Summed in float64. A group that a loss does not reach has no direction and is left out.
+    """
+    products = {}
+    for name in first:
+        a, b = first[name].double(), second[name].double()
+        products[name] = torch.stack([a @ b, a @ a, b @ b])
+    products["all"] = torch.stack(list(products.values())).sum(dim=0)
+    found = {}
+    for name, values in products.items():
+        ab, aa, bb = values.tolist()
+        if aa > 0 and bb > 0:
+            found[name] = ab / (aa * bb) ** 0.5
+    return found

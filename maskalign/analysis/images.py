@@ -1,0 +1,155 @@
+"""The images that are looked at: read once, with labels and teacher features, and noised by keyed draws."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple, Optional
+
+import torch
+
+from maskalign.data.manifest import Manifest
+from maskalign.data.stream import ShardStream
+from maskalign.errors import UsageError
+from maskalign.objective.draws import draw
+from maskalign.objective.flow_matching import sample_posterior
+from maskalign.objective.interpolant import Interpolant
+from maskalign.training.features import Features
+
+
+class Noised(NamedTuple):
+    """One batch at one time: x_t (b, C, H, W), t (b,), labels (b,), teachers [(b, N, Dz)], subset (b, K) int64 and
+    align_subset (b, n) int64 or None."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    labels: torch.Tensor
+    teachers: list
+    subset: torch.Tensor
+    align_subset: Optional[torch.Tensor]
+
+
+class Images:
+    """The first images of a data set in the order of a seed, in host memory.
+
+    Args:
+        path: folder or URL prefix of the data set.
+        subject: a `Subject`, whose input size, grid and teachers they are for.
+        count: how many; all that are there where they are fewer.
+        teachers: names, where the checkpoint does not tell them.
+        batch_size, seed, device: of reading.
+        progress: called with the number of images after each batch.
+
+    Attributes:
+        count: number of images.
+        names: names of the teachers.
+
+    Raises:
+        UsageError: the data set does not fit the model.
+    """
+
+    def __init__(self, path, subject, count, *, teachers=(), batch_size=32, seed=0, device="cpu", progress=None):
+        self.manifest = manifest = Manifest.load(str(path))
+        self.device, model = torch.device(device), subject.model
+        self._check(path, model, count)
+        self.names = tuple(teachers) or subject.teachers or tuple(manifest.teachers)
+        sources = [(name, self._is_cached(path, name)) for name in self.names]
+        config = replace(
+            subject.config,
+            parallel=replace(subject.config.parallel, plan="none"),
+            training=replace(subject.config.training, compile=False),
+        )
+        features = Features(config, manifest, sources, model.grid, SimpleNamespace(device=self.device))
+        if tuple(features.dims) != model.teacher_dims:
+            raise UsageError(
+                f"{path}: the teachers {', '.join(self.names) or '(none)'} have widths {features.dims}, the model's "
+                f"projectors {list(model.teacher_dims)}; name the teachers that it was trained with: --teacher NAME,..."
+            )
+        self._read(path, features, sources, min(count, manifest.num_samples), batch_size, seed, progress)
+
+    def _check(self, path, model, count):
+        latent, manifest = self.manifest.latent, self.manifest
+        if latent is not None:
+            size, channels = latent["shape"][1], latent["shape"][0] // 2
+        else:
+            size, channels = manifest.resolution, manifest.channels
+        if (size, channels) != (model.input_size, model.in_channels):
+            raise UsageError(
+                f"{path}: has inputs of {channels} x {size} x {size}, the model was trained on {model.in_channels} x "
+                f"{model.input_size} x {model.input_size}; give --data the data set of its training"
+            )
+        if len(manifest.class_names) > model.num_classes:
+            raise UsageError(
+                f"{path}: has {len(manifest.class_names)} classes, the model {model.num_classes}; give --data the data "
+                "set of its training"
+            )
+        if manifest.num_samples < 4:
+            raise UsageError(f"{path}: has {manifest.num_samples} images; at least 4 are needed, to compare halves")
+
+    def _is_cached(self, path, name):
+        if name not in self.manifest.teachers and self.manifest.image_format is None:
+            raise UsageError(
+                f"{path}: has no features of {name!r}, and no images to compute them from; run maskalign data encode "
+                f"--data {path} --teacher {name} where the images are"
+            )
+        return name in self.manifest.teachers
+
+    def _read(self, path, features, sources, count, batch_size, seed, progress):
+        online = any(not cached for _, cached in sources)
+        fields = [name for name, cached in sources if cached]
+        fields += ["moments"] if self.manifest.latent is not None else []
+        fields += ["image"] if self.manifest.latent is None or online else []
+        batch_size = min(batch_size, count)
+        parts = []
+        for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
+            inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
+            parts.append([inputs.cpu(), batch["label"].clone(), *(z.cpu().clone() for z in features(batch))])
+            if progress is not None:
+                progress(len(batch["label"]))
+            if sum(len(part[1]) for part in parts) >= count:
+                break
+        self.inputs, self.labels, *self.features = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+        self.count = len(self.labels)
+
+    def draws(self, subject, keep_ratio, number, rows, seed):
+        """The keyed draws `number` of the images `rows` (a slice), see `objective.draws`; labels are kept.
+
+        They depend on the seed, the number and the image's place alone: the same for all checkpoints and devices.
+        """
+        model, method = subject.model, subject.config.method
+        keep = subject.kept(keep_ratio)
+        align = None
+        if method.align_ratio is not None:
+            from maskalign.config import as_schedule
+            from maskalign.models.routing import keep_count
+
+            align = keep_count(as_schedule(method.align_ratio).start, keep, method.keep_multiple)
+        return draw(
+            seed,
+            number,
+            rows.start,
+            rows.stop - rows.start,
+            shape=(model.in_channels, model.input_size, model.input_size),
+            grid=model.grid,
+            keep=keep,
+            align=align,
+            time=subject.config.objective.time,
+            path=subject.config.objective.path,
+            label_dropout=0.0,
+            subset=method.subset,
+            posterior=self.manifest.latent is not None,
+        )
+
+    def noised(self, subject, draws, rows, time=None):
+        """A `Noised` batch on the device: at one time, or at the drawn ones where it is None."""
+        x = self.inputs[rows]
+        if self.manifest.latent is not None:
+            x = sample_posterior(x, draws.posterior, self.manifest.latent["scale"], self.manifest.latent["bias"])
+        t = draws.time if time is None else torch.full((len(x),), float(time))
+        x_t, _ = Interpolant(subject.config.objective.path).interpolate(x, draws.noise, t)
+        teachers = [z[rows].to(self.device) for z in self.features]
+        index = [None if part is None else part.to(self.device) for part in (draws.subset, draws.align_subset)]
+        return Noised(x_t.to(self.device), t.to(self.device), self.labels[rows].to(self.device), teachers, *index)
+
+    def batches(self, size, whole=False):
+        """Slices of `size` images; `whole` leaves a shorter last one out."""
+        last = self.count - self.count % size if whole else self.count
+        return [slice(begin, min(begin + size, last)) for begin in range(0, last, size)]

@@ -1,0 +1,190 @@
+"""The outcome in words. Every word that judges is chosen by the numbers beside it; nothing is known beforehand."""
+
+from maskalign.analysis.agreement import FULL_PAIR, IMAGE_PAIR, MASKED_PAIR, NOISE_PAIR, PAIRS
+from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
+from maskalign.analysis.pictures import summary_cases
+from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, SINGLE, TIMES, WAYS
+
+DEGREES = ((0.6, "strongly stable"), (0.3, "clearly stable"), (0.1, "weakly stable"), (0.0, "barely above chance"))
+
+
+def judge(value, expected, high):
+    """A verdict on an overlap: how far it is from chance (0) to perfect agreement (1), if it leaves chance at all."""
+    if value <= high:
+        return "not beyond chance"
+    excess = (value - expected) / (1 - expected)
+    return next(words for least, words in DEGREES if excess >= least)
+
+
+def write_outcome(tables, about):
+    """The report as Markdown.
+
+    Args:
+        tables: dict with lists of rows `positions`, `stability`, `concentration`, `agreement`.
+        about: dict: data, images, times, draws, top, seed, weights, tokens, teachers, group_size; and by run: `series`
+            (its steps), `settings` (a text) and `kept` (tokens in a subset).
+
+    Returns:
+        str.
+    """
+    lines = ["# Alignment gradients: outcome", "", *_conditions(about), ""]
+    cases = summary_cases(tables["stability"])
+    for run in about["series"]:
+        lines += [f"## {run}", ""]
+        lines += _places(run, tables, about)
+        lines += _stability(run, cases, tables["stability"], about)
+        lines += _trunk(run, tables["agreement"], about)
+        lines.append("")
+    lines += ["## In short", "", *[f"- {line}" for line in in_short(tables, about)], ""]
+    return "\n".join(lines)
+
+
+def _conditions(about):
+    times = ", ".join(f"{time:g}" for time in about["times"])
+    lines = [
+        f"Measured on {about['images']} images of {about['data']}, at t = {times} (1 is noise), with {about['draws']} "
+        f"draws of noise and subset each; weights: {about['weights']}; {about['tokens']} tokens, of which the top "
+        f"{about['top']:.0%} are the largest; seed {about['seed']}. Teachers: {', '.join(about['teachers'])}.",
+        "",
+        "The gradient is that of the sum over aligned tokens of -cos(projector(h), z) with respect to the token's "
+        "features h at the tap, before the projector; labels are kept. Chance is given by random permutations, and for "
+        "mean maps also by turning one map on the torus, which keeps neighbours together: the wider interval counts.",
+        "",
+        "| run | checkpoints (steps) | settings |",
+        "| --- | --- | --- |",
+    ]
+    for run, steps in about["series"].items():
+        known = ", ".join("unknown" if step is None else str(step) for step in steps)
+        lines.append(f"| {run} | {known} | {about['settings'][run]}, subset of {about['kept'][run]} tokens |")
+    return lines
+
+
+def _last(rows, run):
+    rows = [row for row in rows if row["run"] == run]
+    return [row for row in rows if row["step"] == rows[-1]["step"]] if rows else []
+
+
+def _places(run, tables, about):
+    """Where the norms are large at the last checkpoint, by position, for each way to align."""
+    lines = []
+    for row in _last(tables["concentration"], run):
+        maps = [r for r in _last(tables["positions"], run) if r["mode"] == row["mode"] and r["time"] == ""]
+        norms = [r["norm"] for r in maps]
+        mean = sum(norms) / len(norms)
+        spread = (sum((norm - mean) ** 2 for norm in norms) / len(norms)) ** 0.5 / mean
+        above = row["taken"] > row["taken_high"]
+        lines.append(
+            f"- **By position, {MODES[row['mode']]}**: the mean norm varies by {spread:.0%} (standard deviation over "
+            f"mean), from {min(norms) / mean:.2f} to {max(norms) / mean:.2f} of its mean. The {about['top']:.0%} of "
+            f"positions most often at the top take {row['taken']:.1%} of all top places, "
+            f"{'more than' if above else 'which is within'} what chance gives ({row['taken_low']:.1%} to "
+            f"{row['taken_high']:.1%}); the most frequent position is at the top in {row['most_frequent']:.1%} of its "
+            "appearances."
+        )
+    return lines
+
+
+def _stability(run, cases, rows, about):
+    lines = [
+        "",
+        f"Overlap of the top {about['top']:.0%} sets, last checkpoint (Spearman's correlation in brackets):",
+        "",
+        "| way to align | level | between | overlap | chance | of chance up to | verdict |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for mode in MODES:
+        for (level, between), case in cases.get((run, mode), {}).items():
+            lines.append(
+                f"| {mode} | {level} | {between} | {case['overlap']:.3f} ({case['spearman']:+.2f}) | "
+                f"{case['overlap_chance']:.3f} | {case['limit']:.3f} | {_verdict(case)} |"
+            )
+    lines.append("")
+    for row in _last(rows, run):
+        if row["between"] == WAYS:
+            lines.append(
+                f"- Mean maps of *{row['a']}* and *{row['b']}*: correlation {row['spearman']:+.2f}, overlap "
+                f"{row['overlap']:.2f} (chance {row['overlap_chance']:.3f}, up to "
+                f"{max(row['overlap_high'], row['overlap_turned_high']):.2f})."
+            )
+    return lines
+
+
+def _verdict(case):
+    return judge(case["overlap"], case["overlap_chance"], case["limit"])
+
+
+def _trunk(run, rows, about):
+    lines = ["", f"Cosine of the trunk's alignment gradients, {about['group_size']} images behind each gradient:", ""]
+    places = list(dict.fromkeys(row["place"] for row in _last(rows, run)))
+    places = ["all", *[place for place in places if place != "all"]]
+    lines += [f"| between | {' | '.join(places)} |", f"| --- |{' --- |' * len(places)}"]
+    for pair in PAIRS:
+        found = {row["place"]: row for row in _last(rows, run) if row["pair"] == pair}
+        if found:
+            values = [_value(found.get(place)) for place in places]
+            lines.append(f"| {PAIRS[pair]} | {' | '.join(values)} |")
+    return lines
+
+
+def _value(row):
+    if row is None:
+        return ""
+    error = row["standard_error"]
+    return f"{row['cosine']:.3f}" + ("" if error == "" else f" ± {error:.3f}")
+
+
+def in_short(tables, about):
+    """Sentences that answer the paper's question for each run, and compare the ways to align."""
+    cases, lines = summary_cases(tables["stability"]), []
+    for run in about["series"]:
+        full = cases[run, FULL]
+        tests = {
+            "between halves of the data": full.get((MEAN_MAP, HALVES)),
+            "between times, image by image": full.get((SINGLE, TIMES)),
+            "between checkpoints, image by image": full.get((SINGLE, CHECKPOINTS)),
+        }
+        tests = {name: case for name, case in tests.items() if case is not None}
+        verdicts = [f"{_verdict(case)} {name} ({case['overlap']:.2f})" for name, case in tests.items()]
+        beyond = sum(case["overlap"] > case["limit"] for case in tests.values())
+        finding = {len(tests): "is seen here", 0: "is not seen here"}.get(beyond, "is seen here in part")
+        lines.append(
+            f"{run}: that large alignment gradients keep their places under full-token alignment {finding}: their set "
+            f"is {', '.join(verdicts)}; chance is {next(iter(tests.values()))['overlap_chance']:.2f}."
+        )
+        lines += _drawn_sets(run, cases)
+        lines += _trunk_in_short(run, tables["agreement"])
+    return lines
+
+
+def _drawn_sets(run, cases):
+    full = cases[run, FULL].get((SINGLE, DRAWS))
+    lines = []
+    for mode in (MASKED, SUBSET):
+        other = cases.get((run, mode), {}).get((SINGLE, DRAWS))
+        if other is None or full is None:
+            continue
+        lines.append(
+            f"{run}, {MODES[mode]}: from one draw to the next the most strongly pulled tokens of an image overlap by "
+            f"{other['overlap']:.2f} (chance {other['overlap_chance']:.2f}), against {full['overlap']:.2f} under "
+            f"full-token alignment (chance {full['overlap_chance']:.2f}): drawing subsets "
+            f"{'loosens' if other['overlap'] < full['overlap'] else 'does not loosen'} the set. Among the tokens that "
+            f"both draws kept, ranks correlate by {other['spearman']:+.2f} ({full['spearman']:+.2f} with all tokens)."
+        )
+    return lines
+
+
+def _trunk_in_short(run, rows):
+    found = {row["pair"]: row for row in _last(rows, run) if row["place"] == "all"}
+    subsets = found.get(MASKED_PAIR) or found.get(FULL_PAIR)
+    noise, images = found.get(NOISE_PAIR), found.get(IMAGE_PAIR)
+    if subsets is None or noise is None:
+        return []
+    line = (
+        f"{run}: trunk gradients of two random subsets of the same images agree by {subsets['cosine']:.2f}, "
+        f"{'more' if subsets['cosine'] > noise['cosine'] else 'no more'} than those of all tokens under other noise "
+        f"({noise['cosine']:.2f})"
+    )
+    if images is not None:
+        line += f" and {'more' if subsets['cosine'] > images['cosine'] else 'no more'} than those of other images "
+        line += f"({images['cosine']:.2f})"
+    return [line + "."]

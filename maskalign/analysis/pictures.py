@@ -1,0 +1,212 @@
+"""Heat maps and curves of an analysis, drawn from the rows of its tables."""
+
+import numpy as np
+
+from maskalign.analysis.measure import FULL, MODES
+from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, SINGLE, TIMES
+
+
+def _figure(*shape, **settings):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot.subplots(*shape, squeeze=False, **settings)
+
+
+def _save(figure, path):
+    from matplotlib import pyplot
+
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    pyplot.close(figure)
+    return path
+
+
+def _grid(rows, key):
+    """A (rows, columns) array out of the rows of one map."""
+    shape = max(row["row"] for row in rows) + 1, max(row["column"] for row in rows) + 1
+    out = np.full(shape, np.nan)
+    for row in rows:
+        out[row["row"], row["column"]] = row[key]
+    return out
+
+
+def draw_maps(positions, stem, top, title):
+    """Heat maps of one checkpoint: a line per way to align; the mean over times, each time, and the top frequency.
+
+    Norms are relative to the mean of their map, so that the places can be compared where the sizes differ.
+
+    Args:
+        positions: rows of positions.csv of one checkpoint.
+        stem: path of the PNG.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in positions))
+    times = list(dict.fromkeys(row["time"] for row in positions))
+    panels = {}
+    for mode in modes:
+        for time in times:
+            rows = [row for row in positions if row["mode"] == mode and row["time"] == time]
+            norm = _grid(rows, "norm")
+            panels[mode, time] = norm / np.nanmean(norm)
+        panels[mode, "top"] = _grid([r for r in positions if r["mode"] == mode and r["time"] == ""], "top_frequency")
+    columns = [*times, "top"]
+    spread = max(np.nanmax(np.abs(panels[mode, time] - 1)) for mode in modes for time in times)
+    figure, axes = _figure(
+        len(modes), len(columns), figsize=(1.75 * len(columns) + 1.2, 2.1 * len(modes) + 0.7), layout="constrained"
+    )
+    frequent = max(np.nanmax(panels[mode, "top"]) for mode in modes)
+    for line, mode in zip(axes, modes, strict=True):
+        for axis, column in zip(line, columns, strict=True):
+            if column == "top":
+                scale = dict(cmap="viridis", vmin=0, vmax=frequent)
+                name = f"share of images with it\namong the top {top:.0%}"
+            else:
+                scale = dict(cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
+                name = "mean norm,\nall times" if column == "" else f"t = {column:g}"
+            image = axis.imshow(panels[mode, column], **scale)
+            axis.set(xticks=[], yticks=[])
+            if line is axes[0]:
+                axis.set_title(name, fontsize=8)
+            if column in (times[-1], "top"):
+                figure.colorbar(image, ax=axis, shrink=0.75).ax.tick_params(labelsize=7)
+        line[0].set_ylabel(MODES[mode].replace(", ", ",\n"), fontsize=8)
+    figure.suptitle(f"{title}: gradient norm by position, relative to the mean", fontsize=9)
+    return _save(figure, stem)
+
+
+def draw_series(positions, path, title):
+    """The full-token mean map of every checkpoint of a run, side by side on one scale (relative to each map's mean)."""
+    steps = list(dict.fromkeys(row["step"] for row in positions))
+    maps = []
+    for step in steps:
+        chosen = [r for r in positions if r["step"] == step and r["mode"] == FULL and r["time"] == ""]
+        norm = _grid(chosen, "norm")
+        maps.append(norm / np.nanmean(norm))
+    spread = max(np.nanmax(np.abs(norm - 1)) for norm in maps)
+    figure, axes = _figure(1, len(maps), figsize=(1.6 * len(maps) + 1.2, 2.3), layout="constrained")
+    for axis, step, norm in zip(axes[0], steps, maps, strict=True):
+        image = axis.imshow(norm, cmap="RdBu_r", vmin=1 - spread, vmax=1 + spread)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title("" if step is None else f"step {step}", fontsize=8)
+    figure.colorbar(image, ax=axes[0, -1], shrink=0.75).ax.tick_params(labelsize=7)
+    figure.suptitle(f"{title}: gradient norm by position over training, all tokens aligned", fontsize=9)
+    return _save(figure, path)
+
+
+def draw_curves(positions, stability, agreement, path):
+    """Norm by time, overlap of the top sets against chance, its course over training, agreement of the trunk."""
+    figure, axes = _figure(2, 2, figsize=(12, 9), layout="constrained")
+    _norm_by_time(axes[0, 0], positions)
+    _overlaps(axes[0, 1], stability)
+    _course(axes[1, 0], stability)
+    _agreements(axes[1, 1], agreement)
+    return _save(figure, path)
+
+
+def _last_steps(rows):
+    """dict run -> its last step in the rows."""
+    return {row["run"]: row["step"] for row in rows}
+
+
+def _norm_by_time(axis, positions):
+    last = _last_steps(positions)
+    for run, step in last.items():
+        for mode in MODES:
+            rows = [r for r in positions if (r["run"], r["step"], r["mode"]) == (run, step, mode) and r["time"] != ""]
+            if not rows:
+                continue
+            times = sorted({row["time"] for row in rows})
+            norms = [np.mean([row["norm"] for row in rows if row["time"] == time]) for time in times]
+            axis.plot(times, norms, marker="o", ms=3, label=f"{run}, {mode}")
+    axis.set(xlabel="time t (1 is noise)", ylabel="mean gradient norm of a token", ylim=(0, None))
+    axis.legend(fontsize=7)
+
+
+def summary_cases(stability):
+    """What the curves and the text quote of the last checkpoint of each run.
+
+    Returns:
+        dict (run, mode) -> dict (level, what is compared) -> dict of numbers: those of the rows, averaged over the rows
+        of one case (all pairs of times, say). `limit` is the overlap up to which chance is not ruled out: the upper end
+        of the wider interval, by permutation or on the torus.
+    """
+    last = _last_steps([row for row in stability if row["between"] in (HALVES, DRAWS)])
+    found = {}
+    for row in stability:
+        if row["step"] != last.get(row["run"]) or row["between"] not in (HALVES, TIMES, DRAWS, CHECKPOINTS):
+            continue
+        found.setdefault((row["run"], row["mode"]), {}).setdefault((row["level"], row["between"]), []).append(row)
+    keys = ("spearman", "spearman_low", "spearman_high", "overlap", "overlap_chance", "overlap_low", "overlap_high")
+    for cases in found.values():
+        for case, rows in cases.items():
+            cases[case] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
+            highs = [max(row["overlap_high"], row.get("overlap_turned_high", 0)) for row in rows]
+            cases[case]["limit"] = float(np.mean(highs))
+    return found
+
+
+def _overlaps(axis, stability):
+    cases = summary_cases(stability)
+    order = [(MEAN_MAP, HALVES), (MEAN_MAP, TIMES), (MEAN_MAP, CHECKPOINTS)]
+    order += [(SINGLE, TIMES), (SINGLE, CHECKPOINTS), (SINGLE, DRAWS)]
+    order = [case for case in order if any(case in found for found in cases.values())]
+    width = 0.8 / max(len(cases), 1)
+    for number, ((run, mode), found) in enumerate(cases.items()):
+        for place, case in enumerate(order):
+            if case not in found:
+                continue
+            row, x = found[case], place + (number - (len(cases) - 1) / 2) * width
+            label = f"{run}, {mode}" if case == next(c for c in order if c in found) else None
+            axis.bar(x, row["overlap"], 0.9 * width, color=f"C{number}", label=label)
+            low, high = row["overlap_chance"] - row["overlap_low"], row["overlap_high"] - row["overlap_chance"]
+            axis.errorbar(x, row["overlap_chance"], yerr=[[max(low, 0)], [max(high, 0)]], color="k", capsize=2, lw=1)
+    axis.set_xticks(range(len(order)), [f"{level},\n{between}" for level, between in order], fontsize=7)
+    axis.set(ylabel="overlap of the top sets (black: chance, 95 %)", ylim=(0, 1))
+    axis.legend(fontsize=7)
+
+
+def _course(axis, stability):
+    drawn = False
+    for run in dict.fromkeys(row["run"] for row in stability):
+        for mode in MODES:
+            rows = [
+                row
+                for row in stability
+                if (row["run"], row["mode"], row["between"], row["level"]) == (run, mode, CHECKPOINTS, SINGLE)
+            ]
+            steps = sorted({row["step"] for row in rows})
+            before = {row["step"]: max((r["a"] for r in rows if r["step"] == row["step"])) for row in rows}
+            points = [
+                (step, next(row["overlap"] for row in rows if row["step"] == step and row["a"] == before[step]))
+                for step in steps
+            ]
+            if points:
+                axis.plot(*zip(*points, strict=True), marker="o", ms=3, label=f"{run}, {mode}")
+                chance, drawn = rows[0]["overlap_chance"], True
+    if drawn:
+        axis.axhline(chance, color="k", lw=1, ls=":", label="chance")
+        axis.legend(fontsize=7)
+    else:
+        axis.text(0.5, 0.5, "one checkpoint per run: no course", ha="center", transform=axis.transAxes)
+    axis.set(xlabel="step", ylabel="overlap of single images' top sets\nwith the checkpoint before", ylim=(0, 1))
+
+
+def _agreements(axis, agreement):
+    last = _last_steps(agreement)
+    pairs = list(dict.fromkeys(row["pair"] for row in agreement))
+    width = 0.8 / max(len(last), 1)
+    for number, (run, step) in enumerate(last.items()):
+        rows = {r["pair"]: r for r in agreement if (r["run"], r["step"], r["place"]) == (run, step, "all")}
+        for place, pair in enumerate(pairs):
+            if pair in rows:
+                y = place + (number - (len(last) - 1) / 2) * width
+                axis.barh(
+                    y, rows[pair]["cosine"], 0.9 * width, xerr=rows[pair]["standard_error"] or 0, color=f"C{number}",
+                    label=run if pair == next(p for p in pairs if p in rows) else None,
+                )  # fmt: skip
+    axis.set_yticks(range(len(pairs)), [pair.replace(", ", ",\n") for pair in pairs], fontsize=7)
+    axis.invert_yaxis()
+    axis.set(xlabel="cosine of the trunk's alignment gradients")
+    axis.axvline(0, color="k", lw=0.5)
+    axis.legend(fontsize=7)

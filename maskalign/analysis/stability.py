@@ -1,0 +1,211 @@
+"""How much two maps over the tokens agree, against what chance would give.
+
+A map is a row of N numbers; NaN stands for a token that was not there. Two measures: Spearman's rank correlation over
+the tokens that both have, and the overlap of the two sets of the largest (the top share).
+
+What chance would give, three times:
+- the expectation for two random sets, analytically: m of N tokens drawn twice share m * m / N on average;
+- the interval that 95 % of random permutations of one map stay in (for means over images by the exact variance of that
+  law, hypergeometric for the overlap and 1 / (n - 1) for the correlation, over independent images);
+- the same for turning one map on the torus (all shifts, turns and mirror images of the token grid), which keeps
+  neighbours together. Smooth maps agree by chance more often than permutations know, and this one knows it.
+"""
+
+from typing import NamedTuple, Optional
+
+import numpy as np
+from scipy.stats import hypergeom, rankdata
+
+SIDES = (2.5, 97.5)
+NORMAL = 1.959963984540054
+
+
+class Chance(NamedTuple):
+    """A measured value and what chance would give: its expectation, and the 95 % interval (low, high)."""
+
+    value: float
+    expected: float
+    low: float
+    high: float
+
+    @property
+    def excess(self):
+        """The value's place between chance (0) and perfect agreement (1); below chance it is negative."""
+        return (self.value - self.expected) / (1 - self.expected)
+
+    @property
+    def beyond(self):
+        """Whether the value lies above the interval of chance."""
+        return self.value > self.high
+
+
+class Agreement(NamedTuple):
+    """Spearman's correlation and the top overlap of two maps; `*_turned` are the intervals on the torus."""
+
+    spearman: Chance
+    overlap: Chance
+    spearman_turned: Optional[tuple] = None
+    overlap_turned: Optional[tuple] = None
+
+
+def top_size(count, share=0.1):
+    """Size of the top set among `count` tokens: the nearest whole number, at least 1."""
+    return max(1, int(share * count + 0.5))
+
+
+def top_tokens(maps, share=0.1):
+    """Which tokens are among the largest.
+
+    Args:
+        maps: (..., N); NaN for absent tokens, the same number of them in every row.
+        share: share of the present tokens.
+
+    Returns:
+        bool, same shape; of ties the first tokens are taken.
+    """
+    maps = np.asarray(maps)
+    present = np.isfinite(maps).sum(axis=-1)
+    if present.size and (present != present.flat[0]).any():
+        raise ValueError("rows have different numbers of tokens")
+    size = top_size(int(present.flat[0]), share) if present.size else 0
+    order = np.argsort(np.where(np.isfinite(maps), -maps, np.inf), axis=-1, kind="stable")
+    top = np.zeros(maps.shape, dtype=bool)
+    np.put_along_axis(top, order[..., :size], True, axis=-1)
+    return top
+
+
+def overlap(first, second):
+    """Share of two equally large sets that they have in common, |A and B| / |A|: bool (..., N) twice -> (...)."""
+    size = np.maximum(first.sum(axis=-1), second.sum(axis=-1))
+    return (first & second).sum(axis=-1) / np.maximum(size, 1)
+
+
+def rank_correlation(first, second):
+    """Spearman's correlation along the last axis, over the tokens that both rows have: (..., N) twice -> (...).
+
+    NaN where a row is constant or fewer than two tokens are shared.
+    """
+    first, second = np.broadcast_arrays(np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64))
+    both = np.isfinite(first) & np.isfinite(second)
+    counts = np.maximum(both.sum(axis=-1, keepdims=True), 1)
+    ranks = []
+    for values in (first, second):
+        # Absent tokens rank behind all present ones, and so leave the others' ranks as they are.
+        rank = rankdata(np.where(both, values, np.inf), axis=-1)
+        rank = np.where(both, rank, 0)
+        ranks.append(np.where(both, rank - rank.sum(axis=-1, keepdims=True) / counts, 0))
+    a, b = ranks
+    scale = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(scale > 0, (a * b).sum(axis=-1) / scale, np.nan)
+
+
+def random_orders(tokens, count, seed=0):
+    """`count` random permutations of N tokens, (count, N) int64."""
+    return np.random.default_rng([seed, tokens]).permuted(np.tile(np.arange(tokens), (count, 1)), axis=1)
+
+
+def turned_orders(grid):
+    """Every shift on the torus of a (rows, columns) grid, turned and mirrored where it is square, without the grid as
+    it is: (count, N) int64."""
+    rows, columns = grid
+    plain = np.arange(rows * columns).reshape(grid)
+    views = [plain, plain[::-1], plain[:, ::-1], plain[::-1, ::-1]]
+    if rows == columns:
+        views += [view.T for view in views]
+    shifts = [(down, right) for down in range(rows) for right in range(columns)]
+    turned = [np.roll(view, shift, axis=(0, 1)).ravel() for view in views for shift in shifts]
+    return np.unique(np.array(turned[1:]), axis=0)
+
+
+def compare_maps(first, second, grid, share=0.1, permutations=1000, seed=0):
+    """Agreement of two maps, e.g. the mean maps of two halves of the data.
+
+    Args:
+        first, second: (N,) without NaN.
+        grid: (rows, columns) of the tokens.
+
+    Returns:
+        Agreement with intervals by permutation and on the torus.
+    """
+    first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    tokens = len(first)
+    size = top_size(tokens, share)
+    tops = top_tokens(first, share), top_tokens(second, share)
+    intervals = []
+    for orders in (random_orders(tokens, permutations, seed), turned_orders(grid)):
+        correlations = rank_correlation(first[orders], second)
+        shares = overlap(tops[0][orders], tops[1])
+        intervals.append([tuple(np.percentile(values, SIDES)) for values in (correlations, shares)])
+    (spearman, shared), turned = intervals
+    return Agreement(
+        Chance(float(rank_correlation(first, second)), 0.0, *spearman),
+        Chance(float(overlap(*tops)), size / tokens, *shared),
+        *turned,
+    )
+
+
+def compare_images(first, second, share=0.1):
+    """Mean agreement of the maps of single images, e.g. the same images at two times.
+
+    Args:
+        first, second: (..., images, N); NaN for absent tokens. Leading axes are averaged over and do not narrow the
+            interval: several draws of one image are not independent.
+
+    Returns:
+        Agreement, or None where no image shares two tokens.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    images, tokens = first.shape[-2:]
+    correlations = rank_correlation(first, second)
+    correlations = correlations[np.isfinite(correlations)]
+    if not correlations.size:
+        return None
+    both = np.isfinite(first) & np.isfinite(second)
+    shared = both.sum(axis=-1)
+    # Where both have the same tokens, sets are random among those; else each is random among all N.
+    same = bool((np.isfinite(first) == np.isfinite(second)).all())
+    tops = top_tokens(first, share), top_tokens(second, share)
+    size = int(tops[0].reshape(-1, tokens)[0].sum())
+    law = hypergeom(int(shared.flat[0]) if same else tokens, size, size)
+    spread = NORMAL * np.sqrt(law.var() / images) / size
+    expected = law.mean() / size
+    wide = NORMAL * np.sqrt(np.mean(1 / np.maximum(shared - 1, 1)) / images)
+    return Agreement(
+        Chance(float(correlations.mean()), 0.0, -wide, wide),
+        Chance(float(overlap(*tops).mean()), expected, max(0.0, expected - spread), expected + spread),
+    )
+
+
+def concentration(top, present, share=0.1, permutations=200, seed=0):
+    """How much of the top places fall to the positions that have them most often, against chance.
+
+    Args:
+        top, present: (repeats, images, N) bool; repeats of one image (times, draws) stay together when the positions
+            of images are permuted.
+        share: share of the positions, and of the tokens that `top` flags.
+
+    Returns:
+        (frequency (N,): how often a position is at the top when it is there; Chance of the share of all top places that
+        the `share` most frequent positions take).
+    """
+    counts = np.stack([top.sum(axis=0), present.sum(axis=0)]).astype(np.float64)  # (2, images, N)
+    frequency = _frequency(counts.sum(axis=1))
+    size = top_size(top.shape[-1], share)
+
+    def taken(flags, seen):
+        found = _frequency(np.stack([flags, seen]))
+        return np.sort(found)[::-1][:size].sum() / found.sum()
+
+    rng = np.random.default_rng([seed, 1])
+    by_chance = []
+    for _ in range(permutations):
+        order = rng.permuted(np.tile(np.arange(top.shape[-1]), (top.shape[1], 1)), axis=1)
+        by_chance.append(taken(*np.take_along_axis(counts, order[None], axis=2).sum(axis=1)))
+    low, high = np.percentile(by_chance, SIDES)
+    return frequency, Chance(taken(*counts.sum(axis=1)), float(np.mean(by_chance)), low, high)
+
+
+def _frequency(counts):
+    flags, seen = counts
+    return np.divide(flags, seen, out=np.zeros_like(flags), where=seen > 0)

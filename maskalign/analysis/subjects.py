@@ -1,0 +1,127 @@
+"""What is analysed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from maskalign.config import Config, as_schedule
+from maskalign.errors import UsageError
+from maskalign.models.routing import keep_count
+from maskalign.models.weight_files import ENDINGS, load_file
+from maskalign.training import checkpoint
+
+DEFAULT_KEEP = 0.5  # of a run that keeps all tokens, and of files that do not say
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A checkpoint to load: its path, and the run (the series) that it belongs to."""
+
+    path: Path
+    run: str
+
+
+@dataclass
+class Subject:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: `SiT` in eval mode.
+        config: the run's `Config`; the defaults for a file that carries none.
+        run, step: its series, and the steps trained (None: unknown).
+        teachers: names of its teachers, () where unknown.
+    """
+
+    model: object
+    config: Config
+    run: str
+    step: Optional[int]
+    teachers: tuple
+
+    @property
+    def label(self):
+        return self.run if self.step is None else f"{self.run}, step {self.step}"
+
+    def kept(self, keep_ratio=None):
+        """Number K of tokens in a subset: of `keep_ratio`, or of the run's smallest one below 1, or of a half."""
+        method = self.config.method
+        if keep_ratio is None:
+            schedule = as_schedule(method.keep_ratio)
+            ratios = (schedule.start,) if schedule.kind == "constant" else (schedule.start, schedule.end)
+            keep_ratio = min(ratios)
+            keep_ratio = keep_ratio if keep_ratio < 1 else DEFAULT_KEEP
+        return keep_count(keep_ratio, self.model.num_tokens, method.keep_multiple)
+
+    @property
+    def trained_on_subsets(self):
+        """Whether the blocks before the tap saw subsets in training."""
+        schedule = as_schedule(self.config.method.keep_ratio)
+        lowest = schedule.start if schedule.kind == "constant" else min(schedule.start, schedule.end)
+        route = self.model.route
+        return lowest < 1 and route is not None and route[0] < self.model.align_depth
+
+
+def find_checkpoints(paths, most=8):
+    """The checkpoints that paths mean.
+
+    Args:
+        paths: run folders (their kept checkpoints), checkpoint folders, REPA .pt or .safetensors files.
+        most: of a run, at most this many, evenly spread, the first and the last among them.
+
+    Returns:
+        list of Entry: series in the order given, each in the order of its steps (files: as given).
+
+    Raises:
+        UsageError: nothing there that could be analysed, or one thing twice.
+    """
+    series = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = checkpoint.complete_checkpoints(path)
+            found = _spread(found, most) if found else [checkpoint.find(path)]
+            run = found[0].parent.parent
+        elif not path.exists():
+            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
+        elif path.suffix not in ENDINGS:
+            raise UsageError(f"{path}: cannot tell what this is; give a run folder, a checkpoint or a .pt file")
+        else:
+            found, run = [path], path.parent
+        series.setdefault(run.resolve(), []).extend(found)
+    entries = []
+    for run, members in series.items():
+        unique = list(dict.fromkeys(member.resolve() for member in members))
+        name = run.name if [other.name for other in series].count(run.name) == 1 else f"{run.parent.name}/{run.name}"
+        # A run's folders sort by step; files sort as they were given, since names tell no order.
+        unique.sort(key=lambda member: member.name if member.is_dir() else "")
+        entries += [Entry(member, name) for member in unique]
+    return entries
+
+
+def load_subject(entry, ema=True):
+    """The model of an entry.
+
+    Raises:
+        UsageError: it cannot be read, or has no projectors, so that there is no alignment loss to look at.
+    """
+    if entry.path.is_dir():
+        model, config, step = checkpoint.load_model(entry.path, ema)
+        teachers = tuple(model.facts["teachers"])
+    else:
+        model, about = load_file(entry.path, ema)
+        config, step, teachers = Config(), about["step"], ()
+        config.objective.path = about["path"]
+    if not model.projectors:
+        raise UsageError(
+            f"{entry.path}: has no projectors, so there is no alignment to analyse; it is a SiT, or was trained with "
+            "method.align_weight 0"
+        )
+    return Subject(model, config, entry.run, step, teachers)
+
+
+def _spread(items, most):
+    """At most `most` of the items, evenly spread, the last one always among them."""
+    if len(items) <= most:
+        return items
+    if most == 1:
+        return items[-1:]
+    return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]
