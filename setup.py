@@ -20,6 +20,7 @@ setup(
         "webdataset>=1.0",
         "fsspec[http]>=2024.6",
         "timm>=1.0.15",
+        "torch-fidelity>=0.4",
         "torchvision>=0.26",
         "safetensors>=0.4",
         "tensorboard>=2.17",

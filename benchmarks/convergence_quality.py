@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.distances import frechet_distance, kernel_distance
 from maskalign.data.manifest import Manifest
 from maskalign.data.stream import ShardStream
+from maskalign.evaluation import frechet_distance, kernel_distance, velocity_and_cosine
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import generate
 from maskalign.sampling.pictures import to_uint8
 from maskalign.sampling.settings import Sampling
-from maskalign.teachers import load_teacher_like, resample_tokens
+from maskalign.teachers import load_teacher_like
 
 NOISE_SEED, SAMPLE_SEED = 20_260_608, 7
 
@@ -95,15 +95,13 @@ def heldout_losses(model, heldout, times, path="linear", batch=64):
     interpolant, found = Interpolant(path), {}
     for time in times:
         t = torch.full((len(images),), float(time))
-        noised, velocity = interpolant.interpolate(images, noise, t)
         losses, cosines = [], []
         for begin in range(0, len(images), batch):
             rows = slice(begin, begin + batch)
-            out = model(noised[rows], t[rows], labels[rows])
-            losses.append((out.velocity - velocity[rows]).double().square().flatten(1).mean(dim=1))
-            if out.aligned:
-                z = resample_tokens(tokens[rows].float(), grid, model.grid)
-                cosines.append(torch.cosine_similarity(out.aligned[0].double(), z.double(), dim=-1).mean(dim=1))
+            teachers = [(tokens[rows], grid)]
+            part = velocity_and_cosine(model, images[rows], noise[rows], t[rows], labels[rows], teachers, interpolant)
+            losses.append(part[0])
+            cosines += part[1]
         found["velocity_loss", time] = float(torch.cat(losses).mean())
         if cosines:
             found["cosine", time] = float(torch.cat(cosines).mean())

@@ -1,0 +1,17 @@
+"""Evaluation: distances between what a model draws and real images, and its losses on held-out ones."""
+
+from maskalign._lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "Moments": "distances",
+        "moments": "distances",
+        "frechet_distance": "distances",
+        "kernel_distance": "distances",
+        "kernel_distance_subsets": "distances",
+        "precision_recall": "neighbours",
+        "density_coverage": "neighbours",
+        "velocity_and_cosine": "losses",
+    },
+)
