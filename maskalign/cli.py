@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from difflib import get_close_matches
+from typing import get_args, get_origin
 
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
@@ -45,7 +46,9 @@ def run_function(name, function, argv):
     help_of = {p.arg_name: p.description for p in docstring_parser.parse(function.__doc__).params}
     for argument in positional:
         annotation = function.__annotations__[argument]
-        parser.add_argument(argument, metavar=argument.upper(), type=annotation, help=help_of[argument])
+        several = get_origin(annotation) is list
+        kind = {"type": get_args(annotation)[0], "nargs": "+"} if several else {"type": annotation}
+        parser.add_argument(argument, metavar=argument.upper(), help=help_of[argument], **kind)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
     argv = complete_switches(function, join_labels(argv) if name == "sample" else argv)

@@ -3,8 +3,9 @@
 The work is done by one function of the room that owns it, imported inside: listing the commands stays quick.
 """
 
+import sys
 from pathlib import Path
-from typing import Literal, Optional
+from typing import List, Literal, Optional
 
 from maskalign.errors import UsageError
 
@@ -153,14 +154,20 @@ def sample(
     cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     npz: Optional[int] = None,
+    interpolate: Literal["none", "noise", "class", "both"] = "none",
+    strip: bool = False,
+    animate: Literal["none", "gif", "webp", "apng"] = "none",
+    frames: int = 10,
     seed: int = 0,
     batch_size: int = 64,
     weights: Literal["ema", "model"] = "ema",
     vae: Optional[str] = None,
     device: str = "auto",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
 ):
     """Draw pictures from a trained model: a sheet by class, or a set of images for an evaluation.
+
+    Under torchrun the ranks share the work, and the pictures are the same on any number of them.
 
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt file.
@@ -172,12 +179,16 @@ def sample(
         cfg_scale: classifier-free guidance, 1 is none; by default 2 for a sheet and 1 for --npz.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         npz: draw this many images into OUT/samples_N.npz, as ADM's evaluator reads it; run again to go on after a stop.
+        interpolate: also write interpolation.png, rows from one noise, class or both to another.
+        strip: also write strip.png, each class's first picture on its way from noise to image.
+        animate: also write the sheet on that way, as denoising.gif, denoising.webp or an animated denoising.png.
+        frames: columns of the strip.
         seed: seed of the noise; a picture depends on this, its class and its number alone.
         batch_size: images drawn at once.
         weights: the moving average (ema) or the weights themselves (model).
         vae: decoder of latents, a hub name or a folder; by default the one that the data set was encoded with.
         device: auto, cpu or cuda.
-        precision: fp32 or bf16.
+        precision: fp32, bf16, or bf16 where the processor has it (auto); the sampler's own state is float64.
     """
     from maskalign.sampling.settings import Sampling, parse_interval
 
@@ -194,18 +205,227 @@ def sample(
     )
     from maskalign.sampling.command import sample as draw
 
-    path = draw(
+    paths = draw(
         run,
         out,
         classes=classes,
         per_class=per_class,
         settings=settings,
         npz=npz,
+        interpolation=None if interpolate == "none" else interpolate,
+        strip=strip,
+        animation=None if animate == "none" else animate,
+        frames=frames,
         ema=weights == "ema",
         vae=vae,
         device=device,
     )
+    for path in paths:
+        print(path)
+
+
+def analyze(
+    checkpoints: List[Path],
+    data: str,
+    out: Path,
+    images: int = 256,
+    times: str = "0.1,0.3,0.5,0.7,0.9",
+    draws: int = 4,
+    keep_ratio: Optional[float] = None,
+    top: float = 0.1,
+    most: int = 8,
+    weights: Literal["ema", "model"] = "ema",
+    teacher: Optional[str] = None,
+    batch_size: int = 32,
+    permutations: int = 1000,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+):
+    """Measure where the alignment loss pulls on the tokens, how stable that is, and how well subsets agree.
+
+    Writes outcome.md, tables (positions, stability, concentration, agreement .csv) and pictures.
+
+    Args:
+        checkpoints: run folders (all their kept checkpoints), single checkpoints or REPA .pt files, one or several.
+        data: folder or URL prefix of the data set.
+        out: folder for the tables, the pictures and outcome.md.
+        images: images to look at.
+        times: times between 0 (data) and 1 (noise).
+        draws: draws of noise and of a subset for every image.
+        keep_ratio: share of tokens in a subset; by default the run's own, or 0.5 where it keeps all tokens.
+        top: share of an image's tokens that counts as the largest.
+        most: checkpoints of a run, evenly spread, the last one among them.
+        weights: the moving average (ema) or the weights themselves (model).
+        teacher: teachers with commas between them, for files that do not name their own.
+        batch_size: images at a time, and images behind one gradient of the trunk.
+        permutations: random permutations behind an interval of chance.
+        seed: of the order of the images, of noise, subsets and permutations.
+        device: auto, cpu or cuda.
+        progress: show progress bars.
+    """
+    from maskalign.analysis.settings import AnalysisSettings, parse_times
+
+    for path in checkpoints:
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
+    if most < 1:
+        raise UsageError(f"--most: {most} must be at least 1")
+    settings = AnalysisSettings(
+        images=images,
+        times=parse_times(times),
+        draws=draws,
+        keep_ratio=keep_ratio,
+        top=top,
+        batch_size=batch_size,
+        seed=seed,
+        permutations=permutations,
+    )
+    from maskalign.teachers.names import parse_teachers
+
+    teachers = tuple(parse_teachers(teacher)) if teacher else ()
+    from maskalign.analysis.command import analyze as measure
+
+    print(
+        measure(
+            checkpoints,
+            data,
+            out,
+            settings=settings,
+            ema=weights == "ema",
+            most=most,
+            teachers=teachers,
+            device=device,
+            progress=progress,
+        )
+    )
+
+
+def report(runs: List[Path], out: Path = Path("report.html"), title: Optional[str] = None):
+    """Compare runs on one HTML page that needs no network.
+
+    It shows the settings that differ, curves, sample grids side by side, and what RUN/evaluation.json and RUN/analysis/
+    hold.
+
+    Args:
+        runs: run folders.
+        out: the HTML file to write.
+        title: heading of the page.
+    """
+    from maskalign.reporting.command import report as write_report
+
+    path, notes = write_report(runs, out, title=title)
+    for note in notes:
+        print(f"maskalign: left out: {note}", file=sys.stderr)
     print(path)
+
+
+def evaluate(
+    source: Path,
+    data: str,
+    out: Optional[Path] = None,
+    samples: Optional[int] = None,
+    reference: int = 5000,
+    metrics: str = "frechet,kernel,neighbours",
+    teacher: str = "efficientnet-lite0",
+    teacher_weights: Optional[str] = None,
+    inception: Optional[str] = None,
+    classes: Optional[str] = None,
+    held_out: Optional[str] = None,
+    held_out_images: int = 1000,
+    bins: int = 10,
+    sampler: Literal["ode", "heun", "sde"] = "ode",
+    steps: int = 50,
+    cfg_scale: float = 1.0,
+    cfg_interval: str = "0,1",
+    seed: int = 0,
+    batch_size: int = 64,
+    weights: Literal["ema", "model"] = "ema",
+    vae: Optional[str] = None,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    allow_singular: bool = False,
+    device: str = "auto",
+    progress: bool = True,
+):
+    """Compare what a model draws, or pictures that are there, with real ones; and measure a model's held-out losses.
+
+    Prints a table and, for a run or with --out, writes evaluation.json and evaluation-table.csv. Published numbers are
+    of 50,000 samples and all real images: --samples 50000 --reference 0. Features of the real images are kept in the
+    user's cache folder (MASKALIGN_CACHE).
+
+    Args:
+        source: a run, checkpoint or weights file to draw from; or pictures: a folder, an .npz, a data set.
+        data: folder or URL prefix of the data set with the real images.
+        out: folder for the report; by default the run's.
+        samples: pictures to draw, by default 2000; of pictures that are there the first so many, by default all.
+        reference: real images to compare with, 0 for all; the distances depend on this number, so keep it.
+        metrics: of frechet, kernel, neighbours (precision, recall, density, coverage); or none.
+        teacher: whose features; several with commas. dinov2-l gives the field's FDD.
+        teacher_weights: hub, random (for tests) or a file.
+        inception: torch-fidelity's weights file for Inception FID and score, or download to fetch it; else left out.
+        classes: labels, ranges or class names: compare these alone, on both sides.
+        held_out: data set for the velocity loss and the alignment cosine by time; by default --data.
+        held_out_images: how many of its images; 0 leaves the losses out.
+        bins: of the time.
+        sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
+        steps: steps of the sampler.
+        cfg_scale: classifier-free guidance, 1 is none.
+        cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
+        seed: seed of the samples.
+        batch_size: pictures at a time.
+        weights: the moving average (ema) or the weights themselves (model).
+        vae: decoder of latents, a hub name or a folder; by default the one that the data set was encoded with.
+        precision: of the samples: fp32, bf16, or bf16 where the processor has it (auto). Features are always fp32.
+        allow_singular: give Frechet distances of no more pictures than features have dimensions, which are too large.
+        device: auto, cpu or cuda.
+        progress: show progress bars.
+    """
+    from maskalign.evaluation.settings import EvaluationSettings, parse_metrics
+    from maskalign.sampling.settings import Sampling, parse_interval
+
+    if not source.exists():
+        raise UsageError(f"{source} does not exist; give a run, a checkpoint, a folder of pictures or an .npz")
+    settings = EvaluationSettings(
+        metrics=parse_metrics(metrics),
+        samples=samples,
+        reference=reference,
+        held_out_images=held_out_images,
+        bins=bins,
+        allow_singular=allow_singular,
+        batch_size=batch_size,
+    )
+    sampling = Sampling(
+        sampler=sampler,
+        steps=steps,
+        cfg_scale=cfg_scale,
+        cfg_interval=parse_interval(cfg_interval),
+        seed=seed,
+        batch_size=batch_size,
+        precision=precision,
+    )
+    from maskalign.teachers.names import parse_teachers
+
+    parse_teachers(teacher)
+    from maskalign.evaluation.command import evaluate as measure
+    from maskalign.evaluation.report import table
+
+    report = measure(
+        source,
+        data,
+        out=out,
+        settings=settings,
+        sampling=sampling,
+        teacher=teacher,
+        teacher_weights=teacher_weights,
+        inception=inception,
+        classes=classes,
+        held_out=held_out,
+        ema=weights == "ema",
+        vae=vae,
+        device=device,
+        progress=progress,
+    )
+    print(table(report))
 
 
 def convert(
@@ -235,6 +455,9 @@ POSITIONAL = {
     "data check": ["data"],
     "data show": ["data"],
     "sample": ["run"],
+    "report": ["runs"],
+    "analyze": ["checkpoints"],
+    "evaluate": ["source"],
     "convert": ["src", "dst"],
 }
 COMMANDS = {
@@ -244,6 +467,9 @@ COMMANDS = {
     "data show": data_show,
     "train": None,  # its options are the tree of settings in config.py
     "sample": sample,
+    "report": report,
+    "analyze": analyze,
+    "evaluate": evaluate,
     "convert": convert,
 }
 SUMMARIES = {
@@ -253,5 +479,8 @@ SUMMARIES = {
     "data show": "write a contact sheet of a data set",
     "train": "train a model, or go on with a run",
     "sample": "draw pictures from a run or a checkpoint",
+    "report": "compare runs on one HTML page",
+    "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
+    "evaluate": "compare samples with real images, and measure held-out losses",
     "convert": "convert checkpoints from and to REPA's layout",
 }

@@ -100,7 +100,8 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels):
-        return self.embedding_table(labels)
+        """labels (B,) int64 -> (B, D); (B, D) embeddings, for points between classes, are what they are."""
+        return labels if labels.is_floating_point() else self.embedding_table(labels)
 
 
 class Attention(nn.Module):

@@ -164,7 +164,7 @@ class SiT(nn.Module):
         Args:
             x: (B, C, H, W) noised input.
             t: (B,) time in [0, 1], 1 is noise.
-            labels: (B,) int64 in [0, num_classes]; `num_classes` means "no class".
+            labels: (B,) int64 in [0, num_classes]; `num_classes` means "no class". Or (B, D) class embeddings.
             subset: (B, K) int64, ascending: the tokens that take the route. None: all tokens (evaluation).
             align_subset: (B, n) int64: which of the tokens present at the tap are aligned, by their position among
                 those. None: all that are present (with `route="none"`: those of `subset`).

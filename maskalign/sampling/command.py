@@ -1,7 +1,7 @@
-"""The work of `maskalign sample`: a sheet by class with its single pictures, or a set of images for an evaluation."""
+"""The work of `maskalign sample`: a sheet by class and what else was asked for, or a set for an evaluation."""
 
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,10 +9,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from maskalign.errors import RunError, UsageError
-from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet, generate
-from maskalign.sampling.noise import image_labels
-from maskalign.sampling.npz import write_npz
-from maskalign.sampling.pictures import LATENT_SCALE, load_decoder, to_uint8
+from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
+from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet
+from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
+from maskalign.sampling.network import Network
+from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
+from maskalign.sampling.ranks import torchrun_ranks
+from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes
 from maskalign.training.export import load_any
 
@@ -25,101 +28,127 @@ def sample(
     per_class=8,
     settings=None,
     npz=None,
+    interpolation=None,
+    strip=False,
+    animation=None,
+    frames=10,
     ema=True,
     vae=None,
     device="auto",
     progress=True,
 ):
-    """The work of `maskalign sample`: a sheet and single pictures in `out`, or with `npz` a set for an evaluation.
+    """The work of `maskalign sample`: pictures in `out`, drawn by this process or by all ranks of torchrun.
 
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
         out: folder for the pictures.
         classes: text as `parse_classes` reads it; by default up to ten classes, or with `npz` all.
-        per_class: pictures per class on the sheet.
+        per_class: pictures per class on the sheet, and in a row of interpolations.
         settings: `Sampling`; its path is replaced by the run's.
-        npz: number of images of the set, drawn to `out`/samples_<npz>.npz.
+        npz: number of images of a set, drawn to `out`/samples_<npz>.npz instead of a sheet.
+        interpolation: `noise`, `class` or `both`: also write interpolation.png.
+        strip: also write strip.png, the way from noise to image.
+        animation: `gif`, `webp` or `apng`: also write the sheet on that way, as denoising.gif, .webp or .png.
+        frames: columns of the strip.
         ema: use the moving average of the weights.
         vae: decoder of latents, a hub name or a folder; by default the one that the data set's latents are from.
         device: auto, cpu or cuda.
 
     Returns:
-        Path of the sheet or of the .npz.
+        Paths of the files, the sheet or the .npz first.
     """
     settings = settings or Sampling()
-    rank, world_size, barrier = _processes()
+    _check_numbers(npz, per_class, frames, interpolation, strip, animation)
+    with torchrun_ranks() as ranks:
+        model, about = load(run, ema)
+        settings = replace(settings, path=about["path"])
+        network = Network(model.to(find_device(device)).eval().requires_grad_(False), settings.precision)
+        del model  # in bf16 the network has a copy
+        names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
+        chosen = None if classes is None else parse_classes(classes, names)
+        decoder = _decoder_for(network, about, vae)
+        if npz is not None:
+            with _bar(npz, progress and ranks.rank == 0) as bar:
+                return [
+                    draw_set(
+                        network, npz, out, settings, about, ranks, classes=chosen, decoder=decoder,
+                        on_images=_of_all(bar, ranks),
+                    )
+                ]  # fmt: skip
+        chosen = spread_classes(network.num_classes) if chosen is None else list(dict.fromkeys(chosen))
+        return _sheets(
+            network, Path(out), settings, about, ranks, chosen, names, decoder, per_class=per_class,
+            interpolation=interpolation, strip=strip, animation=animation, frames=frames, progress=progress,
+        )  # fmt: skip
+
+
+def _check_numbers(npz, per_class, frames, interpolation, strip, animation):
     if npz is not None and npz < 1:
         raise UsageError(f"--npz: {npz} must be at least 1")
+    if npz is not None and (interpolation or strip or animation):
+        raise UsageError("--npz draws a set alone; ask for --interpolate, --strip and --animate in a call of their own")
     if not 1 <= per_class <= INDICES_PER_CLASS:
         raise UsageError(f"--per-class: {per_class} must be in 1 to {INDICES_PER_CLASS}")
-    device = _device(device, rank)
-    model, about = load(run, ema)
-    settings = replace(settings, path=about["path"])
-    model = model.to(device).eval().requires_grad_(False)
-    names = about["class_names"] or [f"class {label}" for label in range(model.num_classes)]
-    chosen = None if classes is None else parse_classes(classes, names)
-    decoder = _decoder_for(model, about, vae, device)
-    if npz is not None:
-        return _sample_set(model, chosen, settings, npz, out, decoder, about, (rank, world_size, barrier), progress)
-    if world_size > 1:
-        raise UsageError("a sheet is drawn by one process; start maskalign sample without torchrun, or give --npz N")
-    chosen = spread_classes(model.num_classes) if chosen is None else list(dict.fromkeys(chosen))
+    if not 2 <= frames <= 100:
+        raise UsageError(f"--frames: {frames} must be in 2 to 100")
+    if interpolation is not None and interpolation not in KINDS:
+        raise UsageError(f"--interpolate: {interpolation!r} is not one of {', '.join(KINDS)}")
+    if animation is not None and animation not in ANIMATIONS:
+        raise UsageError(f"--animate: {animation!r} is not one of {', '.join(ANIMATIONS)}")
+    if interpolation and per_class < 2:
+        raise UsageError(f"--per-class: {per_class} must be at least 2 with --interpolate, for its two ends")
+
+
+def _sheets(
+    network, out, settings, about, ranks, classes, names, decoder, *, per_class, interpolation, strip, animation,
+    frames, progress,
+):  # fmt: skip
+    """Draw and write everything but a set; rank 0 writes."""
+    rows = len(plan_rows(interpolation, classes)) if interpolation else 0
+    if interpolation and not rows:
+        raise UsageError(f"--interpolate {interpolation} needs two classes or more; add some to --classes")
     title = f"{about['name']}, {settings.describe()}"
-    with _bar(len(chosen) * per_class, progress) as bar:
+    trajectory = None
+    if strip or animation:
+        trajectory = Trajectory(settings.steps, MOST_FRAMES if animation else frames, settings.path)
+    with _bar((len(classes) + rows) * per_class, progress and ranks.rank == 0) as bar:
+        drawn = {"decoder": decoder, "title": title, "on_images": _of_all(bar, ranks), "ranks": ranks}
         sheet, pictures = class_sheet(
-            model, chosen, names, settings, per_class=per_class, decoder=decoder, title=title, on_images=bar.update
+            network, classes, names, settings, per_class=per_class, record=trajectory, **drawn
         )
-    return _save(sheet, pictures, chosen, Path(out))
+        between = None
+        if interpolation:
+            between, _ = interpolate(network, interpolation, classes, names, settings, columns=per_class, **drawn)
+    if trajectory:
+        trajectory.gather(ranks)
+    if ranks.rank:
+        return []
+    shared = {"decoder": decoder, "title": title}
+    try:
+        paths = [_save(sheet, pictures, classes, out)]
+        if between:
+            between.save(out / "interpolation.png")
+            paths.append(out / "interpolation.png")
+        if strip:
+            picture = denoising_strip(trajectory, classes, names, per_class, frames=frames, **shared)
+            picture.save(out / "strip.png")
+            paths.append(out / "strip.png")
+        if animation:
+            path = out / f"denoising{ANIMATIONS[animation]}"
+            paths.append(save_animation(path, trajectory, classes, names, per_class, **shared))
+    except OSError as error:
+        raise RunError(f"cannot write pictures to {out} ({error.strerror or error}); choose another --out") from None
+    return paths
 
 
 def _save(sheet, pictures, labels, out):
-    try:
-        (out / "images").mkdir(parents=True, exist_ok=True)
-        for label, row in zip(labels, pictures, strict=True):
-            for k, picture in enumerate(row.numpy()):
-                Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
-                    out / "images" / f"{label:04d}_{k:03d}.png"
-                )
-        sheet.save(out / "grid.png")
-    except OSError as error:
-        raise RunError(f"cannot write pictures to {out} ({error.strerror or error}); choose another --out") from None
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    for label, row in zip(labels, pictures, strict=True):
+        for k, picture in enumerate(row.numpy()):
+            image = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            image.save(out / "images" / f"{label:04d}_{k:03d}.png")
+    sheet.save(out / "grid.png")
     return out / "grid.png"
-
-
-def _sample_set(model, classes, settings, count, out, decoder, about, processes, progress):
-    rank, world_size, barrier = processes
-    # A decoder says its own size only by decoding.
-    side = model.input_size
-    probe = torch.zeros(1, model.in_channels, side, side, device=next(model.parameters()).device)
-    channels, height, width = (decoder(probe) if decoder else probe).shape[1:]
-    if channels != 3:
-        raise UsageError(f"--npz holds RGB images; this model draws {channels} channels")
-
-    def labels_of(indices):
-        if classes is None:
-            return image_labels(settings.seed, indices, model.num_classes)
-        return torch.tensor([classes[index % len(classes)] for index in indices])
-
-    def draw(indices):
-        images = generate(model, labels_of(indices), settings, indices=indices)
-        return to_uint8(decoder(images) if decoder else images, truncate=decoder is not None)
-
-    record = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
-    record |= {"classes": classes, "model": about["name"], "step": about["step"], "ema": about["ema"], "images": count}
-    mine = len(range(rank, count, world_size))
-    with _bar(mine, progress and rank == 0) as bar:
-        return write_npz(
-            Path(out) / f"samples_{count}.npz",
-            count,
-            (height, width, 3),
-            draw,
-            settings=record,
-            batch_size=settings.batch_size,
-            rank=rank,
-            world_size=world_size,
-            barrier=barrier,
-            on_done=bar.update,
-        )
 
 
 def load(run, ema=True):
@@ -138,43 +167,43 @@ def load(run, ema=True):
     return model, {**facts, "name": name, "ema": ema}
 
 
-def _decoder_for(model, about, vae, device):
+def _decoder_for(network, about, vae):
     latent = about["latent"]
     name = vae or about["vae"] or (latent or {}).get("name")
     if name is None:
-        if model.in_channels in (1, 3):
+        if network.in_channels in (1, 3):
             return None
         raise UsageError(
-            f"the model draws latents of {model.in_channels} channels; name their decoder: --vae "
+            f"the model draws latents of {network.in_channels} channels; name their decoder: --vae "
             "stabilityai/sd-vae-ft-mse, or a local folder"
         )
-    if vae is None and latent is None and model.in_channels == 3:
+    if vae is None and latent is None and network.in_channels == 3:
         return None
     scale, bias = (latent["scale"], latent["bias"]) if latent else (LATENT_SCALE, 0.0)
-    return load_decoder(name, scale=scale, bias=bias, device=device)
+    return load_decoder(name, scale=scale, bias=bias, device=network.device)
 
 
-def _device(name, rank):
+def find_device(name):
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; of several GPUs the one of this rank.
+
+    Raises:
+        UsageError: it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UsageError("--device cuda: torch finds no GPU here; use --device cpu")
         if name == "cuda":
-            name = f"cuda:{int(os.environ.get('LOCAL_RANK', rank)) % torch.cuda.device_count()}"
+            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     elif name != "cpu":
         raise UsageError(f"--device: {name!r} is not auto, cpu or cuda")
     return torch.device(name)
 
 
-def _processes():
-    """(rank, world_size, barrier) of this process, under torchrun or alone."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if world_size == 1:
-        return 0, 1, None
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-    return torch.distributed.get_rank(), world_size, torch.distributed.barrier
+def _of_all(bar, ranks):
+    """Count this rank's images for all of them: ranks draw at one pace, and a bar needs no exchange of numbers."""
+    return lambda images: bar.update(min(images * ranks.world_size, bar.total - bar.n))
 
 
 def _bar(total, shown):

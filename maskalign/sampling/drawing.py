@@ -7,6 +7,7 @@ import torch
 from maskalign.errors import RunError, UsageError
 from maskalign.sampling.grids import class_grid
 from maskalign.sampling.guidance import Guided
+from maskalign.sampling.network import Network
 from maskalign.sampling.noise import ImageNoise
 from maskalign.sampling.pictures import to_uint8
 from maskalign.sampling.samplers import euler, euler_maruyama, heun
@@ -28,66 +29,98 @@ def evaluating(model):
 
 
 @torch.no_grad()
-def generate(model, labels, settings=None, *, indices=None, on_images=None):
+def generate(model, labels, settings=None, *, indices=None, noise=None, on_images=None, record=None, ranks=None):
     """Draw one image per label.
 
     Args:
-        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one.
-        labels: (B,) int64 tensor or list, in [0, num_classes].
+        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one; or a
+            `Network`, which spares a copy of the weights per call where several calls draw in bf16.
+        labels: (B,) int64 tensor or list, in [0, num_classes]; or (B, D) class embeddings, for points between classes.
         settings: `Sampling`.
         indices: index of every image in its set, which its noise depends on; 0, 1, 2... by default.
+        noise: (rows of the set, as a slice) -> what draws their noise, with the methods of `ImageNoise`; by default
+            `ImageNoise` of the indices.
         on_images: called with a (fractional) number of images as they progress.
+        record: called as `record(rows, step, time, state, velocity)`, see `samplers.euler`; rows is a slice.
+        ranks: `Ranks` that share the batches; all of them get all images. By default this process alone.
 
     Returns:
-        (B, C, H, W) float32 on the model's device: pixels in about [-1, 1], or scaled latents.
+        (B, C, H, W) float32 on the model's device: pixels in about [-1, 1], or scaled latents. The same bits on any
+        number of ranks that compute with as many threads: a batch holds the same images on all of them.
 
     Raises:
         UsageError: a label outside the classes.
         RunError: the model gave non-finite numbers.
     """
     settings = settings or Sampling()
-    device = next(model.parameters()).device
-    labels = torch.as_tensor(labels, dtype=torch.int64)
-    wrong = labels[(labels < 0) | (labels > model.num_classes)]
-    if len(wrong):
-        raise UsageError(f"label {int(wrong[0])} is outside the model's classes 0 to {model.num_classes - 1}")
+    if isinstance(model, Network):
+        return _generate(model, labels, settings, indices, noise, on_images, record, ranks)
+    with evaluating(model):
+        network = Network(model, settings.precision)
+        return _generate(network, labels, settings, indices, noise, on_images, record, ranks)
+
+
+def _generate(network, labels, settings, indices, noise, on_images, record, ranks):
+    labels = checked_labels(labels, network.num_classes)
     indices = list(range(len(labels)) if indices is None else indices)
     if len(indices) != len(labels):
         raise ValueError(f"{len(indices)} indices were given for {len(labels)} labels")
-    shape = (model.in_channels, model.input_size, model.input_size)
-    # The noise in the model's own dtype, as REPA has it; at float64 models (in tests) nothing is rounded.
-    dtype = next(model.parameters()).dtype
-    dtype = dtype if dtype == torch.float64 else torch.float32
-    batches = []
-    with evaluating(model):
-        for begin in range(0, len(labels), settings.batch_size):
-            part = labels[begin : begin + settings.batch_size].to(device)
-            noise = ImageNoise(settings.seed, indices[begin : begin + settings.batch_size], shape, device)
-            velocity = Guided(model, part, scale=settings.cfg_scale, interval=settings.cfg_interval)
-            share = len(part) / settings.steps
-            step = (lambda share=share: on_images(share)) if on_images else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                batches.append(_solve(settings, velocity, noise, dtype, step))
-    images = torch.cat(batches) if batches else torch.empty(0, *shape, device=device)
-    if not images.isfinite().all():
-        raise RunError("the model draws non-finite numbers; use an earlier checkpoint, or --precision fp32")
-    return images.to(dtype)
+    shape = (network.in_channels, network.input_size, network.input_size)
+    noise = noise or (lambda rows: ImageNoise(settings.seed, indices[rows], shape, network.device))
+    rows = [slice(begin, begin + settings.batch_size) for begin in range(0, len(labels), settings.batch_size)]
+
+    def draw(part):
+        chosen = labels[part].to(network.device)
+        null = network.class_embeddings()[-1] if chosen.is_floating_point() else network.num_classes
+        velocity = Guided(network, chosen, null_label=null, scale=settings.cfg_scale, interval=settings.cfg_interval)
+        share = len(chosen) / settings.steps
+        step = (lambda: on_images(share)) if on_images else None
+        state = (lambda *state: record(part, *state)) if record else None
+        images = _solve(settings, velocity, noise(part), network.dtype, step, state)
+        if not images.isfinite().all():
+            raise RunError("the model draws non-finite numbers; use an earlier checkpoint, or --precision fp32")
+        return images.to(network.dtype)
+
+    if ranks is None or ranks.world_size == 1:
+        batches = [draw(part) for part in rows]
+    else:
+        batches = [batch.to(network.device) for batch in ranks.share(rows, lambda part: draw(part).cpu())]
+    return torch.cat(batches) if batches else torch.empty(0, *shape, device=network.device)
 
 
-def _solve(settings, velocity, noise, dtype, on_step):
-    start = noise.draw(dtype)
+def checked_labels(labels, num_classes):
+    """Labels as an int64 tensor, or class embeddings as they are.
+
+    Raises:
+        UsageError: a label outside [0, num_classes].
+    """
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() and labels.dim() == 2:
+        return labels
+    labels = labels.to(torch.int64)
+    wrong = labels[(labels < 0) | (labels > num_classes)]
+    if len(wrong):
+        raise UsageError(f"label {int(wrong[0])} is outside the model's classes 0 to {num_classes - 1}")
+    return labels
+
+
+def _solve(settings, velocity, noise, dtype, on_step, on_state):
+    start, hooks = noise.draw(dtype), {"on_step": on_step, "on_state": on_state}
     if settings.sampler == "ode":
-        return euler(velocity, start, settings.steps, on_step=on_step)
+        return euler(velocity, start, settings.steps, **hooks)
     if settings.sampler == "heun":
-        return heun(velocity, start, settings.steps, on_step=on_step)
-    return euler_maruyama(velocity, start, settings.steps, path=settings.path, randn=noise, on_step=on_step)
+        return heun(velocity, start, settings.steps, **hooks)
+    return euler_maruyama(velocity, start, settings.steps, path=settings.path, randn=noise, **hooks)
 
 
-def class_sheet(model, classes, class_names, settings=None, *, per_class=8, decoder=None, title=None, on_images=None):
+def class_sheet(
+    model, classes, class_names, settings=None, *, per_class=8, decoder=None, title=None, on_images=None, record=None,
+    ranks=None,
+):  # fmt: skip
     """A sheet of pictures, a row per class.
 
     Args:
-        model, settings, on_images: those of `generate`.
+        model, settings, on_images, record, ranks: those of `generate`.
         classes: labels, one row each.
         class_names: name of every label of the model.
         per_class: pictures in a row.
@@ -97,11 +130,21 @@ def class_sheet(model, classes, class_names, settings=None, *, per_class=8, deco
     Returns:
         (PIL.Image, pictures): pictures is (len(classes), per_class, H, W, C) uint8.
     """
+    labels, indices = sheet_labels(classes, per_class)
+    images = generate(model, labels, settings, indices=indices, on_images=on_images, record=record, ranks=ranks)
+    pictures = visible(images, decoder).unflatten(0, (len(classes), per_class))
+    return class_grid(list(pictures), [class_names[label] for label in classes], title=title), pictures
+
+
+def sheet_labels(classes, per_class):
+    """(labels, indices) of the pictures of a sheet, row by row."""
     labels = torch.tensor(classes).repeat_interleave(per_class)
-    indices = [label * INDICES_PER_CLASS + k for label in classes for k in range(per_class)]
-    images = generate(model, labels, settings, indices=indices, on_images=on_images)
+    return labels, [label * INDICES_PER_CLASS + k for label in classes for k in range(per_class)]
+
+
+def visible(images, decoder=None):
+    """What a model draws, as pictures: (B, C, H, W) pixels or latents -> (B, H, W, 1 or 3) uint8 on the CPU."""
     images = decoder(images) if decoder else images
     # Three of more channels are better than nothing where no decoder can be had (a preview during training).
     images = images if images.shape[1] in (1, 3) else images[:, :3] if images.shape[1] > 3 else images[:, :1]
-    pictures = to_uint8(images).unflatten(0, (len(classes), per_class))
-    return class_grid(list(pictures), [class_names[label] for label in classes], title=title), pictures
+    return to_uint8(images)

@@ -10,8 +10,8 @@ class Guided:
 
     Args:
         model: called as `model(x, t, labels)`; gives the velocity, or something with an attribute `velocity`.
-        labels: (B,) int64.
-        null_label: the label that means "no class"; by default `model.num_classes`.
+        labels: (B,) int64, or (B, D) class embeddings.
+        null_label: the label that means "no class", by default `model.num_classes`; (D,) where labels are embeddings.
         scale: guidance scale; 1 is none.
         interval: (low, high), both included.
     """
@@ -22,7 +22,8 @@ class Guided:
             raise ValueError(f"the guidance interval must have low <= high, got {low}, {high}")
         self.model = model
         self.labels = labels
-        self.null = torch.full_like(labels, model.num_classes if null_label is None else null_label)
+        null = model.num_classes if null_label is None else null_label
+        self.null = torch.as_tensor(null, dtype=labels.dtype, device=labels.device).expand_as(labels)
         self.scale = scale
         self.interval = (low, high)
 

@@ -53,11 +53,13 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
         path: the .npz to write.
         shape: (H, W, 3) of an image.
         draw: indices (list of int) -> (n, H, W, 3) uint8 array or tensor; an image may depend on its index alone.
+            Batches are cut from the set at fixed places, so that one size gives the same bits on any number of ranks.
         settings: dict that JSON can hold: what the images depend on.
         batch_size: images per call of `draw`.
-        rank, world_size: this process; images are dealt round robin.
+        rank, world_size: this process; the batches that are missing are dealt round robin.
         barrier: called where all processes must meet; needed with more than one.
-        on_done: called with a number of finished images, those of an earlier run first.
+        on_done: called with a number of this process's images as they are finished, and first with its share of those
+            of an earlier run.
 
     Returns:
         The path. A set that is already complete is left as it is.
@@ -76,7 +78,7 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
         meet()
         if complete:
             if on_done:
-                on_done(len(range(rank, count, world_size)))
+                on_done(count / world_size)
             return path
         if rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,11 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
                 record.write_text(json.dumps(settings, indent=1) + "\n")
             _prepare(images, done, count, shape)
         meet()
-        _draw_missing(images, done, draw, range(rank, count, world_size), batch_size, on_done)
+        missing = _missing(done, count, batch_size)
+        meet()  # the same batches for all, before the first of them is done
+        if on_done:
+            on_done((count - sum(map(len, missing))) / world_size)
+        _draw_missing(images, done, draw, missing[rank::world_size], on_done)
         meet()
         if rank == 0:
             _pack(images, path)
@@ -96,20 +102,24 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
     return path
 
 
-def _draw_missing(images, done, draw, mine, batch_size, on_done):
+def _missing(done, count, batch_size):
+    """The batches (ranges of indices) of which at least one image is not drawn yet."""
+    flags = np.fromfile(done, dtype=np.uint8)
+    batches = [range(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
+    return [batch for batch in batches if not flags[batch.start : batch.stop].all()]
+
+
+def _draw_missing(images, done, draw, batches, on_done):
     array = np.load(images, mmap_mode="r+")
     flags = np.memmap(done, dtype=np.uint8, mode="r+")
-    missing = [index for index in mine if not flags[index]]
-    if on_done and len(missing) < len(mine):
-        on_done(len(mine) - len(missing))
-    for begin in range(0, len(missing), batch_size):
-        indices = missing[begin : begin + batch_size]
-        array[indices] = np.asarray(draw(indices))
+    for batch in batches:
+        rows = slice(batch.start, batch.stop)
+        array[rows] = np.asarray(draw(list(batch)))
         array.flush()  # the images are on disk before they count as done
-        flags[indices] = 1
+        flags[rows] = 1
         flags.flush()
         if on_done:
-            on_done(len(indices))
+            on_done(len(batch))
 
 
 def _pack(images, path):

@@ -3,6 +3,7 @@
 import torch
 
 from maskalign.data.vae import load_vae
+from maskalign.errors import RunError
 
 # sd-vae-ft-mse's, for data sets that do not say otherwise.
 LATENT_SCALE = 0.18215
@@ -41,12 +42,19 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, latents):
-        """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in about [-1, 1], on the latents' device."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W) float32 in about [-1, 1], on the latents' device.
+
+        Raises:
+            RunError: the VAE gave non-finite numbers.
+        """
         images = []
         for part in latents.to(torch.float32).split(self.chunk):
             out = self.vae.decode((part - self.bias) / self.scale)
             images.append(getattr(out, "sample", out).to(torch.float32))
-        return torch.cat(images)
+        images = torch.cat(images)
+        if not images.isfinite().all():
+            raise RunError("the VAE decodes to non-finite numbers; check its weights and the latents' scale")
+        return images
 
 
 def load_decoder(name, *, scale=LATENT_SCALE, bias=0.0, device="cpu", chunk=8):

@@ -48,8 +48,26 @@ def score_from_velocity(velocity, x, t, path="linear"):
     return (ratio * velocity - x) / (sigma.square() - ratio * d_sigma * sigma)
 
 
+def data_from_velocity(velocity, x, time, path="linear"):
+    """The clean image that a velocity points at: (sigma' x - sigma v) / (alpha sigma' - sigma alpha').
+
+    Solves x = alpha x0 + sigma eps and v = alpha' x0 + sigma' eps for x0; on the linear path it is x - t v.
+
+    Args:
+        velocity, x: (B, ...).
+        time: float in [0, 1].
+        path: `linear` or `cosine`.
+
+    Returns:
+        (B, ...).
+    """
+    t = torch.tensor(time, dtype=torch.float64)
+    alpha, sigma, d_alpha, d_sigma = (float(value) for value in Interpolant(path).coefficients(t))
+    return (d_sigma * x - sigma * velocity) / (alpha * d_sigma - sigma * d_alpha)
+
+
 @torch.no_grad()
-def euler(velocity_fn, noise, steps, *, on_step=None):
+def euler(velocity_fn, noise, steps, *, on_step=None, on_state=None):
     """Euler's method on `linspace(1, 0, steps + 1)`; one evaluation a step.
 
     Args:
@@ -57,21 +75,28 @@ def euler(velocity_fn, noise, steps, *, on_step=None):
         noise: (B, ...) the state at t = 1; its dtype is the one that velocity_fn is given.
         steps: number of steps, at least 1.
         on_step: called without arguments after each step.
+        on_state: called as `on_state(step, time, x, velocity)` with the state before each step, and at the end with
+            step = steps, time 0 and velocity None.
 
     Returns:
         (B, ...) float64, the state at t = 0.
     """
     times = torch.linspace(1, 0, _check(steps) + 1, dtype=torch.float64).tolist()
     x = noise.to(torch.float64)
-    for now, then in zip(times[:-1], times[1:], strict=True):
-        x = x + (then - now) * _velocity(velocity_fn, x, now, noise.dtype)
+    for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        velocity = _velocity(velocity_fn, x, now, noise.dtype)
+        if on_state:
+            on_state(step, now, x, velocity)
+        x = x + (then - now) * velocity
         if on_step:
             on_step()
+    if on_state:
+        on_state(steps, 0.0, x, None)
     return x
 
 
 @torch.no_grad()
-def heun(velocity_fn, noise, steps, *, on_step=None):
+def heun(velocity_fn, noise, steps, *, on_step=None, on_state=None):
     """Heun's method on Euler's grid: 2 * steps - 1 evaluations, the last step is one of Euler's.
 
     Both evaluations of a step are guided, or both are not, by the time at which the step begins.
@@ -82,24 +107,30 @@ def heun(velocity_fn, noise, steps, *, on_step=None):
     x = noise.to(torch.float64)
     for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
         velocity = _velocity(velocity_fn, x, now, noise.dtype)
+        if on_state:
+            on_state(step, now, x, velocity)
         if step < len(times) - 2:
             ahead = _velocity(velocity_fn, x + (then - now) * velocity, then, noise.dtype, guidance_time=now)
             velocity = 0.5 * velocity + 0.5 * ahead
         x = x + (then - now) * velocity
         if on_step:
             on_step()
+    if on_state:
+        on_state(steps, 0.0, x, None)
     return x
 
 
 @torch.no_grad()
-def euler_maruyama(velocity_fn, noise, steps, *, path="linear", last=LAST_SDE_TIME, randn=None, on_step=None):
+def euler_maruyama(
+    velocity_fn, noise, steps, *, path="linear", last=LAST_SDE_TIME, randn=None, on_step=None, on_state=None
+):
     """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2 t: `linspace(1, last, steps)`, then 0.
 
     dx = (v - w/2 score) dt + sqrt(w) dW; the step from `last` to 0 takes the mean only. Guidance of the velocity is
     guidance of the whole drift, which is linear in it.
 
     Args:
-        velocity_fn, noise, steps, on_step: as for `euler`.
+        velocity_fn, noise, steps, on_step, on_state: as for `euler`.
         path: `linear` or `cosine`, for the score.
         last: the last time before 0.
         randn: x -> standard normal noise like x (float64); torch.randn_like by default. See `noise.ImageNoise`.
@@ -115,10 +146,14 @@ def euler_maruyama(velocity_fn, noise, steps, *, path="linear", last=LAST_SDE_TI
         # REPA draws before it calls the model: with one seed, both give the same pictures.
         eps = randn(x) if step < len(times) - 2 else None
         velocity = _velocity(velocity_fn, x, now, noise.dtype)
+        if on_state:
+            on_state(step, now, x, velocity)
         drift = velocity - 0.5 * diffusion * score_from_velocity(velocity, x, now, path)
         x = x + drift * dt
         if eps is not None:
             x = x + (diffusion * -dt) ** 0.5 * eps.to(x)
         if on_step:
             on_step()
+    if on_state:
+        on_state(steps, 0.0, x, None)
     return x

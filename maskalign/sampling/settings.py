@@ -7,7 +7,7 @@ from maskalign.errors import UsageError
 
 SAMPLERS = ("ode", "heun", "sde")
 PATHS = ("linear", "cosine")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Sampling:
         path: the interpolant's path that the model was trained on.
         seed: seed of the set; an image's noise depends on this and its index alone.
         batch_size: images drawn at once.
-        precision: `fp32` or `bf16` (autocast; the sampler's state stays float64).
+        precision: `fp32`, `bf16`, or `auto` (bf16 where the processor has it); the sampler's state stays float64.
     """
 
     sampler: str = "ode"

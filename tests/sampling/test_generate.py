@@ -1,9 +1,5 @@
 """Pictures of a real model: the same for any batching, sheets, sets, and the command's errors."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +11,7 @@ from maskalign.models import SiT
 from maskalign.models.weight_files import repa_checkpoint, write_repa
 from maskalign.sampling import Sampling, class_sheet, generate
 from maskalign.sampling.command import sample
+from maskalign.sampling.network import Network
 from maskalign.sampling.noise import image_labels
 from maskalign.sampling.settings import parse_classes, parse_interval, spread_classes
 
@@ -72,6 +69,43 @@ def test_generate_leaves_the_model_as_it_was(model):
     assert generate(model, []).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_projectors_are_left_out(model, precision, monkeypatch):
+    """They serve training alone; the pictures must not pay for them."""
+    before = generate(model, [0, 1], Sampling(steps=1, precision=precision))
+    monkeypatch.setattr(model, "_tap", lambda *tokens: pytest.fail("the projectors ran"))
+    assert torch.equal(generate(model, [0, 1], Sampling(steps=1, precision=precision)), before)
+
+
+def test_weights_are_rounded_once_for_many_calls(model):
+    network = Network(model, "bf16")
+    assert {p.dtype for p in network.model.parameters()} == {torch.bfloat16} and len(network.model.projectors) == 0
+    assert next(model.parameters()).dtype == torch.float32 and len(model.projectors) == 1
+    settings = Sampling(steps=3, precision="bf16")
+    assert torch.equal(generate(network, [2, 3], settings), generate(model, [2, 3], settings))
+    # The original may go on being trained: the network keeps the weights that it was made of.
+    with torch.no_grad():
+        model.final_layer.linear.bias.add_(1)
+    assert not torch.equal(generate(network, [2, 3], settings), generate(model, [2, 3], settings))
+
+
+def test_a_compiled_model_runs_under_autocast(model):
+    """Its forward is bound to the original: a copy would compute with the original's weights."""
+    calls = []
+    block, forward = model.blocks[0], model.blocks[0].forward
+    block.forward = lambda x, c: calls.append(torch.is_autocast_enabled("cpu")) or forward(x, c)
+    network = Network(model, "bf16")
+    assert network.autocast and network.model is model
+    generate(model, [0], Sampling(steps=2, precision="bf16"))
+    assert calls == [True, True]
+
+
+def test_auto_precision_follows_the_processor(model, monkeypatch):
+    for native, name in [(True, "bf16"), (False, "fp32")]:
+        monkeypatch.setattr("maskalign.training.parallel.cpu_has_bf16", lambda native=native: native)
+        assert Network(model, "auto").precision == name
+
+
 def test_bf16_is_close_to_fp32(model):
     with torch.no_grad():  # calm weights: a random model of gain above one multiplies any rounding
         for parameter in model.parameters():
@@ -105,7 +139,7 @@ def test_a_class_row_is_the_same_on_every_sheet(model):
 
 
 def test_sample_writes_a_sheet_and_its_pictures(checkpoint, tmp_path):
-    path = sample(checkpoint, tmp_path / "out", settings=Sampling(steps=2), per_class=3, progress=False)
+    (path,) = sample(checkpoint, tmp_path / "out", settings=Sampling(steps=2), per_class=3, progress=False)
     assert path == tmp_path / "out" / "grid.png"
     sheet = Image.open(path)
     assert sheet.height > 4 * 64 and sheet.width > 3 * 64
@@ -118,7 +152,7 @@ def test_sample_writes_a_sheet_and_its_pictures(checkpoint, tmp_path):
 
 def test_sample_writes_a_set(checkpoint, tmp_path):
     settings = Sampling("sde", steps=2, batch_size=4)
-    path = sample(checkpoint, tmp_path / "out", settings=settings, npz=10, progress=False)
+    (path,) = sample(checkpoint, tmp_path / "out", settings=settings, npz=10, progress=False)
     images = np.load(path)["arr_0"]
     assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
     from maskalign.models.weight_files import load_file
@@ -128,7 +162,7 @@ def test_sample_writes_a_set(checkpoint, tmp_path):
     truth = generate(model, labels, settings)
     expected = ((truth.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
     assert np.abs(images - expected).max() <= 0.51
-    only = sample(checkpoint, tmp_path / "b", settings=settings, npz=10, classes="3,1", progress=False)
+    (only,) = sample(checkpoint, tmp_path / "b", settings=settings, npz=10, classes="3,1", progress=False)
     assert not np.array_equal(np.load(only)["arr_0"], images)
     with pytest.raises(UsageError, match="steps 2, now 3"):
         sample(checkpoint, tmp_path / "out", settings=Sampling("sde", steps=3), npz=10, progress=False)
@@ -165,26 +199,16 @@ def test_the_command(checkpoint, tmp_path, capfd):
         (["sample", tmp_path / "nothing", "--out", "o"], "does not exist"),
         ([*words[:4], "--cfg-interval", "0.7"], "LO,HI"),
         ([*words[:4], "--npz", "0"], "--npz"),
+        ([*words[:4], "--npz", "4", "--strip"], "a call of their own"),
+        ([*words[:4], "--frames", "1"], "--frames"),
+        ([*words[:4], "--interpolate", "class", "--classes", "1"], "needs two classes"),
+        ([*words[:4], "--interpolate", "labels"], "interpolate"),
+        ([*words[:4], "--animate", "mp4"], "animate"),
         (["convert", checkpoint, checkpoint], "the file to read"),
         (["convert", checkpoint, tmp_path / "a", "--to", "onnx"], "onnx"),
     ]:
         status, _, err = run_command(capfd, *wrong)
         assert status == 2 and len(err) == 1 and match in err[0], err
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_two_processes_draw_the_set_of_one(checkpoint, tmp_path):
-    words = ["sample", str(checkpoint), "--npz", "7", "--steps", "2", "--batch-size", "2", "--sampler", "sde", "--out"]
-    sample(checkpoint, tmp_path / "one", settings=Sampling("sde", steps=2, batch_size=2), npz=7, progress=False)
-    two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maskalign",
-         *words, str(tmp_path / "two")],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    a, b = (np.load(tmp_path / name / "samples_7.npz")["arr_0"].astype(int) for name in ("one", "two"))
-    assert np.abs(a - b).max() <= 1
 
 
 def test_parse_classes():

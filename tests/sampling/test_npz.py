@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -98,36 +100,58 @@ def test_survives_kill_9(tmp_path, seed):
         child.wait()
         assert sum(done.read_bytes()) > before and not target.exists()
     left = []
-    write_npz(target, 300, SHAPE, lambda indices: left.extend(indices) or draw(indices), settings={}, batch_size=64)
+    write_npz(target, 300, SHAPE, lambda indices: left.extend(indices) or draw(indices), settings={}, batch_size=1)
     assert 0 < len(left) < 300
     assert np.array_equal(np.load(target)["arr_0"], expected(300))
 
 
-def test_images_are_dealt_to_processes(tmp_path):
-    """Three ranks, one after the other: all but the last leave at the barrier after drawing."""
-    shares = {}
-    for rank in (0, 1, 2):
-        meetings = iter(range(10))
+def draw_by_ranks(path, count, batch_size, world_size, **options):
+    """write_npz by ranks that are threads with a real barrier; what each of them drew, by rank."""
+    barrier, shares = threading.Barrier(world_size, timeout=60), {rank: [] for rank in range(world_size)}
 
-        def barrier(rank=rank, meetings=meetings):
-            # Ranks 0 and 1 leave at the third meeting, after drawing; rank 2 comes last and does not pack.
-            if next(meetings) == 2 and rank < 2:
-                raise StopIteration
-
-        def own(indices, rank=rank):
-            shares.setdefault(rank, []).extend(indices)
+    def rank_draws(rank):
+        def own(indices):
+            shares[rank].append(indices)
             return draw(indices)
 
-        try:
-            write_npz(
-                tmp_path / "s.npz", 8, SHAPE, own, settings={}, batch_size=2, rank=rank, world_size=3, barrier=barrier
-            )
-        except StopIteration:
-            assert rank < 2
-    assert shares == {0: [0, 3, 6], 1: [1, 4, 7], 2: [2, 5]}
+        write_npz(
+            path, count, SHAPE, own, settings={}, batch_size=batch_size, rank=rank, world_size=world_size,
+            barrier=barrier.wait, **options,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(world_size) as pool:
+        for done in [pool.submit(rank_draws, rank) for rank in range(world_size)]:
+            done.result()
+    return shares
+
+
+def test_whole_batches_are_dealt_to_processes(tmp_path):
+    path, counts = tmp_path / "s.npz", []
+    shares = draw_by_ranks(path, 9, 2, 3, on_done=counts.append)
+    assert shares == {0: [[0, 1], [6, 7]], 1: [[2, 3], [8]], 2: [[4, 5]]}
+    assert sum(counts) == 9
+    assert np.array_equal(np.load(path)["arr_0"], expected(9))
+
+
+def test_other_ranks_go_on_with_the_same_batches(tmp_path):
+    """A set that one process began and three finish: what is done stays, the cuts between batches too."""
+    drawn = []
+
+    def failing(indices):
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        drawn.append(indices)
+        return draw(indices)
+
     path = tmp_path / "s.npz"
-    write_npz(path, 8, SHAPE, lambda indices: pytest.fail("all are drawn"), settings={}, batch_size=2)
-    assert np.array_equal(np.load(path)["arr_0"], expected(8))
+    with pytest.raises(KeyboardInterrupt):
+        write_npz(path, 16, SHAPE, failing, settings={}, batch_size=3)
+    counts = []
+    shares = draw_by_ranks(path, 16, 3, 3, on_done=counts.append)
+    assert drawn == [[0, 1, 2], [3, 4, 5]]
+    assert shares == {0: [[6, 7, 8], [15]], 1: [[9, 10, 11]], 2: [[12, 13, 14]]}
+    assert sum(counts) == pytest.approx(16)
+    assert np.array_equal(np.load(path)["arr_0"], expected(16))
 
 
 def test_other_settings_are_refused(tmp_path):

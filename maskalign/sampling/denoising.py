@@ -1,0 +1,116 @@
+"""From noise to image: a strip of the states on the way, and an animation of the whole sheet."""
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from maskalign.sampling.drawing import visible
+from maskalign.sampling.grids import class_grid, picture_grid
+from maskalign.sampling.samplers import data_from_velocity
+
+ANIMATIONS = {"gif": ".gif", "webp": ".webp", "apng": ".png"}
+FRAME_MS, LAST_FRAME_MS = 80, 2000
+MOST_FRAMES = 48
+
+
+class Trajectory:
+    """Keeps some of the states that a sampler passes through: the `record` of `generate`.
+
+    Args:
+        steps: steps of the sampler.
+        frames: number of states to keep, the noise and the image included; at most steps + 1 are there.
+        path: the interpolant's path, for the model's guess of the image.
+
+    Attributes:
+        times: of the kept states, 1 is noise; known when they have been recorded.
+    """
+
+    def __init__(self, steps, frames, path="linear"):
+        count = min(max(frames, 2), steps + 1)
+        self.kept = sorted({round(k * steps / (count - 1)) for k in range(count)})
+        self.path = path
+        self.parts = {}  # begin of the batch -> kept step -> (time, states, guesses)
+
+    def __call__(self, rows, step, time, state, velocity):
+        if step in self.kept:
+            guess = state if velocity is None else data_from_velocity(velocity, state, time, self.path)
+            batch = self.parts.setdefault(rows.start, {})
+            batch[step] = (time, state.to("cpu", torch.float32), guess.to("cpu", torch.float32))
+
+    def gather(self, ranks):
+        """Put together what the ranks have recorded; call it on all of them."""
+        self.parts = {begin: part for parts in ranks.gather(self.parts) for begin, part in parts.items()}
+
+    @property
+    def times(self):
+        first = self.parts[min(self.parts)]
+        return [first[step][0] for step in self.kept]
+
+    def states(self, frame):
+        """(B, C, H, W) float32, the states at a kept frame."""
+        return self._joined(frame, 1)
+
+    def guesses(self, frame):
+        """(B, C, H, W) float32, the images that the model points at from a kept frame."""
+        return self._joined(frame, 2)
+
+    def _joined(self, frame, which):
+        return torch.cat([self.parts[begin][self.kept[frame]][which] for begin in sorted(self.parts)])
+
+
+def denoising_strip(trajectory, classes, class_names, per_class, *, frames=10, decoder=None, title=None):
+    """The way of each class's first picture: two rows a class, the states and the images that the model points at.
+
+    Args:
+        trajectory: `Trajectory` of a class sheet.
+        classes, class_names, per_class: those of the sheet.
+        frames: columns; evenly spread over what was kept.
+        decoder: latents -> images; None for pixels.
+
+    Returns:
+        PIL.Image.
+    """
+    kept = len(trajectory.times)
+    count = min(frames, kept)
+    chosen = [round(k * (kept - 1) / max(1, count - 1)) for k in range(count)]
+    rows, names = [], []
+    for number, label in enumerate(classes):
+        for part, name in ((trajectory.states, class_names[label]), (trajectory.guesses, "the model's guess")):
+            latents = torch.stack([part(frame)[number * per_class] for frame in chosen])
+            rows.append(visible(latents, decoder))
+            names.append(name)
+    columns = [f"t = {trajectory.times[frame]:.2f}" for frame in chosen]
+    return picture_grid(rows, names, columns=columns, title=title)
+
+
+def save_animation(path, trajectory, classes, class_names, per_class, *, decoder=None, title=None):
+    """Write the class sheet on its way from noise to image, animated; the path's ending, one of ANIMATIONS, says how.
+
+    Args:
+        trajectory, classes, class_names, per_class, decoder, title: those of `denoising_strip`.
+
+    Returns:
+        The path.
+    """
+    path, names, count = Path(path), [class_names[label] for label in classes], len(trajectory.times)
+
+    def frame(number):
+        pictures = visible(trajectory.states(number), decoder).unflatten(0, (len(classes), per_class))
+        words = ", ".join(filter(None, [title, f"t = {trajectory.times[number]:.2f}"]))
+        return class_grid(list(pictures), names, title=words)
+
+    # A title wider than the sheet widens it, by digits of unlike widths: all frames take the last one's size.
+    last = frame(count - 1)
+    frames = [frame(number).crop((0, 0, *last.size)) for number in range(count - 1)] + [last]
+    kind = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}[path.suffix]
+    if kind == "GIF":
+        palette = last.quantize(256)  # one for all frames, so that the finished pictures do not flicker
+        frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in frames]
+    options = {"quality": 85, "method": 4} if kind == "WEBP" else {}
+    durations = [FRAME_MS] * (count - 1) + [LAST_FRAME_MS]
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    frames[0].save(temporary, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
+    os.replace(temporary, path)
+    return path

@@ -1,0 +1,88 @@
+"""Pictures between pictures: rows that go from one noise, one class, or both, to another."""
+
+import math
+
+import torch
+
+from maskalign.sampling.drawing import INDICES_PER_CLASS, generate, visible
+from maskalign.sampling.grids import picture_grid
+from maskalign.sampling.network import Network
+from maskalign.sampling.noise import ImageNoise
+
+KINDS = ("noise", "class", "both")
+
+
+class BlendedNoise:
+    """Noise on the quarter circle between two images' noises: cos(pi w / 2) a + sin(pi w / 2) b.
+
+    The squares of the weights sum to one, so that every point is standard normal noise, as a straight line's middle is
+    not. All draws are blended, the SDE's later ones too.
+
+    Args:
+        first, second: `ImageNoise` of as many images.
+        weight: (B,) float64, 0 gives the first and 1 the second, to the last bit.
+    """
+
+    def __init__(self, first, second, weight):
+        self.first, self.second = first, second
+        angle = (weight * (math.pi / 2)).reshape(-1, 1, 1, 1)
+        self.cos, self.sin = angle.cos() * (weight < 1).reshape(-1, 1, 1, 1), angle.sin()
+
+    def draw(self, dtype=torch.float32):
+        """(B, C, H, W), the next draw of every image."""
+        a, b = self.first.draw(torch.float64), self.second.draw(torch.float64)
+        return (self.cos.to(a) * a + self.sin.to(b) * b).to(dtype)
+
+    def __call__(self, x):
+        """The next draw in x's dtype: the `randn` of `euler_maruyama`."""
+        return self.draw(x.dtype)
+
+
+def plan_rows(kind, classes):
+    """What the rows lead from and to: ((label, number of a picture), the same) for each; the sheet has these pictures.
+
+    `noise`: from the first to the second picture of each class; `class`: each class to the next one, with the noise of
+    the former's first picture; `both`: from each class's first picture to the next one's.
+    """
+    if kind == "noise":
+        return [((label, 0), (label, 1)) for label in classes]
+    return [((one, 0), (other, 0)) for one, other in zip(classes[:-1], classes[1:], strict=True)]
+
+
+def interpolate(
+    model, kind, classes, class_names, settings, *, columns=8, decoder=None, title=None, on_images=None, ranks=None
+):
+    """A sheet of interpolations.
+
+    Args:
+        model, settings, on_images, ranks: those of `generate`.
+        kind: `noise`, `class` (the class embeddings are blended in a straight line) or `both`.
+        classes: labels, at least one for `noise` and two otherwise.
+        class_names: name of every label of the model.
+        columns: pictures in a row, the two ends included; at least 2.
+        decoder: latents -> images; None for pixels.
+
+    Returns:
+        (PIL.Image, pictures): pictures is (rows, columns, H, W, C) uint8.
+    """
+    network = model if isinstance(model, Network) else Network(model, settings.precision)
+    rows = plan_rows(kind, classes)
+    weight = torch.linspace(0, 1, columns, dtype=torch.float64).repeat(len(rows))
+    first, second = (torch.tensor([row[end][0] for row in rows]).repeat_interleave(columns) for end in (0, 1))
+    table = network.class_embeddings().detach()
+    share = weight.to(table).unsqueeze(1)
+    embeddings = torch.lerp(table[first.to(table.device)], table[second.to(table.device)], share)
+    ends = [[label * INDICES_PER_CLASS + k for label, k in row for _ in range(columns)] for row in rows]
+    starts = [index for row in ends for index in row[:columns]]
+    stops = [index for row in ends for index in row[columns:]] if kind != "class" else starts
+    shape = (network.in_channels, network.input_size, network.input_size)
+
+    def noise(part):
+        one, other = (ImageNoise(settings.seed, indices[part], shape, network.device) for indices in (starts, stops))
+        return one if kind == "class" else BlendedNoise(one, other, weight[part])
+
+    images = generate(network, embeddings, settings, noise=noise, on_images=on_images, ranks=ranks)
+    pictures = visible(images, decoder).unflatten(0, (len(rows), columns))
+    names = [(class_names[one], "" if one == other else class_names[other]) for (one, _), (other, _) in rows]
+    sheet = picture_grid(list(pictures), [name for name, _ in names], right=[name for _, name in names], title=title)
+    return sheet, pictures

@@ -1,0 +1,64 @@
+"""A set of images for an evaluation: what `maskalign sample --npz N` draws."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from maskalign.errors import UsageError
+from maskalign.sampling.drawing import generate
+from maskalign.sampling.noise import image_labels
+from maskalign.sampling.npz import write_npz
+from maskalign.sampling.pictures import to_uint8
+
+
+def draw_set(network, count, out, settings, about, ranks, *, classes=None, decoder=None, on_images=None):
+    """Draw `count` images into `out`/samples_<count>.npz, or what is missing of them.
+
+    Args:
+        network: `Network`.
+        count: number of images.
+        settings: `Sampling`.
+        about: dict with the model's name, step and ema; kept beside the set, with the settings.
+        ranks: `Ranks` that share the work.
+        classes: labels, dealt to the images in turn; by default uniform draws over all classes.
+        decoder: latents -> images; None for pixels.
+        on_images: called with a number of finished images of the whole set.
+
+    Returns:
+        Path of the .npz.
+
+    Raises:
+        UsageError: the model draws no RGB images, or the set was begun with other settings.
+    """
+    # A decoder says its own size only by decoding.
+    side = network.input_size
+    probe = torch.zeros(1, network.in_channels, side, side, device=network.device)
+    channels, height, width = (decoder(probe) if decoder else probe).shape[1:]
+    if channels != 3:
+        raise UsageError(f"--npz holds RGB images; this model draws {channels} channels")
+
+    def labels_of(indices):
+        if classes is None:
+            return image_labels(settings.seed, indices, network.num_classes)
+        return torch.tensor([classes[index % len(classes)] for index in indices])
+
+    def draw(indices):
+        images = generate(network, labels_of(indices), settings, indices=indices)
+        return to_uint8(decoder(images) if decoder else images, truncate=decoder is not None)
+
+    record = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
+    record |= {"precision": network.precision, "classes": classes, "model": about["name"], "step": about["step"]}
+    record |= {"ema": about["ema"], "images": count}
+    return write_npz(
+        Path(out) / f"samples_{count}.npz",
+        count,
+        (height, width, 3),
+        draw,
+        settings=record,
+        batch_size=settings.batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        barrier=ranks.barrier,
+        on_done=on_images,
+    )
