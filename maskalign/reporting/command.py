@@ -1,0 +1,43 @@
+"""The work of `maskalign report`."""
+
+import os
+import time
+from pathlib import Path
+
+from maskalign.errors import RunError, UsageError
+from maskalign.reporting.page import render
+from maskalign.reporting.run import names_of, read_run
+
+
+def report(runs, out, title=None):
+    """Write a page that compares runs.
+
+    Args:
+        runs: run folders; one may be given, too.
+        out: the HTML file to write.
+        title: its heading; by default the names of the runs.
+
+    Returns:
+        (path, notes): the file, and lines about what could not be read and is left out.
+
+    Raises:
+        UsageError: a folder that is no run, the same one twice, or `out` is a folder.
+        RunError: the file cannot be written.
+    """
+    out, folders = Path(out), [Path(run).resolve() for run in runs]
+    if out.is_dir():
+        raise UsageError(f"--out: {out} is a folder; name the HTML file to write")
+    twice = next((run for number, run in enumerate(runs) if folders.index(folders[number]) != number), None)
+    if twice is not None:
+        raise UsageError(f"{twice}: is given twice; name each run once")
+    read = [read_run(path, name) for path, name in zip(runs, names_of(runs), strict=True)]
+    title = title or (f"{read[0].name}" if len(read) == 1 else f"{len(read)} runs compared")
+    page = render(read, title, made=time.strftime("%Y-%m-%d %H:%M"))
+    temporary = out.with_name(f".{out.name}.partial")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, out)
+    except OSError as error:
+        raise RunError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None
+    return out, [f"{run.path}: {note}" for run in read for note in run.notes]
