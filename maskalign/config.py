@@ -11,7 +11,7 @@ from typing import List, Literal, Optional, Tuple, Union
 
 from maskalign.errors import UsageError
 from maskalign.models.presets import preset_sizes
-from maskalign.teachers.names import parse_teachers
+from maskalign.teachers.names import check_teacher_name, parse_teachers
 
 
 @dataclass
@@ -214,6 +214,28 @@ class PreviewConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """The light evaluation of the averaged weights during training; maskalign evaluate is the thorough one."""
+
+    every: int = 0
+    """Steps between evaluations, written to evaluation.csv; 0 is none, else one is also made at the end."""
+    data: Optional[str] = None
+    """Held-out data set; by default data.path, whose images the run has seen."""
+    images: int = 256
+    """Held-out images for the velocity loss and the alignment cosine by time; 0 leaves these out."""
+    samples: int = 500
+    """Samples for the Frechet and the kernel distance; 0 leaves these out."""
+    reference: int = 5000
+    """Images of the data set that the samples are compared with; 0 for all."""
+    teacher: str = "efficientnet-lite0"
+    """Teacher in whose features the distances are."""
+    steps: int = 50
+    """Sampler steps."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale of the samples; 1 is none."""
+
+
+@dataclass
 class ParallelConfig:
     """How the work is spread over processes."""
 
@@ -251,6 +273,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
@@ -336,6 +359,12 @@ def validate(config):
         "preview.classes": 1,
         "preview.per_class": 1,
         "preview.steps": 1,
+        "evaluate.every": 0,
+        "evaluate.images": 0,
+        "evaluate.samples": 0,
+        "evaluate.reference": 0,
+        "evaluate.steps": 1,
+        "evaluate.cfg_scale": 0,
     }
     for key, low in at_least.items():
         value = _get(config, key)
@@ -352,6 +381,10 @@ def validate(config):
     _require(seconds is None or seconds > 0, "training.max_seconds", seconds, "must be above 0")
     batch, parts = config.training.batch_size, config.training.accumulation
     _require(batch % parts == 0, "training.accumulation", parts, f"must divide training.batch_size {batch}")
+    for key in ("evaluate.samples", "evaluate.reference"):
+        _require(_get(config, key) == 0 or _get(config, key) >= 2, key, _get(config, key), "must be 0 or at least 2")
+    if config.evaluate.every:
+        check_teacher_name(config.evaluate.teacher)
     shard_size = config.parallel.shard_size
     _require(shard_size is None or shard_size >= 1, "parallel.shard_size", shard_size, "must be at least 1")
     return sizes

@@ -77,8 +77,13 @@ def read_metrics(path):
     return rows
 
 
-def draw_curves(rows, path, title):
-    """Plot losses, alignment cosine, gradient norm, and speed against steps into a PNG."""
+def draw_curves(rows, path, title, evaluations=()):
+    """Plot losses, alignment cosine, gradient norm, and speed against steps into a PNG.
+
+    Args:
+        rows: those of `read_metrics`.
+        evaluations: rows of evaluation.csv: held-out losses go beside those of training, distances into a row below.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -91,12 +96,29 @@ def draw_curves(rows, path, title):
         ("gradient norm (log)", [row["grad_norm"] for row in rows], "#a85a1f"),
         ("images per second", [row["images_per_second"] for row in rows], "#6b4ba3"),
     ]
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.2), sharex=True, layout="constrained")
-    for axis, (name, values, colour) in zip(axes.flat, panels, strict=True):
-        axis.plot(steps, values, color=colour, linewidth=1.6)
+    held_out = ["held_out_velocity_loss", "held_out_cosine", None, None]
+    distances = [key for row in evaluations[-1:] for key in row if key.startswith(("frechet[", "kernel["))][:2]
+    colours = ["#1f5fa8", "#6b4ba3"]
+    panels += [(key, None, colour) for key, colour in zip(distances, colours, strict=False)]
+    lines = 2 if len(panels) == 4 else 3
+    figure, axes = plt.subplots(lines, 2, figsize=(10, 3.1 * lines), sharex=True, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, values, colour) in zip(axes.flat, panels, strict=False):
+        if values is None:
+            points = [(row["step"], row[name]) for row in evaluations if name in row]
+            axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=3.5)
+        else:
+            axis.plot(steps, values, color=colour, linewidth=1.6)
         axis.set_title(name, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    for axis, key in zip(axes.flat, held_out, strict=False):
+        points = [(row["step"], row[key]) for row in evaluations if key in row]
+        if points:
+            style = dict(color="#b03060", linewidth=1.2, markersize=3.5, label="held out, EMA")
+            axis.plot(*zip(*points, strict=True), "o--", **style)
+            axis.legend(fontsize=8, frameon=False)
     axes[1, 0].set_yscale("log")
     # Where the keep ratio changes, the loss is over other tokens: show it behind the curve.
     keep = axes[0, 0].twinx()
@@ -104,7 +126,7 @@ def draw_curves(rows, path, title):
     keep.set_ylim(0, 1.02)
     keep.set_ylabel("keep ratio (grey)", fontsize=8)
     keep.spines[["top"]].set_visible(False)
-    for axis in axes[1]:
+    for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)

@@ -8,6 +8,7 @@ from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
 
+from maskalign.teachers.hub import check_weights
 
 def check_data(config):
     """Read the data set's manifest and hold the settings against it.
@@ -37,3 +38,21 @@ def check_data(config):
     if init_from is not None and not Path(init_from).exists():
         raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
     return manifest, facts
+    if config.evaluate.every:
+        _check_evaluation(config.evaluate, manifest)
+
+
+def _check_evaluation(settings, manifest):
+    """The held-out data set must be there and alike, and so must the teacher of the distances."""
+    if settings.samples:
+        check_weights(settings.teacher, None)
+    if settings.data is None:
+        return
+    there = Manifest.load(settings.data)
+    for what, one, other in (
+        ("resolution", there.resolution, manifest.resolution),
+        ("number of classes", there.num_classes, manifest.num_classes),
+        ("latents", (there.latent or {}).get("shape"), (manifest.latent or {}).get("shape")),
+    ):
+        if one != other:
+            raise UsageError(f"evaluate.data: {settings.data} has the {what} {one}, the training data {other}")

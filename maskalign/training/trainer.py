@@ -12,6 +12,8 @@ from tqdm import tqdm
 from maskalign.config import dump_config
 from maskalign.data.stream import ShardStream, merge_states
 from maskalign.errors import RunError, UsageError
+from maskalign.evaluation import history
+from maskalign.evaluation.periodic import PeriodicEvaluation
 from maskalign.models.initial import assign
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.training import checkpoint
@@ -120,6 +122,11 @@ class Trainer:
         self.throughput = Throughput(self.model, config, self.placement)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
+        self.evaluation = None
+        if config.evaluate.every:
+            self.evaluation = PeriodicEvaluation(
+                config, self.facts, manifest, self.device, precision, self.previews.decoder
+            )
         training = config.training
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
 
@@ -249,6 +256,7 @@ class Trainer:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
             (self.run_dir / "config.yaml").write_text(self.config_yaml)
             clear_requeue(self.run_dir)
+            history.drop_after(self.run_dir / history.FILE_NAME, self.step)
             moved = self.saver.clear(self.step)
             if moved:
                 log.warning("%s: later checkpoints were set aside: %s", self.run_dir, ", ".join(moved))
@@ -336,6 +344,8 @@ class Trainer:
             self._advance_bar()
             if self.step % training.checkpoint_every == 0 or last or stop:
                 self._save()
+            if self.evaluation is not None and (last or self.step % self.config.evaluate.every == 0):
+                self._evaluate()
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
 
@@ -412,11 +422,30 @@ class Trainer:
             sheet = self.previews.draw(self.model, self.step, path if self.placement.is_main else None)
         if not self.placement.is_main:
             return
-        draw_curves(read_metrics(self.run_dir / "metrics.csv"), self.run_dir / "curves.png", str(self.run_dir))
+        self._draw_curves()
         if self.tensorboard is not None:
             import numpy as np
 
             self.tensorboard.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+
+    def _evaluate(self):
+        if not (self.placement.is_main or self.plan.sharded):
+            return
+        self.watchdog.enter("evaluate")
+        with self.optimizer.averaged():
+            found = self.evaluation.measure(self.model, self.placement.is_main)
+        if not self.placement.is_main:
+            return
+        history.add_to_history(self.run_dir / history.FILE_NAME, {"step": self.step, "time": self.seconds, **found})
+        if self.tensorboard is not None:
+            for key, value in found.items():
+                self.tensorboard.add_scalar(f"evaluate/{key}", value, self.step)
+        self._draw_curves()
+
+    def _draw_curves(self):
+        rows = read_metrics(self.run_dir / "metrics.csv")
+        evaluations = history.read_history(self.run_dir / history.FILE_NAME)
+        draw_curves(rows, self.run_dir / "curves.png", str(self.run_dir), evaluations)
 
 
 def merge_ranks(states):

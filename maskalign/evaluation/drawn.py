@@ -1,0 +1,56 @@
+"""Pictures that a model draws for its evaluation, batch by batch, none of them kept."""
+
+import torch
+
+from maskalign.errors import UsageError
+from maskalign.sampling.drawing import generate
+from maskalign.sampling.pictures import to_uint8
+
+
+class DrawnPictures:
+    """Pictures of a model, one per label.
+
+    Args:
+        network: a `SiT` or a sampling `Network`.
+        labels: (count,) int64.
+        settings: `Sampling`.
+        decoder: latents -> images; None for pixels.
+        on_images: called with a (fractional) number of pictures as they progress.
+
+    Attributes:
+        count; size: (height, width).
+    """
+
+    def __init__(self, network, labels, settings, decoder=None, on_images=None):
+        self.network, self.labels, self.settings, self.decoder = network, labels, settings, decoder
+        self.count, self.on_images = len(labels), on_images
+        self.size, channels = (network.input_size,) * 2, network.in_channels
+        if decoder is not None:  # it says its own size only by decoding
+            device = getattr(network, "device", None) or next(network.parameters()).device
+            channels, *size = decoder(torch.zeros(1, network.in_channels, *self.size, device=device)).shape[1:]
+            self.size = tuple(size)
+        if channels != 3:
+            raise UsageError(f"the model draws {channels} channels; only RGB pictures can be evaluated")
+
+    def batches(self, size):
+        """Yield (b, 3, H, W) uint8 tensors on the CPU.
+
+        Raises:
+            RunError: the model draws numbers that are not finite.
+        """
+        for begin in range(0, self.count, size):
+            indices = range(begin, min(begin + size, self.count))
+            labels = self.labels[begin : begin + size]
+            images = generate(self.network, labels, self.settings, indices=indices, on_images=self.on_images)
+            images = self.decoder(images) if self.decoder else images
+            pictures = to_uint8(images, truncate=self.decoder is not None)
+            yield pictures.permute(0, 3, 1, 2).contiguous()
+
+
+def labels_like(reference, count):
+    """(count,) labels: those of the real pictures in turn, so that both sets have the same classes.
+
+    Args:
+        reference: (n,) labels of the real pictures, in their order.
+    """
+    return torch.as_tensor(reference)[torch.arange(count) % len(reference)]

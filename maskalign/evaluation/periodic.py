@@ -1,0 +1,81 @@
+"""The light evaluation during training: held-out losses, and distances of a few samples, of the averaged weights."""
+
+import logging
+
+import numpy as np
+
+from maskalign.data.manifest import Manifest
+from maskalign.evaluation.distances import enough_for_covariance
+from maskalign.evaluation.drawn import DrawnPictures, labels_like
+from maskalign.evaluation.features import load_features
+from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time
+from maskalign.evaluation.measures import distances
+from maskalign.evaluation.pictures import PictureDataSet
+from maskalign.evaluation.reference import load_reference
+from maskalign.sampling.settings import Sampling
+
+log = logging.getLogger(__name__)
+
+BINS = 10
+
+
+class PeriodicEvaluation:
+    """Measures the same images, noise and samples each time, so that the numbers of a run can be compared.
+
+    Args:
+        config: `Config`; its `evaluate` section and the interpolant's path are used.
+        facts: the model's facts, see `checkpoint.load_model`.
+        manifest: of the training data.
+        device: where the model is.
+        precision: of the samples, `fp32` or `bf16`.
+        decoder: latents -> images; None for pixels, or where there is none: no distances of latents then.
+    """
+
+    def __init__(self, config, facts, manifest, device, precision="fp32", decoder=None):
+        settings = config.evaluate
+        self.settings, self.path, self.decoder = settings, config.objective.path, decoder
+        data = settings.data or manifest.root
+        held_out = Manifest.load(data)
+        own = dict(normalize=config.teacher.normalize, weights=config.teacher.weights, device=device)
+        teachers = choose_teachers(facts["teachers"], manifest, held_out, **own)
+        self.held_out = HeldOut(data, settings.images, teachers) if settings.images else None
+        self.sampling = Sampling("ode", settings.steps, cfg_scale=settings.cfg_scale, precision=precision)
+        self.real = self.network = self.reference = None
+        visible = facts["latent"] is None or decoder is not None
+        if settings.samples and visible and held_out.image_format is not None:
+            self.real = PictureDataSet(data, settings.reference)
+            self.network = load_features(settings.teacher, device=device)
+        elif settings.samples:
+            log.warning("evaluate.samples: no distances, since there is no decoder or %s has no pictures", data)
+
+    def measure(self, model, main=True):
+        """Measure a model; where it is sharded all ranks call this together, and the others than `main` get the losses.
+
+        Returns:
+            dict from name, as in evaluation.json, to number; losses by time are `velocity_loss[0.0-0.1]` and so on.
+        """
+        row = {}
+        if self.held_out is not None:
+            by_time = losses_by_time(model, self.held_out, bins=BINS, path=self.path)
+            row = {f"held_out_{name}": float(np.mean(values)) for name, values in by_time.items()}
+            for name, values in by_time.items():
+                row |= {f"{name}[{place}]": value for place, value in zip(bin_names(BINS), values, strict=True)}
+        if self.network is not None:
+            row |= self._distances(model, main)
+        return row
+
+    def _distances(self, model, main):
+        if self.reference is None:
+            # All ranks need the labels; on a shared machine the later ones find what the first has kept.
+            self.reference = load_reference(self.real, self.network)
+        labels = labels_like(self.reference.labels, self.settings.samples)
+        features = []
+        for pictures in DrawnPictures(model, labels, self.sampling, self.decoder).batches(self.sampling.batch_size):
+            if main:
+                features.append(self.network(pictures).numpy())
+        if not main:
+            return {}
+        features, real = np.concatenate(features), self.reference.features
+        # A singular covariance gives no number that could be compared with one of `maskalign evaluate`.
+        enough = enough_for_covariance(min(len(features), len(real)), self.network.dim)
+        return distances(features, real, self.network.name, ("frechet", "kernel") if enough else ("kernel",))

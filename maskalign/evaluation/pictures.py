@@ -1,0 +1,189 @@
+"""Pictures to evaluate, in batches: of a folder, of an ADM .npz, or of a data set. Numpy and Pillow until a batch."""
+
+import os
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from maskalign.data.images import ENDINGS, BadImage, decode_image
+from maskalign.errors import UsageError
+
+ADM_FORM = "expected ADM's layout: arr_0, uint8, (images, height, width, 3)"
+
+
+class PictureFolder:
+    """The pictures below a folder, in the order of their paths.
+
+    Attributes:
+        count: how many; size: (height, width) of the first one, which all must have.
+    """
+
+    def __init__(self, root):
+        self.root = Path(root)
+        found = (
+            Path(folder, name)
+            for folder, _, names in os.walk(root, followlinks=True)
+            for name in names
+            if name.rpartition(".")[2].lower() in ENDINGS and not name.startswith(".")
+        )
+        self.paths = sorted(found, key=str)
+        if not self.paths:
+            raise UsageError(
+                f"{root} holds no pictures and is no run; give a run or checkpoint of maskalign train, a folder of "
+                f"pictures ({', '.join(ENDINGS)}), an .npz or a data set"
+            )
+        self.count = len(self.paths)
+        self.size = self._read(self.paths[0]).shape[:2]
+
+    def _read(self, path):
+        try:
+            image = decode_image(path.read_bytes())
+        except OSError as error:
+            raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
+        except BadImage as error:
+            raise UsageError(f"{path}: not a usable picture ({error}); remove or replace it") from None
+        return np.asarray(image)
+
+    def batches(self, size):
+        """Yield (b, 3, H, W) uint8 tensors of up to `size` pictures.
+
+        Raises:
+            UsageError: a picture that cannot be read, or has another size than the first one.
+        """
+        with ThreadPoolExecutor(4) as pool:
+            for begin in range(0, self.count, size):
+                paths = self.paths[begin : begin + size]
+                pictures = list(pool.map(self._read, paths))
+                for path, picture in zip(paths, pictures, strict=True):
+                    if picture.shape[:2] != self.size:
+                        (height, width), (h, w) = self.size, picture.shape[:2]
+                        raise UsageError(
+                            f"{path} is {w}x{h}, {self.paths[0].name} is {width}x{height}; all pictures of a set must "
+                            "have one size"
+                        )
+                yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+class PictureArchive:
+    """The pictures in an .npz, as ADM's evaluator reads them; read piece by piece, never as a whole.
+
+    Raises:
+        UsageError: not such a file: damaged, without arr_0, or of other numbers than uint8 pictures.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        with self._open() as (file, shape, dtype):
+            if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or not min(shape):
+                raise UsageError(f"{path}: arr_0 is {self._describe(file, shape, dtype)}; {ADM_FORM}")
+        self.count, self.size = shape[0], tuple(shape[1:3])
+
+    def _open(self):
+        return _OpenArray(self.path)
+
+    @staticmethod
+    def _describe(file, shape, dtype):
+        words = f"{dtype} {tuple(shape)}"
+        if dtype.kind == "f" and np.prod(shape) < 2**28:
+            values = np.frombuffer(file.read(), dtype)
+            bad = int((~np.isfinite(values)).sum())
+            words += f" with {bad} numbers that are NaN or infinite" if bad else ""
+        return words
+
+    def batches(self, size):
+        """Yield (b, 3, H, W) uint8 tensors of up to `size` pictures.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        bytes_each = int(np.prod(self.size)) * 3
+        with self._open() as (file, _, _):
+            for begin in range(0, self.count, size):
+                number = min(size, self.count - begin)
+                data = bytearray(file.read(number * bytes_each))
+                if len(data) < number * bytes_each:
+                    raise UsageError(f"{self.path}: ends before its {self.count} pictures; write it again")
+                pictures = torch.frombuffer(data, dtype=torch.uint8).view(number, *self.size, 3)
+                yield pictures.permute(0, 3, 1, 2).contiguous()
+
+
+class _OpenArray:
+    """Context of (file at the first number, shape, dtype) of arr_0 in an .npz; damage becomes a UsageError."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __enter__(self):
+        self.archive = self.file = None
+        try:
+            self.archive = zipfile.ZipFile(self.path)
+            names = self.archive.namelist()
+            if "arr_0.npy" not in names:
+                there = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
+                raise UsageError(f"{self.path}: holds {there} and no arr_0; {ADM_FORM}")
+            self.file = self.archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(self.file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, column_major, dtype = read(self.file)
+            if dtype.hasobject:
+                raise UsageError(f"{self.path}: arr_0 holds Python objects, which are never unpickled; {ADM_FORM}")
+            if column_major:
+                raise UsageError(f"{self.path}: arr_0 is column-major; save np.ascontiguousarray of it")
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self.file, shape, dtype
+
+    def __exit__(self, kind, error, trace):
+        for thing in (self.file, self.archive):
+            if thing is not None:
+                thing.close()
+        if isinstance(error, UsageError) or not isinstance(error, Exception):
+            return
+        # zipfile, zlib and numpy's header parser each have errors of their own.
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UsageError(f"{self.path}: not a readable .npz ({reason}); {ADM_FORM}") from None
+
+
+class PictureDataSet:
+    """The first pictures of a data set in the fixed order of its stream, with their labels.
+
+    Args:
+        path: folder or URL prefix.
+        count: how many; 0 for all.
+
+    Attributes:
+        manifest: the data set's.
+    """
+
+    SEED = 0  # of the order; a part of every cached reference's fingerprint
+
+    def __init__(self, path, count=0):
+        from maskalign.data.manifest import Manifest
+
+        self.path, self.manifest = path, Manifest.load(path)
+        if self.manifest.image_format is None:
+            raise UsageError(f"{path}: holds no pictures (only latents or features), which the distances need")
+        there = self.manifest.num_samples
+        self.count = min(count, there) if count else there
+        self.size = (self.manifest.resolution,) * 2
+        self.labels = None
+
+    def batches(self, size):
+        """Yield (b, 3, H, W) uint8 tensors; `labels`, (count,) int64, is complete at the end."""
+        from maskalign.data.stream import ShardStream
+
+        labels, left = [], self.count
+        stream = ShardStream(self.path, size, seed=self.SEED, epochs=1, streams=1, fields=["image"])
+        for batch in stream:
+            pictures = batch["image"][:left]
+            labels.append(batch["label"][:left].clone())
+            left -= len(pictures)
+            yield pictures
+            if not left:
+                break
+        self.labels = torch.cat(labels)
+        self.count = len(self.labels)  # without what is bad

@@ -1,0 +1,105 @@
+"""Features of a data set's pictures, computed once and kept; a file is used for exactly what it was computed from.
+
+The name of a file is a fingerprint of everything that its numbers depend on: the checksums of all shards, which
+pictures, the network's weights, preprocessing and pooling. Another data set under the same path has another name.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+KEPT = 32  # files of the cache; the oldest beyond it are removed
+
+
+class Reference(NamedTuple):
+    """features (n, D) float32 and labels (n,) int64 of real pictures, and whether they came from the cache."""
+
+    features: np.ndarray
+    labels: np.ndarray
+    cached: bool
+
+
+def cache_folder():
+    """Where references are kept: MASKALIGN_CACHE, or the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    own = os.environ.get("MASKALIGN_CACHE")
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maskalign") if not own else Path(own)
+    return root / "references"
+
+
+def reference_name(pictures, features):
+    """File name of the reference of a `PictureDataSet` in the features of a network."""
+    manifest = pictures.manifest
+    facts = {
+        "version": VERSION,
+        "shards": [[shard.name, shard.num_samples, shard.bytes, shard.sha256] for shard in manifest.shards],
+        "resolution": manifest.resolution,
+        "order": pictures.SEED,
+        "count": pictures.count,
+        "features": features.fingerprint(),
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+    plain = "".join(letter if letter.isalnum() else "-" for letter in features.name)
+    return f"{plain}-{pictures.count}-{digest}.npz"
+
+
+def load_reference(pictures, features, *, batch_size=64, on_images=None):
+    """The features of a data set's pictures, from the cache where they are there.
+
+    Args:
+        pictures: `PictureDataSet`.
+        features: a network with `name`, `dim`, `fingerprint()`, called with (B, 3, H, W) uint8.
+        on_images: called with a number of pictures as they are done.
+
+    Returns:
+        Reference.
+    """
+    path = cache_folder() / reference_name(pictures, features)
+    found = _read(path, features.dim)
+    if found is not None:
+        return found
+    parts = []
+    for batch in pictures.batches(batch_size):
+        parts.append(features(batch).numpy())
+        if on_images:
+            on_images(len(batch))
+    made = Reference(np.concatenate(parts), pictures.labels.numpy(), False)
+    _write(path, made)
+    return made
+
+
+def _read(path, dim):
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            features, labels = file["features"], file["labels"]
+    except Exception as error:  # zipfile, zlib and numpy each raise errors of their own for a damaged file
+        log.warning("%s is damaged (%s): computed again", path, type(error).__name__)
+        return None
+    whole = features.ndim == 2 and features.shape[1] == dim and len(features) == len(labels)
+    if not whole or not np.isfinite(features).all():
+        log.warning("%s is damaged: computed again", path)
+        return None
+    os.utime(path)  # used now: the last to be removed
+    return Reference(features, labels, True)
+
+
+def _write(path, reference):
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, features=reference.features, labels=reference.labels)
+        os.replace(temporary, path)
+        for old in sorted(path.parent.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-KEPT]:
+            old.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be written (%s): the reference is not kept", path, error.strerror)
+        temporary.unlink(missing_ok=True)

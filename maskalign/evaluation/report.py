@@ -1,0 +1,78 @@
+"""What an evaluation found, as a table for people and as JSON and CSV for programs."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from maskalign.data.manifest import write_atomically
+from maskalign.errors import RunError
+
+TITLES = {
+    "frechet": "Frechet distance",
+    "kernel": "Kernel distance x 1000",
+    "precision": "Precision (k = 3)",
+    "recall": "Recall (k = 3)",
+    "density": "Density (k = 5)",
+    "coverage": "Coverage (k = 5)",
+    "inception_score": "Inception score",
+}
+
+
+def write_report(report, path):
+    """Write `path` (.json) whole or not at all, and the same numbers as rows beside it, as NAME-table.csv.
+
+    Args:
+        report: dict with source, data, samples, metrics, held_out (dict metric -> {bin: value}, or None), settings.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(str(path), (json.dumps(report, indent=1) + "\n").encode())
+        text = io.StringIO()
+        rows = csv.writer(text, lineterminator="\n")
+        rows.writerow(["metric", "time", "value"])
+        rows.writerows([name, "", f"{value:.8g}"] for name, value in report["metrics"].items())
+        for name, values in (report["held_out"] or {}).items():
+            rows.writerows([name, time, f"{value:.8g}"] for time, value in values.items())
+        write_atomically(str(path.with_name(f"{path.stem}-table.csv")), text.getvalue().encode())
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written ({error.strerror or error}); choose another --out") from None
+
+
+def table(report):
+    """The report as lines of text."""
+    compared = f" against {report['reference']:,} of {report['data']}" if report["reference"] else ""
+    lines = [f"{report['source']}: {report['samples']:,} pictures{compared}", ""]
+    lines += [f"{title:<46}{value}" for title, value in rows(report["metrics"])]
+    held_out = report["held_out"]
+    if held_out:
+        with_cosine = "cosine" in held_out
+        lines += ["", f"{'time':<12}{'velocity loss':>14}" + (f"{'cosine':>10}" if with_cosine else "")]
+        for time, loss in held_out["velocity_loss"].items():
+            cosine = f"{held_out['cosine'][time]:>10.4f}" if with_cosine else ""
+            lines.append(f"{time:<12}{loss:>14.5f}{cosine}")
+        means = [f"{report['metrics']['held_out_velocity_loss']:>14.5f}"]
+        means += [f"{report['metrics']['held_out_cosine']:>10.4f}"] if with_cosine else []
+        lines.append(f"{'mean':<12}{''.join(means)}")
+    lines += [f"note: {note}" for note in report["notes"]]
+    return "\n".join(lines)
+
+
+def rows(metrics):
+    """Yield (title, number as text) of what stands in the upper part of the table."""
+    for key, value in metrics.items():
+        name, _, features = key.removesuffix("]").partition("[")
+        if name not in TITLES:
+            continue
+        # The field's own names for these two.
+        title = "FDD, " if name == "frechet" and features.startswith("dinov2") else ""
+        title = "FID, " if name == "frechet" and features == "inception" else title
+        title += TITLES[name] + (f" ({features})" if features else "")
+        deviation = metrics.get(key.replace(name, f"{name}_std", 1))
+        scale = 1000 if name == "kernel" else 1
+        text = f"{scale * value:.4f}" if value < 1000 else f"{value:.2f}"
+        yield title, text + (f" +- {scale * deviation:.4f}" if deviation is not None else "")

@@ -1,0 +1,72 @@
+"""What an evaluation measures. Light: read and checked before torch is imported."""
+
+from dataclasses import dataclass
+
+from maskalign.errors import UsageError
+
+METRICS = ("frechet", "kernel", "neighbours")
+NEAREST = 5  # of density and coverage, the larger one of the two neighbourhoods (precision and recall: 3)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of an evaluation.
+
+    Attributes:
+        metrics: of METRICS: `frechet` distance, `kernel` distance, `neighbours` (precision, recall, density, coverage).
+        samples: pictures to draw from a model; None takes all of a folder or file.
+        reference: pictures of the data set to compare with; 0 for all.
+        held_out_images: for the losses of a model; 0 leaves them out.
+        bins: of the time in [0, 1].
+        allow_singular: Frechet distances of no more pictures than features have dimensions.
+        batch_size: pictures at a time.
+    """
+
+    metrics: tuple = METRICS
+    samples: int | None = None
+    reference: int = 5000
+    held_out_images: int = 1000
+    bins: int = 10
+    allow_singular: bool = False
+    batch_size: int = 64
+
+    def __post_init__(self):
+        for metric in self.metrics:
+            _require(metric in METRICS, "--metrics", repr(metric), f"is not one of {', '.join(METRICS)}")
+        _require(self.samples is None or self.samples >= 2, "--samples", self.samples, "must be at least 2")
+        _require(self.reference == 0 or self.reference >= 2, "--reference", self.reference, "must be 0 or at least 2")
+        _require(self.held_out_images >= 0, "--held-out-images", self.held_out_images, "must be at least 0")
+        _require(1 <= self.bins <= 1000, "--bins", self.bins, "must be in 1 to 1000")
+        _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+
+    def check_counts(self, samples, reference, name, dim):
+        """Raise a UsageError where there are too few pictures for a metric; before any of them is looked at.
+
+        Args:
+            samples, reference: numbers of pictures; name, dim: of the features.
+        """
+        for what, count, option in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
+            if count < 2:
+                raise UsageError(f"{count} {what} are too few for any distance; give at least 2")
+            if "frechet" in self.metrics and not self.allow_singular and count <= dim:
+                raise UsageError(
+                    f"{count} {what} are too few for a covariance of the {dim} features of {name}: give at least "
+                    f"{dim + 1} (--{option}), leave the Frechet distance out (--metrics kernel,neighbours), or take "
+                    "the biased number (--allow-singular)"
+                )
+            if "neighbours" in self.metrics and count <= NEAREST:
+                raise UsageError(
+                    f"{count} {what} are too few for {NEAREST} nearest neighbours; give at least {NEAREST + 1}, or "
+                    "--metrics frechet,kernel"
+                )
+
+
+def parse_metrics(text):
+    """`--metrics` as a tuple of names; `none` for none of them."""
+    words = [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
+    return () if words == ["none"] else tuple(dict.fromkeys(METRICS if words == ["all"] else words))
+
+
+def _require(condition, what, value, rule):
+    if not condition:
+        raise UsageError(f"{what}: {value} {rule}")
