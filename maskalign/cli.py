@@ -100,6 +100,19 @@ def run_train(argv):
     train(config, manifest, facts)
 
 
+def run_plan(argv):
+    from maskalign.config import Config, make_config_parser, validate
+
+    plan = COMMANDS["plan"]
+    parser = make_config_parser(prog="maskalign plan", description=SUMMARIES["plan"])
+    parser.add_function_arguments(plan, as_group=False, skip={"config"})
+    add_dashed_names(parser)
+    given = parser.instantiate(parser.parse_args(argv))
+    config = Config(**{name: getattr(given, name) for name in Config.__dataclass_fields__})
+    validate(config)
+    plan(config, **{name: getattr(given, name) for name in plan.__annotations__ if name != "config"})
+
+
 def dispatch(argv):
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(overview())
@@ -118,6 +131,8 @@ def dispatch(argv):
         raise UsageError(f"there is no command {name!r}{hint}")
     if name == "train":
         run_train(argv[words:])
+    elif name == "plan":
+        run_plan(argv[words:])
     else:
         run_function(name, COMMANDS[name], argv[words:])
 

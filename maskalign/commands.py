@@ -449,6 +449,45 @@ def convert(
     print(convert_checkpoint(src, dst, to=to, weights=weights))
 
 
+def plan(
+    config,
+    world_size: int,
+    device: str = "h100",
+    out: Optional[Path] = None,
+    efficiency: float = 0.4,
+    link_efficiency: float = 0.8,
+    headroom: float = 0.1,
+    image_size: Optional[int] = None,
+    num_classes: Optional[int] = None,
+):
+    """Estimate memory, time, GPU-hours and energy of a run, without its hardware and without its data.
+
+    Args:
+        config: the tree of settings of `maskalign train`.
+        world_size: number of ranks, one accelerator each.
+        device: a100, h100, h200, b200, mi300x, or a .yaml file with the fields of planning/devices.py.
+        out: folder for plan.csv, plan.png and plan.txt.
+        efficiency: share of the device's peak that matrix products reach.
+        link_efficiency: share of the links' bandwidth that collectives reach.
+        headroom: share of the device's memory that is left to the driver, communication and fragmentation.
+        image_size: side of the images in pixels, where data.path is not there; by default ImageNet's 256.
+        num_classes: number of classes, where data.path is not there; by default ImageNet's 1000.
+    """
+    from maskalign.planning.command import plan as plan_run
+
+    plan_run(
+        config,
+        device=device,
+        out=out,
+        world_size=world_size,
+        efficiency=efficiency,
+        link_efficiency=link_efficiency,
+        headroom=headroom,
+        image_size=image_size,
+        num_classes=num_classes,
+    )
+
+
 # The arguments that are given by position; all the others are options.
 POSITIONAL = {
     "data build": ["source"],
@@ -470,6 +509,7 @@ COMMANDS = {
     "report": report,
     "analyze": analyze,
     "evaluate": evaluate,
+    "plan": plan,  # takes the settings of train besides
     "convert": convert,
 }
 SUMMARIES = {
@@ -482,5 +522,6 @@ SUMMARIES = {
     "report": "compare runs on one HTML page",
     "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
     "evaluate": "compare samples with real images, and measure held-out losses",
+    "plan": "estimate memory, time and energy of a run without its hardware",
     "convert": "convert checkpoints from and to REPA's layout",
 }

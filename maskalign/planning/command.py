@@ -1,0 +1,43 @@
+"""`maskalign plan`: estimate, print, write; a run that does not fit ends in a line and status 1."""
+
+from maskalign.errors import RunError, UsageError
+from maskalign.planning.devices import load_device
+
+
+def plan(config, *, device="h100", out=None, **options):
+    """Print the plan of a run and, with `out`, write plan.txt, plan.csv and plan.png there.
+
+    Args:
+        config: `Config`. device: name or file, see `devices.load_device`. out: Path of a folder, or None.
+        options: the others of `estimate.Options`.
+
+    Raises:
+        UsageError: see `estimate.plan_run`. RunError: the run does not fit the device; all is printed before.
+    """
+    device = load_device(device)
+    from maskalign.planning.estimate import Options, plan_run
+    from maskalign.planning.report import draw, text, write_csv
+
+    chosen = Options(device=device, **options)
+    estimate = plan_run(config, chosen)
+    print(text(estimate))
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "plan.txt").write_text(text(estimate) + "\n")
+            write_csv(estimate, out / "plan.csv")
+            draw(estimate, out / "plan.png")
+        except OSError as error:
+            raise UsageError(f"--out: {out} cannot be written to ({error.strerror})") from None
+        print(f"\n{out}/plan.csv, plan.png, plan.txt")
+    if not estimate.fits:
+        need, limit = estimate.asked["memory_gib"], chosen.limit / 2**30
+        hint = (
+            f"at most {estimate.largest} images per micro-batch fit: lower training.batch_size, raise "
+            "training.accumulation, or set parallel.recompute"
+            if estimate.largest
+            else "not even one image fits: set parallel.plan fsdp or parallel.recompute block"
+        )
+        raise RunError(
+            f"the run does not fit: {need:.1f} GiB on a {device.name} of which {limit:.1f} are usable; {hint}"
+        )

@@ -1,0 +1,285 @@
+"""From settings, a number of ranks and a device to what a run will take: memory, time, GPU-hours and energy."""
+
+from dataclasses import dataclass, field
+from typing import List
+
+import torch
+
+from maskalign.config import shard_ranks, validate_with_ranks
+from maskalign.errors import UsageError
+from maskalign.planning.communication import step_collectives
+from maskalign.planning.devices import Device
+from maskalign.planning.facts import Facts, find_facts
+from maskalign.planning.memory import Memory, shard_bytes
+from maskalign.planning.work import (
+    parameter_counts,
+    recomputed_flops,
+    schedule_phases,
+    student_flops,
+    teacher_facts,
+    vae_encoder_flops,
+)
+from maskalign.training.build import build_model
+
+RANKS = (1, 8, 64, 512, 4096)
+SAME_GLOBAL, SAME_PER_RANK = "same global batch", "same batch per rank"
+UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimiser's passes over its state reach
+# Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
+# average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
+UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a plan; `efficiency` is the share of the peak that matrix products reach, all of a step's others included."""
+
+    world_size: int
+    device: Device
+    efficiency: float = 0.4
+    link_efficiency: float = 0.8
+    headroom: float = 0.1
+    image_size: int | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self):
+        if self.world_size < 1:
+            raise UsageError(f"--world-size: {self.world_size} must be at least 1")
+        for name in ("efficiency", "link_efficiency"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise UsageError(f"--{name.replace('_', '-')}: {value} must be in (0, 1]")
+        if not 0 <= self.headroom < 1:
+            raise UsageError(f"--headroom: {self.headroom} must be in [0, 1)")
+
+    @property
+    def limit(self):
+        """Bytes of a device that the plan may fill."""
+        return self.device.memory_gib * 2**30 * (1 - self.headroom)
+
+
+@dataclass
+class Estimate:
+    """What a plan found.
+
+    Attributes:
+        parameters: numbers by part; teachers: name -> `work.Frozen`.
+        phases: dicts with kept, aligned, share, FLOPs per image by part, step (a training step of one image).
+        peaks: `memory.Peak` of the phases with the fewest and the most kept tokens, at the asked ranks.
+        largest: images per rank and micro-batch that fit in every phase.
+        collectives: list of `communication.Collective` at the asked ranks.
+        rows: dicts, one per number of ranks and regime; `asked` is the one of the settings themselves.
+        vae_flops: of encoding one image, None for pixels.
+    """
+
+    config: object
+    options: Options
+    facts: Facts
+    dtype: torch.dtype
+    tokens: int
+    parameters: dict
+    teachers: dict
+    vae_flops: float | None
+    phases: List[dict]
+    peaks: dict
+    largest: int
+    collectives: list
+    rows: List[dict]
+    asked: dict
+    assumed: List[str] = field(default_factory=list)
+
+    @property
+    def fits(self):
+        return self.asked["fits"]
+
+
+def plan_run(config, options):
+    """Estimate a run.
+
+    Args:
+        config: `Config`. options: `Options`.
+
+    Returns:
+        Estimate.
+
+    Raises:
+        UsageError: the settings cannot run on so many ranks, or do not fit the data set.
+    """
+    return _Planner(config, options).estimate()
+
+
+class _Planner:
+    def __init__(self, config, options):
+        self.config, self.options = config, options
+        self.parallel, world_size = config.parallel, options.world_size
+        if self.parallel.plan == "none" and world_size > 1:
+            raise UsageError(
+                f"parallel.plan: none runs in one process, not on {world_size} ranks; set ddp, fsdp or hsdp"
+            )
+        validate_with_ranks(config, world_size, min(world_size, options.device.per_node))
+        self.accumulation = config.training.accumulation
+        self.batch = config.training.batch_size // (world_size * self.accumulation)
+        self.facts = find_facts(config, options.image_size, options.num_classes)
+        self.dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
+        self.peak = 1e12 * (options.device.bf16_tflops if self.dtype == torch.bfloat16 else options.device.fp32_tflops)
+        self.teachers = {name: teacher_facts(name, self.facts.image_size) for name, _ in self.facts.teachers}
+        self.online = [name for name, cached in self.facts.teachers if not cached]
+        dims = [self.facts.teacher_dims.get(name, frozen.dim) for name, frozen in self.teachers.items()]
+        self.build = {
+            "input_size": self.facts.input_size,
+            "in_channels": self.facts.in_channels,
+            "num_classes": self.facts.num_classes,
+            "teacher_dims": dims,
+            "latent": self.facts.latent,
+            "cached_bytes": [self.facts.teacher_bytes.get(name, 4) for name in self.teachers],
+        }
+        with torch.device("meta"):
+            self.model = build_model(config, self.build)
+        self.phases = schedule_phases(config, self.model, bool(self.teachers))
+        self.shards = self._shards(world_size)
+        self.memories = self._memories()
+
+    def _shards(self, ranks):
+        """Ranks that share the weights where there are `ranks` of them; None where the plan does not work there."""
+        try:
+            if self.parallel.plan == "hsdp" and ranks < (self.parallel.shard_size or self.options.device.per_node):
+                return ranks
+            return shard_ranks(self.parallel, ranks, min(ranks, self.options.device.per_node))
+        except UsageError:
+            return None
+
+    def _memories(self):
+        """`Memory` by phase, of the two with the fewest and the most kept tokens."""
+        frozen = sum(4 * self.teachers[name].parameters for name in self.online)
+        if self.parallel.plan in ("fsdp", "hsdp") and frozen > self.parallel.shard_teacher_above * 2**20:
+            frozen /= self.shards
+        own = dict(dtype=self.dtype, shards=self.shards, frozen=frozen)
+        own["plain_attention"] = self.config.model.attention == "math"
+        return {phase: Memory(self.config, self.build, phase, **own) for phase in {self.phases[0], self.phases[-1]}}
+
+    def estimate(self):
+        options = self.options
+        asked = self._row(options.world_size, self.batch, SAME_GLOBAL)
+        rows = [asked]
+        for ranks in RANKS:
+            if ranks == options.world_size or (ranks > 1 and self.parallel.plan == "none"):
+                continue
+            if self._shards(ranks) is None:
+                continue
+            whole = self.config.training.batch_size
+            if whole % (ranks * self.accumulation) == 0:
+                rows.append(self._row(ranks, whole // (ranks * self.accumulation), SAME_GLOBAL))
+            rows.append(self._row(ranks, self.batch, SAME_PER_RANK))
+        rows.append({**asked, "batch": SAME_PER_RANK})
+        rows.sort(key=lambda row: (row["batch"] != SAME_GLOBAL, row["ranks"]))
+        return Estimate(
+            config=self.config,
+            options=options,
+            facts=self.facts,
+            dtype=self.dtype,
+            tokens=self.model.num_tokens,
+            parameters=parameter_counts(self.model),
+            teachers=self.teachers,
+            vae_flops=vae_encoder_flops(self.facts.image_size) if self.facts.latent else None,
+            phases=[self._phase(phase) for phase in self.phases],
+            peaks={phase: memory.peak(self.batch) for phase, memory in self.memories.items()},
+            largest=min(memory.largest(options.limit) for memory in self.memories.values()),
+            collectives=self._collectives(options.world_size),
+            rows=rows,
+            asked=asked,
+            assumed=self.facts.assumed + self._assumptions(),
+        )
+
+    def _phase(self, phase):
+        parts = student_flops(self.model, phase)
+        teacher = sum(self.teachers[name].flops for name in self.online) if phase.aligned else 0
+        recomputed = recomputed_flops(self.model, phase, self.parallel)
+        step = 3 * sum(parts.values()) + recomputed + teacher
+        return {
+            "kept": phase.kept, "aligned": phase.aligned, "share": phase.share, **parts, "teacher": teacher,
+            "recomputed": recomputed, "step": step,
+        }  # fmt: skip
+
+    def _collectives(self, ranks):
+        gathered = 2 if self.dtype == torch.bfloat16 else 4
+        return step_collectives(self.model, self.parallel, ranks, self._shards(ranks), self.accumulation, gathered)
+
+    def _row(self, ranks, images, batch):
+        """One line of the scaling table: `images` per rank and micro-batch."""
+        options, shards = self.options, self._shards(ranks)
+        sharded = 1.0
+        if self.parallel.plan in ("fsdp", "hsdp"):
+            sharded = shard_bytes(self.model, shards) / shard_bytes(self.model, self.shards)
+        memory = max(memory.peak(images, sharded).total for memory in self.memories.values())
+        collectives = self._collectives(ranks)
+        total = dict.fromkeys(("step", "compute", "waiting", "useful"), 0.0)
+        for phase in map(self._phase, self.phases):
+            compute = self._compute(phase, images)
+            waiting = exposed_seconds(collectives, compute, self.accumulation, options)
+            useful = 3 * (phase["student"] + phase["mixer"] + phase["projector"]) * images * self.accumulation
+            for name, value in (("compute", compute), ("waiting", waiting), ("useful", useful)):
+                total[name] += phase["share"] * value
+        update = self._update(shards)
+        step = total["compute"] + total["waiting"] + update
+        whole = images * ranks * self.accumulation
+        all_images = self.config.training.max_steps * self.config.training.batch_size
+        hours = all_images / (whole / step) / 3600
+        return {
+            "batch": batch, "ranks": ranks, "global_batch": whole, "batch_per_rank": images, "shards": shards,
+            "memory_gib": memory / 2**30, "fits": memory <= options.limit,
+            "step_ms": 1e3 * step, "compute_ms": 1e3 * total["compute"], "update_ms": 1e3 * update,
+            "link_ms": 1e3 * sum(c.times * c.seconds(options.device, options.link_efficiency) for c in collectives),
+            "waiting_ms": 1e3 * total["waiting"], "sent_mib": sum(c.sent for c in collectives) / 2**20,
+            "images_per_second": whole / step, "mfu": total["useful"] / step / self.peak,
+            "hours": hours, "gpu_hours": hours * ranks, "energy_kwh": hours * ranks * options.device.watts / 1000,
+        }  # fmt: skip
+
+    def _compute(self, phase, images):
+        """Seconds of matrix products of a step; teachers in the loop compute in float32."""
+        own = (phase["step"] - phase["teacher"]) / self.peak
+        teacher = phase["teacher"] / (1e12 * self.options.device.fp32_tflops)
+        return (own + teacher) * images * self.accumulation / self.options.efficiency
+
+    def _update(self, shards):
+        count = shard_bytes(self.model, shards) / 4
+        copies = self.dtype == torch.bfloat16 and self.parallel.plan not in ("fsdp", "hsdp")
+        moved = count * (UPDATE_BYTES + COPY_BYTES * copies)
+        return moved / (1e9 * self.options.device.bandwidth_gbs * UPDATE_EFFICIENCY)
+
+    def _assumptions(self):
+        options, training = self.options, self.config.training
+        lines = [
+            f"matrix products reach {options.efficiency:.0%} of the peak, links {options.link_efficiency:.0%} of "
+            f"theirs, the optimiser {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
+            f"{options.headroom:.0%} of the memory is left to CUDA or ROCm, communication and fragmentation",
+            "energy is the power limit of the devices alone; loading, checkpoints and previews cost no time",
+        ]
+        if training.precision == "auto":
+            lines.append("training.precision auto is bf16 there")
+        if training.compile:
+            lines.append("activations are those of eager blocks; compiled ones keep fewer")
+        if self.online:
+            lines.append("teachers in the loop compute in float32, and their activations are gone before the student's")
+        return lines
+
+
+def exposed_seconds(collectives, compute, accumulation, options):
+    """Seconds of a step in which ranks wait for links.
+
+    Collectives hide behind the computation of their stage (forward a third, backward two thirds), except those that
+    have nothing to hide behind. Gradients are reduced in the last micro-batch only, behind its backward.
+
+    Args:
+        collectives: list of `Collective`. compute: seconds of a step's matrix products.
+    """
+    exposed, hidden = 0.0, {"forward": 0.0, "gather": 0.0, "reduce": 0.0}
+    for collective in collectives:
+        each = collective.seconds(options.device, options.link_efficiency)
+        gathers = collective.operation == "all_gather"
+        kind = collective.stage if collective.stage == "forward" else "gather" if gathers else "reduce"
+        exposed += collective.exposed * each
+        hidden[kind] += (collective.times - collective.exposed) * each
+    forward, backward, last = compute / 3, compute * 2 / 3, 1 / accumulation
+    waiting = max(0.0, hidden["forward"] - forward)
+    waiting += max(0.0, (hidden["gather"] - backward) * (1 - last))
+    waiting += max(0.0, hidden["gather"] * last + hidden["reduce"] - backward * last)
+    return exposed + waiting

@@ -1,0 +1,118 @@
+"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none. Light.
+
+ImageNet-256 is what the recipes are written for (see the README), so it is what is assumed.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Tuple
+
+from maskalign.config import as_schedule, model_sizes, validate_with_data
+from maskalign.data.manifest import Manifest
+from maskalign.errors import UsageError
+from maskalign.teachers.names import parse_teachers
+
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
+IMAGENET_CLASSES = 1000
+LATENT_CHANNELS, LATENT_STRIDE = 4, 8  # sd-vae-ft-mse
+
+
+@dataclass
+class Facts:
+    """Of the data set.
+
+    Attributes:
+        input_size, in_channels, num_classes: of the model's input.
+        image_size: side of the images in pixels that latents and features were, or would be, computed from.
+        latent: True where the input is drawn from stored moments of a VAE.
+        images: number of training images.
+        teachers: (name, cached) of every teacher that is aligned with; none where the alignment weight is always 0.
+        teacher_dims: width of a cached teacher's tokens where the manifest says it, by name.
+        teacher_bytes: bytes of a stored number of a cached teacher's tokens.
+        assumed: what was not read but assumed, a line each.
+    """
+
+    input_size: int
+    in_channels: int
+    num_classes: int
+    image_size: int
+    latent: bool
+    images: int
+    teachers: List[Tuple[str, bool]]
+    teacher_dims: dict = field(default_factory=dict)
+    teacher_bytes: dict = field(default_factory=dict)
+    assumed: List[str] = field(default_factory=list)
+
+
+def find_facts(config, image_size=None, num_classes=None):
+    """Facts of `data.path` where it is a local data set, else of ImageNet latents.
+
+    Args:
+        config: `Config`.
+        image_size, num_classes: take the place of what would be assumed.
+
+    Raises:
+        UsageError: the settings do not fit the data set; or sizes were given for one that is there.
+    """
+    where = config.data.path
+    paths = [Path(path) for path in ([where] if isinstance(where, str) else where)]
+    if all((path / "manifest.json").is_file() for path in paths):
+        if image_size is not None or num_classes is not None:
+            raise UsageError(f"--image-size, --num-classes: {paths[0]} is there, its manifest says both; leave them out")
+        return _read(config, [Manifest.load(str(path)) for path in paths])
+    return _assume(config, 256 if image_size is None else image_size, num_classes or IMAGENET_CLASSES)
+
+
+def _read(config, manifests):
+    manifest, images = manifests[0], sum(one.num_samples for one in manifests)
+    found = validate_with_data(config, manifest, **({"num_samples": images} if len(manifests) > 1 else {}))
+    latent = manifest.latent is not None
+    cached = {name: entry for name, entry in manifest.teachers.items() if (name, True) in found["teachers"]}
+    return Facts(
+        input_size=found["input_size"],
+        in_channels=found["in_channels"],
+        num_classes=found["num_classes"],
+        image_size=manifest.resolution or found["input_size"] * LATENT_STRIDE,
+        latent=latent,
+        images=images,
+        teachers=found["teachers"],
+        teacher_dims={name: entry["dim"] for name, entry in cached.items()},
+        teacher_bytes={name: 1 if entry.get("dtype") == "int8" else 2 for name, entry in cached.items()},
+    )
+
+
+def _assume(config, image_size, num_classes):
+    if image_size < LATENT_STRIDE or image_size % LATENT_STRIDE:
+        raise UsageError(f"--image-size: {image_size} must be a multiple of {LATENT_STRIDE}, the VAE's stride")
+    if num_classes < 1:
+        raise UsageError(f"--num-classes: {num_classes} must be at least 1")
+    size, patch = image_size // LATENT_STRIDE, model_sizes(config)["patch_size"]
+    if size % patch:
+        raise UsageError(f"model.patch_size: {patch} must divide the latents' size {size}")
+    weight = as_schedule(config.method.align_weight)
+    names = parse_teachers(config.teacher.names or None) if max(weight.start, weight.end) > 0 else []
+    if max(weight.start, weight.end) > 0 and not names:
+        raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
+    cached = config.teacher.mode != "online"
+    assumed = [
+        f"{_spelled(config.data.path)} not there: ImageNet is assumed, {IMAGENET_IMAGES:,} images of {image_size} px, "
+        f"{num_classes} classes, as latents of sd-vae-ft-mse, {LATENT_CHANNELS} x {size} x {size}"
+    ]
+    if names:
+        how = "cached as int8" if cached else "computed in the loop"
+        assumed.append(f"features of {', '.join(names)} are {how}")
+    return Facts(
+        input_size=size,
+        in_channels=LATENT_CHANNELS,
+        num_classes=num_classes,
+        image_size=image_size,
+        latent=True,
+        images=IMAGENET_IMAGES,
+        teachers=[(name, cached) for name in names],
+        teacher_bytes=dict.fromkeys(names, 1) if cached else {},
+        assumed=assumed,
+    )
+
+
+def _spelled(path):
+    return f"{path} is" if isinstance(path, str) else f"{', '.join(path)} are"

@@ -1,0 +1,251 @@
+"""One training step on fake tensors, watched by torch's memory trackers: what is allocated, by kind and in order.
+
+The step is the trainer's own (training/step.py, plans.py, optimizer.py) over a fake process group, so that what is
+planned is what runs: FSDP2 gathers and frees, AdamW makes its temporaries. Fake tensors have shapes and no data, so XL
+takes a few hundred MB. They stand on the CPU, since autograd cannot run on a GPU that is not there; sizes are the same,
+with torch's fused attention in place of the plain one that CPUs take.
+"""
+
+import logging
+import warnings
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import List
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.device_mesh import init_device_mesh
+
+from maskalign.objective.draws import Draws
+from maskalign.objective.flow_matching import sample_posterior
+from maskalign.training.build import build_model
+from maskalign.training.compiling import prepare_blocks
+from maskalign.training.optimizer import Optimizer
+from maskalign.training.parallel import Placement
+from maskalign.training.plans import Plan
+from maskalign.training.step import TrainStep
+
+# Torch's names of kinds of memory, and ours. Shards shrink with the ranks; the rest does not.
+KINDS = {
+    "Parameter": "parameters",
+    "Sharded Param": "sharded parameters",
+    "Unsharded Param": "parameters",
+    "Gradient": "gradients",
+    "Sharded Grad": "sharded gradients",
+    "Unsharded Grad": "gradients",
+    "Reduce Scatter": "gradients",
+    "Optstate": "state",
+    "OptState": "state",
+    "Activation": "activations",
+    "Temp": "temporaries",
+    "All Gather": "temporaries",
+    "Buffer": "buffers",
+    "Other": "buffers",
+    "Inputs": "buffers",
+}
+COLUMNS = list(dict.fromkeys(KINDS.values()))
+FORWARD, BACKWARD, UPDATE = range(3)
+
+
+@dataclass
+class Trace:
+    """What one step of one rank allocates, at one number of images.
+
+    Attributes:
+        images: per micro-batch.
+        bytes: (events, len(COLUMNS)) int64: what is allocated after each operation.
+        stage: (events,) FORWARD, BACKWARD or UPDATE.
+        held: bytes that stay over the step, by name: masters, copies, moments, ema.
+        collectives: (operation, ranks, bytes) of every collective, in order.
+    """
+
+    images: int
+    bytes: np.ndarray
+    stage: np.ndarray
+    held: dict
+    collectives: List[tuple]
+
+
+class _Watch:
+    """What is added to torch's trackers: the events in order, the stages, the collectives."""
+
+    def begin(self):
+        self.events, self.stages, self.collectives = [], [], []
+        self.updating = False
+
+    def hold(self, *tensors, kind):
+        """Count tensors that were made before the step."""
+        for tensor in tensors:
+            self._update_and_maybe_create_winfos(tensor, next(k for k in self._ref_class if k.value == kind))
+
+    def _update_peak_stats(self, peak_state):
+        # Torch keeps the peak of every module; all of the course is kept here instead, at a fraction of the cost.
+        row = dict.fromkeys(COLUMNS, 0)
+        for kinds in self._curr_mem_snap.values():
+            for kind, count in kinds.items():
+                if kind != "Total":
+                    row[KINDS[kind.value]] += count
+        self.events.append(tuple(row.values()))
+        self.stages.append(UPDATE if self.updating else BACKWARD if self._mod_tracker.is_bw else FORWARD)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1  # a check of values, which fake tensors do not have: it passes
+        result = super().__torch_dispatch__(func, types, args, kwargs or {})
+        if func in collective_ops and func not in sync_ops and result is not NotImplemented:
+            size = CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+            ranks = CollectiveOp.get_process_group(func, args).size()
+            self.collectives.append((func._schema.name.split("::")[1], ranks, size))
+        return result
+
+
+class _ShardedTracker(_Watch, FSDPMemTracker):
+    pass
+
+
+class _PlainTracker(_Watch, MemTracker):
+    pass
+
+
+class _Step(TrainStep):
+    """The trainer's step; its random numbers, drawn in groups of eight images, would only be empty tensors here."""
+
+    def draws(self, step, first_slot, count, keep_ratio, align_ratio, posterior):
+        model, kept, aligned = self.model, self.phase.kept, self.phase.aligned
+        shape = (count, model.in_channels, model.input_size, model.input_size)
+        some = aligned and self.config.method.align_ratio is not None
+        return Draws(
+            torch.empty(count),
+            torch.empty(shape),
+            torch.empty(count, dtype=torch.bool),
+            torch.empty(count, kept, dtype=torch.int64) if kept < model.num_tokens else None,
+            torch.empty(count, aligned, dtype=torch.int64) if some else None,
+            torch.empty(shape) if posterior else None,
+        )
+
+
+def trace_step(config, facts, phase, images, *, dtype=torch.bfloat16, shards=1, plain_attention=False):
+    """Run one step of `images` images per micro-batch.
+
+    Args:
+        config: `Config`; parallel.plan decides how the model is spread.
+        facts: dict for `build_model`, and latent (stored moments are the input), cached_bytes (of a stored number of
+            each teacher's tokens; 4 for those computed in the loop).
+        phase: `work.Phase`.
+        dtype: of parameters and activations.
+        shards: ranks that share one copy of the weights, for the plans fsdp and hsdp.
+        plain_attention: attention by plain operations, as on a CPU.
+
+    Returns:
+        Trace.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a plan needs a process without a process group")
+    # A second and third micro-batch are like the first, as far as memory goes; the last one reduces.
+    parts = min(config.training.accumulation, 2)
+    config = deepcopy(config)
+    config.model.attention = "math" if plain_attention else "sdpa"
+    config.training = replace(config.training, accumulation=parts, compile=False)
+    config.parallel.ema_on_cpu = False  # told apart afterwards: on fake tensors everything is on one device
+    with _ranks(config.parallel.plan, shards) as mesh, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        placement = Placement(torch.device("cpu"), dtype, 0, dist.get_world_size() if mesh else 1, 0, mesh)
+        if mesh is None:
+            config.parallel.plan = "none"
+        with torch.device("meta"):
+            model = build_model(config, facts)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _traced(config, facts, phase, model, placement, images, parts)
+
+
+def _traced(config, facts, phase, model, placement, images, parts):
+    plan = Plan(model, config, placement)
+    model.to_empty(device="cpu")
+    optimizer = Optimizer(model, config.optimizer, placement.dtype)
+    optimizer.tensors()  # makes the moments, which the first step of a run would make
+    prepare_blocks(model, config)
+    step = _Step(model, optimizer, config, placement, plan)
+    step.phase = phase
+    count = images * parts
+    labels = torch.zeros(count, dtype=torch.int64)
+    channels = facts["in_channels"] * (2 if facts["latent"] else 1)
+    inputs = torch.empty(count, channels, facts["input_size"], facts["input_size"])
+    stored = {1: torch.int8, 2: torch.float16, 4: torch.float32}
+    teachers = [
+        torch.empty(count, model.num_tokens, dim, dtype=stored[size])
+        for dim, size in zip(facts["teacher_dims"], facts["cached_bytes"], strict=True)
+    ]
+    if plan.sharded:
+        tracker = _ShardedTracker(model, optimizer.adamw)
+        tracker.track_inputs((inputs, labels, teachers))
+        tracker.hold(*optimizer.ema, kind="OptState")
+    else:
+        tracker = _PlainTracker()
+        tracker.track_external(model, optimizer.adamw, inputs, labels, *teachers)
+        tracker.hold(*optimizer.ema, kind="Optstate")
+        if optimizer.has_copies:
+            tracker.hold(*optimizer.masters, kind="Optstate")
+    tracker.begin()
+    update, micro_batch = optimizer.step, plan.micro_batch
+
+    def fresh(last):
+        tracker.reset_mod_stats()  # torch's trackers know one forward of a module
+        return micro_batch(last)
+
+    def watched(*args):
+        tracker.updating = True
+        try:
+            return update(*args)
+        finally:
+            tracker.updating = False
+
+    optimizer.step, plan.micro_batch = watched, fresh
+    prepare = (lambda moments, draw: sample_posterior(moments.float(), draw)) if facts["latent"] else None
+    config.method.keep_ratio = phase.kept / model.num_tokens
+    config.method.align_weight = 1.0 if phase.aligned else 0.0
+    with tracker:
+        step(0, 0.0, inputs, labels, teachers, prepare=prepare)
+    state = [optimizer.adamw.state[master] for master in optimizer.masters]
+    held = {
+        "masters": _nbytes(optimizer.masters),
+        "copies": _nbytes(optimizer.params) if optimizer.has_copies else 0,
+        "moments": _nbytes([entry[key] for entry in state for key in ("exp_avg", "exp_avg_sq")]),
+        "ema": _nbytes(optimizer.ema),
+    }
+    return Trace(images, np.array(tracker.events), np.array(tracker.stages), held, tracker.collectives)
+
+
+def _nbytes(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def _ranks(plan, shards):
+    """The mesh of a plan over a fake process group: no more ranks than it takes for a rank to see what it would see.
+
+    A second replica stands for any number of them. DDP is not traced: it changes no allocation but those that
+    memory.py adds.
+    """
+    if plan not in ("fsdp", "hsdp"):
+        yield None
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    replicas = 2 if plan == "hsdp" else 1
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=replicas * shards)
+    try:
+        names, sizes = ("replicate", "shard"), (replicas, shards)
+        if plan == "fsdp":  # one dimension: a mesh makes a group for every row, and here a row is one rank
+            names, sizes = names[1:], sizes[1:]
+        yield init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    finally:
+        dist.destroy_process_group()
+        logging.disable(level)

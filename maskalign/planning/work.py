@@ -1,0 +1,173 @@
+"""Floating-point operations per image and by phase of a run, split into what they are spent on.
+
+2 per multiply-add of every matrix product, as in models/flops.py, which counts the student; torch's own counter counts
+teachers, on the meta device.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from maskalign.models.flops import forward_flops
+from maskalign.models.routing import keep_count
+from maskalign.training.compiling import spread
+from maskalign.training.schedules import schedule_value
+
+RESOLUTION = 2000  # points at which schedules are read
+# sd-vae-ft-mse's encoder (Stable Diffusion's f8 autoencoder, arXiv 2112.10752): widths of its four levels.
+VAE_WIDTHS = (128, 256, 512, 512)
+VAE_LATENT = 4
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a run in which every step does the same work.
+
+    Attributes:
+        kept: number of tokens in the subset, N for all.
+        aligned: tokens that are projected and aligned with a teacher; 0 without an alignment loss.
+        share: of the run's steps.
+    """
+
+    kept: int
+    aligned: int
+    share: float
+
+
+def schedule_phases(config, model, teachers=True):
+    """The kinds of steps that the schedules of a run lead to.
+
+    Args:
+        config: `Config`. model: a `SiT`. teachers: False for a run without any.
+
+    Returns:
+        list of `Phase` with shares that add up to 1, fewest kept tokens first.
+    """
+    method, shares = config.method, {}
+    for point in range(RESOLUTION):
+        progress = (point + 0.5) / RESOLUTION
+        kept = keep_count(schedule_value(method.keep_ratio, progress), model.num_tokens, method.keep_multiple)
+        present = kept if model.tap_sees_subset or model.route is None else model.num_tokens
+        aligned = 0
+        if teachers and schedule_value(method.align_weight, progress) > 0:
+            aligned = present
+            if method.align_ratio is not None:
+                # As training/step.py draws them: of what is present at the tap.
+                of = kept if model.tap_sees_subset else model.num_tokens
+                aligned = keep_count(schedule_value(method.align_ratio, progress), of, method.keep_multiple)
+        shares[kept, aligned] = shares.get((kept, aligned), 0) + 1
+    return [Phase(kept, aligned, count / RESOLUTION) for (kept, aligned), count in sorted(shares.items())]
+
+
+def student_flops(model, phase):
+    """FLOPs of one forward pass per image.
+
+    Returns:
+        dict with student (embeddings, blocks, final layer, restore), mixer and projector.
+    """
+    without = forward_flops(model, phase.kept, align=False)
+    student = forward_flops(_WithoutMixer(model), phase.kept, align=False)
+    projector = 0
+    if phase.aligned:
+        rows = phase.kept if model.tap_sees_subset or model.route is None else model.num_tokens
+        projected = phase.aligned if model.projectors and not model.projectors[0].needs_grid else model.num_tokens
+        each = (forward_flops(model, phase.kept, align=True) - without) / rows
+        projector = round(each * projected)
+    return {"student": student, "mixer": without - student, "projector": projector}
+
+
+class _WithoutMixer:
+    """A model whose mixer costs nothing."""
+
+    mixer = None
+
+    def __init__(self, model):
+        self._model = model
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+
+def recomputed_flops(model, phase, parallel):
+    """FLOPs per image that are spent a second time in the backward, as `parallel.recompute` asks."""
+    budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]
+    numbers = spread(round((1 - budget) * model.depth), model.depth)
+    start, end = model.route or (0, 0)
+    width, hidden = model.width, model.blocks[0].mlp.fc1.out_features
+    total = 0
+    for number in numbers:
+        inside = start <= number and (number < end or model.restore == "none") and model.route is not None
+        n = phase.kept if inside else model.num_tokens
+        total += 2 * (n * width * (4 * width + 2 * hidden) + 2 * n * n * width + 6 * width * width)
+    return total
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A network that is not trained.
+
+    Attributes:
+        parameters: their number.
+        flops: of one image.
+        dim: width of its tokens.
+        grid: (rows, columns) of them.
+    """
+
+    parameters: int
+    flops: int
+    dim: int
+    grid: tuple
+
+
+def teacher_facts(name, image_size):
+    """What a teacher costs, counted on the meta device: nothing is loaded or allocated.
+
+    Args:
+        name: see `teachers.names`. image_size: side of the images in pixels.
+
+    Raises:
+        UsageError: no such teacher.
+    """
+    from maskalign.teachers import load_teacher
+
+    with torch.device("meta"):
+        teacher = load_teacher(name, weights="random", image_size=image_size, device="meta")
+        images = torch.empty(1, 3, image_size, image_size, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        teacher.encoder(images)
+    count = sum(p.numel() for p in teacher.encoder.network.parameters())
+    return Frozen(count, counter.get_total_flops(), teacher.dim, tuple(teacher.grid))
+
+
+def vae_encoder_flops(image_size):
+    """FLOPs of sd-vae-ft-mse's encoder for one image, which `data encode --latents` spends once per image."""
+    side, total, before = image_size, 0, VAE_WIDTHS[0]
+
+    def conv(width_in, width_out, kernel=3):
+        return side * side * width_in * width_out * kernel * kernel
+
+    def residual(width_in, width_out):
+        shortcut = conv(width_in, width_out, 1) if width_in != width_out else 0
+        return conv(width_in, width_out) + conv(width_out, width_out) + shortcut
+
+    total += conv(3, before)
+    for level, width in enumerate(VAE_WIDTHS):
+        total += residual(before, width) + residual(width, width)
+        before = width
+        if level + 1 < len(VAE_WIDTHS):
+            side //= 2
+            total += conv(width, width)
+    pixels = side * side
+    total += 2 * residual(before, before) + 4 * pixels * before**2 + 2 * pixels**2 * before  # residuals, attention
+    total += conv(before, 2 * VAE_LATENT) + conv(2 * VAE_LATENT, 2 * VAE_LATENT, 1)
+    return 2 * total
+
+
+def parameter_counts(model):
+    """Numbers of parameters of a `SiT`: student, mixer, projector."""
+    counts = {"student": 0, "mixer": 0, "projector": 0}
+    for name, parameter in model.named_parameters():
+        part = {"mixer": "mixer", "projectors": "projector"}.get(name.split(".")[0], "student")
+        counts[part] += parameter.numel()
+    return counts
