@@ -36,6 +36,7 @@ from maskalign.config import model_sizes, validate_with_data
 from maskalign.data.manifest import Manifest
 from maskalign.errors import RunError, UsageError
 
+RUN = (sys.executable, "-m", "benchmarks.convergence_run")  # the process of a run; its folder follows
 TIMES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
@@ -66,6 +67,7 @@ def parse(argv):
     add("--heldout", type=int, default=512, help="held-out images for loss and cosine")
     add("--reference", type=int, default=5000, help="held-out images for the distances")
     add("--jobs", type=int, default=1, help="runs side by side")
+    add("--keep-checkpoints", action="store_true", help="keep those of all points, not only the last one of a run")
     add("--threads", type=int, default=1, help="CPU threads of a run, and of the calibration")
     add("--report-only", action="store_true", help="only write the files and the table from the runs that are finished")
     options = parser.parse_args(argv)
@@ -200,6 +202,7 @@ class Benchmark:
             "sampler_steps": options.sampler_steps,
             "times": list(TIMES),
             "data": [self.train, self.test, self.teacher, options.heldout, options.reference],
+            "keep": options.keep_checkpoints,
             "threads": options.threads,
         }
 
@@ -336,12 +339,11 @@ def run_all(runs, jobs):
 def start(folder, threads):
     """The process of one run; what it prints goes to RUN/log.txt. It gets no Ctrl-C of its own, only our SIGTERM."""
     log = open(folder / "log.txt", "a")
-    words = [sys.executable, "-m", "benchmarks.convergence_run", str(folder)]
     root = str(Path(__file__).resolve().parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     with log:
-        return subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        return subprocess.Popen([*RUN, str(folder)], stdout=log, stderr=log, env=environment, start_new_session=True)
 
 
 def main(argv=None):
@@ -357,12 +359,18 @@ def main(argv=None):
         raise RunError(f"{len(failed)} runs failed: {', '.join(failed)}; see log.txt in their folders")
 
 
-if __name__ == "__main__":
+def command(argv=None):
+    """`main` with its errors as one line; returns the exit status."""
     try:
-        main()
+        main(argv)
     except (UsageError, RunError) as error:
         print(f"benchmarks.convergence: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("benchmarks.convergence: stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -108,17 +108,17 @@ def heldout_losses(model, heldout, times, path="linear", batch=64):
     return found
 
 
-def sample_distances(model, heldout, samples, steps, path="linear"):
+def sample_distances(model, heldout, samples, steps, path="linear", precision="fp32"):
     """Frechet and kernel distance between samples and held-out images, in the teacher's pooled features.
 
-    Samples are drawn without guidance by Euler's method, with the held-out images' labels in turn.
+    Samples are drawn without guidance by Euler's method, with the held-out images' labels in turn, in `precision`.
 
     Returns:
         dict: `frechet`, `kernel`.
     """
     arrays = heldout.arrays
     labels = arrays["labels"][torch.arange(samples) % len(arrays["labels"])]
-    settings = Sampling("ode", steps, path=path, seed=SAMPLE_SEED, batch_size=64)
+    settings = Sampling("ode", steps, path=path, seed=SAMPLE_SEED, batch_size=64, precision=precision)
     pictures = to_uint8(generate(model, labels, settings)).permute(0, 3, 1, 2)
     features, real = heldout.pooled(pictures).double().numpy(), arrays["pooled"].double().numpy()
     return {"frechet": frechet_distance(features, real), "kernel": kernel_distance(features, real)}

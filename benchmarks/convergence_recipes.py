@@ -22,6 +22,10 @@ def _masked(keep=0.5, begin=0.9, mixer="token_mlp", **more):
 NO_TEACHER = {"method.align_weight": 0}
 BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
+# All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
+WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
+WIDE_FUSE = {"method.route": "[1, 7]", "method.restore": "fuse"}
+EARLY_STOP = {"method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"}
 # Rivals as their papers have them, scaled from 12 blocks to 8; MaskAlign's variants change one thing at a time.
 RECIPES = {
     "sit": NO_TEACHER,
@@ -54,9 +58,16 @@ RECIPES = {
     "maskalign-fuse-keep0.25": _masked(0.25, **FUSE),
     "maskalign-weight0.25": _masked(**{"method.align_weight": 0.25}),
     "maskalign-weight1": _masked(**{"method.align_weight": 1.0}),
-    "maskalign-early-stop": _masked(**{"method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"}),
+    "maskalign-early-stop": _masked(**EARLY_STOP),
     "maskalign-depth2": _masked(**{"method.align_depth": 2}),
     "maskalign-depth5": _masked(**{"method.align_depth": 5}),
+    "maskalign-wide": _masked(**WIDE),
+    "maskalign-wide-no-end": _masked(begin=None, **WIDE),
+    "maskalign-wide-no-mixer": _masked(mixer="none", **WIDE),
+    "maskalign-wide-conv": _masked(mixer="depthwise_conv", **WIDE),
+    "maskalign-wide-keep0.25": _masked(0.25, **WIDE),
+    "maskalign-wide-early-stop": _masked(**WIDE, **EARLY_STOP),
+    "maskalign-wide-fuse-keep0.25": _masked(0.25, **WIDE_FUSE),
 }
 
 

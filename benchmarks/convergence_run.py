@@ -5,7 +5,7 @@
     RUN/config.yaml, metrics.csv, checkpoints/ ...   those of any run of `maskalign train`
 
 Stopped or killed at any moment, it goes on: the trainer from its newest checkpoint, the measurements point by point.
-Checkpoints are removed once they are measured, but for the last one.
+Checkpoints are removed once they are measured, but for the last one, unless the job says to keep them.
 """
 
 import json
@@ -74,7 +74,8 @@ def work(run_dir):
         if not quality_path(run_dir, step).is_file():
             measure(run_dir, step, job, config, heldout)
     for path in checkpoint.complete_checkpoints(run_dir)[:-1]:
-        shutil.rmtree(path)
+        if not job["keep"]:
+            shutil.rmtree(path)
     return True
 
 
@@ -90,9 +91,18 @@ def measure(run_dir, step, job, config, heldout):
     model, _, _ = load_model(folder)
     rows += [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
     if step in job["sample_points"]:
-        found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path)
+        found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path, precision_of(config))
         rows += [[metric, "", value] for metric, value in found.items()]
     write_atomically(str(quality_path(run_dir, step)), json.dumps(rows).encode())
+
+
+def precision_of(config):
+    """Samples are drawn in the precision of training, as `maskalign train` draws its previews."""
+    import torch
+
+    from maskalign.training.parallel import compute_dtype
+
+    return "bf16" if compute_dtype(config.training.precision, torch.device("cpu")) == torch.bfloat16 else "fp32"
 
 
 def main(run_dir):

@@ -235,9 +235,10 @@ def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, 
     path.unlink()  # the other tests of this module give a budget of steps
 
 
-def run(argv):
+def run(argv, runner=("-m", "benchmarks.convergence_run")):
+    script = "import sys; from benchmarks import convergence as c; c.RUN = (sys.executable, *eval(sys.argv.pop(1))); "
     return subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.convergence", *argv], cwd=ROOT, stdout=subprocess.PIPE,
+        [sys.executable, "-c", script + "sys.exit(c.command())", repr(runner), *argv], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
 
@@ -253,16 +254,17 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
     (other / "data").mkdir(parents=True)
     (other / "data" / "tiny").symlink_to(work / "data" / "tiny")
     again = words(images, other, tmp_path / "again", "--jobs", "2")
-    process = run(again)
+    process = run(again, (str(Path(__file__).with_name("held_run.py")),))  # its runs wait after step 3 to be stopped
     runs = other / "runs" / "tiny-6steps"
-    deadline = time.time() + 240
-    while not list(runs.glob("*/checkpoints/step_*/COMPLETE")) and time.time() < deadline:
+    deadline = time.time() + 480
+    while not list(runs.glob("*/held")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=120) == 130, process.stdout.read()
-    assert not list(runs.glob("*/quality-00000006.json"))  # it was in the middle
+    assert process.wait(timeout=240) == 130, process.stdout.read()
+    assert list(runs.glob("*/checkpoints/step_00000003"))  # it was in the middle
+    assert not list(runs.glob("*/quality-*.json"))
     process = run(again)  # and now the harder way: no time for a checkpoint
-    while not list(runs.glob("*/quality-00000002.json")) and time.time() < deadline:
+    while not list(runs.glob("*/quality-00000002.json")) and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
