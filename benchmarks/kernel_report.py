@@ -1,20 +1,20 @@
-"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and
-computes.
+"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and computes.
 
-    python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942]
-    [--every-configuration]
+    python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942] [--defaults-only]
 
-Two tables, printed and written as CSV. `builds.csv`, one row per launch, configuration and target: registers,
-stack, spills, shared memory, occupancy by the published limits, widest load and store, the narrowest access
-to a token row, the tensor-core instruction. `operations.csv`, one row per operation, direction and shape: the
-bytes that its launches move by their geometry, against the least that they could and against the unfused
-PyTorch chain (counted operation by operation), FLOPs, and the time that a device could not beat, by its
-bandwidth and by its peak. Nothing here is a measurement: not measured on a GPU.
+Two tables, printed and written as CSV, and a summary of them for the README (`kernels.md`). `kernels-builds.csv`, one
+row per launch, configuration and target: registers, stack, spills, shared memory, occupancy by the published limits,
+widest load and store, the narrowest access to a token row, the tensor-core instruction. `kernels-operations.csv`, one
+row per operation, direction and shape, in the default configurations: the bytes that the launches move by their
+geometry, against the least that they could and against the unfused PyTorch chain (counted operation by operation),
+FLOPs, and the time that a device could not beat, by its bandwidth and by its peak. Nothing here is a measurement: not
+measured on a GPU.
 """
 
 import argparse
 import collections
 import csv
+import math
 import pathlib
 import sys
 import time
@@ -24,12 +24,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.report import markdown_table
 from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_cases
 
 CASES = {"subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases}
 
-# Published figures: GB/s, then dense TFLOP/s of bfloat16 (and float16) matrix, TF32 matrix (float32 on
-# MI300X), float32.
+# Published figures: GB/s, then dense TFLOP/s of bfloat16 and float16, of TF32 (float32 on MI300X), of float32 vectors.
 DEVICES = {
     "A100": (2039, 312, 156, 19.5),
     "H100": (3350, 989, 494, 67),
@@ -40,8 +40,7 @@ DEVICES = {
 
 
 class BytesMoved(TorchDispatchMode):
-    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs,
-    once.
+    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs, once.
 
     Views are free, broadcast dimensions count once, and a gather reads only the rows that it returns.
     """
@@ -52,9 +51,7 @@ class BytesMoved(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        if function.is_view or function.name().startswith(
-            ("aten::detach", "aten::empty", "aten::_unsafe_view")
-        ):
+        if function.is_view or function.name().startswith(("aten::detach", "aten::empty", "aten::_unsafe_view")):
             return out
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         outputs = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
@@ -130,46 +127,39 @@ def least_bytes(operation, direction, shape, gathered=False):
 
 
 def floors(moved, flops, kind):
-    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or
-    'vector'.
-    """
+    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or 'vector'."""
     column = {"bf16": 1, "fp16": 1, "fp32": 2, "vector": 3}[kind]
-    return {
-        name: (
-            moved / figures[0] / 1e3,
-            flops / figures[column] / 1e6 * (3 if kind == "fp32" and name != "MI300X" else 1),
-        )
-        for name, figures in DEVICES.items()
-    }  # float32 products go as three TF32 ones on NVIDIA.
+    times = {}
+    for name, figures in DEVICES.items():
+        products = 3 if kind == "fp32" and name != "MI300X" else 1  # float32 goes as three TF32 products on NVIDIA.
+        times[name] = moved / figures[0] / 1e3, flops * products / figures[column] / 1e6
+    return times
 
 
-def operations(configuration="default"):
-    """One dict per operation, direction and shape, in the default configuration."""
+def operations():
+    """One dict per operation, direction and shape, in the default configuration.
+
+    `over_least` charges every launch with all that it is given; `over_least_l2` leaves out what the launch before has
+    just read and L2 still has.
+    """
     rows = []
     for operation, module in CASES.items():
         for shape in module.SHAPES:
             sums = collections.defaultdict(collections.Counter)
             for case in module.aot_cases([shape], every_configuration=False):
-                gathered = case.launch.startswith("gathered")
-                entry = sums[case.operation, case.direction, gathered, case.shape]
-                entry.update(launches=1, moved=case.moved, launch_least=case.least, flops=case.flops)
+                entry = sums[case.operation, case.direction, case.launch.startswith("gathered"), case.shape]
+                entry.update(launches=1, moved=case.moved, warm=case.warm, launch_least=case.least, flops=case.flops)
             for (name, direction, gathered, label), entry in sums.items():
                 least = least_bytes(operation, direction, shape, gathered)
                 unfused = unfused_bytes(operation, shape, gathered)[direction == "backward"]
                 kind = label.rsplit("/", 1)[-1] if operation == "mix_and_drop" else "vector"
                 row = {
-                    "operation": name,
-                    "direction": direction,
-                    "student": "gathered" if gathered else "",
-                    "shape": label,
-                    "launches": entry["launches"],
-                    "bytes": entry["moved"],
-                    "over_launch_least": entry["moved"] / entry["launch_least"],
-                    "over_least": entry["moved"] / least,
-                    "unfused_bytes": unfused,
-                    "of_unfused": entry["moved"] / unfused,
-                    "flops": entry["flops"],
-                }
+                    "operation": name, "direction": direction, "student": "gathered" if gathered else "",
+                    "shape": label, "launches": entry["launches"], "bytes": entry["moved"],
+                    "over_launch_least": entry["moved"] / entry["launch_least"], "over_least": entry["moved"] / least,
+                    "over_least_l2": (entry["moved"] - entry["warm"]) / least, "unfused_bytes": unfused,
+                    "of_unfused": entry["moved"] / unfused, "flops": entry["flops"],
+                }  # fmt: skip
                 for device, (bandwidth, peak) in floors(entry["moved"], entry["flops"], kind).items():
                     row |= {f"{device}_bandwidth_us": bandwidth, f"{device}_peak_us": peak}
                 rows.append(row)
@@ -182,38 +172,16 @@ def builds(cases, targets, progress=lambda done, total: None):
     for number, (case, target) in enumerate(pairs):
         progress(number, len(pairs))
         build = aot.build(case, target)
+        named = ("operation", "direction", "launch", "shape", "config")
+        made = ("target", "registers", "scalar_registers", "stack", "spills", "shared", "occupancy")
         rows.append(
-            {
-                "operation": case.operation,
-                "direction": case.direction,
-                "launch": case.launch,
-                "shape": case.shape,
-                "config": case.config,
-                "target": target,
-                "registers": build.registers,
-                "scalar_registers": build.scalar_registers,
-                "stack": build.stack,
-                "spills": build.spills,
-                "shared": build.shared,
-                "occupancy": build.occupancy,
-                "widest_load": build.widest_load,
-                "widest_store": build.widest_store,
-                "narrowest_row_access": build.narrowest_row,
-                "tensor_core": build.tensor_core,
-                "programs": _product(case.grid),
-                "bytes": case.moved,
-                "over_least": case.moved / case.least,
-                "flops": case.flops,
-            }
+            {name: getattr(case, name) for name in named}
+            | {name: getattr(build, name) for name in (*made, "widest_load", "widest_store")}
+            | {"narrowest_row_access": build.narrowest_row, "tensor_core": build.tensor_core}
+            | {"programs": math.prod(case.grid), "bytes": case.moved, "over_least": case.moved / case.least}
+            | {"flops": case.flops}
         )
     return rows
-
-
-def _product(grid):
-    total = 1
-    for n in grid:
-        total *= n
-    return total
 
 
 def faults(row):
@@ -223,6 +191,8 @@ def faults(row):
         found.append(f"{row['spills']} spills")
     if row["stack"]:
         found.append(f"{row['stack']} bytes of stack")
+    if not row["occupancy"]:
+        found.append(f"{row['shared']} bytes of shared memory and {row['registers']} registers do not fit a processor")
     if 0 < row["narrowest_row_access"] < 16:
         found.append(f"a token row accessed {row['narrowest_row_access']} bytes at a time")
     if row["over_least"] > 1.15:
@@ -241,92 +211,80 @@ def cell(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+# XL/2 with DINOv2-B's features as int8; the mixer at a half and at a quarter of the tokens.
+SUMMARY = ("B32 N256 K128 C768 bf16/int8", *(f"B32 N256 K{k} D1152 T64 bf16/bf16/bf16" for k in (128, 64)))
+
+
+def summary(counted, built):
+    """A few rows of both tables as Markdown, for the README."""
+    clean = sum(not faults(row) for row in built)
+    targets = ", ".join(dict.fromkeys(row["target"] for row in built))
+    stores = [row["registers"] for row in built if row["target"] != "gfx942"]
+    head = ["launches", "shape", "bytes moved", "over the least", "unfused chain's", "GFLOP", *DEVICES]
+    lines = []
+    for row in counted:
+        if row["shape"] not in SUMMARY or row["student"]:
+            continue
+        over = f"{row['over_least']:.2f}x"
+        if row["over_least_l2"] < row["over_least"]:
+            over += f", {row['over_least_l2']:.2f}x of them from DRAM"
+        floors = [max(row[f"{device}_bandwidth_us"], row[f"{device}_peak_us"]) for device in DEVICES]
+        lines.append([
+            f"{row['operation']}, {row['direction']}", row["shape"], f"{row['bytes'] / 1e6:.1f} MB", over,
+            f"1/{1 / row['of_unfused']:.1f}", f"{row['flops'] / 1e9:.2f}", *(f"{floor:.1f} us" for floor in floors),
+        ])  # fmt: skip
+    return "\n".join([
+        f"{clean} of {len(built)} builds ({targets}; every launch, shape and configuration) have no spill, no stack, "
+        f"16-byte row accesses and at most 1.15x the bytes of their launch; NVIDIA registers {min(stores)} to "
+        f"{max(stores)}. The times are floors, by published bandwidth and peak. Not measured on a GPU.",
+        "",
+        markdown_table(head, lines),
+        "",
+    ])  # fmt: skip
+
+
 def _write(path, rows):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--out", default="runs/kernel_report", help="folder for builds.csv and operations.csv"
-    )
-    parser.add_argument("--targets", nargs="+", default=list(aot.TARGETS), choices=list(aot.TARGETS))
-    parser.add_argument("--operations", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument(
-        "--every-configuration", action="store_true", help="also those that only tuning would choose"
-    )
-    options = parser.parse_args()
-    out = pathlib.Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-
+def _progress():
     start = time.time()
 
     def progress(done, total):
         if sys.stderr.isatty() or done % 100 == 0:
-            print(
-                f"\r{done}/{total} builds, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True
-            )
+            print(f"\r{done}/{total} builds, {time.time() - start:.0f} s", end="", file=sys.stderr, flush=True)
 
-    cases = [
-        c for name in options.operations for c in CASES[name].aot_cases(None, options.every_configuration)
-    ]
-    built = builds(cases, options.targets, progress)
+    return progress
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="runs/kernel_report", help="folder for the CSVs and kernels.md")
+    parser.add_argument("--targets", nargs="+", default=list(aot.TARGETS), choices=list(aot.TARGETS))
+    parser.add_argument("--operations", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--defaults-only", action="store_true", help="without those that only tuning would choose")
+    options = parser.parse_args()
+    out = pathlib.Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    cases = [c for name in options.operations for c in CASES[name].aot_cases(None, not options.defaults_only)]
+    built = builds(cases, options.targets, _progress())
     print(file=sys.stderr)
-    _write(out / "builds.csv", built)
-    columns = [
-        "operation",
-        "direction",
-        "launch",
-        "shape",
-        "config",
-        "target",
-        "registers",
-        "stack",
-        "spills",
-        "shared",
-    ]
-    columns += [
-        "occupancy",
-        "widest_load",
-        "widest_store",
-        "narrowest_row_access",
-        "tensor_core",
-        "over_least",
-    ]
-    _table(built, columns)
+    _write(out / "kernels-builds.csv", built)
+    _table(built, [c for c in built[0] if c not in ("scalar_registers", "programs", "bytes", "flops")])
     print()
     counted = operations()
-    _write(out / "operations.csv", counted)
-    columns = [
-        "operation",
-        "direction",
-        "student",
-        "shape",
-        "bytes",
-        "over_launch_least",
-        "over_least",
-        "of_unfused",
-    ]
-    floor_columns = [f"{device}_{by}_us" for device in DEVICES for by in ("bandwidth", "peak")]
-    _table(counted, [*columns, "flops", *floor_columns])
+    _write(out / "kernels-operations.csv", counted)
+    _table(counted, [c for c in counted[0] if c not in ("launches", "unfused_bytes")])
+    text = summary(counted, built)
+    (out / "kernels.md").write_text(text)
+    print("\n" + text)
     bad = [(row, faults(row)) for row in built if faults(row)]
     for row, found in bad:
-        where = (
-            row["operation"],
-            row["direction"],
-            row["launch"],
-            row["shape"],
-            row["config"],
-            row["target"],
-        )
-        print("FAULT", *where, "; ".join(found))
+        print("FAULT", *list(row.values())[:6], "; ".join(found))
     print(f"\n{len(built)} builds, {len(bad)} with a fault. Not measured on a GPU. Written to {out}/")
     return 1 if bad else 0
 

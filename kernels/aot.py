@@ -47,9 +47,9 @@ class Case:
         grid: the launch grid.
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
             nothing).
-        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says
+        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says why.
+        warm: bytes of `moved` that the launch before has left in L2, so that DRAM need not give them again.
         hip_constexprs: constexprs that differ on gfx942.
-            why.
         least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
         flops: floating-point operations of the launch.
         rows: arguments through which token rows are read or written; none of these accesses may be under 16
@@ -73,6 +73,7 @@ class Case:
     rows: tuple = ()
     waves: int = 0
     cached: int = 0
+    warm: int = 0
     hip_constexprs: dict = dataclasses.field(default_factory=dict)
 
 

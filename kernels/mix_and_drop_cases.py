@@ -11,19 +11,20 @@ A test holds this to account: for every target, the tiles of all programs that a
 and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: `moved` plus `cached`.
 """
 
-import importlib
-
 import torch
 
+from . import mix_and_drop_kernels as kernels
+from . import mix_and_drop_launch as mixer
 from .aot import Case
-
-mixer = importlib.import_module(f"{__package__}.mix_and_drop")
+from .mix_and_drop import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+# Half of the smallest L2, A100's 40 MiB: its two partitions may hold copies of each other's lines.
+WARM = 20 << 20
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [
     # (images, tokens, kept, width, hidden, x, weights, product): XL/2 in bfloat16 at every hidden width and at 512 px,
-    # then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, and S/2.
+    # then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, a quarter, and S/2.
     (32, 256, 128, 1152, 64, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 128, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 256, _BF16, _BF16, _BF16),
@@ -35,6 +36,7 @@ SHAPES = [
     (32, 256, 128, 1152, 64, _FP16, _FP16, _FP16),
     (32, 256, 128, 1152, 64, _FP32, _FP32, _FP32),
     (32, 256, None, 1152, 64, _BF16, _BF16, _BF16),
+    (32, 256, 64, 1152, 64, _BF16, _BF16, _BF16),
     (32, 256, 128, 384, 64, _BF16, _BF16, _BF16),
 ]
 
@@ -49,12 +51,12 @@ def aot_cases(shapes=None, every_configuration=True):
 
 def _launches(shape):
     _, tokens, _, width, hidden, _, _, product = shape
-    yield "forward", "statistics", mixer._statistics_kernel, [mixer.statistics_config(width)]
-    yield "forward", "mix", mixer._mix_kernel, mixer.mix_configs(hidden, tokens, product)
-    yield "backward", "hidden", mixer._hidden_grad_kernel, mixer.hidden_configs(hidden, product)
-    for first, second, config in mixer.token_launches(hidden, product):
+    yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
+    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product)
+    yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product)
+    for first, second, configs in mixer.token_launches(hidden, product):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
-        yield "backward", launch, mixer._token_grad_kernel, [config]
+        yield "backward", launch, kernels.token_grad_kernel, configs
 
 
 def _case(shape, direction, launch, kernel, config, number):
@@ -62,9 +64,10 @@ def _case(shape, direction, launch, kernel, config, number):
     kept = N if K is None else K
     blocks = -(-N // config.get("BLOCK_N", N))
     images = mixer.images_per_program(B, blocks, T, D)
-    tiles = -(-D // mixer.hidden_configs(T, product)[0]["BLOCK_D"])
+    # The parts that `hidden` leaves: by its own configuration, and by its default one where `tokens` adds them up.
+    tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product)[0])["BLOCK_D"])
     grid = {
-        "statistics": (-(-B * N // config.get("ROWS", 1)),),
+        "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),
     }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
     float32 = ("mean", "rstd", "sums", "along", "dw1", "dw2", "db2")
@@ -89,15 +92,15 @@ def _case(shape, direction, launch, kernel, config, number):
     for name in kernel.arg_names:
         if name not in constexprs:
             arguments[name] = numbers[name] if name in numbers else types.get(name, _pointer(x))
-    moved, cached, flops = _cost(shape, launch, grid, tiles)
+    moved, cached, flops = _cost(shape, launch, config, grid, tiles)
     return Case(
-        operation=mixer.OP, direction=direction, launch=launch,
+        operation=OP, direction=direction, launch=launch,
         shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
         hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=config["threads"] // 64,
-        num_stages=config["stages"], grid=grid,
-        moved=moved, least=_least(shape, launch, tiles), cached=cached, flops=flops,
+        num_stages=config["stages"], grid=(grid[0] * grid[1],),
+        moved=moved, least=_least(shape, launch, tiles), cached=cached, warm=_warm(shape, launch), flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
 
@@ -106,7 +109,7 @@ def _pointer(dtype):
     return "*" + _TYPES[dtype]
 
 
-def _cost(shape, launch, grid, tiles):
+def _cost(shape, launch, config, grid, tiles):
     """(moved, cached, floating-point operations) of one launch."""
     B, N, K, D, T, x, weight, product = shape
     kept, index = (N, 0) if K is None else (K, 8 * B * K)
@@ -136,7 +139,7 @@ def _cost(shape, launch, grid, tiles):
         moved += 2 * rows + statistics + matrix + between // 2 + 4 * B * tiles * N + sums + 4 * groups * T * N
         again += (blocks - 1) * (between // 2 + sums) + (groups - 1) * matrix
         if mixer._block_t(T) > 128:  # w1 again in every step along D.
-            again += B * -(-D // mixer.tokens_configs(T, product)[0]["BLOCK_D"]) * matrix
+            again += B * -(-D // config["BLOCK_D"]) * matrix
         flops += 2 * first
     if launch != "tokens first":
         moved += vector + between // 2 + 4 * groups * (T * N + N)
@@ -174,6 +177,18 @@ def _least(shape, launch, tiles):
     if launch != "tokens first":  # dout, gate, the activations -> dw2, db2
         least += vector + hidden + 4 * (T * N + N)
     return least
+
+
+def _warm(shape, launch):
+    """Bytes of x that `statistics` has just read and that `mix`, going through the images backwards, finds in L2.
+
+    Between the two readings of a row lie the rows behind it and the rows written meanwhile: what fits WARM of both.
+    """
+    if launch != "mix":
+        return 0
+    B, N, K, D, _, x, _, _ = shape
+    rows, out = B * N * D * x.itemsize, B * (K or N) * D * x.itemsize
+    return min(rows, WARM * rows // (rows + out))
 
 
 def _weights_again(shape, grid, passes):

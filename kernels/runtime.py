@@ -1,49 +1,31 @@
-"""What both operations share: where a call runs, how its arguments are checked, how a kernel becomes an
-operator.
+"""What both operations share on any machine: where a call runs, and how its arguments are checked.
+
+Neither Triton nor PyTorch's compiler is imported here: a call on a CPU needs neither, and together they take seconds.
+operators.py has what the kernels share.
 
 Environment variables:
-    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the
-        Triton path on CPU tensors too. Triton decides this while it decorates a kernel, so the variable
-        counts as it was when this package was imported; set it before starting Python.
-    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per
-    call). MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
+    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the Triton
+        path on CPU tensors too. The variable counts as it was when this package was imported; set it before starting
+        Python.
+    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per call).
+    MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
 """
 
+import importlib.util
 import os
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # No Triton wheel for this platform (macOS, for one): the CPU reference still works.
-    triton = tl = None
-
-INTERPRET = triton is not None and os.environ.get("TRITON_INTERPRET", "0").lower() in (
-    "1",
-    "true",
-    "on",
-    "yes",
-)
+# No Triton wheel for this platform (macOS, for one): the CPU reference still works.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 INDICES = (torch.int32, torch.int64)
-# Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same
-# tiles.
-WARP_SIZE = 64 if torch.version.hip else 32
-
-_tracing_shapes = False
-
-
-def jit(function):
-    """`triton.jit`, or the bare function where there is no Triton (it is never launched there)."""
-    return function if triton is None else triton.jit(function)
 
 
 def use_triton(*tensors):
-    """Whether a call with these tensors runs the kernels: on CUDA and ROCm always, on the CPU under the
-    interpreter.
-    """
-    if triton is None:
+    """Whether a call with these tensors runs the kernels: on CUDA and ROCm always, on the CPU under the interpreter."""
+    if not HAS_TRITON:
         return False
     return INTERPRET or any(t is not None and t.device.type == "cuda" for t in tensors)
 
@@ -51,55 +33,6 @@ def use_triton(*tensors):
 def debug():
     """Whether the checks that cost a synchronisation on a GPU were asked for."""
     return os.environ.get("MASKALIGN_KERNELS_DEBUG", "0") not in ("", "0")
-
-
-# ---- Operators ---------------------------------------------------------------------------------------------
-
-
-def kernel_op(name):
-    """Decorator: `torch.library.triton_op` for a function that allocates its outputs and launches kernels.
-
-    The function itself serves as the fake kernel, so it must only allocate, view and launch. Interpreted
-    kernels cannot be traced into a graph, so under TRITON_INTERPRET=1 the same function becomes an opaque
-    custom operator with the same schema, whose fake kernel is the function with its launches left out.
-    """
-
-    def decorate(function):
-        if not INTERPRET:
-            return torch.library.triton_op(name, function, mutates_args=())
-        op = torch.library.custom_op(name, function, mutates_args=())
-
-        def fake(*args, **kwargs):
-            global _tracing_shapes
-            _tracing_shapes = True
-            try:
-                return function(*args, **kwargs)
-            finally:
-                _tracing_shapes = False
-
-        op.register_fake(fake)
-        return op
-
-    return decorate
-
-
-class _NoLaunch:
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: None
-
-
-def wrap_triton(kernel):
-    """`torch.library.wrap_triton` that also takes interpreted kernels on every supported PyTorch."""
-    if _tracing_shapes:
-        return _NoLaunch()
-    return kernel if INTERPRET else torch.library.wrap_triton(kernel)
-
-
-def check_interpretable(op, **tensors):
-    """Refuse float64 on the Triton path, whose arithmetic is float32."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.dtype == torch.float64:
-            fail(op, name, tensor, "bfloat16, float16 or float32 (float64 runs on the CPU reference only)")
 
 
 # ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected
@@ -182,3 +115,10 @@ def is_abstract(tensor):
 def rows_contiguous(tensor):
     """The tensor with its last dimension laid out densely; any pitch between rows is left as it is."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def check_interpretable(op, **tensors):
+    """Refuse float64 on the Triton path, whose arithmetic is float32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype == torch.float64:
+            fail(op, name, tensor, "bfloat16, float16 or float32 (float64 runs on the CPU reference only)")

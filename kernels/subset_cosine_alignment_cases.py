@@ -2,14 +2,12 @@
 compute.
 """
 
-import importlib
-
 import torch
 
+from . import subset_cosine_alignment_kernels as kernels
+from . import subset_cosine_alignment_launch as alignment
 from .aot import Case
-
-# The package binds the function under this name, so the module is asked for by its full path.
-alignment = importlib.import_module(f"{__package__}.subset_cosine_alignment")
+from .subset_cosine_alignment import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8"}
 SHAPES = [
@@ -84,7 +82,7 @@ def aot_cases(shapes=None, every_configuration=True):
                             direction, gather, loss, sizes, student, teacher, config
                         )
                         yield Case(
-                            operation=alignment.OP + "_loss" * loss,
+                            operation=OP + "_loss" * loss,
                             direction=direction,
                             launch="gathered rows" if gather else "rows",
                             shape=shape,
@@ -108,9 +106,9 @@ def aot_cases(shapes=None, every_configuration=True):
 def _launch(direction, gather, loss, sizes, student, teacher, config):
     """(kernel, arguments, constexprs) as the launchers pass them for contiguous tensors."""
     images, tokens, kept, width = sizes
-    kernel = alignment._forward_kernel
+    kernel = kernels.forward_kernel
     if direction == "backward":
-        kernel = alignment._backward_gather_kernel if gather else alignment._backward_kernel
+        kernel = kernels.backward_gather_kernel if gather else kernels.backward_kernel
     pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "saved_ptr", "cosine_ptr"), "*fp32") | {
         "subset_ptr": "*i64"
     }
@@ -158,12 +156,12 @@ def _pointer(dtype):
 
 def _mean_case(shape, gather, programs, count, number, config):
     return Case(
-        operation=alignment.OP + "_loss",
+        operation=OP + "_loss",
         direction="forward",
         launch="gathered mean" if gather else "mean",
         shape=shape,
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
-        kernel=alignment._mean_kernel,
+        kernel=kernels.mean_kernel,
         constexprs={"BLOCK": 1024},
         num_warps=4,
         waves=4,

@@ -19,7 +19,8 @@ import pathlib
 
 import torch
 
-from .runtime import INTERPRET, is_abstract, triton
+from .operators import triton
+from .runtime import INTERPRET, is_abstract
 
 
 def mode():
@@ -70,17 +71,18 @@ def choose(kernel_name, key, configs, tensor, launch):
     entry = "|".join([name, f"triton {triton.__version__}", kernel_name, *map(str, key)])
     if choices.get(entry) in configs:
         return choices[entry]
-    if abstract or mode() == "cached":
+    if abstract or mode() == "cached" or torch.cuda.is_current_stream_capturing():
         return configs[0]
     # A configuration that does not fit the device (shared memory, registers) is passed over.
     times = []
     for index, config in enumerate(configs):
         try:
-            times.append(
-                (triton.testing.do_bench(lambda config=config: launch(config), warmup=10, rep=40), index)
+            time = triton.testing.do_bench(
+                lambda config=config: launch(config), warmup=10, rep=40, return_mode="median"
             )
         except triton.runtime.errors.OutOfResources:
             continue
+        times.append((time, index))
     choices[entry] = configs[min(times)[1]] if times else configs[0]
     _save(path, choices)
     return choices[entry]

@@ -23,6 +23,7 @@ SHAPES = [
     (2, 16, 5, 1152),
     (1, 9, 4, 8192),
 ]
+MIX_SHAPES = [(2, 63, 31, 40, 13), (2, 256, 128, 384, 64), (1, 196, None, 200, 128), (2, 256, 64, 1152, 64)]
 
 
 @pytest.mark.parametrize("student", [F32, F16, BF16])
@@ -61,12 +62,7 @@ def test_mix_and_drop(dtype, relative, generator, poisoned):
     from benchmarks.kernel_report import unfused_mix
 
     limit = {F32: 2e-5, F16: 4e-3, BF16: 3e-2}[dtype]
-    for B, N, K, D, T in [
-        (2, 63, 31, 40, 13),
-        (2, 256, 128, 384, 64),
-        (1, 196, None, 200, 128),
-        (2, 256, 64, 1152, 64),
-    ]:
+    for B, N, K, D, T in MIX_SHAPES:
         arguments = mix_arguments(B, N, D, T, dtype, generator)
         subset = None if K is None else torch.rand(B, N, generator=generator).argsort(1)[:, :K].cuda()
         exact = [a.detach().double().requires_grad_() for a in arguments]
@@ -141,6 +137,28 @@ def test_tuning_chooses_once_and_remembers(alignment_case, monkeypatch, tmp_path
     tuning._chosen.cache_clear()
     subset_cosine_alignment(s, z, subset).sum().backward()
     assert (tmp_path / "choices.json").read_text() == text
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_launches_on_the_device_of_the_tensors(alignment_case, generator):
+    """The current device is the first one, the tensors are on the second."""
+    s, z, subset = (t.detach().to("cuda:1") for t in alignment_case(2, 64, 32, 320, BF16, INT8))
+    mixer = [t.detach().to("cuda:1").requires_grad_() for t in mix_arguments(2, 64, 96, 16, BF16, generator)]
+    leaves = [s.requires_grad_(), *mixer]
+    with torch.cuda.device(0):
+        away = torch.autograd.grad(both(s, z, subset, *mixer), leaves)
+    with torch.cuda.device(1):
+        home = torch.autograd.grad(both(s, z, subset, *mixer), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(away, home, strict=True))
+
+
+def test_no_device_is_too_small_for_many_images(generator):
+    """More images than a grid's second dimension would take."""
+    arguments = mix_arguments(70_000, 2, 16, 4, BF16, generator)
+    out = mix_and_drop(*arguments)
+    few = mix_and_drop(*(a[-3:] if a.shape[:1] == (70_000,) else a for a in arguments))
+    assert torch.equal(out[-3:], few)
+    assert torch.autograd.grad(out.float().sum(), arguments)[0].isfinite().all()
 
 
 def test_the_benchmark_runs(tmp_path):

@@ -1,5 +1,6 @@
 """Every kernel built for four targets without a GPU: no spill, no stack, 16-byte rows, few bytes."""
 
+import collections
 import csv
 import subprocess
 import sys
@@ -47,19 +48,38 @@ def test_default_builds(target):
     judge([*cases, *mix_and_drop_cases.aot_cases(MIX, every_configuration=False)], target)
 
 
+def every_shape():
+    """(operation, number of the shape), for parts of the sweep that can be run alone."""
+    shapes = {"subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases}
+    return [(operation, i) for operation, module in shapes.items() for i in range(len(module.SHAPES))]
+
+
 @pytest.mark.sweep
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("operation", ["subset_cosine_alignment", "mix_and_drop"])
-def test_every_build(operation, target):
-    judge(list(kernel_report.CASES[operation].aot_cases()), target)
+@pytest.mark.parametrize("operation, shape", [] if runtime.INTERPRET else every_shape())
+def test_every_build(operation, shape, target):
+    module = kernel_report.CASES[operation]
+    judge(list(module.aot_cases([module.SHAPES[shape]])), target)
 
 
 def test_every_launch_moves_close_to_the_least_it_must():
     cases = [*subset_cosine_alignment_cases.aot_cases(), *mix_and_drop_cases.aot_cases()]
     over = {(c.operation, c.launch, c.shape, c.config): c.moved / c.least for c in cases}
     assert all(1 <= ratio <= 1.15 for ratio in over.values()), {k: v for k, v in over.items() if not 1 <= v <= 1.15}
-    # The mixer leaves sums in parts, which its least does not contain: the rule has something to find.
-    assert max(ratio for (operation, *_), ratio in over.items() if operation == "mix_and_drop") > 1.05
+
+
+def test_the_rule_of_the_least_finds_what_tiles_add(monkeypatch):
+    """Weight gradients in parts per image, and sums per narrow tile: the launches then move too much, and it shows."""
+    launch = mix_and_drop_cases.mixer
+    monkeypatch.setattr(launch, "images_per_program", lambda *sizes: 1)
+    narrow = [launch.hidden_configs(64, torch.bfloat16)[0] | {"BLOCK_D": 8}]
+    monkeypatch.setattr(launch, "hidden_configs", lambda *sizes: narrow)
+    over = {
+        (case.launch, case.shape): case.moved / case.least
+        for case in mix_and_drop_cases.aot_cases([MIX[0], mix_and_drop_cases.SHAPES[2]], every_configuration=False)
+    }  # fmt: skip
+    assert {launch for (launch, _), ratio in over.items() if ratio > 1.15} >= {"hidden", "tokens second"}
+    assert all(ratio == 1 for (launch, _), ratio in over.items() if launch in ("statistics", "mix"))
 
 
 def test_bytes_reach_the_goals():
@@ -73,7 +93,10 @@ def test_bytes_reach_the_goals():
             both = (row["bytes"] + other["bytes"]) / (row["unfused_bytes"] + other["unfused_bytes"])
             assert both <= 1 / 4, (row, both)
         elif direction == "forward":
-            assert row["over_least"] <= 1.8, row
+            # x is read twice and K rows are written: at a quarter 2.25 / 1.25 = 1.8, even if nothing else moved. There
+            # L2, which has what `statistics` read last, has to help; at half and above the goal is met without.
+            assert row["over_least_l2"] <= 1.8, row
+            assert row["over_least"] <= (1.83 if "K64" in shape else 1.8), row
             if "KNone" not in shape:
                 assert row["of_unfused"] <= 1 / 5, row
     assert {key[0] for key in rows} >= {
@@ -81,6 +104,54 @@ def test_bytes_reach_the_goals():
         "subset_cosine_alignment_loss",
         "mix_and_drop",
     }
+
+
+def mix_misses(images, tile_bytes, out_bytes, at_a_time, capacity, backwards):
+    """Bytes of x that `mix` has to fetch again, with an L2 that drops what was used longest ago.
+
+    `statistics` has read the images in order, in eight tiles each. `at_a_time` images run side by side: they go through
+    their tiles once for the product and once more for the kept rows, which they write.
+    """
+    lines = collections.OrderedDict()
+
+    def touch(name, size):
+        missed = lines.pop(name, None) is None
+        lines[name] = size
+        while sum_of[0] + missed * size > capacity and len(lines) > 1:
+            sum_of[0] -= lines.popitem(last=False)[1]
+        sum_of[0] += missed * size
+        return missed * size
+
+    sum_of, missed = [0], 0
+    for image in range(images):
+        for tile in range(8):
+            touch((image, tile), tile_bytes)
+    order = range(images - 1, -1, -1) if backwards else range(images)
+    for start in range(0, images, at_a_time):
+        together = order[start : start + at_a_time]
+        missed += sum(touch((image, tile), tile_bytes) for tile in range(8) for image in together)
+        for tile in range(8):
+            for image in together:
+                touch((image, tile), tile_bytes)
+                touch((image, tile, "out"), out_bytes)
+    return missed
+
+
+@pytest.mark.parametrize("keep", [1, 0.5, 0.25])
+@pytest.mark.parametrize("tokens, at_a_time", [(256, 8), (256, 24), (256, 32), (1024, 8), (1024, 9)])
+def test_what_counts_as_still_in_l2_is(keep, tokens, at_a_time):
+    """Half of A100's L2 keeps what the report says, with as many images at a time as its processors hold; forwards, it
+    would not.
+    """
+    shape = (32, tokens, int(keep * tokens), 1152, 64, torch.bfloat16, torch.bfloat16, torch.bfloat16)
+    warm = {case.launch: case.warm for case in mix_and_drop_cases.aot_cases([shape], every_configuration=False)}
+    assert {launch for launch, size in warm.items() if size} == {"mix"}
+    tile = tokens * 1152 * 2 // 8
+    sizes = (32, tile, int(keep * tile), at_a_time, mix_and_drop_cases.WARM)
+    rows, missed, forwards = 32 * 8 * tile, mix_misses(*sizes, True), mix_misses(*sizes, False)
+    assert rows - missed >= 0.93 * warm["mix"], (rows - missed, warm["mix"])  # In whole tiles of images.
+    if tokens == 1024:
+        assert forwards == rows
 
 
 def test_the_unfused_chain_is_counted_operation_by_operation():
@@ -92,9 +163,11 @@ def test_the_unfused_chain_is_counted_operation_by_operation():
 
 
 def test_faults_are_found():
-    good = {"spills": 0, "stack": 0, "narrowest_row_access": 16, "over_least": 1.0}
+    good = {"spills": 0, "stack": 0, "narrowest_row_access": 16, "over_least": 1.0, "occupancy": 0.1}
+    good |= {"shared": 1 << 20, "registers": 99}
     assert kernel_report.faults(good) == []
-    for name, value in (("spills", 3), ("stack", 8), ("narrowest_row_access", 8), ("over_least", 1.2)):
+    bad = {"spills": 3, "stack": 8, "narrowest_row_access": 8, "over_least": 1.2, "occupancy": 0}
+    for name, value in bad.items():
         assert len(kernel_report.faults({**good, name: value})) == 1
 
 
@@ -138,6 +211,6 @@ def test_the_command_writes_both_tables(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     assert "Not measured on a GPU" in run.stdout
-    for name in ("builds.csv", "operations.csv"):
+    for name in ("kernels-builds.csv", "kernels-operations.csv"):
         with open(tmp_path / name) as file:
             assert len(list(csv.DictReader(file))) > 20

@@ -8,7 +8,7 @@ import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskalign_kernels import mix_and_drop, runtime
+from maskalign_kernels import mix_and_drop, mix_and_drop_launch, runtime
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
@@ -83,7 +83,7 @@ def test_adversarial_rows(block, mix_case, mix_truth, relative, generator, poiso
     Once with the statistics in one pass over the row, once by the path of rows too long for that.
     """
     config = {"ROWS": 4, "BLOCK_D": block, "threads": 128, "stages": 1, "WHOLE": block == 128}
-    monkeypatch.setitem(mix_and_drop.__globals__, "statistics_config", lambda width: config)
+    monkeypatch.setattr(mix_and_drop_launch, "statistics_configs", lambda width: [config])
     tensors, subset = mix_case(2, 9, 96, 7, 4)
     with torch.no_grad():
         x, _, scale, gate = tensors[:4]
@@ -118,12 +118,28 @@ def test_two_runs_agree_bit_for_bit(mix_case, generator):
 def test_batch_sums_over_several_images_per_program(
     mix_case, mix_truth, relative, tolerance, generator, poisoned, monkeypatch
 ):
-    from maskalign_kernels.mix_and_drop import images_per_program
-
-    monkeypatch.setitem(mix_and_drop.__globals__, "images_per_program", lambda *sizes: 2)
+    images_per_program = mix_and_drop_launch.images_per_program
+    monkeypatch.setattr(mix_and_drop_launch, "images_per_program", lambda *sizes: 2)
     check(mix_case(5, 40, 24, 20, 8), mix_truth, relative, tolerance, generator)
     assert images_per_program(1, 1, 64, 1152) == 1 and images_per_program(256, 16, 64, 1152) == 8
     assert images_per_program(32, 8, 256, 1152) == 2 and images_per_program(4, 8, 256, 1152) == 1
+
+
+def test_every_launch_may_take_another_configuration(
+    mix_case, mix_truth, relative, tolerance, generator, poisoned, monkeypatch
+):
+    """What tuning would choose last computes the same; each launch asks."""
+    asked = set()
+
+    def choose(name, key, configs, tensor, launch):
+        asked.add(name)
+        assert all(isinstance(part, (int, bool, torch.dtype)) for part in key), key
+        launch(configs[0])  # As tuning would, before the real launch.
+        return configs[-1]
+
+    monkeypatch.setattr(mix_and_drop_launch, "choose", choose)
+    check(mix_case(2, 40, 70, 20, 8, F16), mix_truth, relative, tolerance, generator)
+    assert asked == {"statistics", "mix", "hidden", "tokens"}
 
 
 def test_views_are_read_in_place(mix_truth, relative, generator, poisoned):

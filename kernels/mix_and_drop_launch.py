@@ -1,0 +1,259 @@
+"""How mix_and_drop is launched: tiles, launches, and the operator with its gradient.
+
+The kernels, and what they compute, are in mix_and_drop_kernels.py.
+"""
+
+import functools
+
+import torch
+
+from .mix_and_drop_kernels import hidden_grad_kernel, mix_kernel, statistics_kernel, token_grad_kernel
+from .operators import WARP_SIZE, kernel_op, tl, wrap_triton
+from .runtime import INTERPRET, rows_contiguous
+from .tuning import choose
+
+EPS = 1e-6
+
+# ---- Tiles -------------------------------------------------------------------------------------------------------
+
+
+def _power_of_two(size):
+    return 1 << max(0, size - 1).bit_length()
+
+
+def _block_t(T):
+    return max(16, _power_of_two(T))
+
+
+def statistics_configs(D):
+    """Whole rows up to 8192 elements; about 4096 elements a program, 16 bytes and more per thread, or half of that."""
+    block = min(8192, max(16, _power_of_two(D)))
+    threads = 256 if block > 4096 else 128
+    rows = dict.fromkeys((max(1, 4096 // block), max(1, 2048 // block)))
+    return [{"ROWS": r, "BLOCK_D": block, "threads": threads, "stages": 1, "WHOLE": D <= block} for r in rows]
+
+
+def _configs(T, product, table):
+    """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
+
+    Compiled for every target, the defaults are the widest tiles that spill nowhere and give each thread 16 bytes of a
+    row. The alternatives trade width for registers or for programs at a time, or shared memory for loads in flight.
+    Float32 operands take twice the room: a narrower tile, and no alternative.
+    """
+    width = max(64, _block_t(T))
+    names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
+    configs = [dict(zip(names, row, strict=True)) for row in table.get(width, [(16, 16, 16, 256, 1)])]
+    if product == torch.float32:
+        first = configs[0]
+        return [first | {"BLOCK_D": min(32, max(16, first["BLOCK_D"] // 2)), "stages": min(2, first["stages"])}]
+    return configs
+
+
+def mix_configs(T, N, product):
+    # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
+    narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
+    short, deep = (32, 64, 64, 256, 2), (64, 64, 32, 256, 3)
+    few = {64: [wide, short], 128: [middle, narrow], 256: [narrow, deep]}
+    return _configs(T, product, few if N <= 512 else dict.fromkeys((64, 128, 256), [narrow, deep]))
+
+
+def hidden_configs(T, product):
+    narrow = (64, 64, 32, 256, 2)
+    table = {64: [(64, 128, 32, 256, 2), narrow], 128: [(64, 64, 64, 256, 1), narrow], 256: [(128, 128, 16, 256, 1)]}
+    return _configs(T, product, table)
+
+
+def token_launches(T, product):
+    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one."""
+    one, two, three = ((32, 32, 64, 256, stages) for stages in (1, 2, 3))
+    configs = _configs(T, product, {64: [two, three], 128: [two, one], 256: [two]})
+    if _block_t(T) <= 128 and product != torch.float32:
+        return [(True, True, configs)]
+    single = [c | {"stages": 1} for c in configs[:1]]
+    return [(True, False, single if product == torch.float32 else configs), (False, True, single)]
+
+
+def images_per_program(B, blocks, T, D):
+    """Images whose weight gradients one program adds up, for partial sums that a small reduction finishes.
+
+    As many as leave 512 programs to fill a GPU. Where the hidden width is large beside the model's, the partial sums
+    would weigh more than a tenth of the rows: then more images, as long as 128 programs are left.
+    """
+    programs = B * blocks
+    return max(1, programs // 512, min(round(20 * T / D), programs // 128))
+
+
+def _options(config):
+    """A configuration as the keyword arguments of a launch."""
+    blocks = {k: v for k, v in config.items() if k not in ("threads", "stages")}
+    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": config["stages"]}
+
+
+# ---- Launches ----------------------------------------------------------------------------------------------------
+
+
+def _precision(product):
+    """How float32 operands are multiplied: in three TF32 products where the machine has no float32 matrix units."""
+    if INTERPRET:
+        return "widened"
+    return "tf32x3" if product == torch.float32 and torch.version.hip is None else "ieee"
+
+
+def _tl(dtype):
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+def _constants(x, w1, subset, product):
+    """The sizes of the model, fixed for a run, are compiled in: masks that are always true then cost nothing."""
+    return {
+        "N": int(x.shape[1]), "D": int(x.shape[2]), "T": int(w1.shape[0]), "HAS_SUBSET": subset is not None,
+        "PRODUCT": _tl(product), "PRECISION": _precision(product), "BLOCK_T": _block_t(int(w1.shape[0])),
+    }  # fmt: skip
+
+
+def _key(x, w1, subset, product):
+    """What the best configuration depends on; the batch and the kept tokens may be symbolic, so they stay out."""
+    return int(x.shape[1]), int(x.shape[2]), int(w1.shape[0]), subset is not None, x.dtype, product
+
+
+def _cdiv(a, b):
+    return (a + b - 1) // b
+
+
+def _index(x, subset):
+    """The subset and its pitch; a pointer is needed even where it is not read."""
+    return (x, 0) if subset is None else (subset, subset.stride(0))
+
+
+@kernel_op("maskalign_kernels::mix_and_drop")
+def mix_op(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
+    w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
+    subset: torch.Tensor | None, product: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The kept rows, and the mean and 1/std of all rows."""
+    B, N, D = x.shape
+    K = N if subset is None else subset.shape[1]
+    mean = x.new_empty((B, N), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    out = x.new_empty((B, K, D))
+    if out.numel() == 0:
+        return out, mean.zero_(), rstd.zero_()
+
+    def statistics(config):
+        wrap_triton(statistics_kernel)[(_cdiv(B * N, config["ROWS"]),)](
+            x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **_options(config)
+        )
+
+    constants = _constants(x, w1, subset, product)
+    index, stride_subset = _index(x, subset)
+
+    def mix(config):
+        wrap_triton(mix_kernel)[(B * _cdiv(D, config["BLOCK_D"]),)](
+            x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index, out,
+            x.stride(0), x.stride(1), shift.stride(0), scale.stride(0), gate.stride(0),
+            stride_subset, K, **constants, **_options(config),
+        )  # fmt: skip
+
+    statistics(choose("statistics", (constants["D"], x.dtype), statistics_configs(constants["D"]), x, statistics))
+    configs = mix_configs(constants["T"], constants["N"], product)
+    mix(choose("mix", _key(x, w1, subset, product), configs, x, mix))
+    return out, mean, rstd
+
+
+@kernel_op("maskalign_kernels::mix_and_drop_backward")
+def mix_backward_op(
+    dout: torch.Tensor, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
+    w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
+    subset: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor, product: torch.dtype,
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+]:  # fmt: skip
+    """Gradients of x, shift, scale, gate, w1, b1, w2, b2."""
+    if dout.numel() == 0:
+        return tuple(t.new_zeros(t.shape) for t in (x, shift, scale, gate, w1, b1, w2, b2))
+    dshift, dscale, dgate, *between = _hidden_gradients(
+        dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product
+    )
+    dx, dw1, dw2, db2 = _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, *between)
+    db1 = between[2][:, :, 0].sum((0, 1))
+    weights = ((dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
+    return dx, dshift, dscale, dgate, *(grad.to(weight.dtype) for grad, weight in weights)
+
+
+def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product):
+    """dshift, dscale, dgate; the hidden activations and S; sums over tokens and over D, in parts."""
+    B, N, D = x.shape
+    T = w1.shape[0]
+    dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
+    hidden = x.new_empty((B, T, D), dtype=product)
+    ds = torch.empty_like(hidden)
+    constants = _constants(x, w1, subset, product)
+    index, stride_subset = _index(x, subset)
+
+    def launch(config):
+        tiles = _cdiv(D, config["BLOCK_D"])
+        sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
+        along = x.new_empty((B, tiles, N), dtype=torch.float32)
+        wrap_triton(hidden_grad_kernel)[(B * tiles,)](
+            dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
+            dshift, dscale, dgate, hidden, ds, sums, along,
+            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1),
+            shift.stride(0), scale.stride(0), gate.stride(0), stride_subset, dout.shape[1],
+            **constants, **_options(config),
+        )  # fmt: skip
+        return sums, along
+
+    configs = hidden_configs(constants["T"], product)
+    sums, along = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
+    return dshift, dscale, dgate, hidden, ds, sums, along
+
+
+def _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, hidden, ds, sums, along):
+    """dx, and dw1, dw2, db2 in float32."""
+    B, N, D = x.shape
+    T = w1.shape[0]
+    dx = x.new_empty((B, N, D))
+    constants = _constants(x, w1, subset, product)
+    index, stride_subset = _index(x, subset)
+
+    def launch(config, first, second):
+        blocks = _cdiv(N, config["BLOCK_N"])
+        images = images_per_program(B, blocks, T, D)
+        groups = _cdiv(B, images)
+        dw1, dw2, db2 = (x.new_empty((groups, *s), dtype=torch.float32) for s in ((T, N), (N, T), (N,)))
+        wrap_triton(token_grad_kernel)[(groups * blocks,)](
+            dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
+            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), gate.stride(0), stride_subset,
+            B, dout.shape[1], sums.shape[1], images, FIRST=first, SECOND=second, **constants, **_options(config),
+        )  # fmt: skip
+        return dw1, dw2, db2
+
+    for first, second, configs in token_launches(constants["T"], product):
+        run = functools.partial(launch, first=first, second=second)
+        key = (*_key(x, w1, subset, product), first, second)
+        parts = run(choose("tokens", key, configs, x, run))
+        if first:
+            dw1 = parts[0].sum(0)
+        if second:
+            dw2, db2 = parts[1].sum(0), parts[2].sum(0)
+    return dx, dw1, dw2, db2
+
+
+# ---- Autograd ----------------------------------------------------------------------------------------------------
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.product = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(*tensors, mean, rstd)
+
+
+def _backward(ctx, dout, *_):
+    grads = mix_backward_op(rows_contiguous(dout), *ctx.saved_tensors, ctx.product)
+    return *grads, None, None
+
+
+mix_op.register_autograd(_backward, setup_context=_setup_context)
