@@ -16,6 +16,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",
+        "scipy>=1.11",
         "Pillow>=10.1",
         "jsonargparse[signatures]>=4.49",
         "webdataset>=1.0",

@@ -6,6 +6,7 @@ from typing import Optional
 
 from maskalign.config import Config, as_schedule
 from maskalign.errors import UsageError
+from maskalign.models.mixer import NoMixer
 from maskalign.models.routing import keep_count
 from maskalign.models.weight_files import ENDINGS, load_file
 from maskalign.training import checkpoint
@@ -110,6 +111,8 @@ def load_subject(entry, ema=True):
         model, about = load_file(entry.path, ema)
         config, step, teachers = Config(), about["step"], ()
         config.objective.path = about["path"]
+        if isinstance(model.mixer, NoMixer):  # a file does not say how it was trained: a mixer tells of subsets
+            config.method.keep_ratio = 1.0
     if not model.projectors:
         raise UsageError(
             f"{entry.path}: has no projectors, so there is no alignment to analyse; it is a SiT, or was trained with "

@@ -120,6 +120,18 @@ def train_run(data, run_dir, **changes):
 
 
 @pytest.fixture(scope="session")
+def make_data():
+    """Writes a data set: (folder, settings of `write_data_set`)."""
+    return write_data_set
+
+
+@pytest.fixture(scope="session")
+def make_run():
+    """Trains a run: (data set, folder, settings)."""
+    return train_run
+
+
+@pytest.fixture(scope="session")
 def data_set(tmp_path_factory):
     return write_data_set(tmp_path_factory.mktemp("analysis") / "data")
 
