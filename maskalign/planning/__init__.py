@@ -8,7 +8,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "DEVICES": "devices",
         "Device": "devices",
         "load_device": "devices",
-        "Options": "estimate",
+        "Options": "options",
         "plan_run": "estimate",
         "schedule_phases": "work",
         "trace_step": "trace",

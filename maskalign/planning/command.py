@@ -2,6 +2,7 @@
 
 from maskalign.errors import RunError, UsageError
 from maskalign.planning.devices import load_device
+from maskalign.planning.options import Options, check_ranks
 
 
 def plan(config, *, device="h100", out=None, **options):
@@ -9,16 +10,17 @@ def plan(config, *, device="h100", out=None, **options):
 
     Args:
         config: `Config`. device: name or file, see `devices.load_device`. out: Path of a folder, or None.
-        options: the others of `estimate.Options`.
+        options: the others of `options.Options`.
 
     Raises:
         UsageError: see `estimate.plan_run`. RunError: the run does not fit the device; all is printed before.
     """
     device = load_device(device)
-    from maskalign.planning.estimate import Options, plan_run
+    chosen = Options(device=device, **options)
+    check_ranks(config, chosen)
+    from maskalign.planning.estimate import plan_run
     from maskalign.planning.report import draw, text, write_csv
 
-    chosen = Options(device=device, **options)
     estimate = plan_run(config, chosen)
     print(text(estimate))
     if out is not None:

@@ -5,12 +5,12 @@ from typing import List
 
 import torch
 
-from maskalign.config import shard_ranks, validate_with_ranks
+from maskalign.config import shard_ranks
 from maskalign.errors import UsageError
 from maskalign.planning.communication import step_collectives
-from maskalign.planning.devices import Device
 from maskalign.planning.facts import Facts, find_facts
 from maskalign.planning.memory import Memory, shard_bytes
+from maskalign.planning.options import Options, check_ranks
 from maskalign.planning.work import (
     parameter_counts,
     recomputed_flops,
@@ -27,34 +27,6 @@ UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimiser's pa
 # Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
 # average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
 UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
-
-
-@dataclass(frozen=True)
-class Options:
-    """Of a plan; `efficiency` is the share of the peak that matrix products reach, all of a step's others included."""
-
-    world_size: int
-    device: Device
-    efficiency: float = 0.4
-    link_efficiency: float = 0.8
-    headroom: float = 0.1
-    image_size: int | None = None
-    num_classes: int | None = None
-
-    def __post_init__(self):
-        if self.world_size < 1:
-            raise UsageError(f"--world-size: {self.world_size} must be at least 1")
-        for name in ("efficiency", "link_efficiency"):
-            value = getattr(self, name)
-            if not 0 < value <= 1:
-                raise UsageError(f"--{name.replace('_', '-')}: {value} must be in (0, 1]")
-        if not 0 <= self.headroom < 1:
-            raise UsageError(f"--headroom: {self.headroom} must be in [0, 1)")
-
-    @property
-    def limit(self):
-        """Bytes of a device that the plan may fill."""
-        return self.device.memory_gib * 2**30 * (1 - self.headroom)
 
 
 @dataclass
@@ -111,11 +83,7 @@ class _Planner:
     def __init__(self, config, options):
         self.config, self.options = config, options
         self.parallel, world_size = config.parallel, options.world_size
-        if self.parallel.plan == "none" and world_size > 1:
-            raise UsageError(
-                f"parallel.plan: none runs in one process, not on {world_size} ranks; set ddp, fsdp or hsdp"
-            )
-        validate_with_ranks(config, world_size, min(world_size, options.device.per_node))
+        check_ranks(config, options)
         self.accumulation = config.training.accumulation
         self.batch = config.training.batch_size // (world_size * self.accumulation)
         self.facts = find_facts(config, options.image_size, options.num_classes)

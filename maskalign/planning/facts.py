@@ -58,7 +58,7 @@ def find_facts(config, image_size=None, num_classes=None):
     paths = [Path(path) for path in ([where] if isinstance(where, str) else where)]
     if all((path / "manifest.json").is_file() for path in paths):
         if image_size is not None or num_classes is not None:
-            raise UsageError(f"--image-size, --num-classes: {paths[0]} is there, its manifest says both; leave them out")
+            raise UsageError(f"--image-size, --num-classes: the manifest of {paths[0]} says both; leave them out")
         return _read(config, [Manifest.load(str(path)) for path in paths])
     return _assume(config, 256 if image_size is None else image_size, num_classes or IMAGENET_CLASSES)
 

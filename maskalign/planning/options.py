@@ -1,0 +1,52 @@
+"""What a plan is asked for, and whether the settings can run so. Light: checked before torch is imported."""
+
+from dataclasses import dataclass
+
+from maskalign.config import validate_with_ranks
+from maskalign.errors import UsageError
+from maskalign.planning.devices import Device
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a plan.
+
+    Attributes:
+        world_size: number of ranks, one accelerator each.
+        device: `Device`.
+        efficiency: share of the device's peak that matrix products reach, the element-wise work between them included.
+        link_efficiency: share of the links' bandwidth that collectives reach.
+        headroom: share of the memory that is left to the driver, communication and fragmentation.
+        image_size, num_classes: of a data set that is not there; None for ImageNet's.
+    """
+
+    world_size: int
+    device: Device
+    efficiency: float = 0.4
+    link_efficiency: float = 0.8
+    headroom: float = 0.1
+    image_size: int | None = None
+    num_classes: int | None = None
+
+    def __post_init__(self):
+        if self.world_size < 1:
+            raise UsageError(f"--world-size: {self.world_size} must be at least 1")
+        for name in ("efficiency", "link_efficiency"):
+            value = getattr(self, name)
+            if not 0 < value <= 1:
+                raise UsageError(f"--{name.replace('_', '-')}: {value} must be in (0, 1]")
+        if not 0 <= self.headroom < 1:
+            raise UsageError(f"--headroom: {self.headroom} must be in [0, 1)")
+
+    @property
+    def limit(self):
+        """Bytes of a device that the plan may fill."""
+        return self.device.memory_gib * 2**30 * (1 - self.headroom)
+
+
+def check_ranks(config, options):
+    """Raise UsageError where the settings cannot run on the ranks of a plan."""
+    ranks = options.world_size
+    if config.parallel.plan == "none" and ranks > 1:
+        raise UsageError(f"parallel.plan: none runs in one process, not on {ranks} ranks; set ddp, fsdp or hsdp")
+    validate_with_ranks(config, ranks, min(ranks, options.device.per_node))

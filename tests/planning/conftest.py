@@ -1,0 +1,30 @@
+"""Small runs to plan, and the same ones to measure."""
+
+import pytest
+
+from maskalign.config import parse_config
+
+
+@pytest.fixture
+def settings():
+    """Config of a small model; words as on the command line are added."""
+
+    def make(*words):
+        base = "--model.depth 4 --model.width 64 --model.heads 4 --model.patch_size 2 --model.projector_dim 128"
+        base += " --method.align_depth 2 --training.batch_size 8 --training.precision fp32 --data.path none"
+        return parse_config([*base.split(), *words])
+
+    return make
+
+
+@pytest.fixture
+def build():
+    """Facts of 16 x 16 latents with one cached teacher of 48 numbers a token, as `trace_step` takes them."""
+    return {
+        "input_size": 16,
+        "in_channels": 4,
+        "num_classes": 10,
+        "teacher_dims": [48],
+        "latent": True,
+        "cached_bytes": [1],
+    }

@@ -1,0 +1,160 @@
+"""Planned memory against what a real step keeps, against steps traced at other sizes, and against exact sums."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.steps import saved_bytes
+from maskalign.objective.flow_matching import sample_posterior
+from maskalign.planning.communication import step_collectives
+from maskalign.planning.memory import Memory, shard_bytes
+from maskalign.planning.trace import trace_step
+from maskalign.planning.work import Phase, schedule_phases
+from maskalign.training.build import build_model
+from maskalign.training.compiling import prepare_blocks
+from maskalign.training.optimizer import Optimizer
+from maskalign.training.parallel import Placement
+from maskalign.training.step import TrainStep
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+HALF, ALL = Phase(32, 32, 1.0), Phase(64, 64, 1.0)
+
+
+def meta_model(config, build):
+    with torch.device("meta"):
+        return build_model(config, build)
+
+
+class Measured:
+    """A real step with the trainer's own parts, as `benchmarks.steps.saved_bytes` counts it."""
+
+    def __init__(self, config, build, images, dtype):
+        torch.manual_seed(0)
+        self.model = build_model(config, build)
+        self.optimizer = Optimizer(self.model, config.optimizer, dtype)
+        prepare_blocks(self.model, config)
+        self.train_step = TrainStep(self.model, self.optimizer, config, Placement(torch.device("cpu"), dtype))
+        size = build["input_size"]
+        self.batch = SimpleNamespace(
+            inputs=torch.rand(images, 8, size, size),
+            labels=torch.randint(10, (images,)),
+            teachers=[torch.randint(-127, 127, (images, self.model.num_tokens, 48), dtype=torch.int8)],
+        )
+
+    def batches(self):
+        return self.batch
+
+    def weights(self):
+        return [*self.model.parameters(), *self.model.buffers()]
+
+    def step(self, batch):
+        self.train_step(
+            0, 0.0, batch.inputs, batch.labels, batch.teachers, prepare=lambda m, d: sample_posterior(m.float(), d)
+        )
+
+
+SMALL = {
+    "repa, plain attention": ("fp32", "--model.mixer none --method.keep_ratio 1 --model.attention math"),
+    "maskalign, fused attention, bf16": ("bf16", "--method.keep_ratio 0.5 --model.attention sdpa"),
+    "tread, recomputed": (
+        "fp32",
+        "--model.mixer none --method.keep_ratio 0.5 --method.route [1,3] --method.restore bypass "
+        "--model.attention sdpa --parallel.recompute selective --parallel.memory_budget 0.5",
+    ),
+    "loss only, depthwise mixer": (
+        "fp32", "--model.mixer depthwise_conv --method.keep_ratio 0.5 --method.route none --model.attention math",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_activations_are_within_a_tenth_of_what_a_real_step_saves(settings, build, name):
+    precision, words = SMALL[name]
+    config = settings(*words.split())
+    (phase,) = schedule_phases(config, meta_model(config, build))
+    plain = config.model.attention == "math"
+    memory = Memory(config, build, phase, dtype=DTYPES[precision], plain_attention=plain)
+    measured = saved_bytes(Measured(config, build, 8, DTYPES[precision]))
+    assert memory.peak(8).kept == pytest.approx(measured, rel=0.1)
+    assert memory.peak(8).activations >= 0.9 * measured
+
+
+@pytest.mark.parametrize("words", ["", "--parallel.plan fsdp", "--training.accumulation 2 --parallel.recompute block"])
+def test_a_larger_batch_is_what_a_trace_of_it_finds(settings, build, words):
+    config = settings(*words.split())
+    memory = Memory(config, build, HALF, shards=2)
+    memory.low = trace_step(config, build, HALF, 11, shards=2)  # the slope stays that of 2 and 3 images
+    traced = memory.peak(11)
+    memory.low = memory.high
+    assert memory.peak(11) == traced and traced.kept > 0
+
+
+def test_shards_scale_to_what_a_trace_on_other_ranks_finds(settings, build):
+    config = settings("--parallel.plan", "fsdp")
+    model = meta_model(config, build)
+    few, many = (Memory(config, build, ALL, shards=ranks) for ranks in (2, 8))
+    there = many.peak(2, shard_bytes(model, 2) / shard_bytes(model, 8))
+    here = few.peak(2)
+    assert there.total == pytest.approx(here.total, rel=0.02)
+    assert there.optimiser == pytest.approx(here.optimiser, rel=1e-9) and there.ema < many.peak(2, 8.0).ema
+
+
+def test_state_is_that_of_float32_masters_moments_and_average(settings, build):
+    config = settings()
+    count = sum(p.numel() for p in meta_model(config, build).parameters())
+    peak = Memory(config, build, HALF, dtype=torch.bfloat16).peak(2)
+    assert (peak.parameters, peak.optimiser, peak.ema) == (6 * count, 8 * count, 4 * count)
+    whole = Memory(config, build, HALF, dtype=torch.float32).peak(2)
+    assert (whole.parameters, whole.optimiser, whole.ema) == (4 * count, 8 * count, 4 * count)
+    config.parallel.ema_on_cpu = True
+    assert Memory(config, build, HALF, dtype=torch.float32).peak(2) == replace(whole, ema=0.0)
+
+
+def test_ddp_holds_all_gradients_all_the_time(settings, build):
+    count = sum(p.numel() for p in meta_model(settings(), build).parameters())
+    alone = Memory(settings(), build, ALL, dtype=torch.float32).peak(64)
+    ddp = Memory(settings("--parallel.plan", "ddp"), build, ALL, dtype=torch.float32).peak(64)
+    assert ddp.gradients == 4 * count and ddp.total > alone.total
+
+
+def test_recomputed_blocks_keep_less_and_fewer_tokens_too(settings, build):
+    keep = {}
+    for kind in ("none", "selective", "block"):
+        keep[kind] = Memory(settings("--parallel.recompute", kind), build, ALL).peak(16).kept
+    assert keep["block"] < 0.6 * keep["selective"] < 0.6 * keep["none"]
+    assert Memory(settings(), build, HALF).peak(16).kept < 0.6 * keep["none"]
+
+
+def test_the_largest_batch_is_the_last_that_fits(settings, build):
+    memory = Memory(settings(), build, HALF)
+    limit = memory.peak(40).total
+    assert memory.largest(limit) == 40 and memory.largest(limit - 1) == 39
+    assert memory.largest(memory.peak(1).total - 1) == 0
+
+
+PLANS = {
+    "fsdp": ("--parallel.plan fsdp", 4, 4),
+    "ZeRO-2": ("--parallel.plan fsdp --parallel.reshard_after_forward false --training.accumulation 2", 4, 4),
+    "accumulation": ("--parallel.plan fsdp --training.accumulation 2", 8, 8),
+    "hsdp": ("--parallel.plan hsdp --parallel.shard_size 4", 8, 4),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_collectives_are_those_that_fsdp_issues(settings, build, name):
+    words, ranks, shards = PLANS[name]
+    config = settings(*words.split())
+    trace = trace_step(config, build, HALF, 2, shards=shards)
+    found, planned = {}, {}
+    for operation, members, size in trace.collectives:
+        if size > 256:  # the loss and the norm
+            kind = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter"}.get(operation)
+            key = kind or "all_reduce", members
+            found[key] = found.get(key, 0) + size
+    accumulation = config.training.accumulation
+    for c in step_collectives(meta_model(config, build), config.parallel, ranks, shards, accumulation):
+        key = c.operation, c.ranks
+        planned[key] = planned.get(key, 0) + c.times * c.size
+    assert found == planned and found
