@@ -63,6 +63,13 @@ def quantise_rows(z):
 
     The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.
 
+    Rounding turns a row by an angle of about r / (127 sqrt(12)) radians, r its largest magnitude over its root mean
+    square: 0.0073 for r = 3.2, the teachers' here. At an angle theta between student and teacher that is an error of
+    0.0073 / sin(theta) of the alignment gradient, which is within 1 % up to a cosine of 0.68; a student that agrees
+    better has gradients as small as the rounding leaves visible, and float16 is there for it. A smaller scale that
+    clips the largest entries, searched row by row, turns rows less by under 2 % only (see the tests), so the largest
+    magnitude it is.
+
     Args:
         z: (..., D) floating, finite.
 

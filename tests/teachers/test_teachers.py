@@ -360,6 +360,49 @@ def test_int8_rows_keep_direction_and_gradient(lite, lite16, pictures, stride, n
     assert max(errors) < 0.01
 
 
+def sine(a, b):
+    return (1 - F.cosine_similarity(a.double(), b.double(), dim=-1) ** 2).clamp(min=0).sqrt()
+
+
+def root_mean_square(x):
+    return float(x.double().pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+def test_the_error_of_int8_gradients_is_the_angle_over_the_sine(lite, pictures, normalize, seed):
+    """What `quantise_rows` states: 1 % up to a cosine of 0.65, and by what law it grows beyond."""
+    z = lite(pictures)
+    z = F.normalize(normalise_tokens(z, normalize, z.mean(dim=(0, 1))).double(), dim=-1)
+    q = quantise_rows(z)
+    ratio = z.abs().amax(dim=-1) / z.pow(2).mean(dim=-1).sqrt()
+    angle = root_mean_square(sine(z, q))
+    assert angle == pytest.approx(root_mean_square(ratio) / (127 * 12**0.5), rel=0.03)
+    torch.manual_seed(seed)
+    noise = torch.randn_like(z)
+    noise = F.normalize(noise - (noise * z).sum(dim=-1, keepdim=True) * z, dim=-1)
+    everything = torch.arange(z.shape[1]).expand(len(z), -1)
+    for cosine in (0.0, 0.45, 0.65, 0.9, 0.97):
+        gradients = []
+        for target in (z.float(), q):
+            student = (cosine * z + (1 - cosine**2) ** 0.5 * noise).float().requires_grad_()
+            subset_cosine_alignment(student, target, everything).sum().backward()
+            gradients.append(student.grad)
+        error = float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
+        assert error == pytest.approx(angle / (1 - cosine**2) ** 0.5, rel=0.05), cosine
+        assert error < 0.01 or cosine > 0.65
+
+
+@pytest.mark.parametrize("normalize", ["none", "mean"])
+def test_no_search_over_scales_rounds_much_better(lite, pictures, normalize):
+    z = lite(pictures)
+    z = normalise_tokens(z, normalize, z.mean(dim=(0, 1)))
+    best = plain = sine(z, quantise_rows(z))
+    largest = z.abs().amax(dim=-1, keepdim=True)
+    for share in torch.linspace(0.6, 1.0, 41)[:-1]:
+        best = torch.minimum(best, sine(z, (z / (largest * share) * 127).round().clamp(-127, 127)))
+    assert 0.97 < root_mean_square(best) / root_mean_square(plain) <= 1
+
+
 def test_several_teachers_at_once(pictures):
     teachers = load_teachers("timm:test_vit, timm:test_resnet", weights="random")
     assert [t.name for t in teachers] == ["timm:test_vit", "timm:test_resnet"]
