@@ -3,6 +3,7 @@
 from maskalign.analysis.agreement import FULL_PAIR, IMAGE_PAIR, MASKED_PAIR, NOISE_PAIR, PAIRS
 from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
 from maskalign.analysis.pictures import summary_cases
+from maskalign.analysis.stability import fixed_ranking_overlap
 from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, SINGLE, TIMES, WAYS
 
 DEGREES = ((0.6, "strongly stable"), (0.3, "clearly stable"), (0.1, "weakly stable"), (0.0, "barely above chance"))
@@ -151,22 +152,24 @@ def in_short(tables, about):
             f"{run}: that large alignment gradients keep their places under full-token alignment {finding}: their set "
             f"is {', '.join(verdicts)}; chance is {next(iter(tests.values()))['overlap_chance']:.2f}."
         )
-        lines += _drawn_sets(run, cases)
+        lines += _drawn_sets(run, cases, about)
         lines += _trunk_in_short(run, tables["agreement"])
     return lines
 
 
-def _drawn_sets(run, cases):
+def _drawn_sets(run, cases, about):
     full = cases[run, FULL].get((SINGLE, DRAWS))
     lines = []
     for mode in (MASKED, SUBSET):
         other = cases.get((run, mode), {}).get((SINGLE, DRAWS))
         if other is None or full is None:
             continue
+        fixed = fixed_ranking_overlap(about["tokens"], about["kept"][run], about["top"])
         lines.append(
             f"{run}, {MODES[mode]}: from one draw to the next the most strongly pulled tokens of an image overlap by "
-            f"{other['overlap']:.2f} (chance {other['overlap_chance']:.2f}), against {full['overlap']:.2f} under "
-            f"full-token alignment (chance {full['overlap_chance']:.2f}): drawing subsets "
+            f"{other['overlap']:.2f} (chance {other['overlap_chance']:.2f}; a ranking that never changes would give "
+            f"{fixed:.2f}), against {full['overlap']:.2f} under full-token alignment (chance "
+            f"{full['overlap_chance']:.2f}): drawing subsets "
             f"{'loosens' if other['overlap'] < full['overlap'] else 'does not loosen'} the set. Among the tokens that "
             f"both draws kept, ranks correlate by {other['spearman']:+.2f} ({full['spearman']:+.2f} with all tokens)."
         )

@@ -177,6 +177,23 @@ def compare_images(first, second, share=0.1):
     )
 
 
+def fixed_ranking_overlap(tokens, kept, share=0.1, draws=4000, seed=0):
+    """Overlap of the top sets of two independent subsets under one ranking of all tokens that never changes.
+
+    What drawing subsets does by itself: the overlap that is left where the gradients are as stable as they can be.
+
+    Args:
+        tokens, kept: N and K; K = N gives 1.
+        draws: pairs of subsets, drawn uniformly.
+    """
+    rng, size = np.random.default_rng([seed, 2]), top_size(kept, share)
+    # Tokens are named by their rank: the first of a sorted subset are its top.
+    first, second = (
+        np.sort(np.argsort(rng.random((draws, tokens)), axis=1)[:, :kept], axis=1)[:, :size] for _ in range(2)
+    )
+    return float((first[:, :, None] == second[:, None, :]).any(axis=2).mean())
+
+
 def concentration(top, present, share=0.1, permutations=200, seed=0):
     """How much of the top places fall to the positions that have them most often, against chance.
 

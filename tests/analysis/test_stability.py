@@ -1,5 +1,7 @@
 """The measures of stability against scipy, closed forms, planted maps and maps of pure chance."""
 
+from math import comb
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -8,6 +10,7 @@ from maskalign.analysis.stability import (
     compare_images,
     compare_maps,
     concentration,
+    fixed_ranking_overlap,
     overlap,
     rank_correlation,
     top_size,
@@ -124,3 +127,11 @@ def test_no_position_stands_out_of_random_maps():
     norms = np.random.default_rng(7).random((2, 300, 64))
     frequency, taken = concentration(top_tokens(norms), np.isfinite(norms), permutations=200)
     assert frequency.sum() == pytest.approx(6) and taken.low < taken.value < taken.high
+
+
+def test_what_drawing_does_to_a_ranking_that_never_changes():
+    assert fixed_ranking_overlap(64, 64) == 1
+    # One token at the top of each subset: equal where the best of both is the same token.
+    tokens, kept = 12, 6
+    expected = sum((0.5 * comb(tokens - best - 1, kept - 1) / comb(tokens - 1, kept - 1)) ** 2 for best in range(7))
+    assert fixed_ranking_overlap(tokens, kept, draws=20000) == pytest.approx(expected, abs=0.015)
