@@ -1,5 +1,7 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
+import os
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, lo
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
 from maskalign.evaluation.measures import bias_note, distances
 from maskalign.evaluation.pictures import PictureDataSet
-from maskalign.evaluation.reference import load_reference
+from maskalign.evaluation.reference import data_fingerprint, load_reference
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, load_subject, open_pictures
@@ -65,81 +67,57 @@ def evaluate(
     """
     from maskalign.sampling.command import find_device
 
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(
+            "maskalign evaluate runs in one process: draw with torchrun and maskalign sample --npz, and evaluate that file"
+        )
     settings, sampling = settings or EvaluationSettings(), sampling or Sampling()
     teachers = parse_teachers(teacher) if settings.metrics else []
     if inception and not settings.metrics:
         settings = replace(settings, metrics=("frechet",))
     device = find_device(device)
     tune_host(device)
-    if settings.metrics:
-        real = PictureDataSet(data, settings.reference)
-        chosen = None if classes is None else parse_classes(classes, real.manifest.class_names)
-    else:
-        real, chosen = None, None
+    real = PictureDataSet(data, settings.reference) if settings.metrics else None
     manifest = real.manifest if real else Manifest.load(data)
-    subject = kind = pictures = None
+    chosen = None if classes is None else parse_classes(classes, manifest.class_names)
+    subject = pictures = None
     if is_model(source):
         subject = load_subject(source, ema)
-        kind, count = subject.kind, settings.samples or SAMPLES
         _check_shape(subject, manifest, source, data)
         subject.model.to(device)
-    elif not settings.metrics:
-        raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
-    else:
+        kind = subject.kind
+        if real:
+            pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
+    elif real:
         kind, pictures = open_pictures(source)
-        if settings.samples:
-            pictures.count = min(pictures.count, settings.samples)
-        count = pictures.count
-        _check_size(pictures, real, source, data)
-    networks = _networks(settings, real, count, teachers, teacher_weights, inception, device)
-    references = {}
-    for network in networks:
-        with _bar(real.count, f"reference, {network.name}", progress) as bar:
-            found = load_reference(real, network, batch_size=settings.batch_size, on_images=bar.update)
-        references[network.name] = _of_classes(found, chosen, network, settings, count)
-    metrics, notes, report_settings = {}, [], {}
-    if networks:
-        labels = references[networks[0].name][1]
-        if subject:
-            pictures, report_settings = _draw(subject, labels_like(labels, count), sampling, vae)
-        with _bar(count, "samples", progress) as bar:
-            if subject:
-                pictures.on_images = bar.update
-            features, logits = _features(pictures, networks, settings.batch_size, None if subject else bar.update)
-        for network in networks:
-            reference = references[network.name][0]
-            metrics |= distances(features[network.name], reference, network.name, settings.metrics)
-            note = bias_note(count, len(reference), network.name, network.dim)
-            notes += [note] if note and "frechet" in settings.metrics else []
-        if logits is not None:
-            metrics["inception_score"], metrics["inception_score_std"] = inception_score(logits, min(10, count))
-    losses = None
-    if subject and settings.held_out_images:
-        losses, about_losses = _losses(subject, manifest, held_out or data, settings, device, progress)
-        report_settings |= about_losses
-        for name, values in losses.items():
-            metrics[f"held_out_{name}"] = float(np.mean(list(values.values())))
-        if about_losses["held_out_was_trained_on"]:
-            notes.append("the losses are of images that the run was trained on; --held-out DIR names others")
+        pictures.count = min(pictures.count, settings.samples or pictures.count)
+    else:
+        raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
     report = {
         "source": str(source),
         "kind": kind,
         "data": str(data),
-        "samples": count if networks else 0,
-        "reference": len(references[networks[0].name][0]) if networks else 0,
-        "metrics": metrics,
-        "held_out": losses,
+        "samples": 0,
+        "reference": 0,
+        "metrics": {},
+        "held_out": None,
         "settings": {
             "metrics": list(settings.metrics),
             "teachers": teachers,
             "classes": chosen,
-            "data_digest": manifest.digest(),
+            "data_fingerprint": data_fingerprint(manifest),
             "features_precision": "fp32",
-            **({"step": subject.about["step"], "weights": "ema" if ema else "model"} if subject else {}),
-            **report_settings,
         },
-        "notes": notes,
+        "notes": [],
     }
+    if subject:
+        report["settings"] |= {"step": subject.about["step"], "weights": "ema" if ema else "model"}
+    if real:
+        _check_size(pictures, real, source, data)
+        networks = _networks(settings, real, pictures.count, teachers, teacher_weights, inception, device)
+        _add_distances(report, pictures, real, networks, chosen, settings, progress)
+    if subject and settings.held_out_images:
+        _add_losses(report, subject, manifest, held_out or data, settings, device, progress)
     folder = Path(out) if out else (subject.folder if subject else None)
     if folder is not None:
         stem = "evaluation" if out or not subject else subject.stem
@@ -181,24 +159,40 @@ def _networks(settings, real, count, teachers, weights, inception, device):
     return networks
 
 
-def _of_classes(reference, chosen, network, settings, count):
-    """(features, labels) of the real pictures, of the chosen classes alone."""
-    if chosen is None:
-        return reference.features, reference.labels
-    keep = np.isin(reference.labels, chosen)
-    settings.check_counts(count, int(keep.sum()), network.name, network.dim)
-    return reference.features[keep], reference.labels[keep]
-
-
-def _draw(subject, labels, sampling, vae):
-    """(pictures of the model, the settings that they are drawn with)."""
+def _drawn(subject, count, sampling, vae):
+    """Pictures of a model; their labels come later."""
     from maskalign.sampling.command import _decoder_for
     from maskalign.sampling.network import Network
 
-    sampling = replace(sampling, path=subject.about["path"])
     network = Network(subject.model, sampling.precision)
-    pictures = DrawnPictures(network, labels, sampling, _decoder_for(network, subject.about, vae))
-    return pictures, {key: value for key, value in asdict(sampling).items()} | {"precision": network.precision}
+    sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
+    return DrawnPictures(network, count, sampling, _decoder_for(network, subject.about, vae))
+
+
+def _add_distances(report, pictures, real, networks, chosen, settings, progress):
+    """Compare pictures with real ones in the features of all networks."""
+    count, references = pictures.count, {}
+    for network in networks:
+        with _bar(real.count, f"reference, {network.name}", progress) as bar:
+            found = load_reference(real, network, batch_size=settings.batch_size, on_images=bar.update)
+        keep = slice(None) if chosen is None else np.isin(found.labels, chosen)
+        references[network.name], labels = found.features[keep], found.labels[keep]
+        settings.check_counts(count, len(labels), network.name, network.dim)
+    with _bar(count, "samples", progress) as bar:
+        on_images = bar.update
+        if isinstance(pictures, DrawnPictures):  # drawing is what takes the time
+            pictures.labels, pictures.on_images, on_images = labels_like(labels, count), bar.update, None
+            report["settings"] |= asdict(pictures.settings)
+        features, logits = _features(pictures, networks, settings.batch_size, on_images)
+    for network in networks:
+        reference = references[network.name]
+        report["metrics"] |= distances(features[network.name], reference, network.name, settings.metrics)
+        note = bias_note(count, len(reference), network.name, network.dim)
+        report["notes"] += [note] if note and "frechet" in settings.metrics else []
+    if logits is not None:
+        mean, deviation = inception_score(logits, min(10, count))
+        report["metrics"] |= {"inception_score": mean, "inception_score_std": deviation}
+    report |= {"samples": count, "reference": len(labels)}
 
 
 def _features(pictures, networks, batch_size, on_images):
@@ -218,28 +212,29 @@ def _features(pictures, networks, batch_size, on_images):
     return stacked, np.concatenate([part.numpy() for part in logits]) if logits else None
 
 
-def _losses(subject, manifest, held_out, settings, device, progress):
-    """({metric: {bin: value}}, settings to report) of a model on held-out images."""
+def _add_losses(report, subject, manifest, held_out, settings, device, progress):
+    """Measure a model on held-out images."""
     config, about = subject.config, subject.about
     there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
-    training = None
-    if config is not None:
-        try:
-            path = config.data.path  # or several with weights
-            training = Manifest.load(path if isinstance(path, str) else next(iter(path)))
-        except (UsageError, OSError):
-            training = None  # trained elsewhere
-    names = about.get("teachers") or []
-    own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights} if config else {}
-    teachers = choose_teachers(names, training, there, device=device, **own)
-    images = HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size)
     _check_input(subject.model, there, held_out)
+    training, own = None, {}
+    if config is not None:
+        own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}
+        path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
+        with suppress(UsageError, OSError):  # it was trained elsewhere
+            training = Manifest.load(path)
+    teachers = choose_teachers(about.get("teachers") or [], training, there, device=device, **own)
+    images = HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size)
     with _bar(images.count, "held-out losses", progress) as bar:
         found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)
     bins = bin_names(settings.bins)
-    seen = training is not None and training.digest() == there.digest()
+    report["held_out"] = {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}
+    report["metrics"] |= {f"held_out_{name}": float(np.mean(values)) for name, values in found.items()}
+    seen = training is not None and (training.digest(), training.source) == (there.digest(), there.source)
     facts = {"held_out_data": str(held_out), "held_out_images": images.count, "held_out_was_trained_on": seen}
-    return {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}, facts
+    report["settings"] |= facts
+    if seen:
+        report["notes"].append("the losses are of images that the run was trained on; --held-out DIR names others")
 
 
 def _check_input(model, manifest, path):

@@ -12,18 +12,19 @@ class DrawnPictures:
 
     Args:
         network: a `SiT` or a sampling `Network`.
-        labels: (count,) int64.
+        count: how many.
         settings: `Sampling`.
         decoder: latents -> images; None for pixels.
-        on_images: called with a (fractional) number of pictures as they progress.
 
     Attributes:
         count; size: (height, width).
+        labels: (count,) int64, to be set before the first batch.
+        on_images: called with a (fractional) number of pictures as they progress; may be set.
     """
 
-    def __init__(self, network, labels, settings, decoder=None, on_images=None):
-        self.network, self.labels, self.settings, self.decoder = network, labels, settings, decoder
-        self.count, self.on_images = len(labels), on_images
+    def __init__(self, network, count, settings, decoder=None):
+        self.network, self.count, self.settings, self.decoder = network, count, settings, decoder
+        self.labels = self.on_images = None
         self.size, channels = (network.input_size,) * 2, network.in_channels
         if decoder is not None:  # it says its own size only by decoding
             device = getattr(network, "device", None) or next(network.parameters()).device

@@ -1,7 +1,7 @@
 """Features of pictures for the distances: one vector per picture from a frozen network.
 
-dinov2-*              the class token, prepared as in the field's FDD (arXiv 2306.04675, whose network is dinov2-l):
-                      bicubic with antialias to 224, rounded to bytes, ImageNet normalisation
+dinov2-*              the class token, as in the field's FDD (arXiv 2306.04675, whose network is dinov2-l): bicubic with
+                      antialias to 224, rounded to bytes, ImageNet normalisation; position embedding as on DINOv2's hub
 efficientnet-lite0    the mean over the tokens
 timm:MODEL            what timm itself pools before its classifier
 """
@@ -9,13 +9,63 @@ timm:MODEL            what timm itself pools before its classifier
 import hashlib
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from maskalign.errors import UsageError
 from maskalign.teachers import load_teacher
-from maskalign.teachers.encoders import Dinov2, TimmEncoder
+from maskalign.teachers.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, TimmEncoder
+from maskalign.teachers.hub import dinov2_model
+from maskalign.teachers.names import check_teacher_name
+from maskalign.teachers.weights import build_network
 
-CPU_CHUNK = 4  # as in teachers.teacher
+CPU_CHUNK = 16  # more images do not run faster on a CPU
+
+
+class ClassToken(Encoder):
+    """DINOv2's class token of a picture, computed as its authors' hub does.
+
+    (The teacher `dinov2-*` follows REPA instead, which resizes after the normalisation and resamples the position
+    embedding with timm's function.)
+    """
+
+    SIDE = 224
+    OFFSET = 0.1  # that the hub adds to the size when it resamples the position embedding, and keeps in its scale
+
+    def __init__(self, teacher, weights):
+        network = build_network(dinov2_model(teacher), weights, teacher=teacher, num_classes=0, img_size=518)
+        position = network.pos_embed.detach().clone()
+        network.set_input_size(img_size=self.SIDE)
+        grid = self.SIDE // 14
+        old = round((position.shape[1] - 1) ** 0.5)
+        maps = position[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+        scale = ((grid + self.OFFSET) / old,) * 2
+        maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
+        with torch.no_grad():
+            network.pos_embed.copy_(torch.cat([position[:, :1], maps.flatten(2).transpose(1, 2)], dim=1))
+        super().__init__(network, IMAGENET_MEAN, IMAGENET_STD)
+        self.dim = network.num_features
+
+    def forward(self, pictures):
+        pixels = self.resized(pictures, (self.SIDE, self.SIDE)).round()
+        return self.network.forward_features(self.normalised(pixels).to(self.dtype))[:, 0]
+
+
+class Pooled(nn.Module):
+    """What timm pools of a picture before the classifier; or, of another teacher, the mean over its tokens."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+        self.by_timm = isinstance(encoder, TimmEncoder)
+        self.dim = encoder.network.num_features if self.by_timm else encoder.dim
+
+    def forward(self, pictures):
+        encoder = self.encoder
+        if not self.by_timm:
+            return encoder(pictures).mean(dim=1)
+        out = encoder.network.forward_features(encoder.preprocess(pictures).to(encoder.dtype))
+        return encoder.network.forward_head(out, pre_logits=True).flatten(1)
 
 
 def digest_of(module, words):
@@ -28,20 +78,17 @@ def digest_of(module, words):
 
 
 class Features(nn.Module):
-    """A teacher as a map from pictures to vectors.
+    """A network as a map from pictures to vectors, in float32.
 
     Attributes:
-        name: the teacher's; dim: length of a vector.
+        name: the teacher's; encoder: `ClassToken` or `Pooled`; dim: length of a vector.
     """
 
     VERSION = 1  # of what is computed; part of the fingerprint
 
-    def __init__(self, teacher, title=None):
+    def __init__(self, name, encoder):
         super().__init__()
-        self.name = teacher.name
-        self.encoder = teacher.encoder
-        self.title = title or (f"FDD, {self.name}" if self.name.startswith("dinov2") else self.name)
-        self.dim = teacher.encoder.network.num_features if isinstance(self.encoder, TimmEncoder) else teacher.dim
+        self.name, self.encoder, self.dim = name, encoder, encoder.dim
 
     def fingerprint(self):
         """16 hex digits that change with the weights, the preprocessing and the pooling."""
@@ -57,22 +104,11 @@ class Features(nn.Module):
         device = next(self.encoder.parameters()).device
         chunk = CPU_CHUNK if device.type == "cpu" else max(1, len(pictures))
         with torch.autocast(device.type, enabled=False):
-            parts = [self._pooled(part.to(device, non_blocking=True)) for part in pictures.split(chunk)]
+            parts = [self.encoder(part.to(device, non_blocking=True)) for part in pictures.split(chunk)]
         features = torch.cat(parts).float().cpu()
         if not features.isfinite().all():
             raise UsageError(f"teacher {self.name}: its features are not finite; check its weights")
         return features
-
-    def _pooled(self, pictures):
-        encoder = self.encoder
-        if isinstance(encoder, Dinov2):
-            side = 14 * encoder.grid[0]
-            pixels = encoder.resized(pictures, (side, side)).round()
-            return encoder.network.forward_features(encoder.normalised(pixels).to(encoder.dtype))[:, 0]
-        if isinstance(encoder, TimmEncoder):
-            out = encoder.network.forward_features(encoder.preprocess(pictures).to(encoder.dtype))
-            return encoder.network.forward_head(out, pre_logits=True).flatten(1)
-        return encoder(pictures).mean(dim=1)
 
 
 def load_features(name, weights=None, device="cpu"):
@@ -84,5 +120,9 @@ def load_features(name, weights=None, device="cpu"):
     Raises:
         UsageError: no such teacher, or no weights.
     """
-    features = Features(load_teacher(name, weights=weights, image_size=256)).to(device)
-    return features.requires_grad_(False).eval()
+    check_teacher_name(name)
+    if name.startswith("dinov2-"):
+        encoder = ClassToken(name, str(weights or "hub"))
+    else:
+        encoder = Pooled(load_teacher(name, weights=weights).encoder)
+    return Features(name, encoder).to(device).requires_grad_(False).eval()

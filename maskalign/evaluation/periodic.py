@@ -39,7 +39,9 @@ class PeriodicEvaluation:
         own = dict(normalize=config.teacher.normalize, weights=config.teacher.weights, device=device)
         teachers = choose_teachers(facts["teachers"], manifest, held_out, **own)
         self.held_out = HeldOut(data, settings.images, teachers) if settings.images else None
-        self.sampling = Sampling("ode", settings.steps, cfg_scale=settings.cfg_scale, precision=precision)
+        self.sampling = Sampling(
+            "ode", settings.steps, cfg_scale=settings.cfg_scale, path=self.path, precision=precision
+        )
         self.real = self.network = self.reference = None
         visible = facts["latent"] is None or decoder is not None
         if settings.samples and visible and held_out.image_format is not None:
@@ -68,9 +70,10 @@ class PeriodicEvaluation:
         if self.reference is None:
             # All ranks need the labels; on a shared machine the later ones find what the first has kept.
             self.reference = load_reference(self.real, self.network)
-        labels = labels_like(self.reference.labels, self.settings.samples)
+        drawn = DrawnPictures(model, self.settings.samples, self.sampling, self.decoder)
+        drawn.labels = labels_like(self.reference.labels, drawn.count)
         features = []
-        for pictures in DrawnPictures(model, labels, self.sampling, self.decoder).batches(self.sampling.batch_size):
+        for pictures in drawn.batches(self.sampling.batch_size):
             if main:
                 features.append(self.network(pictures).numpy())
         if not main:

@@ -1,5 +1,6 @@
 """Pictures to evaluate, in batches: of a folder, of an ADM .npz, or of a data set. Numpy and Pillow until a batch."""
 
+import io
 import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from maskalign.data.images import ENDINGS, BadImage, decode_image
 from maskalign.errors import UsageError
@@ -40,7 +42,10 @@ class PictureFolder:
 
     def _read(self, path):
         try:
-            image = decode_image(path.read_bytes())
+            data = path.read_bytes()
+            if path.suffix.lower() in (".tif", ".tiff") and _is_floating(data):
+                raise BadImage("floating-point pixels, give 8-bit pictures")
+            image = decode_image(data)
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
         except BadImage as error:
@@ -65,6 +70,14 @@ class PictureFolder:
                             "have one size"
                         )
                 yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+
+def _is_floating(data):
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode == "F"
+    except Exception:  # decode_image says what is wrong with it
+        return False
 
 
 class PictureArchive:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,12 +35,18 @@ def cache_folder():
     return root / "references"
 
 
+def data_fingerprint(manifest):
+    """32 hex digits that change with any byte of any shard of a data set, by the checksums in its manifest."""
+    shards = [[shard.name, shard.num_samples, shard.bytes, shard.sha256] for shard in manifest.shards]
+    return hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:32]
+
+
 def reference_name(pictures, features):
     """File name of the reference of a `PictureDataSet` in the features of a network."""
     manifest = pictures.manifest
     facts = {
         "version": VERSION,
-        "shards": [[shard.name, shard.num_samples, shard.bytes, shard.sha256] for shard in manifest.shards],
+        "data": data_fingerprint(manifest),
         "resolution": manifest.resolution,
         "order": pictures.SEED,
         "count": pictures.count,
@@ -102,4 +109,5 @@ def _write(path, reference):
             old.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s cannot be written (%s): the reference is not kept", path, error.strerror)
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

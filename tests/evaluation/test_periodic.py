@@ -1,0 +1,98 @@
+"""The evaluation during training: the numbers of the command, at every step once, without a trace in the training."""
+
+import csv
+import json
+
+import pytest
+
+from maskalign.evaluation import history
+from tests.evaluation.conftest import train_on
+from tests.training.conftest import write_data_set
+
+LITE = "efficientnet-lite0"
+LIGHT = dict(evaluate__every=2, evaluate__images=16, evaluate__samples=6, evaluate__steps=2, evaluate__reference=16)
+
+
+def test_rows_of_a_run_are_the_commands_numbers(data, tmp_path, command):
+    plain, run = tmp_path / "plain", tmp_path / "run"
+    train_on(data, plain, training__max_steps=5)
+    train_on(data, run, training__max_steps=3, training__checkpoint_every=3, training__tensorboard="true", **LIGHT)
+    assert [row["step"] for row in history.read_history(run / history.FILE_NAME)] == [2, 3]
+    # It goes on from step 3: the row of that step is there, and stays once.
+    train_on(data, run, training__max_steps=5, training__tensorboard="true", **LIGHT)
+    rows = history.read_history(run / history.FILE_NAME)
+    assert [row["step"] for row in rows] == [2, 3, 4, 5] and all(row["time"] > 0 for row in rows)
+
+    def losses(folder):
+        with open(folder / "metrics.csv", newline="") as file:
+            return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
+
+    assert losses(run) == losses(plain)  # bit for bit: nothing of the training depends on the evaluation
+    status, _, err = command(
+        "evaluate", run, "--data", data, "--samples", 6, "--steps", 2, "--reference", 16, "--held-out-images", 16,
+        "--allow-singular", "--precision", "fp32", "--progress", "false",
+    )  # fmt: skip
+    assert status == 0, err
+    report = json.loads((run / "evaluation.json").read_text())
+    # Six pictures have no covariance: no Frechet distance. All else is there, and the same.
+    assert f"frechet[{LITE}]" not in rows[-1]
+    for key in (f"kernel[{LITE}]", f"kernel_std[{LITE}]", "held_out_velocity_loss", "held_out_cosine"):
+        assert rows[-1][key] == pytest.approx(report["metrics"][key], rel=1e-5, abs=1e-7), key
+    for name, values in report["held_out"].items():
+        assert {place: rows[-1][f"{name}[{place}]"] for place in values} == pytest.approx(values, rel=1e-5, abs=1e-7)
+    assert rows[0]["held_out_velocity_loss"] != rows[-1]["held_out_velocity_loss"]
+    assert (run / "curves.png").stat().st_size > 20_000
+    tags = _tensorboard_tags(run / "tensorboard")
+    assert {"evaluate/held_out_velocity_loss", f"evaluate/kernel[{LITE}]"} <= tags
+
+
+def _tensorboard_tags(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return set(events.Tags()["scalars"])
+
+
+def test_held_out_data_and_parts_left_out(data, tmp_path):
+    write_data_set(tmp_path / "other", samples=24, seed=3)
+    settings = LIGHT | dict(training__max_steps=2, evaluate__data=tmp_path / "other", evaluate__samples=0)
+    train_on(data, tmp_path / "a", **settings)
+    train_on(data, tmp_path / "b", **settings | dict(evaluate__data=data))
+    rows = [history.read_history(tmp_path / name / history.FILE_NAME) for name in "ab"]
+    assert [len(part) for part in rows] == [1, 1]
+    assert rows[0][0]["held_out_velocity_loss"] != rows[1][0]["held_out_velocity_loss"]
+    assert not any(key.startswith(("kernel", "frechet")) for key in rows[0][0])
+
+
+def test_wrong_settings_before_the_training(data, tmp_path, command):
+    from tests.training.conftest import arguments
+
+    write_data_set(tmp_path / "small", samples=12, size=8, grid=(2, 2))
+    for changes, match in [
+        (dict(evaluate__data=tmp_path / "small"), "evaluate.data: "),
+        (dict(evaluate__data=tmp_path / "none"), "does not exist"),
+        (dict(evaluate__teacher="dinov3"), "no teacher is called"),
+        (dict(evaluate__samples=1), "evaluate.samples: 1"),
+        (dict(evaluate__every=-1), "evaluate.every: -1"),
+        (dict(evaluate__evry=1), "evaluate.every"),
+    ]:
+        status, out, err = command("train", *arguments(data, tmp_path / "run", **LIGHT | changes))
+        assert status == 2 and len(err) == 1 and match in err[0], (changes, err)
+        assert not (tmp_path / "run").exists()
+
+
+def test_history_is_rewritten_from_a_step(tmp_path):
+    path = tmp_path / history.FILE_NAME
+    history.drop_after(path, 3)
+    assert history.read_history(path) == []
+    for step in (2, 4, 6):
+        history.add_to_history(path, {"step": step, "time": 0.5 * step, "a": 1 / step})
+    history.add_to_history(path, {"step": 4, "time": 3.0, "b": 7.0})  # of other settings
+    assert history.read_history(path) == [
+        {"step": 2, "time": 1.0, "a": 0.5}, {"step": 4, "time": 3.0, "b": 7.0},
+    ]  # fmt: skip
+    history.drop_after(path, 3)
+    assert [row["step"] for row in history.read_history(path)] == [2]
+    history.drop_after(path, 0)
+    assert not path.exists()
