@@ -69,7 +69,8 @@ def evaluate(
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(
-            "maskalign evaluate runs in one process: draw with torchrun and maskalign sample --npz, and evaluate that file"
+            "maskalign evaluate runs in one process; draw with torchrun and maskalign sample --npz N, "
+            "and give that file"
         )
     settings, sampling = settings or EvaluationSettings(), sampling or Sampling()
     teachers = parse_teachers(teacher) if settings.metrics else []
