@@ -2,10 +2,11 @@
 
     python -m benchmarks.kill_and_resume --data datasets/openmoji32 --out runs/kills
 
-Every start of the killed run takes another number of ranks and another plan. Told at the end, and checked: the final
-loss against the undisturbed run's, and that every epoch has had each sample's key exactly once (of a step that was done
-again after a kill, both times with the same keys). The whole process tree is killed, in the start-up, in a step, or in
-a save, as chance will have it.
+Every start of the killed run takes another number of ranks and of loader processes, and another plan. Told at the end,
+and checked: the final loss against the undisturbed run's, and that every epoch has had each sample's key exactly once
+(of a step that was done again after a kill, both times with the same keys). The whole process tree is killed, in the
+start-up, in a step, or in a save, as chance will have it. kill_and_resume.csv has a row per start; the last of them is
+the one that finished.
 """
 
 import argparse
@@ -22,11 +23,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-LAYOUTS = [
-    (1, ["--parallel.plan", "none"]),
-    (2, ["--parallel.plan", "ddp"]),
-    (4, ["--parallel.plan", "hsdp", "--parallel.shard_size", "2"]),
-    (2, ["--parallel.plan", "fsdp"]),
+LAYOUTS = [  # ranks, plan, loader processes per rank
+    (1, "none", 0),
+    (2, "ddp", 1),
+    (4, "hsdp", 0),
+    (2, "fsdp", 2),
+    (1, "none", 2),
 ]
 MODEL = """--model.depth 2 --model.width 32 --model.heads 2 --model.patch_size 4 --model.mixer_hidden 8
 --model.projector_dim 16 --method.align_depth 1 --teacher.names [efficientnet-lite0] --optimizer.lr 0.0003
@@ -123,20 +125,22 @@ def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
     """Run the undisturbed and the killed run, and compare them.
 
     Returns:
-        dict with kills, starts, steps, loss, killed_loss, relative (difference of the final losses), samples, epochs,
-        and `wrong`: a list of what did not hold, in words.
+        dict with kills, starts (rows of start, ranks, plan, workers, end, step), steps, loss, killed_loss, relative
+        (difference of the final losses), samples, epochs, and `wrong`: a list of what did not hold, in words.
     """
     rng, out = random.Random(seed), Path(out)
     shutil.rmtree(out, ignore_errors=True)
     whole, killed = out / "whole", out / "killed"
     if start(settings(data, whole, steps, batch), 1, out / "whole-log").wait() != 0:
         raise SystemExit(f"the undisturbed run failed; see {out / 'whole-log' / 'output.txt'}")
-    log, done, starts = out / "killed-log", 0, 0
+    log, done, starts = out / "killed-log", 0, []
     while True:
-        ranks, plan = LAYOUTS[starts % len(LAYOUTS)]
-        starts += 1
+        ranks, plan, workers = LAYOUTS[len(starts) % len(LAYOUTS)]
+        starts.append({"start": len(starts) + 1, "ranks": ranks, "plan": plan, "workers": workers})
+        own = ["--parallel.plan", plan, "--data.num_workers", str(workers)]
+        own += ["--parallel.shard_size", "2"] if plan == "hsdp" else []
         pause = 0.1 if done < kills else 0.0
-        process = start([*settings(data, killed, steps, batch), *plan], ranks, log, pause)
+        process = start([*settings(data, killed, steps, batch), *own], ranks, log, pause)
         if done < kills:
             before = max(losses(killed), default=0)
             target = before + rng.randint(1, max(1, 2 * (steps - before) // (kills - done + 1)))
@@ -150,13 +154,15 @@ def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
             if process.poll() is None:
                 kill(process)
                 done += 1
-                say(f"kill {done} of {kills}: {ranks} rank(s), at step {max(losses(killed), default=0)}", flush=True)
+                starts[-1] |= {"end": "killed", "step": max(losses(killed), default=0)}
+                say(f"kill {done} of {kills}: {ranks} rank(s), at step {starts[-1]['step']}", flush=True)
                 continue
         elif process.wait() == 0:
             break
         if process.returncode != 0:
             raise SystemExit(f"a start on {ranks} rank(s) failed by itself; see {log / 'output.txt'}")
         break
+    starts[-1] |= {"end": "finished", "step": steps}
     return {"kills": done, "starts": starts} | compare(whole, killed, out, steps, batch, data)
 
 
@@ -195,11 +201,18 @@ def main(argv=None):
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--batch", type=int, default=8, help="a multiple of 4; it should divide the samples")
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    parser.add_argument("--results", default="benchmarks/results", help="folder for kill_and_resume.csv")
     args = parser.parse_args(argv)
     result = campaign(args.data, args.out, args.steps, args.kills, args.batch, args.seed)
-    for key, value in result.items():
+    starts = result.pop("starts")
+    facts = {**result, "starts": len(starts), "seed": args.seed}
+    for key, value in facts.items():
         print(f"{key:12} {value}")
-    Path(args.out, "result.json").write_text(json.dumps(result, indent=1))
+    facts["wrong"] = "; ".join(facts["wrong"])
+    with open(Path(args.results, "kill_and_resume.csv"), "w", newline="") as file:
+        writer = csv.DictWriter(file, [*starts[-1], *facts])
+        writer.writeheader()
+        writer.writerows({**row, **(facts if row is starts[-1] else {})} for row in starts)
     return 1 if result["wrong"] else 0
 
 

@@ -7,7 +7,7 @@ set's manifest are in `validate_with_data`.
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import List, Literal, Optional, Tuple, Union
+from typing import Dict, List, Literal, Optional, Tuple, Union
 
 from maskalign.errors import UsageError
 from maskalign.models.presets import preset_sizes
@@ -37,8 +37,8 @@ Scheduled = Union[float, Schedule]
 class DataConfig:
     """The data set and how it is read."""
 
-    path: str = "datasets/imagenet256"
-    """Folder or URL prefix of the shards and their manifest.json."""
+    path: Union[Dict[str, float], str] = "datasets/imagenet256"
+    """Folder or URL prefix of the shards and their manifest.json; or several with weights, {PATH: WEIGHT, ...}."""
     num_workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
     max_bad_fraction: float = 0.01
@@ -419,8 +419,13 @@ def shard_ranks(parallel, world_size, local_world_size=None):
     return size
 
 
-def validate_with_data(config, manifest):
+def validate_with_data(config, manifest, num_samples=None):
     """Check the settings against the data set's manifest.
+
+    Args:
+        config: `Config`.
+        manifest: of the data set; of any one where several are mixed.
+        num_samples: of all data sets together; by default the manifest's.
 
     Returns:
         dict with what the model takes from the data: input_size, in_channels, num_classes, and `teachers`, a list of
@@ -435,12 +440,12 @@ def validate_with_data(config, manifest):
     patch = sizes["patch_size"]
     rule = f"must divide the input size {input_size} of {config.data.path}"
     _require(input_size % patch == 0, "model.patch_size", patch, rule)
-    batch = config.training.batch_size
+    batch, num_samples = config.training.batch_size, num_samples or manifest.num_samples
     _require(
-        batch <= manifest.num_samples,
+        batch <= num_samples,
         "training.batch_size",
         batch,
-        f"is larger than the {manifest.num_samples} samples of {config.data.path}",
+        f"is larger than the {num_samples} samples of {config.data.path}",
     )
     teachers = []
     if max(_values(as_schedule(config.method.align_weight))) > 0:

@@ -1,4 +1,4 @@
-"""The checksum of each member of our shards: one flipped byte costs one sample and not a shard.
+"""What a member's tar header says, and the checksum in it: one flipped byte costs one sample and not a shard.
 
 Tar protects its headers but not its data, and a flipped bit in a label is often a valid label. The shard's
 SHA-256 in the manifest tells that something is wrong, not where. So the writer puts CRC-32 of name and data
@@ -18,9 +18,14 @@ def name_crc(name):
     return zlib.crc32((name if isinstance(name, bytes) else name.encode()) + b"\0")
 
 
-def checksum_field(name, data):
-    """Content of the group-name field for a member: "crc32=" and 8 hex digits."""
-    return f"{KIND}={zlib.crc32(data, name_crc(name)):08x}"
+def member_crc(name, data):
+    """CRC-32 (an int) of a member: of its name, a zero byte and its data."""
+    return zlib.crc32(data, name_crc(name))
+
+
+def checksum_field(crc):
+    """Content of the group-name field for a member with this CRC-32: "crc32=" and 8 hex digits."""
+    return f"{KIND}={crc:08x}"
 
 
 def parse_field(field):
@@ -29,3 +34,23 @@ def parse_field(field):
     if re.fullmatch(r"crc32=[0-9a-f]{8}", field):
         return int(field[6:], 16)
     return -1 if "crc" in field or "=" in field else None
+
+
+def member_name(header):
+    """Name in a ustar header, as bytes."""
+    name = header[:100].split(b"\0", 1)[0]
+    if header[257:262] == b"ustar" and header[345]:
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return name
+
+
+def parse_crc(header):
+    """CRC-32 in a ustar header: -1 where there is none, -2 (which no data has) where it is mangled."""
+    field = header[297:329].split(b"\0", 1)[0]
+    if len(field) == 14 and field[:6] == b"crc32=" and field[6:].isalnum():  # the usual case, in a hurry
+        try:
+            return int(field[6:], 16)
+        except ValueError:
+            return -2
+    crc = parse_field(field)
+    return -1 if crc is None else -2 if crc < 0 else crc

@@ -1,8 +1,10 @@
-"""Several data sets by weight: which one a draw comes from, in a cycle that keeps the shares exactly."""
+"""Several data sets by weight: opened together, and which one a draw comes from, in a cycle that keeps the shares."""
 
 from fractions import Fraction
 from math import gcd, lcm
 
+from maskalign.data.opening import Opener
+from maskalign.data.samples import columns_of
 from maskalign.errors import UsageError
 
 LONGEST = 65536  # draws in a cycle; weights that need a longer one are rounded to 1/65536
@@ -22,6 +24,41 @@ def parse_paths(path):
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise UsageError(f"data.path: the weight of {name} is {weight!r}; give a positive number")
     return pairs
+
+
+def open_data_sets(path, **settings):
+    """Open the data sets of a `data.path` and read their manifests.
+
+    Args:
+        path: as `parse_paths` takes it.
+        settings: timeout, retries, cache_dir, allow_pipe of `opening.Opener`.
+
+    Returns:
+        (weights, openers, manifests), a list each.
+
+    Raises:
+        UsageError: one is not there, has no samples, or they do not fit each other.
+    """
+    pairs = parse_paths(path)
+    openers = [Opener(where, **settings) for where, _ in pairs]
+    manifests = [opener.manifest() for opener in openers]
+    first = manifests[0]
+    for opener, manifest in zip(openers, manifests, strict=True):
+        if not manifest.num_samples:
+            raise UsageError(f"{opener.root}: the data set has no samples")
+        for what, here, there in (
+            ("class names", manifest.class_names, first.class_names),
+            ("tensors", columns_of(manifest), columns_of(first)),
+            ("latent", manifest.latent, first.latent),
+            ("token grids or normalisations of teachers", _token_kinds(manifest), _token_kinds(first)),
+        ):
+            if here != there:
+                raise UsageError(f"{opener.root} and {openers[0].root} cannot be mixed: other {what}")
+    return [weight for _, weight in pairs], openers, manifests
+
+
+def _token_kinds(manifest):
+    return {name: (list(entry["grid"]), entry.get("normalize")) for name, entry in manifest.teachers.items()}
 
 
 def cycle(weights):

@@ -124,11 +124,12 @@ class ShardTable:
         return entry[2]
 
     def read_ahead(self, dataset, rows):
-        """Have the system fetch [shard, sample] rows from the disk, of shards that are open."""
+        """Have the system fetch [shard, sample] rows from the disk; the shards are about to be needed."""
         for number, sample in rows:
-            future = self.entries[dataset, number][0]
-            if future.done() and future.exception() is None:
-                future.result().read_ahead(sample)
+            try:
+                self.get(dataset, number).read_ahead(sample)
+            except BadShard:
+                continue  # told when a sample of it is read
 
     def close(self):
         """Close everything; opening in progress is given up."""

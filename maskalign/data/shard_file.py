@@ -2,10 +2,11 @@
 
 webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The
 stream permutes a few shards together and takes its place again in the middle of them, so it reads members by
-their offset: nothing of a group waits in memory, a resumed run reads no sample twice, and bytes go from the
-page cache into the batch in one copy (benchmarks/loader.py compares the two). Keys and grouping are
-webdataset's; tests compare every sample with what it reads. `pread` and not mmap, because a shard that gets
-shorter while it is mapped would kill the process.
+their offset, from the shard's index (index.py) or from a walk over its headers: nothing of a group waits in
+memory, a resumed run reads no sample twice, and bytes go from the page cache into the batch in one copy
+(benchmarks/loader.py compares the two). Keys and grouping are webdataset's; tests compare every sample with
+what it reads. `pread` and not mmap, because a shard that gets shorter while it is mapped would kill the
+process.
 """
 
 import hashlib
@@ -16,9 +17,8 @@ import zlib
 import numpy as np
 
 from maskalign.data.decode import MAX_IMAGE_BYTES, MAX_NPY_HEADER, BadSample, npy_header
-from maskalign.data.members import name_crc, parse_field
-
-BLOCK = 512
+from maskalign.data.index import BLOCK, read_index
+from maskalign.data.members import member_name, name_crc, parse_crc, parse_field
 
 
 class BadShard(BadSample):
@@ -37,7 +37,6 @@ class Column:
 
     offset (-1: no such member), size, crc (CRC-32, -1: none, -2: mangled), seed (CRC-32 of the name).
     """
-
 
     def __init__(self, n):
         self.offset, self.size, self.crc, self.seed = (np.full(n, -1, np.int64) for _ in range(4))
@@ -64,7 +63,9 @@ class ShardFile:
         self.bytes, self.identity = status.st_size, (status.st_ino, status.st_size, status.st_mtime_ns)
         self.proven = bytearray(shard.num_samples)  # bits of the variants whose checksums have been compared
         try:
-            members, intact = self._scan()
+            members, intact = read_index(fd, self.bytes), True
+            if members is None:
+                members, intact = self._scan()
             if not intact and (checked or any(crc != -1 for *_, crc in members)):
                 # Each member proves itself by its checksum, so what lies behind the damage can be used too.
                 members = self._salvage()
@@ -257,26 +258,6 @@ class ShardFile:
         raise BadSample(
             f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}"
         )
-
-
-def member_name(header):
-    """Name in a ustar header, as bytes."""
-    name = header[:100].split(b"\0", 1)[0]
-    if header[257:262] == b"ustar" and header[345]:
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
-    return name
-
-
-def parse_crc(header):
-    """CRC-32 in a ustar header: -1 where there is none, -2 (which no data has) where it is mangled."""
-    field = header[297:329].split(b"\0", 1)[0]
-    if len(field) == 14 and field[:6] == b"crc32=" and field[6:].isalnum():  # the usual case, in a hurry
-        try:
-            return int(field[6:], 16)
-        except ValueError:
-            return -2
-    crc = parse_field(field)
-    return -1 if crc is None else -2 if crc < 0 else crc
 
 
 def checksums_hold(headers):

@@ -6,8 +6,9 @@ import os
 import re
 import tarfile
 
+from maskalign.data.index import BLOCK, NAME, pack_index
 from maskalign.data.manifest import Shard, sync_folder
-from maskalign.data.members import checksum_field
+from maskalign.data.members import checksum_field, member_crc
 
 MAX_MEMBER_BYTES = 2**30
 
@@ -32,7 +33,8 @@ class _HashingFile:
 def write_shard(path, samples, scratch=None):
     """Write one shard under a temporary name, make it durable, then give it its name.
 
-    Headers carry no times, users or machine details, so equal samples give equal bytes.
+    Headers carry no times, users or machine details, so equal samples give equal bytes. An index of all members comes
+    last (see index.py).
 
     Args:
         path: where the shard shall be.
@@ -44,15 +46,16 @@ def write_shard(path, samples, scratch=None):
     """
     folder, name = os.path.split(os.fspath(path))
     temporary = os.path.join(scratch or folder, f"{name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    count = 0
+    count, written = 0, []
     try:
         with open(temporary, "wb") as raw:
             file = _HashingFile(raw)
             with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
                 for key, members in samples:
                     for ending, data in members.items():
-                        add_member(tar, f"{key}.{ending}", data)
+                        written.append(add_member(tar, f"{key}.{ending}", data))
                     count += 1
+                add_member(tar, NAME, pack_index(written, tar.offset + BLOCK))
             raw.flush()
             os.fsync(raw.fileno())
         os.replace(temporary, path)
@@ -65,11 +68,18 @@ def write_shard(path, samples, scratch=None):
 
 
 def add_member(tar, name, data):
-    """Append bytes to an open tarfile as a plain file of mode 0644, owned by number 0 and dated 1970."""
+    """Append bytes to an open tarfile as a plain file of mode 0644, owned by number 0 and dated 1970.
+
+    Returns:
+        (name, offset of the data in the tar, size, CRC-32 of name and data).
+    """
     info = tarfile.TarInfo(name)
     info.size, info.mode = len(data), 0o644
-    info.gname = checksum_field(name, data)  # see members.py
+    crc = member_crc(name, data)
+    info.gname = checksum_field(crc)  # see members.py
+    place = tar.offset + BLOCK
     tar.addfile(info, io.BytesIO(data))
+    return name, place, len(data), crc
 
 
 def split_name(name):
@@ -81,15 +91,15 @@ def split_name(name):
 def read_shard(file, max_member_bytes=MAX_MEMBER_BYTES):
     """Yield (key, {ending: bytes}) for each sample of an open tar, forwards only, extracting nothing to disk.
 
-    Directories, links and devices are passed over. A member larger than `max_member_bytes` raises ValueError, a
-    broken tar tarfile.TarError; a tar that is cut between two members, or has a damaged header in the middle,
-    just ends (compare the count with the manifest's).
+    Directories, links, devices and the index are passed over. A member larger than `max_member_bytes` raises
+    ValueError, a broken tar tarfile.TarError; a tar that is cut between two members, or has a damaged header in the
+    middle, just ends (compare the count with the manifest's).
     """
     with tarfile.open(fileobj=file, mode="r|") as tar:
         current, members = None, {}
         while (info := tar.next()) is not None:
             tar.members.clear()  # or tarfile keeps every header it has seen
-            if not info.isreg():
+            if not info.isreg() or info.name == NAME:
                 continue
             if info.size > max_member_bytes:
                 raise ValueError(f"member {info.name!r} has {info.size:,} bytes")

@@ -14,8 +14,7 @@ from collections import Counter
 import torch
 
 from maskalign.data.buffers import Layout, Pool
-from maskalign.data.mixture import Mixture, parse_paths
-from maskalign.data.opening import Opener
+from maskalign.data.mixture import Mixture, open_data_sets
 from maskalign.data.order import Order, default_group, default_streams, drawn_by
 from maskalign.data.samples import SampleReader, Share, Source, columns_of
 from maskalign.data.workers import InProcess, WorkerPool
@@ -127,13 +126,14 @@ class ShardStream:
         self.max_bad_fraction, self.hflip, self.verify = max_bad_fraction, hflip, verify
         self.given_streams, self.given_group = streams, group
 
-        pairs = parse_paths(path)
-        self.weights = [weight for _, weight in pairs]
-        self.openers = [Opener(where, timeout, retries, cache_dir, allow_pipe) for where, _ in pairs]
-        self.manifests = [opener.manifest() for opener in self.openers]
+        self.weights, self.openers, self.manifests = open_data_sets(
+            path, timeout=timeout, retries=retries, cache_dir=cache_dir, allow_pipe=allow_pipe
+        )
         self.manifest = self.manifests[0]
-        self._check_manifests(fields)
         self.columns = columns_of(self.manifest, fields)
+        if fields is not None and (missing := set(fields) - {column.name for column in self.columns}):
+            there = ", ".join(sorted(column.name for column in columns_of(self.manifest)))
+            raise UsageError(f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {there}")
         self.num_samples = sum(manifest.num_samples for manifest in self.manifests)
 
         self.bad_samples, self.wait_seconds = [], 0.0
@@ -142,26 +142,7 @@ class ShardStream:
         self._engine, self._generation = None, 0
         self.served = 0  # samples of the whole job that have been dealt out, bad ones not counted twice
         self._deal(streams or default_streams(batch_size), group)
-        self.positions = {share.stream: [0] * len(pairs) for share in self.shares}
-
-    def _check_manifests(self, fields):
-        first = self.manifest
-        for opener, manifest in zip(self.openers, self.manifests, strict=True):
-            if not manifest.num_samples:
-                raise UsageError(f"{opener.root}: the data set has no samples")
-            for what, here, there in (
-                ("class names", manifest.class_names, first.class_names),
-                ("tensors", columns_of(manifest), columns_of(first)),
-                ("latent", manifest.latent, first.latent),
-            ):
-                if here != there:
-                    raise UsageError(
-                        f"{opener.root} and {self.openers[0].root} cannot be mixed: other {what}"
-                    )
-        names = {column.name for column in columns_of(first)}
-        if fields is not None and (missing := set(fields) - names):
-            there = ", ".join(sorted(names))
-            raise UsageError(f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {there}")
+        self.positions = {share.stream: [0] * len(self.openers) for share in self.shares}
 
     def _deal(self, streams, group):
         """Fix the logical streams and find those of this rank."""

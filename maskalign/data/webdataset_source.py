@@ -38,6 +38,8 @@ def open_webdataset(source, class_names=None):
         samples = {}
         for member, where in list_tar(path, number, depth=0):
             key, ending = split_name(member)
+            if member.startswith("__"):  # webdataset's metadata, and our index
+                continue
             if key.rpartition("/")[2].startswith("."):
                 continue
             sample = samples.setdefault(key, {})

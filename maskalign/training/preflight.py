@@ -5,13 +5,14 @@ from pathlib import Path
 
 from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.manifest import Manifest
+from maskalign.data.mixture import open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
-
 from maskalign.teachers.hub import check_weights
 
+
 def check_data(config):
-    """Read the data set's manifest and hold the settings against it.
+    """Read the data set's manifest (of several, the first's) and hold the settings against it.
 
     Returns:
         (manifest, facts), see `config.validate_with_data`.
@@ -23,8 +24,11 @@ def check_data(config):
     validate_with_ranks(config, world_size, local and int(local))
     if config.model.attention == "flash_attn":
         check_flash(config.training.device, config.training.precision)
-    manifest = Manifest.load(config.data.path)
-    facts = validate_with_data(config, manifest)
+    _, _, manifests = open_data_sets(
+        config.data.path, cache_dir=config.data.cache_dir, allow_pipe=config.data.allow_pipe
+    )
+    manifest = manifests[0]
+    facts = validate_with_data(config, manifest, sum(other.num_samples for other in manifests))
     run_dir, resume = Path(config.run_dir), config.training.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"run_dir: {run_dir} is a file; choose a folder")
@@ -34,12 +38,12 @@ def check_data(config):
         )
     if resume not in ("auto", "never") and not Path(resume).is_dir():
         raise UsageError(f"training.resume: {resume!r} is neither auto, never nor the folder of a checkpoint")
+    if config.evaluate.every:
+        _check_evaluation(config.evaluate, manifest)
     init_from = config.training.init_from
     if init_from is not None and not Path(init_from).exists():
         raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
     return manifest, facts
-    if config.evaluate.every:
-        _check_evaluation(config.evaluate, manifest)
 
 
 def _check_evaluation(settings, manifest):

@@ -382,7 +382,7 @@ class Trainer:
             **self.throughput.interval(seconds),
             "peak_memory_mib": memory,
             "data_wait": wait,
-            "epoch": self.step * self.config.training.batch_size // self.manifest.num_samples,
+            "epoch": self.step * self.config.training.batch_size // self.stream.num_samples,
             "skipped_steps": self.skipped_steps,
             "bad_samples": bad,
         }
