@@ -53,8 +53,9 @@ def mix_configs(T, N, product):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
     narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
     short, deep = (32, 64, 64, 256, 2), (64, 64, 32, 256, 3)
-    few = {64: [wide, short], 128: [middle, narrow], 256: [narrow, deep]}
-    return _configs(T, product, few if N <= 512 else dict.fromkeys((64, 128, 256), [narrow, deep]))
+    few = {64: [wide, short], 128: [middle, narrow], 256: [narrow]}
+    many = {64: [narrow, deep], 128: [narrow], 256: [narrow]}
+    return _configs(T, product, few if N <= 512 else many)
 
 
 def hidden_configs(T, product):

@@ -1,5 +1,7 @@
 """The CPU path, timed by pytest-benchmark: `pytest tests/kernels/test_benchmark_cpu.py --benchmark-enable`.
 
+On a machine with other work, `OMP_NUM_THREADS=1` and `--benchmark-timer=time.process_time` count the processor's time.
+
 The groups pair our CPU path with the chain as training codes write it; in a plain run each case runs once,
 unmeasured.
 """
@@ -18,10 +20,11 @@ PROVIDERS = ("ours", "chain")
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("teacher", [torch.int8, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 256, 128, 768), (64, 64, 32, 320)], ids=str)
-def test_alignment_forward_and_backward(benchmark, shape, teacher, provider, alignment_case):
-    benchmark.group = f"alignment {shape} {teacher}"
-    s, z, subset = alignment_case(*shape, torch.float32, teacher)
+def test_alignment_forward_and_backward(benchmark, shape, dtype, teacher, provider, alignment_case):
+    benchmark.group = f"alignment {shape} {dtype} {teacher}"
+    s, z, subset = alignment_case(*shape, dtype, teacher)
     functions = {"ours": subset_cosine_alignment, "chain": lambda *a: unfused_alignment(*a, True)}
 
     def step():
@@ -33,12 +36,13 @@ def test_alignment_forward_and_backward(benchmark, shape, teacher, provider, ali
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(8, 256, 128, 384, 64), (64, 64, 32, 256, 32)], ids=str)
-def test_mix_and_drop_forward_and_backward(benchmark, shape, provider, generator):
-    benchmark.group = f"mix_and_drop {shape}"
+def test_mix_and_drop_forward_and_backward(benchmark, shape, dtype, provider, generator):
+    benchmark.group = f"mix_and_drop {shape} {dtype}"
     B, N, K, D, T = shape
     sizes = [(B, N, D), (B, D), (B, D), (B, D), (T, N), (T,), (N, T), (N,)]
-    tensors = [(0.1 * torch.randn(size, generator=generator)).requires_grad_() for size in sizes]
+    tensors = [(0.1 * torch.randn(size, generator=generator)).to(dtype).requires_grad_() for size in sizes]
     subset = torch.rand(B, N, generator=generator).argsort(1)[:, :K].sort(1).values
     function = mix_and_drop if provider == "ours" else unfused_mix
     gradients = benchmark(lambda: torch.autograd.grad(function(*tensors, subset).sum(), tensors))
