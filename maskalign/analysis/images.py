@@ -6,9 +6,11 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from maskalign.config import as_schedule
 from maskalign.data.manifest import Manifest
 from maskalign.data.stream import ShardStream
 from maskalign.errors import UsageError
+from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.objective.interpolant import Interpolant
@@ -101,7 +103,8 @@ class Images:
         parts = []
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
-            parts.append([inputs.cpu(), batch["label"].clone(), *(z.cpu().clone() for z in features(batch))])
+            # Copies: the stream writes later batches where this one lies.
+            parts.append([x.cpu().clone() for x in (inputs, batch["label"], *features(batch))])
             if progress is not None:
                 progress(len(batch["label"]))
             if sum(len(part[1]) for part in parts) >= count:
@@ -118,9 +121,6 @@ class Images:
         keep = subject.kept(keep_ratio)
         align = None
         if method.align_ratio is not None:
-            from maskalign.config import as_schedule
-            from maskalign.models.routing import keep_count
-
             align = keep_count(as_schedule(method.align_ratio).start, keep, method.keep_multiple)
         return draw(
             seed,
