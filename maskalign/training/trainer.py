@@ -123,7 +123,7 @@ class Trainer:
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
         self.evaluation = None
-        if config.evaluate.every:
+        if config.evaluate.every and (self.placement.is_main or self.plan.sharded):
             self.evaluation = PeriodicEvaluation(
                 config, self.facts, manifest, self.device, precision, self.previews.decoder
             )
