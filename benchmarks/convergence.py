@@ -101,7 +101,8 @@ def chosen_recipes(options):
         seeds = tuple(int(seed) for seed in options.seeds.split(",")) if options.seeds else suite.seeds
     except ValueError:
         raise UsageError(f"--seeds: {options.seeds!r} is not a list of whole numbers") from None
-    return {name: {**base, **known[name]} for name in names}, seeds, {} if options.recipes else suite.shares
+    shares = {name: shares for name, shares in suite.shares.items() if name in names}
+    return {name: {**base, **known[name]} for name in names}, seeds, shares
 
 
 def data_name(options):
@@ -276,6 +277,9 @@ def command_of(options, data):
     words += [f"--seeds {options.seeds}"] if options.seeds else []
     words += [f"--recipes {options.recipes}"] if options.recipes else []
     words += [f"--recipe '{text}'" for text in options.recipe] + [f"--set {word}" for word in options.set]
+    for name in ("points", "sample_points", "samples", "sampler_steps", "heldout", "reference"):
+        value = getattr(options, name)
+        words += [f"--{name.replace('_', '-')} {value}"] if value != parse([]).__dict__[name] else []
     return " ".join(words)
 
 

@@ -83,11 +83,12 @@ class Suite:
 MASKALIGN = tuple(name for name in RECIPES if name.startswith("maskalign"))
 SUITES = {
     "screening": Suite(("repa", *MASKALIGN), (0,), {}),
+    "short": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
     "rivals": Suite(tuple(name for name in RECIPES if not name.startswith("maskalign-")), (0,), {}),
     "final": Suite(
         ("repa", "sit", "maskalign", "loss-only", "tread", "sprint", "sprint+repa", "deferred-masking"),
         (0, 1, 2),
-        {"maskalign": (0.4, 0.6, 0.8, 1.0)},
+        {"maskalign": (1.0, 0.6)},
     ),
 }
 

@@ -120,27 +120,32 @@ def apart(values, repa):
 
 
 def summary(rows):
-    """One dict per recipe: what the table shows. Recipes come in the order of the rows."""
-    ends = {metric: finals(rows, metric) for metric in BETTER_LOW}
+    """One dict per recipe and share of the budget: what the table shows. Recipes come in the order of the rows."""
+    shares = sorted({row["share"] for row in rows}, reverse=True)
+    ends = {(metric, share): finals(rows, metric, share) for metric in BETTER_LOW for share in shares}
     timed = all(row["seconds"] is not None for row in rows)
     axis = 0 if timed else 2
-    to_loss, to_frechet = (ratios_to_repa(rows, metric, axis) for metric in ("velocity_loss", "frechet"))
+    times = {"time to REPA's loss": "velocity_loss", "time to REPA's Frechet": "frechet"}
+    ratios = {head: ratios_to_repa(rows, metric, axis) for head, metric in times.items()}
     lines = []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        if recipe not in ends["velocity_loss"]:
-            continue
-        last = max((row for row in rows if row["recipe"] == recipe and row["share"] == 1), key=lambda row: row["step"])
-        line = {"recipe": recipe, "seeds": len(ends["velocity_loss"][recipe]), "steps": last["run_steps"]}
-        line["PFLOP"] = f"{last['tflop'] / 1000:.3g}"
-        for metric, form in FORMS.items():
-            values = ends[metric].get(recipe)
-            line[metric] = spread(values.values(), form) if values else "-"
-            repa = ends[metric].get("repa")
-            if values and repa and BETTER_LOW[metric] and apart(values.values(), repa.values()):
-                line[metric] += " *"
-        line["time to REPA's loss"] = spread_of_ratios(to_loss.get(recipe))
-        line["time to REPA's Frechet"] = spread_of_ratios(to_frechet.get(recipe))
-        lines.append(line)
+        for share in shares:
+            if recipe not in ends["velocity_loss", share]:
+                continue
+            own = [row for row in rows if (row["recipe"], row["share"]) == (recipe, share)]
+            last = max(own, key=lambda row: row["step"])
+            name = recipe if share == 1 else f"{recipe}, {share:g} of the budget"
+            line = {"recipe": name, "seeds": len(ends["velocity_loss", share][recipe]), "steps": last["run_steps"]}
+            line["PFLOP"] = f"{last['tflop'] / 1000:.3g}"
+            for metric, form in FORMS.items():
+                values = ends[metric, share].get(recipe)
+                line[metric] = spread(values.values(), form) if values else "-"
+                repa = ends[metric, 1.0].get("repa") if 1.0 in shares else None
+                if values and repa and BETTER_LOW[metric] and apart(values.values(), repa.values()):
+                    line[metric] += " *"
+            for head, found in ratios.items():
+                line[head] = spread_of_ratios(found.get(recipe)) if share == 1 else ""
+            lines.append(line)
     return lines
 
 

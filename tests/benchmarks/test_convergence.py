@@ -31,7 +31,7 @@ SMALL = [
     "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.projector_dim=8",
     "--set", "training.batch_size=8", "--set", "training.log_every=1",
     "--steps", "6", "--points", "3", "--sample-points", "1", "--samples", "6", "--sampler-steps", "2",
-    "--heldout", "8", "--reference", "8", "--recipes", "repa,maskalign",
+    "--heldout", "8", "--reference", "8", "--suite", "screening", "--recipes", "repa,maskalign",
 ]  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
     process = run(again)
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
-    name = "convergence-final-tiny-steps.csv"
+    name = "convergence-screening-tiny-steps.csv"
     csvs = [(tmp_path / folder / name).read_text() for folder in ("whole", "again")]
     assert csvs[0] == csvs[1]
     check_rows(tmp_path / "whole" / name)
