@@ -127,18 +127,47 @@ def convergence_section(path, note):
     longest = max(row["seconds"] or 0 for row in rows)
     limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
     what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
+    key = (
+        "Loss, cosine and distances are those of all tokens and the averaged weights; in brackets the lowest and the "
+        "highest seed; a star where every seed is better than every seed of REPA. A part of the budget is a run that "
+        "was planned for it. Times are shares of REPA's run."
+    )
     return "\n\n".join([
-        paragraph(f"{what} {note['conditions']}"),
+        paragraph(f"{what} {note['conditions']} {key}"),
         f"`{about['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
         f"![Quality against time and FLOPs](benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
 
 
+def plan_section(path, note):
+    """The recipes as `benchmarks.plan` estimates them for a cluster."""
+    rows = read_csv(path)
+    first = rows[0]
+    head = ["model", "recipe", "parameters", "GFLOP per image", "kept for the backward", "memory of a rank",
+            "largest batch", "a step", "waiting for links", "images/s", "MFU", "GPU-hours", "MWh"]  # fmt: skip
+    lines = []
+    for row in rows:
+        least, most = row["kept_least_gib"], row["kept_most_gib"]
+        kept = f"{most:.1f} GiB" if least == most else f"{least:.1f}, at the end {most:.1f} GiB"
+        lines.append([
+            row["model"], row["recipe"], f"{row['parameters'] / 1e6:.0f} M", f"{row['gflops_per_image']:.0f}", kept,
+            f"{row['memory_gib']:.1f} GiB", f"{row['largest_batch']:.0f}", f"{row['step_ms']:.0f} ms",
+            f"{row['waiting_ms'] / row['step_ms']:.0%}", f"{row['images_per_second']:,.0f}", f"{row['mfu']:.0%}",
+            f"{row['gpu_hours']:,.0f}", f"{row['energy_kwh'] / 1000:.2f}",
+        ])  # fmt: skip
+    ranks = f"{first['ranks']:.0f} x {first['device']}, {first['plan']}"
+    what = f"Estimated, not measured: {first['images'] / 1e6:.1f} million images on {ranks}, "
+    what += f"{first['batch_per_rank']:.0f} images a rank, matrix products at {first['efficiency']:.0%} of the peak."
+    text = paragraph(f"{what} {note['conditions']}")
+    return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
+
+
 SECTIONS = (
     ("### Steps", "steps-*.csv", steps_section),
     ("### Convergence", "convergence-*.csv", convergence_section),
     ("### Loading", "loader.csv", loader_section),
+    ("### Planned", "plan-*.csv", plan_section),
 )
 
 

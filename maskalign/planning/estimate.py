@@ -1,6 +1,6 @@
 """From settings, a number of ranks and a device to what a run will take: memory, time, GPU-hours and energy."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import List
 
 import torch
@@ -21,6 +21,14 @@ from maskalign.planning.work import (
 )
 from maskalign.training.build import build_model
 
+# Plans to compare on the asked ranks: what they send. Settings of `ParallelConfig`.
+ALTERNATIVES = {
+    "ddp": dict(plan="ddp"),
+    "fsdp, ZeRO-3": dict(plan="fsdp", reshard_after_forward=True),
+    "fsdp, ZeRO-2": dict(plan="fsdp", reshard_after_forward=False),
+    "hsdp, ZeRO-3": dict(plan="hsdp", reshard_after_forward=True),
+    "hsdp, ZeRO-2": dict(plan="hsdp", reshard_after_forward=False),
+}
 RANKS = (1, 8, 64, 512, 4096)
 SAME_GLOBAL, SAME_PER_RANK = "same global batch", "same batch per rank"
 UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimiser's passes over its state reach
@@ -39,6 +47,7 @@ class Estimate:
         peaks: `memory.Peak` of the phases with the fewest and the most kept tokens, at the asked ranks.
         largest: images per rank and micro-batch that fit in every phase.
         collectives: list of `communication.Collective` at the asked ranks.
+        alternatives: dicts with plan, sent_mib, link_ms and waiting_ms of a step under each plan on these ranks.
         rows: dicts, one per number of ranks and regime; `asked` is the one of the settings themselves.
         vae_flops: of encoding one image, None for pixels.
     """
@@ -55,6 +64,7 @@ class Estimate:
     peaks: dict
     largest: int
     collectives: list
+    alternatives: List[dict]
     rows: List[dict]
     asked: dict
     assumed: List[str] = field(default_factory=list)
@@ -106,12 +116,13 @@ class _Planner:
         self.shards = self._shards(world_size)
         self.memories = self._memories()
 
-    def _shards(self, ranks):
+    def _shards(self, ranks, parallel=None):
         """Ranks that share the weights where there are `ranks` of them; None where the plan does not work there."""
+        parallel, per_node = parallel or self.parallel, self.options.device.per_node
+        if parallel.plan == "hsdp":
+            parallel = replace(parallel, shard_size=min(ranks, parallel.shard_size or per_node))
         try:
-            if self.parallel.plan == "hsdp" and ranks < (self.parallel.shard_size or self.options.device.per_node):
-                return ranks
-            return shard_ranks(self.parallel, ranks, min(ranks, self.options.device.per_node))
+            return shard_ranks(parallel, ranks)
         except UsageError:
             return None
 
@@ -151,7 +162,8 @@ class _Planner:
             phases=[self._phase(phase) for phase in self.phases],
             peaks={phase: memory.peak(self.batch) for phase, memory in self.memories.items()},
             largest=min(memory.largest(options.limit) for memory in self.memories.values()),
-            collectives=self._collectives(options.world_size),
+            collectives=self._collectives(options.world_size, self.shards, self.parallel),
+            alternatives=self._alternatives(),
             rows=rows,
             asked=asked,
             assumed=self.facts.assumed + self._assumptions(),
@@ -167,9 +179,29 @@ class _Planner:
             "recomputed": recomputed, "step": step,
         }  # fmt: skip
 
-    def _collectives(self, ranks):
+    def _collectives(self, ranks, shards, parallel):
         gathered = 2 if self.dtype == torch.bfloat16 else 4
-        return step_collectives(self.model, self.parallel, ranks, self._shards(ranks), self.accumulation, gathered)
+        return step_collectives(self.model, parallel, ranks, shards, self.accumulation, gathered)
+
+    def _links(self, ranks, shards, images, parallel):
+        """What a step sends, and for how long links work and ranks wait: sent_mib, link_ms, waiting_ms."""
+        collectives = self._collectives(ranks, shards, parallel)
+        options, waiting = self.options, 0.0
+        for phase in self.phases:
+            compute = self._compute(self._phase(phase), images)
+            waiting += phase.share * exposed_seconds(collectives, compute, self.accumulation, options)
+        on_links = sum(c.times * c.seconds(options.device, options.link_efficiency) for c in collectives)
+        sent = sum(c.sent for c in collectives) / 2**20
+        return {"sent_mib": sent, "link_ms": 1e3 * on_links, "waiting_ms": 1e3 * waiting}
+
+    def _alternatives(self):
+        ranks, found = self.options.world_size, []
+        for name, changes in ALTERNATIVES.items():
+            parallel = replace(self.parallel, **changes)
+            shards = self._shards(ranks, parallel)
+            if ranks > 1 and shards is not None:
+                found.append({"plan": name, **self._links(ranks, shards, self.batch, parallel)})
+        return found
 
     def _row(self, ranks, images, batch):
         """One line of the scaling table: `images` per rank and micro-batch."""
@@ -178,26 +210,22 @@ class _Planner:
         if self.parallel.plan in ("fsdp", "hsdp"):
             sharded = shard_bytes(self.model, shards) / shard_bytes(self.model, self.shards)
         memory = max(memory.peak(images, sharded).total for memory in self.memories.values())
-        collectives = self._collectives(ranks)
-        total = dict.fromkeys(("step", "compute", "waiting", "useful"), 0.0)
+        links = self._links(ranks, shards, images, self.parallel)
+        compute = useful = 0.0
         for phase in map(self._phase, self.phases):
-            compute = self._compute(phase, images)
-            waiting = exposed_seconds(collectives, compute, self.accumulation, options)
-            useful = 3 * (phase["student"] + phase["mixer"] + phase["projector"]) * images * self.accumulation
-            for name, value in (("compute", compute), ("waiting", waiting), ("useful", useful)):
-                total[name] += phase["share"] * value
+            compute += phase["share"] * self._compute(phase, images)
+            parts = phase["student"] + phase["mixer"] + phase["projector"]
+            useful += phase["share"] * 3 * parts * images * self.accumulation
         update = self._update(shards)
-        step = total["compute"] + total["waiting"] + update
+        step = compute + links["waiting_ms"] / 1e3 + update
         whole = images * ranks * self.accumulation
         all_images = self.config.training.max_steps * self.config.training.batch_size
         hours = all_images / (whole / step) / 3600
         return {
             "batch": batch, "ranks": ranks, "global_batch": whole, "batch_per_rank": images, "shards": shards,
             "memory_gib": memory / 2**30, "fits": memory <= options.limit,
-            "step_ms": 1e3 * step, "compute_ms": 1e3 * total["compute"], "update_ms": 1e3 * update,
-            "link_ms": 1e3 * sum(c.times * c.seconds(options.device, options.link_efficiency) for c in collectives),
-            "waiting_ms": 1e3 * total["waiting"], "sent_mib": sum(c.sent for c in collectives) / 2**20,
-            "images_per_second": whole / step, "mfu": total["useful"] / step / self.peak,
+            "step_ms": 1e3 * step, "compute_ms": 1e3 * compute, "update_ms": 1e3 * update, **links,
+            "images_per_second": whole / step, "mfu": useful / step / self.peak,
             "hours": hours, "gpu_hours": hours * ranks, "energy_kwh": hours * ranks * options.device.watts / 1000,
         }  # fmt: skip
 

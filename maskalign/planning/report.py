@@ -44,6 +44,7 @@ def text(estimate):
             f"GiB on a rank at the peak of a step, {estimate.asked['batch_per_rank']:,} images\n" + _memory(estimate),
             _largest(estimate),
             "communication of a step, per rank\n" + _communication(estimate),
+            *_alternatives(estimate),
             *_scaling(estimate),
         ]
     )
@@ -102,6 +103,17 @@ def _communication(estimate):
         cells = [c.operation, f"{c.times:,}", f"{c.ranks:,}", f"{c.size / 2**20:.1f}", f"{1e3 * each:.3f}", c.stage]
         lines.append(cells)
     return aligned(lines)
+
+
+def _alternatives(estimate):
+    if not estimate.alternatives:
+        return []
+    lines = [["plan", "MiB sent", "ms on links", "ms waiting"]]
+    for other in estimate.alternatives:
+        lines.append(
+            [other["plan"], f"{other['sent_mib']:,.0f}", f"{other['link_ms']:,.1f}", f"{other['waiting_ms']:,.1f}"]
+        )
+    return ["what other plans would send in a step on these ranks\n" + aligned(lines)]
 
 
 def _scaling(estimate):
