@@ -10,8 +10,8 @@ DEGREES = ((0.6, "strongly stable"), (0.3, "clearly stable"), (0.1, "weakly stab
 
 
 def judge(value, expected, high):
-    """A verdict on an overlap: how far it is from chance (0) to perfect agreement (1), if it leaves chance at all."""
-    if value <= high:
+    """A verdict on an agreement: how far it is from chance (0) to perfect (1), if it leaves chance at all."""
+    if value <= high + 1e-6:  # shares of few tokens are often equal, but for rounding
         return "not beyond chance"
     excess = (value - expected) / (1 - expected)
     return next(words for least, words in DEGREES if excess >= least)
@@ -88,16 +88,18 @@ def _places(run, tables, about):
 def _stability(run, cases, rows, about):
     lines = [
         "",
-        f"Overlap of the top {about['top']:.0%} sets, last checkpoint (Spearman's correlation in brackets):",
+        f"Overlap of the sets of the top {about['top']:.0%}, and Spearman's rank correlation of all tokens, at the "
+        "last checkpoint; in brackets what chance gives on average, and reaches:",
         "",
-        "| way to align | level | between | overlap | chance | of chance up to | verdict |",
+        "| way to align | level | between | overlap | the top set is | correlation | the ranks are |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for mode in MODES:
         for (level, between), case in cases.get((run, mode), {}).items():
             lines.append(
-                f"| {mode} | {level} | {between} | {case['overlap']:.3f} ({case['spearman']:+.2f}) | "
-                f"{case['overlap_chance']:.3f} | {case['limit']:.3f} | {_verdict(case)} |"
+                f"| {mode} | {level} | {between} | {case['overlap']:.3f} ({case['overlap_chance']:.3f}, up to "
+                f"{case['overlap_limit']:.3f}) | {_verdict(case)} | {case['spearman']:+.2f} (0, up to "
+                f"{case['spearman_limit']:.2f}) | {_verdict(case, 'spearman')} |"
             )
     lines.append("")
     for row in _last(rows, run):
@@ -110,8 +112,8 @@ def _stability(run, cases, rows, about):
     return lines
 
 
-def _verdict(case):
-    return judge(case["overlap"], case["overlap_chance"], case["limit"])
+def _verdict(case, key="overlap"):
+    return judge(case[key], case["overlap_chance"] if key == "overlap" else 0, case[f"{key}_limit"])
 
 
 def _trunk(run, rows, about):
@@ -145,12 +147,17 @@ def in_short(tables, about):
             "between checkpoints, image by image": full.get((SINGLE, CHECKPOINTS)),
         }
         tests = {name: case for name, case in tests.items() if case is not None}
-        verdicts = [f"{_verdict(case)} {name} ({case['overlap']:.2f})" for name, case in tests.items()]
-        beyond = sum(case["overlap"] > case["limit"] for case in tests.values())
-        finding = {len(tests): "is seen here", 0: "is not seen here"}.get(beyond, "is seen here in part")
+        sets, ranks = (
+            [f"{_verdict(case, key)} {name} ({case[key]:.2f})" for name, case in tests.items()]
+            for key in ("overlap", "spearman")
+        )
+        beyond = [case[k] > case[f"{k}_limit"] + 1e-6 for case in tests.values() for k in ("overlap", "spearman")]
+        finding = {len(beyond): "is seen here", 0: "is not seen here"}.get(sum(beyond), "is seen here in part")
         lines.append(
-            f"{run}: that large alignment gradients keep their places under full-token alignment {finding}: their set "
-            f"is {', '.join(verdicts)}; chance is {next(iter(tests.values()))['overlap_chance']:.2f}."
+            f"{run}: that large alignment gradients keep their places under full-token alignment {finding} "
+            f"({sum(beyond)} of {len(beyond)} tests beyond chance). The sets of the top {about['top']:.0%} (overlap by "
+            f"chance {next(iter(tests.values()))['overlap_chance']:.2f}) are {', '.join(sets)}. The ranks of all "
+            f"tokens (correlation by chance 0) are {', '.join(ranks)}."
         )
         lines += _drawn_sets(run, cases, about)
         lines += _trunk_in_short(run, tables["agreement"])
@@ -184,10 +191,16 @@ def _trunk_in_short(run, rows):
         return []
     line = (
         f"{run}: trunk gradients of two random subsets of the same images agree by {subsets['cosine']:.2f}, "
-        f"{'more' if subsets['cosine'] > noise['cosine'] else 'no more'} than those of all tokens under other noise "
-        f"({noise['cosine']:.2f})"
+        f"{_more(subsets, noise)} those of all tokens under other noise ({noise['cosine']:.2f})"
     )
     if images is not None:
-        line += f" and {'more' if subsets['cosine'] > images['cosine'] else 'no more'} than those of other images "
-        line += f"({images['cosine']:.2f})"
+        line += f", and {_more(subsets, images)} those of other images ({images['cosine']:.2f})"
     return [line + "."]
+
+
+def _more(one, other):
+    """How two mean cosines compare, given their standard errors: `more than`, `less than`, or `about as much as`."""
+    errors = [0 if row["standard_error"] == "" else row["standard_error"] for row in (one, other)]
+    if abs(one["cosine"] - other["cosine"]) <= 2 * sum(error**2 for error in errors) ** 0.5:
+        return "about as much as"
+    return "more than" if one["cosine"] > other["cosine"] else "less than"

@@ -56,7 +56,8 @@ def draw_maps(positions, stem, top, title):
         len(modes), len(columns), figsize=(1.75 * len(columns) + 1.2, 2.1 * len(modes) + 0.7), layout="constrained"
     )
     frequent = max(np.nanmax(panels[mode, "top"]) for mode in modes)
-    for line, mode in zip(axes, modes, strict=True):
+    for number, mode in enumerate(modes):
+        line = axes[number]
         for axis, column in zip(line, columns, strict=True):
             if column == "top":
                 scale = dict(cmap="viridis", vmin=0, vmax=frequent)
@@ -66,7 +67,7 @@ def draw_maps(positions, stem, top, title):
                 name = "mean norm,\nall times" if column == "" else f"t = {column:g}"
             image = axis.imshow(panels[mode, column], **scale)
             axis.set(xticks=[], yticks=[])
-            if line is axes[0]:
+            if number == 0:
                 axis.set_title(name, fontsize=8)
             if column in (times[-1], "top"):
                 figure.colorbar(image, ax=axis, shrink=0.75).ax.tick_params(labelsize=7)
@@ -128,8 +129,8 @@ def summary_cases(stability):
 
     Returns:
         dict (run, mode) -> dict (level, what is compared) -> dict of numbers: those of the rows, averaged over the rows
-        of one case (all pairs of times, say). `limit` is the overlap up to which chance is not ruled out: the upper end
-        of the wider interval, by permutation or on the torus.
+        of one case (all pairs of times, say). `overlap_limit` and `spearman_limit` are the values up to which chance is
+        not ruled out: the upper end of the wider interval, by permutation or on the torus.
     """
     last = _last_steps([row for row in stability if row["between"] in (HALVES, DRAWS)])
     found = {}
@@ -141,8 +142,9 @@ def summary_cases(stability):
     for cases in found.values():
         for case, rows in cases.items():
             cases[case] = {key: float(np.mean([row[key] for row in rows])) for key in keys}
-            highs = [max(row["overlap_high"], row.get("overlap_turned_high", 0)) for row in rows]
-            cases[case]["limit"] = float(np.mean(highs))
+            for key in ("overlap", "spearman"):
+                highs = [max(row[f"{key}_high"], row.get(f"{key}_turned_high", -1)) for row in rows]
+                cases[case][f"{key}_limit"] = float(np.mean(highs))
     return found
 
 
@@ -207,6 +209,6 @@ def _agreements(axis, agreement):
                 )  # fmt: skip
     axis.set_yticks(range(len(pairs)), [pair.replace(", ", ",\n") for pair in pairs], fontsize=7)
     axis.invert_yaxis()
-    axis.set(xlabel="cosine of the trunk's alignment gradients")
+    axis.set(xlabel="cosine of the trunk's alignment gradients (lines: standard error)")
     axis.axvline(0, color="k", lw=0.5)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(last))

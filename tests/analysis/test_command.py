@@ -55,7 +55,7 @@ def test_two_runs(masked_run, full_run, data_set, tmp_path, capsys):
         row for row in stability
         if (row["run"], row["step"], row["mode"], row["between"]) == ("full", "4", "full", "halves of the data")
     )  # fmt: skip
-    assert f"| full | mean map | halves of the data | {float(halves['overlap']):.3f} " in outcome
+    assert f"| full | mean map | halves of the data | {float(halves['overlap']):.3f} (" in outcome
     assert "12 images" in outcome and "| masked | 2, 4 |" in outcome
 
     assert status_of([*argv, "--out", str(tmp_path / "two")]) == 0
