@@ -1,18 +1,13 @@
-"""What `benchmarks.steps` runs: our training step under a recipe's settings, and the public REPA code's."""
+"""What `benchmarks.steps` runs of ours: the training step under a recipe's settings."""
 
-import importlib.util
-import sys
-from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
-from copy import deepcopy
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 
+from benchmarks.step_clock import saved_bytes, seconds_of, split_of
 from benchmarks.step_data import CLASSES, LATENT, Batches
 from maskalign.config import as_schedule, model_sizes, parse_config
-from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
 from maskalign.training import step as step_module
 from maskalign.training.build import build_model
@@ -54,6 +49,8 @@ class OurCase:
         data, teacher, folder: see `step_data.Batches`.
     """
 
+    averages_inside = True  # the moving average is a part of the optimiser's step
+
     def __init__(
         self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
         folder=None,
@@ -66,6 +63,7 @@ class OurCase:
         self.placement = place(self.config.training)
         aligned = as_schedule(self.config.method.align_weight).start > 0
         grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
+        self.aligned = aligned
         self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned)
         torch.manual_seed(0)
         facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
@@ -83,6 +81,21 @@ class OurCase:
         self.count += 1
         inputs, labels, teachers, prepare = batch or self.batches(self.clock)
         return self.train_step(self.count, 0.0, inputs, labels, teachers, prepare=prepare).loss
+
+    def step_seconds(self, device, clock):
+        """(seconds, loss) of one step."""
+        losses = []
+        seconds = seconds_of(lambda: losses.append(self.step()), device, clock)
+        return seconds, float(losses[0])
+
+    def saved_bytes(self):
+        return saved_bytes(self)
+
+    def split(self, device, steps, clock):
+        return split_of(self, device, steps, clock)
+
+    def close(self):
+        """Nothing to end."""
 
     def weights(self):
         return [*self.model.parameters(), *self.model.buffers()]
@@ -102,104 +115,6 @@ class OurCase:
                 yield
             finally:
                 self.clock = None
-
-
-class ReferenceCase:
-    """The public REPA code (its model and loss) with the step of its train.py, from a local checkout.
-
-    Its own precision: float32, or bf16 by autocast around the model's forward, as accelerate does, with the loss in
-    float32; torch.optim.AdamW as its train.py makes it; clip; EMA in a loop over the parameters. Differences: its S
-    presets cannot be built (a decoder width of 768), so they are given their own width; and it shares this process's
-    allocator, which our `tune_host` has set and which makes it faster than it is alone.
-    """
-
-    recipe, keep = "reference", 1.0
-
-    def __init__(self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None):
-        sit, loss = (load_file(Path(folder) / name) for name in ("models/sit.py", "loss.py"))
-        self.name = f"reference-{precision}"
-        self.bf16 = precision == "bf16"
-        config = parse_config(recipe_settings("repa", preset, None))
-        sizes = model_sizes(config)
-        width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
-        self.device = torch.device(place(config.training).device if device == "auto" else device)
-        grid = (LATENT[1] // sizes["patch_size"],) * 2
-        self.batches = Batches(data, teacher, batch_size, self.device, grid, shards)
-        torch.manual_seed(0)
-        self.net = sit.SiT_models[preset](
-            input_size=LATENT[1], num_classes=CLASSES, use_cfg=True, z_dims=self.batches.dims,
-            encoder_depth=sizes["align_depth"], fused_attn=True, qk_norm=False, **width,
-        ).to(self.device)  # fmt: skip
-        self.ema = deepcopy(self.net).requires_grad_(False).eval()
-        self.net.train()
-        self.criterion = loss.SILoss(prediction="v", path_type="linear", encoders=[], weighting="uniform")
-        self.adamw = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
-        self.model = SimpleNamespace(
-            num_tokens=grid[0] * grid[1], route=None, mixer=None, restore="none", in_channels=LATENT[0],
-            blocks=self.net.blocks, projectors=self.net.projectors, **sizes,
-        )  # fmt: skip
-        self.kept = self.model.num_tokens
-        self.clock = None
-
-    def _forward(self, *args, **kwargs):
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            velocity, projected = self.net(*args, **kwargs)
-        return velocity.float(), [z.float() for z in projected]
-
-    def step(self, batch=None):
-        part = self.clock or (lambda name: nullcontext())
-        # Its train.py leaves matmul precision as torch sets it.
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            inputs, labels, teachers, prepare = batch or self.batches(self.clock)
-            with part("forward"):
-                inputs = (
-                    inputs if prepare is None else prepare(inputs, torch.randn(len(inputs), *LATENT).to(inputs.device))
-                )
-                teachers = [z.float() for z in teachers]
-                loss, alignment = self.criterion(self._forward, inputs, dict(y=labels), zs=teachers)
-                total = loss.mean() + 0.5 * alignment.mean()
-            with part("backward"):
-                total.backward()
-            with part("optimiser"):
-                torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-                self.adamw.step()
-                self.adamw.zero_grad(set_to_none=True)
-            with part("ema"):
-                self._update_ema()
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return total.detach()
-
-    @torch.no_grad()
-    def _update_ema(self):
-        averages = OrderedDict(self.ema.named_parameters())
-        for name, parameter in OrderedDict(self.net.named_parameters()).items():
-            averages[name].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
-
-    def weights(self):
-        return [*self.net.parameters(), *self.net.buffers()]
-
-    @contextmanager
-    def timed(self, clock):
-        self.clock = clock
-        try:
-            yield
-        finally:
-            self.clock = None
-
-
-def load_file(path):
-    """A module from one file of a checkout, without putting the checkout on the path."""
-    if not path.is_file():
-        raise UsageError(f"--reference: {path} does not exist; give the root of a checkout of the public REPA code")
-    name = f"repa_reference_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextmanager

@@ -12,6 +12,7 @@ COLUMNS = (
     ("step_ms", "ms", "{:.0f}"), ("spread", "p10-p90", "{}"), ("x_repa", "x REPA", "{:.2f}"),
     ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("mixer_cost", "mixer", "{:+.1%}"),
     ("gflops_per_image", "GFLOP", "{:.1f}"), ("share_of_matmul_peak", "of peak", "{:.0%}"),
+    ("share_of_peak_fwd_bwd", "fwd+bwd", "{:.0%}"),
     ("saved_mib", "saved MiB", "{:.0f}"), ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"),
     ("data_ms", "data", "{:.0f}"), ("teacher_ms", "teacher", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
     ("backward_ms", "bwd", "{:.0f}"), ("optimiser_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),

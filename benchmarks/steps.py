@@ -5,40 +5,37 @@
 
 A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and teacher features of width
 768. By default both lie in memory; --data shards reads them through the loader, --teacher online:NAME runs an encoder
-in every step. All cases live in one process and take turns, in another order every round; figures are medians over
-rounds, ratios are medians of the ratios within a round, and the spread is the 10th to 90th percentile. Further columns
-come from passes of their own: the parts of a step, the bytes that autograd saves, and the peak memory of the case alone
-in a process.
+in every step. Our cases live in one process, the public code in another, and they take turns, in another order every
+round; figures are medians over rounds, ratios are medians of the ratios within a round, and the spread is the 10th to
+90th percentile. Further columns come from passes of their own: the parts of a step, the bytes that autograd saves, and
+the peak memory of the case alone in a process. On a machine that others use, too, `--threads 1 --clock cpu` counts the
+processor's seconds instead of those on the wall.
 """
 
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from benchmarks.flops import step_flops
-from benchmarks.step_cases import RECIPES, OurCase, ReferenceCase
+from benchmarks.step_cases import RECIPES, OurCase
+from benchmarks.step_clock import CLOCKS, matmul_peak
 from benchmarks.step_data import LATENT, write_shards
+from benchmarks.step_reference import SETTINGS, Reference, ReferenceCase
 from benchmarks.step_report import machine, table, write
 from maskalign.config import Config
-from maskalign.errors import UsageError
+from maskalign.errors import RunError, UsageError
 from maskalign.models.presets import preset_sizes
 from maskalign.training.parallel import place, tune_host
-
-PASSED_ON = (
-    "preset", "batch_size", "precision", "reference_precision", "device", "reference", "teacher", "data", "shards",
-)  # fmt: skip
-PARTS = ("data", "teacher", "draws", "forward", "backward", "optimiser", "ema")
 
 
 def case_names(options):
@@ -54,100 +51,11 @@ def case_names(options):
 
 def make_case(recipe, keep, options):
     if recipe == "reference":
-        return ReferenceCase(
-            options.reference, options.preset, options.batch_size, options.reference_precision, options.device,
-            options.data, options.teacher, options.shards,
-        )  # fmt: skip
+        return Reference(options)
     return OurCase(
         recipe, options.preset, keep, options.batch_size, options.precision, options.device, options.compile,
         options.data, options.teacher, options.shards,
     )  # fmt: skip
-
-
-def synchronise(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(call, device):
-    synchronise(device)
-    start = time.perf_counter()
-    call()
-    synchronise(device)
-    return time.perf_counter() - start
-
-
-def matmul_peak(device, precision, size=2048, tries=8):
-    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(seconds_of(lambda: a @ b, device) for _ in range(tries))
-    return 2 * size**3 / best
-
-
-class Clock:
-    """Adds up seconds by name; parts may nest."""
-
-    def __init__(self, device):
-        self.device = device
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-
-    @contextmanager
-    def _part(self, name):
-        synchronise(self.device)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            synchronise(self.device)
-            self.seconds[name] += time.perf_counter() - start
-
-    def __call__(self, name):
-        return Part(self, name)
-
-
-class Part:
-    """A context that can be entered any number of times."""
-
-    def __init__(self, clock, name):
-        self.clock, self.name = clock, name
-
-    def __enter__(self):
-        self.running = self.clock._part(self.name)
-        self.running.__enter__()
-
-    def __exit__(self, *error):
-        self.running.__exit__(*error)
-
-
-def split_of(case, device, steps):
-    """Milliseconds of every part of a step, means over a few steps."""
-    clock = Clock(device)
-    with case.timed(clock):
-        for _ in range(steps):
-            case.step()
-    parts = {name: 1000 * seconds / steps for name, seconds in clock.seconds.items()}
-    if not isinstance(case, ReferenceCase):
-        parts["optimiser"] -= parts["ema"]  # ours averages inside the optimiser's step
-    return parts
-
-
-def saved_bytes(case):
-    """Bytes of the distinct storages that autograd keeps for the backward of a step, without weights and inputs."""
-    batch = case.batches()
-    inputs = [batch.inputs, batch.labels, *batch.teachers]
-    known = {tensor.untyped_storage().data_ptr() for tensor in [*case.weights(), *inputs]}
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor  # kept alive until the backward, so no address is used twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.step(batch)
-    return sum(sizes.values())
 
 
 def measure(cases, options, device):
@@ -155,8 +63,8 @@ def measure(cases, options, device):
     for case in cases:
         print(f"warming up {case.name}", file=sys.stderr, flush=True)
         for _ in range(options.warmup):
-            loss = case.step()
-        if not torch.isfinite(loss):
+            _, loss = case.step_seconds(device, options.clock)
+        if not math.isfinite(loss):
             raise SystemExit(f"{case.name}: the loss is not finite; no speed is reported")
     seconds = {case.name: [] for case in cases}
     order = list(cases)
@@ -165,7 +73,7 @@ def measure(cases, options, device):
         shuffle.shuffle(order)
         for case in order:
             gc.collect()
-            seconds[case.name].append(seconds_of(case.step, device))
+            seconds[case.name].append(case.step_seconds(device, options.clock)[0])
         print(f"\rround {number + 1}/{options.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return seconds
@@ -175,17 +83,7 @@ def peak_memory_alone(case, options):
     """Peak MiB of a case in a process of its own, above what Python and torch take before the model is built."""
     of = "reference" if case.recipe == "reference" else case.name
     words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
-    for name in (
-        "preset",
-        "batch_size",
-        "precision",
-        "reference_precision",
-        "device",
-        "reference",
-        "teacher",
-        "data",
-        "shards",
-    ):
+    for name in ("precision", "threads", *SETTINGS):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -206,9 +104,14 @@ def peak_rss_mib():
 def print_peak(options, device):
     """The child of `peak_memory_alone`."""
     recipe, _, keep = options.peak_of.partition("@")
+    if recipe != "reference":
+        tune_host(device)
     matmul_peak(device, options.precision, size=256, tries=1)  # the libraries' own buffers are not the case's
     before = peak_rss_mib()
-    case = make_case(recipe, float(keep) if keep else None, options)
+    if recipe == "reference":
+        case = ReferenceCase(*(getattr(options, name) for name in SETTINGS))
+    else:
+        case = make_case(recipe, float(keep) if keep else None, options)
     for _ in range(3):
         case.step()
     if device.type == "cuda":
@@ -230,7 +133,8 @@ def rows_of(cases, seconds, peaks, options, device):
 
     reference = next((case.name for case in cases if case.recipe == "reference"), None)
     mixing = {case.keep: case.name for case in cases if case.recipe == "maskalign-no-mixer"}
-    saved = {case.name: saved_bytes(case) for case in cases}
+    saved = {case.name: case.saved_bytes() for case in cases}
+    splits = {case.name: case.split(device, options.split_steps, options.clock) for case in cases}
     rows = []
     for case in cases:
         times = sorted(seconds[case.name])
@@ -239,6 +143,8 @@ def rows_of(cases, seconds, peaks, options, device):
         flops = step_flops(case.model, case.kept)
         rate = options.batch_size * flops / median
         without = mixing.get(case.keep) if case.recipe == "maskalign" else None
+        parts = splits[case.name]
+        passes = (parts["forward"] + parts["backward"]) / 1000
         row = {
             "case": case.name,
             "preset": options.preset,
@@ -246,9 +152,10 @@ def rows_of(cases, seconds, peaks, options, device):
             "batch_size": options.batch_size,
             "tokens": f"{case.kept}/{case.model.num_tokens}",
             "device": device.type,
+            "clock": options.clock,
             "compiled": options.compile and case.recipe != "reference",
             "data": options.data,
-            "teacher": options.teacher if case.batches.aligned else "none",
+            "teacher": options.teacher if case.aligned else "none",
             "images_per_second": options.batch_size / median,
             "step_ms": 1000 * median,
             "step_ms_p10": 1000 * quantile(times, 0.1),
@@ -258,11 +165,12 @@ def rows_of(cases, seconds, peaks, options, device):
             "mixer_cost": None if without is None else ratios("x", case.name, without)["x"] - 1,
             "gflops_per_image": flops / 1e9,
             "share_of_matmul_peak": rate / peaks[precision],
+            "share_of_peak_fwd_bwd": options.batch_size * flops / passes / peaks[precision],
             "saved_mib": saved[case.name] / 2**20,
             "saved_x_repa": saved[case.name] / saved["repa"] if "repa" in saved else None,
             "peak_mib": peak_memory_alone(case, options) if options.peak else None,
         }
-        row |= {f"{name}_ms": value for name, value in split_of(case, device, options.split_steps).items()}
+        row |= {f"{name}_ms": value for name, value in parts.items()}
         rows.append(row)
     return rows
 
@@ -306,6 +214,7 @@ def parse(argv):
     parser.add_argument("--teacher", default="cached", help="cached, or online:NAME to run that encoder in every step")
     parser.add_argument("--data", choices=("memory", "shards"), default="memory", help="where batches come from")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: the processor's, on one thread")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV and PNG")
     parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave out the peak memory, which is slow")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
@@ -321,6 +230,8 @@ def parse(argv):
         parser.error(f"--keep-ratios: {options.keep_ratios!r} is not a list of numbers")
     if options.teacher != "cached" and not options.teacher.startswith("online:"):
         parser.error(f"--teacher: {options.teacher!r} is neither cached nor online:NAME")
+    if options.clock == "cpu" and options.threads != 1:
+        parser.error("--clock cpu goes with --threads 1: threads that wait for each other would count, too")
     if options.rounds < 1 or options.warmup < 1:
         parser.error("--rounds and --warmup must be at least 1")
     options.reference_precision = options.reference_precision or options.precision
@@ -334,10 +245,10 @@ def main(argv=None):
     training = Config().training
     training.device, training.precision = options.device, options.precision
     device = place(training).device
-    tune_host(device)
     if options.peak_of:
         print_peak(options, device)
         return
+    tune_host(device)
     names = case_names(options)
     if device.type == "cpu":
         check_memory(options, names)
@@ -351,9 +262,12 @@ def main(argv=None):
 def run(names, options, device):
     """Measure the cases, write the files and print the table."""
     cases = [make_case(recipe, keep, options) for recipe, keep in names]
-    peaks = {p: matmul_peak(device, p) for p in dict.fromkeys((options.precision, options.reference_precision))}
+    precisions = dict.fromkeys((options.precision, options.reference_precision))
+    peaks = {precision: matmul_peak(device, precision, options.clock) for precision in precisions}
     seconds = measure(cases, options, device)
     rows = rows_of(cases, seconds, peaks, options, device)
+    for case in cases:
+        case.close()
     about = machine(device, peaks)
     paths = write(rows, options, about)
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {about}")
@@ -367,3 +281,6 @@ if __name__ == "__main__":
     except UsageError as error:
         print(f"benchmarks.steps: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"benchmarks.steps: error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import forward_flops
 from benchmarks.step_cases import OurCase
+from benchmarks.step_clock import saved_bytes, split_of
 from benchmarks.step_data import write_shards
-from benchmarks.steps import main, saved_bytes, split_of
+from benchmarks.steps import main
+from maskalign.errors import RunError
 from maskalign.models import SiT
 
 SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dims=(10, 7), align_depth=2,
@@ -84,6 +86,61 @@ def test_a_small_run(tmp_path, capsys):
     assert (tmp_path / "steps-SiT-S-8-fp32-b1.png").stat().st_size > 10_000
 
 
+# A stand-in for the public code's two files: what `step_reference` needs of them, and nothing that learns.
+REFERENCE_MODEL = """
+from types import SimpleNamespace
+import torch
+class Net(torch.nn.Module):
+    def __init__(self, z_dims, **settings):
+        super().__init__()
+        block = torch.nn.Module()
+        block.mlp = torch.nn.Module()
+        block.mlp.fc1 = torch.nn.Linear(4, 16)
+        self.blocks = torch.nn.ModuleList([block])
+        self.projectors = torch.nn.ModuleList([torch.nn.Linear(16, z_dims[0])])
+        print("a line that is no reply")
+    def forward(self, x, t, y):
+        hidden = self.blocks[0].mlp.fc1(x.flatten(2).transpose(1, 2))
+        return hidden.mean(-1).unflatten(1, (32, 32)).unsqueeze(1), [self.projectors[0](hidden)]
+SiT_models = {"SiT-S/8": Net}
+"""
+REFERENCE_LOSS = """
+import torch
+class SILoss:
+    def __init__(self, **settings): pass
+    def __call__(self, model, x, kwargs, zs):
+        velocity, (z,) = model(x, torch.rand(len(x)), **kwargs)
+        return (velocity - x).square().mean((1, 2, 3)), -torch.cosine_similarity(z[:, :16], zs[0], dim=-1).mean(1)
+"""
+
+
+@pytest.fixture
+def threads():
+    """Puts torch's number of threads back after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sit.py").write_text(REFERENCE_MODEL)
+    (tmp_path / "loss.py").write_text(REFERENCE_LOSS)
+    main(["--preset", "SiT-S/8", "--batch-size", "2", "--recipes", "repa", "--rounds", "1", "--warmup", "1",
+          "--threads", "1", "--clock", "cpu", "--split-steps", "1", "--no-peak", "--device", "cpu",
+          "--precision", "bf16", "--reference", str(tmp_path), "--out", str(tmp_path)])  # fmt: skip
+    with open(tmp_path / "steps-SiT-S-8-bf16-b2.csv", newline="") as file:
+        ours, reference = csv.DictReader(file)
+    assert reference["case"] == "reference-bf16" and reference["clock"] == "cpu"
+    assert float(reference["step_ms"]) > 0 and float(reference["saved_mib"]) > 0 and float(reference["forward_ms"]) > 0
+    assert float(ours["x_reference"]) == pytest.approx(float(reference["step_ms"]) / float(ours["step_ms"]), rel=1e-4)
+
+
+def test_a_reference_that_is_not_there(tmp_path):
+    with pytest.raises(RunError, match="ended with status 2"):
+        main(["--preset", "SiT-S/8", "--batch-size", "1", "--recipes", "repa", "--reference", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "words, match",
     [
@@ -91,6 +148,7 @@ def test_a_small_run(tmp_path, capsys):
         (["--recipes", "repo"], "no recipe"),
         (["--keep-ratios", "half"], "keep-ratios"),
         (["--rounds", "0"], "rounds"),
+        (["--clock", "cpu", "--threads", "2"], "--threads 1"),
     ],
 )
 def test_wrong_options(words, match, capsys):

@@ -1,0 +1,98 @@
+"""How `benchmarks.steps` measures: seconds on the wall or of the processor, parts of a step, peaks, saved bytes."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+
+PARTS = ("data", "teacher", "draws", "forward", "backward", "optimiser", "ema")
+# CPU seconds leave out the time in which other programs had the processor. With several threads they would count
+# threads that wait for each other, too: `--clock cpu` goes with one thread.
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def synchronise(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call, device, clock="wall"):
+    """Seconds that a call takes by one of `CLOCKS`."""
+    synchronise(device)
+    start = CLOCKS[clock]()
+    call()
+    synchronise(device)
+    return CLOCKS[clock]() - start
+
+
+def matmul_peak(device, precision, clock="wall", size=2048, tries=8):
+    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = min(seconds_of(lambda: a @ b, device, clock) for _ in range(tries))
+    return 2 * size**3 / best
+
+
+class Clock:
+    """Adds up seconds by name; parts may nest."""
+
+    def __init__(self, device, clock="wall"):
+        self.device, self.now = device, CLOCKS[clock]
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def _part(self, name):
+        synchronise(self.device)
+        start = self.now()
+        try:
+            yield
+        finally:
+            synchronise(self.device)
+            self.seconds[name] += self.now() - start
+
+    def __call__(self, name):
+        return Part(self, name)
+
+
+class Part:
+    """A context that can be entered any number of times."""
+
+    def __init__(self, clock, name):
+        self.clock, self.name = clock, name
+
+    def __enter__(self):
+        self.running = self.clock._part(self.name)
+        self.running.__enter__()
+
+    def __exit__(self, *error):
+        self.running.__exit__(*error)
+
+
+def split_of(case, device, steps, clock="wall"):
+    """Milliseconds of every part of a step, means over a few steps."""
+    taken = Clock(device, clock)
+    with case.timed(taken):
+        for _ in range(steps):
+            case.step()
+    parts = {name: 1000 * seconds / steps for name, seconds in taken.seconds.items()}
+    if case.averages_inside:
+        parts["optimiser"] -= parts["ema"]
+    return parts
+
+
+def saved_bytes(case):
+    """Bytes of the distinct storages that autograd keeps for the backward of a step, without weights and inputs."""
+    batch = case.batches()
+    inputs = [batch.inputs, batch.labels, *batch.teachers]
+    known = {tensor.untyped_storage().data_ptr() for tensor in [*case.weights(), *inputs]}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor  # kept alive until the backward, so no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        case.step(batch)
+    return sum(sizes.values())

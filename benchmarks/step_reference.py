@@ -1,0 +1,200 @@
+"""The public REPA code's training step, in a process of its own with the settings that torch gives it.
+
+`Reference` is the case of `benchmarks.steps`; it talks to `python -m benchmarks.step_reference`, which runs
+`ReferenceCase` when it is asked to: one line of JSON a request, one a reply.
+"""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import OrderedDict
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks.step_cases import recipe_settings
+from benchmarks.step_clock import saved_bytes, seconds_of, split_of
+from benchmarks.step_data import CLASSES, LATENT, Batches
+from maskalign.config import model_sizes, parse_config
+from maskalign.errors import RunError, UsageError
+from maskalign.training.parallel import place
+
+SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards")
+
+
+class Reference:
+    """The reference as a case that takes turns with ours.
+
+    Its process keeps torch's own allocator and matmul precision: our `tune_host` would make it 5 to 8 % faster than the
+    users of that code find it.
+
+    Args:
+        options: of `benchmarks.steps`.
+    """
+
+    recipe, keep, aligned = "reference", 1.0, True
+
+    def __init__(self, options):
+        settings = {name: getattr(options, name) for name in SETTINGS}
+        words = [sys.executable, "-m", "benchmarks.step_reference", json.dumps(settings), str(torch.get_num_threads())]
+        here = Path(__file__).resolve().parent.parent
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
+        self.name = f"reference-{options.reference_precision}"
+        facts = self._ask("facts")
+        with torch.device("meta"):
+            projectors = [torch.nn.Linear(*size, bias=False) for size in facts["projector"]]
+        block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=facts["hidden"])))
+        self.model = SimpleNamespace(
+            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block],
+            projectors=[torch.nn.ModuleList(projectors)], **facts["sizes"],
+        )  # fmt: skip
+        self.kept = self.model.num_tokens
+
+    def _ask(self, what, **details):
+        try:
+            self.process.stdin.write(json.dumps({"what": what, **details}) + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise RunError(f"the reference ended with status {self.process.wait()}; its own message stands above")
+        return json.loads(answer)
+
+    def step_seconds(self, device, clock):
+        """(seconds, loss) of one step."""
+        return self._ask("step", clock=clock)
+
+    def saved_bytes(self):
+        return self._ask("saved")
+
+    def split(self, device, steps, clock):
+        return self._ask("split", steps=steps, clock=clock)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class ReferenceCase:
+    """The public REPA code (its model and loss) with the step of its train.py, from a local checkout.
+
+    Its own precision: float32, or bf16 by autocast around the model's forward, as accelerate does, with the loss in
+    float32; torch.optim.AdamW as its train.py makes it; clip; EMA in a loop over the parameters. One difference: its S
+    presets cannot be built (a decoder width of 768), so they are given their own width.
+    """
+
+    averages_inside = False
+
+    def __init__(self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None):
+        sit, loss = (load_file(Path(folder) / name) for name in ("models/sit.py", "loss.py"))
+        self.name = f"reference-{precision}"
+        self.bf16 = precision == "bf16"
+        config = parse_config(recipe_settings("repa", preset, None))
+        sizes = model_sizes(config)
+        width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
+        self.device = torch.device(place(config.training).device if device == "auto" else device)
+        grid = (LATENT[1] // sizes["patch_size"],) * 2
+        self.batches = Batches(data, teacher, batch_size, self.device, grid, shards)
+        torch.manual_seed(0)
+        self.net = sit.SiT_models[preset](
+            input_size=LATENT[1], num_classes=CLASSES, use_cfg=True, z_dims=self.batches.dims,
+            encoder_depth=sizes["align_depth"], fused_attn=True, qk_norm=False, **width,
+        ).to(self.device)  # fmt: skip
+        self.ema = deepcopy(self.net).requires_grad_(False).eval()
+        self.net.train()
+        self.criterion = loss.SILoss(prediction="v", path_type="linear", encoders=[], weighting="uniform")
+        self.adamw = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
+        self.sizes = {"num_tokens": grid[0] * grid[1], **sizes}
+        self.clock = None
+
+    def _forward(self, *args, **kwargs):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            velocity, projected = self.net(*args, **kwargs)
+        return velocity.float(), [z.float() for z in projected]
+
+    def step(self, batch=None):
+        part = self.clock or (lambda name: nullcontext())
+        inputs, labels, teachers, prepare = batch or self.batches(self.clock)
+        with part("forward"):
+            inputs = inputs if prepare is None else prepare(inputs, torch.randn(len(inputs), *LATENT).to(inputs.device))
+            teachers = [z.float() for z in teachers]
+            loss, alignment = self.criterion(self._forward, inputs, dict(y=labels), zs=teachers)
+            total = loss.mean() + 0.5 * alignment.mean()
+        with part("backward"):
+            total.backward()
+        with part("optimiser"):
+            torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.adamw.step()
+            self.adamw.zero_grad(set_to_none=True)
+        with part("ema"):
+            self._update_ema()
+        return total.detach()
+
+    @torch.no_grad()
+    def _update_ema(self):
+        averages = OrderedDict(self.ema.named_parameters())
+        for name, parameter in OrderedDict(self.net.named_parameters()).items():
+            averages[name].mul_(0.9999).add_(parameter.data, alpha=1 - 0.9999)
+
+    def weights(self):
+        return [*self.net.parameters(), *self.net.buffers()]
+
+    @contextmanager
+    def timed(self, clock):
+        self.clock = clock
+        try:
+            yield
+        finally:
+            self.clock = None
+
+
+def load_file(path):
+    """A module from one file of a checkout, without putting the checkout on the path."""
+    if not path.is_file():
+        raise UsageError(f"--reference: {path} does not exist; give the root of a checkout of the public REPA code")
+    name = f"repa_reference_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def serve(settings):
+    """Answer requests until the input ends."""
+    replies = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):  # what the reference prints is no reply
+        case = ReferenceCase(*(settings[name] for name in SETTINGS))
+        for line in sys.stdin:
+            request = json.loads(line)
+            answer = respond(case, request.pop("what"), **request)
+            print(json.dumps(answer), file=replies, flush=True)
+
+
+def respond(case, what, clock="wall", steps=1):
+    if what == "facts":
+        matrices = [p for net in case.net.projectors for p in net.parameters() if p.dim() > 1]
+        hidden = case.net.blocks[0].mlp.fc1.out_features
+        return {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
+    if what == "saved":
+        return saved_bytes(case)
+    if what == "split":
+        return split_of(case, case.device, steps, clock)
+    losses = []
+    seconds = seconds_of(lambda: losses.append(case.step()), case.device, clock)
+    return [seconds, float(losses[0])]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    try:
+        serve(json.loads(sys.argv[1]))
+    except UsageError as error:
+        print(f"benchmarks.steps: error: {error}", file=sys.stderr)
+        sys.exit(2)
