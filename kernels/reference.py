@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def gather_rows(tokens, subset):
@@ -54,6 +55,7 @@ class SubsetCosineAlignment(torch.autograd.Function):
         ctx.save_for_backward(student, teacher, subset, s_inverse, t_inverse, along)
 
     @staticmethod
+    @once_differentiable  # A second derivative through the saved scalars would silently lack their part.
     def backward(ctx, grad, *_):
         student, teacher, subset, s_inverse, t_inverse, along = ctx.saved_tensors
         s = (student if ctx.student_is_subset else gather_rows(student, subset)).to(s_inverse.dtype)
@@ -100,6 +102,7 @@ class MixAndDrop(torch.autograd.Function):
         ctx.save_for_backward(*tensors, mean, rstd)
 
     @staticmethod
+    @once_differentiable  # A second derivative through the saved scalars would silently lack their part.
     def backward(ctx, dout, *_):
         x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd = ctx.saved_tensors
         product = ctx.product

@@ -39,6 +39,13 @@ def test_gradcheck(gathered, alignment_case):
         )
 
 
+def test_a_second_derivative_is_refused(alignment_case):
+    s, z, subset = alignment_case(2, 6, 3, 5)
+    (gradient,) = torch.autograd.grad(subset_cosine_alignment(s, z, subset).square().sum(), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_zero_tiny_and_huge_rows(cosine_truth, generator):
     base = torch.randn(40, generator=generator)
     rows = torch.stack([0 * base, 1e-14 * base, 1e-9 * base, base, 1e15 * base, 1e25 * base])

@@ -127,15 +127,17 @@ def test_debug_mode_checks_the_indices(alignment_case, monkeypatch):
         subset_cosine_alignment(s, z, subset)
 
 
-def test_tuning_chooses_once_and_remembers(alignment_case, monkeypatch, tmp_path):
+def test_tuning_chooses_once_and_remembers(alignment_case, generator, monkeypatch, tmp_path):
     monkeypatch.setenv("MASKALIGN_KERNELS_AUTOTUNE", "1")
     monkeypatch.setenv("MASKALIGN_KERNELS_CACHE", str(tmp_path / "choices.json"))
     s, z, subset = (t.detach().cuda() for t in alignment_case(8, 64, 32, 320, BF16, INT8))
-    subset_cosine_alignment(s.requires_grad_(), z, subset).sum().backward()
+    run = functools.partial(both, s.requires_grad_(), z, subset, *mix_arguments(8, 64, 96, 16, BF16, generator))
+    run().backward()
     text = (tmp_path / "choices.json").read_text()
-    assert "alignment_forward" in text and "alignment_backward" in text
+    for launch in ("alignment_forward", "alignment_backward", "statistics", "mix", "hidden", "tokens"):
+        assert f"|{launch}|" in text, launch
     tuning._chosen.cache_clear()
-    subset_cosine_alignment(s, z, subset).sum().backward()
+    run().backward()
     assert (tmp_path / "choices.json").read_text() == text
 
 

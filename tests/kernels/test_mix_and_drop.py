@@ -50,6 +50,13 @@ def test_gradcheck(kept, mix_case):
     assert torch.autograd.gradcheck(lambda *t: mix_and_drop(*t, subset), tensors)
 
 
+def test_a_second_derivative_is_refused(mix_case):
+    tensors, subset = mix_case(2, 5, 4, 3, 3)
+    gradient = torch.autograd.grad(mix_and_drop(*tensors, subset).square().sum(), tensors[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_keeping_nothing(mix_case):
     tensors, subset = mix_case(2, 5, 4, 0, 3)
     out = mix_and_drop(*tensors, subset)
