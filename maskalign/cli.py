@@ -51,7 +51,7 @@ def run_function(name, function, argv):
         parser.add_argument(argument, metavar=argument.upper(), help=help_of[argument], **kind)
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
-    argv = complete_switches(function, join_labels(argv) if name == "sample" else argv)
+    argv = complete_switches(function, join_labels(argv) if name in ("sample", "evaluate") else argv)
     function(**parser.parse_args(argv).as_dict())
 
 

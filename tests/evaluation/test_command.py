@@ -82,11 +82,11 @@ def test_folder_archive_and_data_set_give_the_same_numbers(data, tmp_path, comma
 
 def test_chosen_classes_are_compared_alone(run, data, tmp_path, command):
     words = ["evaluate", run, "--data", data, "--samples", 8, *FEW, "--held-out-images", 0, "--out"]
-    for text, count in (("0,2", 32), ("bee", 16)):
-        status, _, err = command(*words, tmp_path / text, "--classes", text)
+    for name, labels, chosen, count in (("two", ["0", "2"], [0, 2], 32), ("bee", ["bee"], [1], 16)):
+        status, _, err = command(*words, tmp_path / name, "--classes", *labels)
         assert status == 0, err
-        assert report_of(tmp_path / text)["reference"] == count
-    assert report_of(tmp_path / "bee")["settings"]["classes"] == [1]
+        report = report_of(tmp_path / name)
+        assert (report["reference"], report["settings"]["classes"]) == (count, chosen)
 
 
 def test_held_out_images_of_another_data_set(run, data, tmp_path, command):
@@ -141,6 +141,12 @@ def test_every_mistake_is_one_line(run, data, tmp_path, command):
         status, out, err = command("evaluate", *words, "--progress", "false")
         assert (status, len(err), out) == (expected, 1, ""), (words, err, out)
         assert match in err[0] and "Traceback" not in err[0], (words, err)
+
+
+def test_several_processes_are_refused(run, data, command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = command("evaluate", run, "--data", data, *FEW)
+    assert status == 2 and len(err) == 1 and "in one process" in err[0]
 
 
 def test_a_model_that_draws_nan_is_one_line(data, tmp_path, command):
