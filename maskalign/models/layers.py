@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from maskalign.models.flash import flash_function
+from maskalign.models.gelu import gelu
 
 ATTENTIONS = ("auto", "sdpa", "math", "flash_attn")
 
@@ -161,7 +162,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class AdaLN(nn.Sequential):
