@@ -159,9 +159,30 @@ def in_short(tables, about):
             f"chance {next(iter(tests.values()))['overlap_chance']:.2f}) are {', '.join(sets)}. The ranks of all "
             f"tokens (correlation by chance 0) are {', '.join(ranks)}."
         )
+        lines += _course(run, tables["stability"])
         lines += _drawn_sets(run, cases, about)
         lines += _trunk_in_short(run, tables["agreement"])
     return lines
+
+
+def _course(run, rows):
+    """How the top sets of single images moved over training: from each checkpoint to the next, and over all of it."""
+    rows = [row for row in rows if (row["run"], row["mode"], row["between"]) == (run, FULL, CHECKPOINTS)]
+    pairs = {(row["a"], row["b"]): row for row in rows if row["level"] == SINGLE}
+    if not pairs:
+        return []
+    steps = list(dict.fromkeys(step for pair in pairs for step in pair))
+
+    def words(a, b):
+        row = pairs[a, b]
+        verdict = judge(row["overlap"], row["overlap_chance"], row["overlap_high"])
+        return f"{a} to {b} {row['overlap']:.2f}, {verdict}"
+
+    found = [words(a, b) for a, b in zip(steps, steps[1:], strict=False)]
+    line = (
+        f"{run}, all tokens aligned, overlap of an image's top set from one checkpoint to the next: {'; '.join(found)}"
+    )
+    return [line + (f". First to last: {words(steps[0], steps[-1])}." if len(steps) > 2 else ".")]
 
 
 def _drawn_sets(run, cases, about):

@@ -190,6 +190,7 @@ def _course(axis, stability):
         axis.axhline(chance, color="k", lw=1, ls=":", label="chance")
         axis.legend(fontsize=7)
     else:
+        axis.axis("off")
         axis.text(0.5, 0.5, "one checkpoint per run: no course", ha="center", transform=axis.transAxes)
     axis.set(xlabel="step", ylabel="overlap of single images' top sets\nwith the checkpoint before", ylim=(0, 1))
 
