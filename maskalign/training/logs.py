@@ -110,13 +110,14 @@ def draw_curves(rows, path, title, evaluations=()):
             axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=3.5)
         else:
             axis.plot(steps, values, color=colour, linewidth=1.6)
+        name = name.replace("frechet[", "Frechet distance (").replace("kernel[", "kernel distance (").replace("]", ")")
         axis.set_title(name, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     for axis, key in zip(axes.flat, held_out, strict=False):
         points = [(row["step"], row[key]) for row in evaluations if key in row]
         if points:
-            style = dict(color="#b03060", linewidth=1.2, markersize=3.5, label="held out, EMA")
+            style = dict(color="#b03060", linewidth=1.2, markersize=3.5, label="evaluation, EMA")
             axis.plot(*zip(*points, strict=True), "o--", **style)
             axis.legend(fontsize=8, frameon=False)
     axes[1, 0].set_yscale("log")
