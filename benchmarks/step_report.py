@@ -54,6 +54,8 @@ def write(rows, options, about):
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
     stem += "" if rows[0]["device"] == "cpu" else f"-{rows[0]['device']}"
+    if options.reference and options.reference_precision != options.precision:
+        stem += f"-reference-{options.reference_precision}"
     stem += "-compiled" * options.compile + "-shards" * (options.data == "shards")
     stem += "" if options.teacher == "cached" else f"-{re.sub('[^a-z0-9]+', '-', options.teacher.lower())}"
     stem = folder / stem

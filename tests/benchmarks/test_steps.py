@@ -128,8 +128,9 @@ def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
     (tmp_path / "loss.py").write_text(REFERENCE_LOSS)
     main(["--preset", "SiT-S/8", "--batch-size", "2", "--recipes", "repa", "--rounds", "1", "--warmup", "1",
           "--threads", "1", "--clock", "cpu", "--split-steps", "1", "--no-peak", "--device", "cpu",
-          "--precision", "bf16", "--reference", str(tmp_path), "--out", str(tmp_path)])  # fmt: skip
-    with open(tmp_path / "steps-SiT-S-8-bf16-b2.csv", newline="") as file:
+          "--precision", "fp32", "--reference-precision", "bf16", "--reference", str(tmp_path),
+          "--out", str(tmp_path)])  # fmt: skip
+    with open(tmp_path / "steps-SiT-S-8-fp32-b2-reference-bf16.csv", newline="") as file:
         ours, reference = csv.DictReader(file)
     assert reference["case"] == "reference-bf16" and reference["clock"] == "cpu"
     assert float(reference["step_ms"]) > 0 and float(reference["saved_mib"]) > 0 and float(reference["forward_ms"]) > 0
