@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "Manifest": "manifest",
         "Shard": "manifest",
         "ShardStream": "stream",
-        "merge_states": "stream",
+        "merge_states": "position",
     },
 )

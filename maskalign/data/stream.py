@@ -5,25 +5,20 @@ order.py says which sample comes when, opening.py and shard_file.py fetch it, sa
 workers.py reads ahead. This file deals a step's samples to the ranks and keeps the position.
 """
 
-import logging
 import os
 import resource
 import time
-from collections import Counter
 
 import torch
 
+from maskalign.data.bad_samples import BadSamples
 from maskalign.data.buffers import Layout, Pool
 from maskalign.data.mixture import Mixture, open_data_sets
 from maskalign.data.order import Order, default_group, default_streams, drawn_by
+from maskalign.data.position import MOST_BAD_IN_STATE, STATE_VERSION, parse_state
 from maskalign.data.samples import SampleReader, Share, Source, columns_of
 from maskalign.data.workers import InProcess, WorkerPool
-from maskalign.errors import RunError, UsageError
-
-log = logging.getLogger(__name__)
-
-STATE_VERSION = 1
-MOST_BAD_IN_STATE = 20_000  # 0.3 MB; beyond that a resumed run names some bad samples again
+from maskalign.errors import UsageError
 
 
 class ShardStream:
@@ -64,7 +59,6 @@ class ShardStream:
 
     Attributes:
         manifest: the (first) data set's `Manifest`.
-        bad_samples: one line per bad sample met so far.
         wait_seconds: time that the consumer has waited for batches.
 
     Raises:
@@ -123,7 +117,7 @@ class ShardStream:
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, int(seed), rank, world_size
         self.num_workers, self.epochs, self.prefetch = num_workers, epochs, prefetch
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.max_bad_fraction, self.hflip, self.verify = max_bad_fraction, hflip, verify
+        self.hflip, self.verify = hflip, verify
         self.given_streams, self.given_group = streams, group
 
         self.weights, self.openers, self.manifests = open_data_sets(
@@ -136,9 +130,8 @@ class ShardStream:
             raise UsageError(f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {there}")
         self.num_samples = sum(manifest.num_samples for manifest in self.manifests)
 
-        self.bad_samples, self.wait_seconds = [], 0.0
-        self._bad = {}  # (data set, shard, sample) -> None: an ordered set
-        self._named_shards = set()
+        self.wait_seconds = 0.0
+        self._bad = BadSamples(self.openers[0].root, self.manifests, max_bad_fraction)
         self._engine, self._generation = None, 0
         self.served = 0  # samples of the whole job that have been dealt out, bad ones not counted twice
         self._deal(streams or default_streams(batch_size), group)
@@ -162,6 +155,11 @@ class ShardStream:
             for opener, manifest, order in zip(self.openers, self.manifests, orders, strict=True)
         ]
         self.mixture = Mixture(self.weights, streams)
+
+    @property
+    def bad_samples(self):
+        """One line per bad sample met so far."""
+        return self._bad.lines
 
     # -- batches
 
@@ -212,13 +210,13 @@ class ShardStream:
             "epochs": self.epochs,
             "hflip": self.hflip,
             "verify": self.verify,
-            "bad_limit": self._bad_limit(),
+            "bad_limit": self._bad.limit,
             # A quarter of the memory for the page cache, as if all ranks were on this machine.
             "read_ahead_bytes": _memory() // 4 // (max(self.num_workers, 1) * self.world_size),
         }
 
         def make_reader(shares, positions):
-            return SampleReader(self.sources, self.mixture, shares, positions, settings, self._bad)
+            return SampleReader(self.sources, self.mixture, shares, positions, settings, self._bad.places)
 
         if self.num_workers:
             self._engine = WorkerPool(
@@ -266,9 +264,8 @@ class ShardStream:
             keys += filled.keys
             epochs += filled.epochs
             self.positions.update(filled.positions)
-            new += self._note_bad(filled.bad)
-        if len(self._bad) > self._bad_limit():
-            raise RunError(self._too_many())
+            new += self._bad.note(filled.bad)
+        self._bad.check()
         self.served = end
         batch = {name: self._tensor(array[: len(keys)]) for name, array in arrays.items()}
         first = self.shares[0]
@@ -284,40 +281,6 @@ class ShardStream:
     def _tensor(self, array):
         tensor = torch.from_numpy(array)
         return tensor.pin_memory() if self.pin_memory else tensor
-
-    # -- bad samples
-
-    def _bad_limit(self):
-        return int(self.max_bad_fraction * self.num_samples + 1e-6)  # 0.29 * 100 is a little below 29
-
-    def _note_bad(self, bad):
-        """Count and name the bad samples that are new; returns how many they are."""
-        new = 0
-        for dataset, shard, sample, key, reason, whole in bad:
-            if (dataset, shard, sample) in self._bad:
-                continue
-            new += 1
-            self._bad[dataset, shard, sample] = None
-            name = self.manifests[dataset].shards[shard].name
-            line = f"{name}, sample {key if key is not None else f'#{sample}'}: {reason}"
-            self.bad_samples.append(line)
-            if not whole:
-                log.warning("bad sample skipped: %s", line)
-            elif (dataset, shard) not in self._named_shards:
-                self._named_shards.add((dataset, shard))
-                count = self.manifests[dataset].shards[shard].num_samples
-                log.warning("bad shard skipped: %s with %d samples: %s", name, count, reason)
-        return new
-
-    def _too_many(self):
-        counts = Counter((dataset, shard) for dataset, shard, _ in self._bad)
-        names = [f"{self.manifests[d].shards[s].name} ({n})" for (d, s), n in counts.most_common(10)]
-        more = f" and {len(counts) - 10} more shards" if len(counts) > 10 else ""
-        return (
-            f"{self.openers[0].root}: more than {self.max_bad_fraction:g} of {self.num_samples} samples are "
-            f"bad (data.max_bad_fraction): {', '.join(names)}{more}; last: {self.bad_samples[-1]}; "
-            "see `maskalign data check`"
-        )
 
     # -- position
 
@@ -336,7 +299,7 @@ class ShardStream:
             "served": self.served,
             "stream": streams,
             "position": [list(self.positions[stream]) for stream in streams],
-            "bad": [list(place) for place in list(self._bad)[:MOST_BAD_IN_STATE]],
+            "bad": [list(place) for place in list(self._bad.places)[:MOST_BAD_IN_STATE]],
         }
 
     def load_state_dict(self, state):
@@ -348,27 +311,14 @@ class ShardStream:
         Raises:
             UsageError: a state of other data, another seed, or without the streams of this rank.
         """
-        try:
-            streams, group = int(state["streams"]), int(state["group"])
-            version, seed, served = state["version"], int(state["seed"]), int(state["served"])
-            positions = {
-                int(stream): [int(p) for p in position]
-                for stream, position in zip(state["stream"], state["position"], strict=True)
-            }
-            data, bad = list(state["data"]), [tuple(int(i) for i in place) for place in state["bad"]]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"not a stream's state ({type(error).__name__}: {error}); give state_dict()"
-            ) from None
-        for what, there, here in (
-            ("version", version, STATE_VERSION),
-            ("data set", data, [manifest.digest() for manifest in self.manifests]),
-            ("seed", seed, self.seed),
-            ("streams", streams, self.given_streams or streams),
-            ("group", group, self.given_group or group),
-        ):
-            if there != here:
-                raise UsageError(f"the stream's state has another {what}: {there}, here it is {here}")
+        here = {
+            "version": STATE_VERSION,
+            "data": [manifest.digest() for manifest in self.manifests],
+            "seed": self.seed,
+            "streams": self.given_streams,
+            "group": self.given_group,
+        }
+        streams, group, served, positions, bad = parse_state(state, here)
         if self.batch_size % streams:
             raise UsageError(
                 f"the stream's state has {streams} logical streams, which is no divisor of "
@@ -384,33 +334,7 @@ class ShardStream:
             )
         self.served = served
         self.positions = {share.stream: positions[share.stream] for share in self.shares}
-        self._bad = dict.fromkeys(bad)
-
-
-def merge_states(states):
-    """One state for the whole job from the states of all its ranks, taken after the same step.
-
-    Raises:
-        UsageError: none given, or they are not of the same job and step.
-    """
-    states = list(states)
-    if not states:
-        raise UsageError("merge_states: give the states of all ranks")
-    positions, bad = {}, {}
-    for state in states:
-        for key in ("version", "data", "seed", "streams", "group", "served"):
-            if state[key] != states[0][key]:
-                raise UsageError(
-                    f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step"
-                )
-        positions.update(zip(state["stream"], state["position"], strict=True))
-        bad.update(dict.fromkeys(tuple(place) for place in state["bad"]))
-    streams = sorted(positions)
-    return states[0] | {
-        "stream": streams,
-        "position": [list(positions[stream]) for stream in streams],
-        "bad": [list(place) for place in sorted(bad)][:MOST_BAD_IN_STATE],
-    }
+        self._bad.places = dict.fromkeys(bad)
 
 
 def _memory():

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from maskalign.config import dump_config
-from maskalign.data.stream import ShardStream, merge_states
+from maskalign.data.position import merge_states
+from maskalign.data.stream import ShardStream
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation

@@ -111,3 +111,9 @@ def test_the_wait_for_data_is_a_column(run, tmp_path, monkeypatch):
     run(training__max_steps=4)
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert all(row["data_wait"] >= 0.25 for row in rows)
+
+
+def test_a_pipe_is_a_data_set_only_where_it_is_allowed(run, data_set):
+    with pytest.raises(UsageError, match=r"data\.allow_pipe"):
+        run(data__path=f"pipe:cat {data_set}/{{}}")
+    assert run(data__path=f"pipe:cat {data_set}/{{}}", data__allow_pipe="true", training__max_steps=1)["finished"]
