@@ -103,23 +103,10 @@ def check_shard(number, path, shard, expected, decode=False):
         return number, [Problem(shard.name, None, f"cannot be read ({error.strerror or error})")], []
 
 
-class _HashingReader:
-    """A file to read from that counts and hashes what passes through."""
-
-    def __init__(self, file):
-        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
-
-    def read(self, count=-1):
-        data = self.file.read(count)
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return data
-
-
 def _check_file(file, shard, expected, decode):
-    from maskalign.data.shards import read_shard
+    from maskalign.data.shards import HashingReader, read_shard
 
-    file = _HashingReader(file)
+    file = HashingReader(file)
     problems, keys, count = [], {}, 0
     try:
         for key, members in read_shard(file):

@@ -15,11 +15,11 @@ import json
 import os
 import shutil
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
-from maskalign.data.pool import Say, wait_for
+from maskalign.data.pool import Say, in_processes, wait_for
 from maskalign.data.recipe import Recipe, check_vae, entry_bytes, weights_label
 from maskalign.data.staging import Staging, finish_commits, read_json
 from maskalign.errors import RunError, UsageError
@@ -328,12 +328,9 @@ def _encode_shard(job, maker, number, advance):
 _worker = {}
 
 
-def _start_worker(job, devices, threads, means, counter, numbers):
-    import signal
-
+def _set_up(job, devices, threads, means, counter, numbers):
     from maskalign.data.features import FeatureMaker
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with numbers.get_lock():
         device = devices[numbers.value % len(devices)]
         numbers.value += 1
@@ -352,30 +349,22 @@ def _work(number):
 
 def _in_processes(job, todo, workers, devices, threads, means, advance):
     import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, wait
-    from concurrent.futures.process import BrokenProcessPool
 
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork, nor do torch's threads
+    context = multiprocessing.get_context("spawn")  # as the pool's
     counter, numbers = context.Value("Q", 0), context.Value("i", 0)
-    settings = (job, devices, threads, means, counter, numbers)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=settings)
     shown = 0
-    try:
-        waiting = {pool.submit(_work, number) for number in todo}
-        while waiting:
-            done, waiting = wait(waiting, timeout=0.2)
-            for future in done:
-                future.result()
-            seen = counter.value
-            advance(seen - shown)
-            shown = seen
-    except BrokenProcessPool:
-        raise RunError(
-            "a worker process died (killed, or out of memory?); run the same command again and it goes on, with fewer "
-            "--workers or a smaller --batch_size if memory is short"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def show():
+        nonlocal shown
+        seen = counter.value
+        advance(seen - shown)
+        shown = seen
+
+    shared = (job, devices, threads, means, counter, numbers)
+    tasks = ((number,) for number in todo)
+    with closing(in_processes(_work, tasks, workers, set_up=_set_up, shared=shared, meanwhile=show)) as done:
+        for _ in done:
+            show()
 
 
 @contextmanager

@@ -1,10 +1,9 @@
 """What encoding computes: from the samples of a shard to the members that are added to them.
 
-Batches are cut from one shard at a
-time and have a fixed size, so the bytes do not depend on where the work was stopped, nor on who does it.
+Batches are cut from one shard at a time and have a fixed size, so the bytes do not depend on where the work was
+stopped, nor on who does it.
 """
 
-import hashlib
 import io
 import tarfile
 from collections import deque
@@ -17,7 +16,7 @@ import torch
 from maskalign.data.images import BadImage, decode_image
 from maskalign.data.manifest import is_url, member_name
 from maskalign.data.recipe import weights_label
-from maskalign.data.shards import read_shard
+from maskalign.data.shards import HashingReader, read_shard
 from maskalign.data.vae import latent_entry, load_vae, vae_moments
 from maskalign.errors import RunError
 from maskalign.teachers import load_teacher, quantise_rows
@@ -164,7 +163,7 @@ def open_samples(manifest, number):
     shard, path = manifest.shards[number], manifest.shard_path(number)
     try:
         with _open(path) as raw:
-            file = _HashingReader(raw)
+            file = HashingReader(raw)
             yield from read_shard(file)
             while file.read(1 << 20):  # a tar ends before its file does
                 continue
@@ -181,16 +180,6 @@ def _open(path):
     import fsspec  # slow to import
 
     return fsspec.open(path, "rb").open()
-
-
-class _HashingReader:
-    def __init__(self, file):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def read(self, size=-1):
-        data = self.file.read(size)
-        self.sha256.update(data)
-        return data
 
 
 def mean_sample(manifest, images=MEAN_IMAGES, shards=MEAN_SHARDS):

@@ -18,13 +18,15 @@ def available_cores():
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def in_processes(function, tasks, workers):
+def in_processes(function, tasks, workers, *, set_up=None, shared=(), meanwhile=None):
     """Yield `function(*task)` for each task, in the order in which they are done.
 
     Args:
         function: a function of a module, and tasks and results picklable.
         tasks: iterable of tuples of arguments; read a few ahead only, so it may be long.
         workers: processes; with 0 or 1 everything runs in this one, in order.
+        set_up, shared: `set_up(*shared)` is called once in each process first; not where everything runs in this one.
+        meanwhile: called in this process a few times a second while the others work.
 
     Raises:
         RunError: a process died. What the function raises comes through.
@@ -35,15 +37,17 @@ def in_processes(function, tasks, workers):
         return
     # Not fork: the caller may run threads (torch's, a notebook's) whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(set_up, shared))
     tasks = iter(tasks)
     try:
         running = {pool.submit(function, *task) for task in islice(tasks, 2 * workers)}
         while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            done, running = wait(running, timeout=0.2 if meanwhile else None, return_when=FIRST_COMPLETED)
             running |= {pool.submit(function, *task) for task in islice(tasks, len(done))}
             for future in done:
                 yield future.result()
+            if meanwhile:
+                meanwhile()
     except BrokenProcessPool:
         raise RunError(
             "a worker process died (killed, or out of memory?); run the same command again and it goes on, "
@@ -54,8 +58,10 @@ def in_processes(function, tasks, workers):
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker():
+def _start_worker(set_up, shared):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
+    if set_up:
+        set_up(*shared)
 
 
 def wait_for(ready, seconds, what):

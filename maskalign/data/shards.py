@@ -30,6 +30,19 @@ class _HashingFile:
         return self.file.write(data)
 
 
+class HashingReader:
+    """A file to read from that counts and hashes what passes through."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
+
+    def read(self, size=-1):
+        data = self.file.read(size)
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return data
+
+
 def write_shard(path, samples, scratch=None):
     """Write one shard under a temporary name, make it durable, then give it its name.
 

@@ -276,6 +276,20 @@ def test_worker_processes_write_the_same_bytes(data, tmp_path):
     assert digests(data) == digests(tmp_path / "other")
 
 
+@pytest.mark.slow  # torchrun itself takes ten seconds; test_ranks_share_the_shards covers what it sets
+@pytest.mark.distributed
+def test_under_torchrun(data, tmp_path):
+    shutil.copytree(data, tmp_path / "other")
+    quiet(data, hflip=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "maskalign", "data", "encode", "--data", str(tmp_path / "other"), "--teacher", VIT]
+    options = ["--weights", "random", "--device", "cpu", "--hflip"]
+    done = subprocess.run(launch + command + options, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert digests(data) == digests(tmp_path / "other")
+    assert done.stdout.count("images encoded in") == 1  # one of them speaks
+
+
 def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
     from maskalign.data.encode import estimate_bytes
     from maskalign.data.recipe import Recipe
