@@ -233,20 +233,23 @@ def warm_rate(make, root, layout, workers, samples, seconds):
 
 
 def cold_rate(make, root, layout, workers, samples):
-    """Samples per second of one pass over data that are not in the page cache, start-up included."""
+    """(samples per second, samples per CPU second) of one pass over data that are not in the page cache.
+
+    From the start of the loader; not the very last batches, which a shuffling loader may hold back.
+    """
     for folder, _, names in os.walk(root):
         for name in names:
             descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-    start, seen = time.perf_counter(), 0
+    seen, start, cpu = 0, time.perf_counter(), time.process_time()
     batches = iter(make(root, layout, workers))
     while seen < samples - BATCH:
         seen += count(next(batches))
-    elapsed = time.perf_counter() - start
+    elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
     if hasattr(batches, "close"):
         batches.close()
-    return seen / elapsed
+    return seen / elapsed, seen / cpu
 
 
 def measure(layout, root, samples, workers, seconds, rounds):
@@ -262,7 +265,7 @@ def measure(layout, root, samples, workers, seconds, rounds):
             for name, make in loaders.items():
                 cold[name].append(cold_rate(make, root, layout, number, samples))
         rates = {
-            name: [statistics.median(values) for values in (*zip(*warm[name], strict=True), cold[name])]
+            name: [statistics.median(values) for runs in (warm, cold) for values in zip(*runs[name], strict=True)]
             for name in loaders
         }
         for name in loaders:
@@ -279,6 +282,8 @@ def measure(layout, root, samples, workers, seconds, rounds):
                     "maskalign_times_as_fast_per_cpu": "" if number else round(faster[1], 2),
                     "cold_samples_per_second": round(rates[name][2]),
                     "maskalign_times_as_fast_cold": round(faster[2], 2),
+                    "cold_samples_per_cpu_second": "" if number else round(rates[name][3]),
+                    "maskalign_times_as_fast_per_cpu_cold": "" if number else round(faster[3], 2),
                     "bytes_per_sample": round(size),
                     "cores": len(os.sched_getaffinity(0)),
                 }
@@ -293,7 +298,8 @@ def print_row(row):
         f"{row['layout']:<8} {row['loader']:<20} {row['workers']:>7} {row['warm_samples_per_second']:>8} "
         f"{row['warm_gb_per_second']:>7.2f} {row['maskalign_times_as_fast_warm']:>7} "
         f"{row['samples_per_cpu_second']:>9} {row['maskalign_times_as_fast_per_cpu']:>7} "
-        f"{row['cold_samples_per_second']:>9} {row['maskalign_times_as_fast_cold']:>7}",
+        f"{row['cold_samples_per_second']:>9} {row['maskalign_times_as_fast_cold']:>7} "
+        f"{row['cold_samples_per_cpu_second']:>9} {row['maskalign_times_as_fast_per_cpu_cold']:>7}",
         flush=True,
     )
 
@@ -315,10 +321,11 @@ def main(argv=None):
     machine = platform.processor() or platform.machine()
     print(f"{machine}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
     print(
-        f"{'':<37} {'warm':>8} {'warm':>7} {'ours/':>7} {'per CPU':>9} {'ours/':>7} {'cold':>9} {'ours/':>7}"
+        f"{'':<37} {'warm':>8} {'warm':>7} {'ours/':>7} {'per CPU':>9} {'ours/':>7} {'cold':>9} {'ours/':>7} "
+        f"{'per CPU':>9} {'ours/':>7}"
     )
     print(f"{'layout   loader':<29} {'workers':>7} {'1/s':>8} {'GB/s':>7}", end=" ")
-    print(f"{'it':>7} {'s':>9} {'it':>7} {'1/s':>9} {'it':>7}")
+    print(f"{'it':>7} {'s':>9} {'it':>7} {'1/s':>9} {'it':>7} {'s':>9} {'it':>7}")
     rows = []
     for layout in options.layouts:
         with tempfile.TemporaryDirectory(dir=options.scratch) as root:
