@@ -60,7 +60,8 @@ def find_facts(config, image_size=None, num_classes=None):
         if image_size is not None or num_classes is not None:
             raise UsageError(f"--image-size, --num-classes: the manifest of {paths[0]} says both; leave them out")
         return _read(config, [Manifest.load(str(path)) for path in paths])
-    return _assume(config, 256 if image_size is None else image_size, num_classes or IMAGENET_CLASSES)
+    num_classes = IMAGENET_CLASSES if num_classes is None else num_classes
+    return _assume(config, 256 if image_size is None else image_size, num_classes)
 
 
 def _read(config, manifests):
