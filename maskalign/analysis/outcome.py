@@ -4,7 +4,7 @@ from maskalign.analysis.agreement import FULL_PAIR, IMAGE_PAIR, MASKED_PAIR, NOI
 from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
 from maskalign.analysis.pictures import summary_cases
 from maskalign.analysis.stability import fixed_ranking_overlap
-from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, SINGLE, TIMES, WAYS
+from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, RUNS, SINGLE, TIMES, WAYS
 
 DEGREES = ((0.6, "strongly stable"), (0.3, "clearly stable"), (0.1, "weakly stable"), (0.0, "barely above chance"))
 
@@ -162,6 +162,22 @@ def in_short(tables, about):
         lines += _course(run, tables["stability"])
         lines += _drawn_sets(run, cases, about)
         lines += _trunk_in_short(run, tables["agreement"])
+    return lines + _between_runs(tables["stability"])
+
+
+def _between_runs(rows):
+    """Whether two runs pull on the same tokens, all tokens aligned, the same images, times and noise."""
+    lines = []
+    for row in rows:
+        if row["between"] == RUNS and row["level"] == SINGLE:
+            pair = (RUNS, MEAN_MAP, row["a"], row["b"])
+            mean = next(r for r in rows if (r["between"], r["level"], r["a"], r["b"]) == pair)
+            above = "beyond" if row["overlap"] > row["overlap_high"] else "within"
+            lines.append(
+                f"{row['a']} and {row['b']}, all tokens aligned: the top sets of the same images overlap by "
+                f"{row['overlap']:.2f} between the two models, {above} chance ({row['overlap_chance']:.2f}, up to "
+                f"{row['overlap_high']:.2f}); their mean maps correlate by {mean['spearman']:+.2f}."
+            )
     return lines
 
 
