@@ -145,7 +145,7 @@ def plan_section(path, note):
     rows = read_csv(path)
     first = rows[0]
     head = ["model", "recipe", "parameters", "GFLOP per image", "kept for the backward", "memory of a rank",
-            "largest batch", "a step", "waiting for links", "images/s", "MFU", "GPU-hours", "MWh"]  # fmt: skip
+            "largest batch", "a step", "waiting for links", "images/s", "MFU", "GPU-hours", "kWh"]  # fmt: skip
     lines = []
     for row in rows:
         least, most = row["kept_least_gib"], row["kept_most_gib"]
@@ -154,7 +154,7 @@ def plan_section(path, note):
             row["model"], row["recipe"], f"{row['parameters'] / 1e6:.0f} M", f"{row['gflops_per_image']:.0f}", kept,
             f"{row['memory_gib']:.1f} GiB", f"{row['largest_batch']:.0f}", f"{row['step_ms']:.0f} ms",
             f"{row['waiting_ms'] / row['step_ms']:.0%}", f"{row['images_per_second']:,.0f}", f"{row['mfu']:.0%}",
-            f"{row['gpu_hours']:,.0f}", f"{row['energy_kwh'] / 1000:.2f}",
+            f"{row['gpu_hours']:,.0f}", f"{row['energy_kwh']:,.0f}",
         ])  # fmt: skip
     ranks = f"{first['ranks']:.0f} x {first['device']}, {first['plan']}"
     what = f"Estimated, not measured: {first['images'] / 1e6:.1f} million images on {ranks}, "
