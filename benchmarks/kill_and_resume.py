@@ -126,7 +126,8 @@ def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
 
     Returns:
         dict with kills, starts (rows of start, ranks, plan, workers, end, step), steps, loss, killed_loss, relative
-        (difference of the final losses), samples, epochs, and `wrong`: a list of what did not hold, in words.
+        (difference of the final losses), relative_of_any_step (the largest such), samples, epochs, and `wrong`: a list
+        of what did not hold, in words.
     """
     rng, out = random.Random(seed), Path(out)
     shutil.rmtree(out, ignore_errors=True)
@@ -186,7 +187,9 @@ def compare(whole, killed, out, steps, batch, data):
         keys = Counter(key for step in range(first, last) for batch_keys in reference[step] for key in batch_keys)
         if max(keys.values()) > 1 or (samples % batch == 0 and len(keys) != samples):
             wrong.append(f"epoch {epoch} had not each of its samples once")
+    most = max(abs(got[step] - loss) / abs(loss) for step, loss in expected.items())
     facts = {"steps": steps, "loss": expected[steps], "killed_loss": got[steps], "relative": relative}
+    facts["relative_of_any_step"] = most
     return facts | {"samples": samples, "epochs": steps * batch / samples, "wrong": wrong}
 
 
