@@ -92,7 +92,9 @@ class MixAndDrop(torch.autograd.Function):
         kept_w2, kept_b2 = _kept(w2, b2, subset, product)
         y = _batched(kept_w2, hidden).to(wide).add_(kept_b2.to(wide).unsqueeze(-1))
         kept = x if subset is None else gather_rows(x, subset)
-        return torch.addcmul(kept, gate.to(wide).unsqueeze(1), y).to(x.dtype), mean, rstd
+        out = torch.addcmul(kept, gate.to(wide).unsqueeze(1), y)
+        # Not `.to(x.dtype)` where that is no copy: compiled by torch 2.11, such an output's gradient would be zero.
+        return out if out.dtype == x.dtype else out.to(x.dtype), mean, rstd
 
     @staticmethod
     def setup_context(ctx, inputs, output):
