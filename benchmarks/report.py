@@ -81,9 +81,13 @@ def steps_section(path, note):
             continue
         saved = f"{row['saved_mib']:.0f} MiB"
         saved += f" ({row['saved_x_repa']:.2f}x)" if row["saved_x_repa"] not in (None, 1) else ""
+        peak = f"{row['share_of_matmul_peak']:.0%}"
+        peak += (
+            f", {row['share_of_peak_fwd_bwd']:.0%} in forward and backward" if "share_of_peak_fwd_bwd" in row else ""
+        )
         lines.append([
             step_name(row["case"]), f"{row['images_per_second']:.2f}", ratio(row, "x_repa"), ratio(row, "x_reference"),
-            f"{row['gflops_per_image']:.1f}", f"{row['share_of_matmul_peak']:.0%}", saved,
+            f"{row['gflops_per_image']:.1f}", peak, saved,
             "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB",
         ])  # fmt: skip
     if all(row["x_reference"] is None for row in rows):
@@ -91,9 +95,11 @@ def steps_section(path, note):
         head, *lines = head
     tokens = int(str(first["tokens"]).split("/")[1])
     what = f"{first['preset']}, {first['precision']}, batch {first['batch_size']:.0f}, {tokens} tokens"
+    what += ", torch.compile" * (first.get("compiled") == "True")
     step = "One training step (forward, backward, clip, AdamW, EMA)"
+    clock = "CPU seconds" if first.get("clock") == "cpu" else "seconds"
     text = [
-        paragraph(f"{step} of {what}; {first['machine']}; medians. {note['conditions']}"),
+        paragraph(f"{step} of {what}; {first['machine']}; medians of {clock}. {note['conditions']}"),
         f"`{note['command']}`",
         markdown_table(head, lines),
     ]

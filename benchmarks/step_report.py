@@ -43,7 +43,8 @@ def machine(device, peaks):
     else:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        name = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{names[0] if names else platform.processor()}, {threads} thread{'s' * (threads > 1)}"
     best = ", ".join(f"{precision} matmul {peak / 1e9:.0f} GFLOP/s" for precision, peak in peaks.items())
     return f"{name}; torch {torch.__version__}; {best}"
 
