@@ -9,6 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from maskalign.training.fused_update import FusedUpdate, fits
+
 
 class Optimizer:
     """One optimiser step of training: clip, AdamW, EMA, without a synchronisation with the host.
@@ -27,9 +29,10 @@ class Optimizer:
         config: `OptimizerConfig`.
         dtype: float32, bfloat16, or float64 for tests.
         ema_on_cpu: keep the moving average in host memory; every step then copies the weights there.
+        compiled: on a CPU, update large bfloat16 parameters in one compiled pass, see fused_update.py.
     """
 
-    def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False):
+    def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False, compiled=False):
         self.config = config
         self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -56,6 +59,8 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        fuse = compiled and self.has_copies and self.params[0].device.type == "cpu"
+        self.fused_update = FusedUpdate(config.betas, config.eps) if fuse else None
 
     @property
     def has_copies(self):
@@ -73,13 +78,15 @@ class Optimizer:
             (norm, skipped): the global gradient norm before the clip, 0-d float32, and a 0-d bool tensor that tells
             whether the step was skipped since the loss or the norm was not finite.
         """
+        large = [k for k, p in enumerate(self.params) if fits(p)] if self.fused_update else []
+        fused = set(large)
         if self.sharded:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.to_local()
         elif self.has_copies:
-            for master, p in zip(self.masters, self.params, strict=True):
-                master.grad = None if p.grad is None else p.grad.float()
-        norm = self._gradient_norm()
+            for k, (master, p) in enumerate(zip(self.masters, self.params, strict=True)):
+                master.grad = None if p.grad is None or k in fused else p.grad.float()
+        norm = self._gradient_norm(large)
         skipped = ~(healthy & norm.isfinite())
         # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides, in float32.
         clip = self.config.grad_clip
@@ -92,24 +99,48 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        masters = [master.to(average.device) for master, average in zip(self.masters, self.ema, strict=True)]
-        torch._foreach_lerp_(self.ema, masters, 1 - self.config.ema_decay)
-        if self.has_copies:
-            torch._foreach_copy_(self.params, self.masters)
+        if large and not skipped:
+            self.fused_update.prepare(lr, self.config.weight_decay, divisor, self.config.ema_decay)
+            for k in large:
+                p = self.params[k]
+                self.fused_update(self.masters[k], p.grad, self._state(k), self.ema[k], p.data)
+        elif large:
+            fused = set()
+        self._average([k for k in range(len(self.params)) if k not in fused])
         for p in self.params:
             p.grad = None
         for master in self.masters:
             master.grad = None
         return norm, skipped
 
-    def _gradient_norm(self):
-        """Global norm, a 0-d tensor; the same on all ranks."""
+    def _average(self, which):
+        """Moving average and bfloat16 copy of the parameters with these numbers."""
+        masters, averages = [self.masters[k] for k in which], [self.ema[k] for k in which]
+        there = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
+        torch._foreach_lerp_(averages, there, 1 - self.config.ema_decay)
+        if self.has_copies:
+            torch._foreach_copy_([self.params[k] for k in which], masters)
+
+    def _gradient_norm(self, large=()):
+        """Global norm, a 0-d tensor; the same on all ranks. Those of `large` still are with the parameters."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None])
+        if large:
+            return torch.hypot(norm, self.fused_update.norm([self.params[k].grad for k in large]))
         if not self.sharded:
             return norm
         square = norm.square()
         dist.all_reduce(square, group=self.shard_group)
         return square.sqrt()
+
+    def _state(self, k):
+        """AdamW's state of parameter number k; made where there is none yet."""
+        master = self.masters[k]
+        state = self.adamw.state[master]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            state["exp_avg"] = torch.zeros_like(master.detach())
+            state["exp_avg_sq"] = torch.zeros_like(master.detach())
+        return state
 
     def ema_state(self):
         """dict from parameter name to its moving average (not a copy); DTensors where the parameters are."""
@@ -173,11 +204,7 @@ class Optimizer:
         """
         out = {}
         for k, (name, master, ema) in enumerate(zip(self.names, self.masters, self.ema, strict=True)):
-            state = self.adamw.state[master]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-                state["exp_avg"] = torch.zeros_like(master.detach())
-                state["exp_avg_sq"] = torch.zeros_like(master.detach())
+            state = self._state(k)
             out[f"model/{name}"] = self._whole(k, master.detach())
             out[f"ema/{name}"] = self._whole(k, ema)
             for key in ("exp_avg", "exp_avg_sq"):

@@ -99,7 +99,9 @@ class Trainer:
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
             self._init_from(config.training.init_from)
-        self.optimizer = Optimizer(self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu)
+        self.optimizer = Optimizer(
+            self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, config.training.compile
+        )
         self.stream = ShardStream(
             config.data.path,
             batch_size=config.training.batch_size,

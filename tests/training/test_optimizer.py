@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maskalign.config import OptimizerConfig
+from maskalign.training import fused_update
 from maskalign.training.optimizer import Optimizer
 
 
@@ -74,6 +75,31 @@ def test_bfloat16_copies_follow_float32_masters(seed):
         assert torch.equal(p, master.bfloat16())
         # Twenty updates of 1e-5 each are far below bfloat16's step and must not be lost.
         assert (master - first).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_the_compiled_pass_follows_the_plain_one(clip, seed, monkeypatch):
+    """Through clipped steps, a skipped one, a parameter without a gradient, and a change of the learning rate."""
+    monkeypatch.setattr(fused_update, "SMALLEST", 8)  # all but the last bias
+    own = OptimizerConfig(weight_decay=0.1, grad_clip=clip, ema_decay=0.9, betas=(0.8, 0.95))
+    models = [problem(seed, torch.float32) for _ in range(2)]
+    plain, fused = (Optimizer(m, own, torch.bfloat16, compiled=c) for m, c in zip(models, (False, True), strict=True))
+    assert fused.fused_update and not plain.fused_update
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        grads = [torch.randn(p.shape, generator=generator).bfloat16() for p in models[0].parameters()]
+        grads[2] = None if step == 2 else grads[2]
+        for model in models:
+            for p, grad in zip(model.parameters(), grads, strict=True):
+                p.grad = None if grad is None else grad.clone()
+        lr, healthy = 1e-2 / (1 + step), torch.tensor(step != 3)
+        (norm, skipped), (other, also) = plain.step(lr, healthy), fused.step(lr, healthy)
+        torch.testing.assert_close(norm, other, rtol=1e-5, atol=0)
+        assert skipped == also == (step == 3) and all(p.grad is None for p in models[1].parameters())
+        for (name, want), got in zip(plain.tensors().items(), fused.tensors().values(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, msg=name)
+    for p, master in zip(models[1].parameters(), fused.masters, strict=True):
+        assert torch.equal(p, master.bfloat16())
 
 
 def test_tensors_have_one_layout_before_and_after_a_step(seed):
