@@ -219,24 +219,25 @@ def summary(counted, built):
     """A few rows of both tables as Markdown, for the README."""
     clean = sum(not faults(row) for row in built)
     targets = ", ".join(dict.fromkeys(row["target"] for row in built))
-    stores = [row["registers"] for row in built if row["target"] != "gfx942"]
-    head = ["launches", "shape", "bytes moved", "over the least", "unfused chain's", "GFLOP", *DEVICES]
+    which = "the default configurations" if all(r["config"] == "default" for r in built) else "every configuration"
+    registers = [row["registers"] for row in built if row["target"] != "gfx942"]
+    head = ["launches", "shape", "bytes moved", "over the least", "of the unfused", "GFLOP", *DEVICES]
     lines = []
     for row in counted:
         if row["shape"] not in SUMMARY or row["student"]:
             continue
         over = f"{row['over_least']:.2f}x"
         if row["over_least_l2"] < row["over_least"]:
-            over += f", {row['over_least_l2']:.2f}x of them from DRAM"
+            over += f" ({row['over_least_l2']:.2f}x from DRAM)"
         floors = [max(row[f"{device}_bandwidth_us"], row[f"{device}_peak_us"]) for device in DEVICES]
         lines.append([
             f"{row['operation']}, {row['direction']}", row["shape"], f"{row['bytes'] / 1e6:.1f} MB", over,
             f"1/{1 / row['of_unfused']:.1f}", f"{row['flops'] / 1e9:.2f}", *(f"{floor:.1f} us" for floor in floors),
         ])  # fmt: skip
     return "\n".join([
-        f"{clean} of {len(built)} builds ({targets}; every launch, shape and configuration) have no spill, no stack, "
-        f"16-byte row accesses and at most 1.15x the bytes of their launch; NVIDIA registers {min(stores)} to "
-        f"{max(stores)}. The times are floors, by published bandwidth and peak. Not measured on a GPU.",
+        f"{clean} of {len(built)} builds ({targets}; every launch and shape, {which}) have no spill, no stack, 16-byte "
+        f"row accesses and at most 1.15x the bytes of their launch; {min(registers)} to {max(registers)} registers on "
+        f"NVIDIA. The times are floors, by published bandwidth and peak. Not measured on a GPU.",
         "",
         markdown_table(head, lines),
         "",

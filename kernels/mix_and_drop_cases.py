@@ -50,9 +50,9 @@ def aot_cases(shapes=None, every_configuration=True):
 
 
 def _launches(shape):
-    _, tokens, _, width, hidden, _, _, product = shape
+    _, tokens, _, width, hidden, x, _, product = shape
     yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
-    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product)
+    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x)
     yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product)
     for first, second, configs in mixer.token_launches(hidden, product):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"

@@ -42,36 +42,37 @@ def _configs(T, product, table):
     """
     width = max(64, _block_t(T))
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
-    configs = [dict(zip(names, row, strict=True)) for row in table.get(width, [(16, 16, 16, 256, 1)])]
+    configs = [dict(zip(names, row, strict=True)) for row in table[width]]
     if product == torch.float32:
         first = configs[0]
         return [first | {"BLOCK_D": min(32, max(16, first["BLOCK_D"] // 2)), "stages": min(2, first["stages"])}]
     return configs
 
 
-def mix_configs(T, N, product):
+def mix_configs(T, N, product, x):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
     narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
     short, deep = (32, 64, 64, 256, 2), (64, 64, 32, 256, 3)
     few = {64: [wide, short], 128: [middle, narrow], 256: [narrow]}
+    if x == torch.float32 and product != x:  # Autocast on a float32 stream: wide tiles overfill gfx942.
+        few[64] = [short]
     many = {64: [narrow, deep], 128: [narrow], 256: [narrow]}
     return _configs(T, product, few if N <= 512 else many)
 
 
 def hidden_configs(T, product):
     narrow = (64, 64, 32, 256, 2)
-    table = {64: [(64, 128, 32, 256, 2), narrow], 128: [(64, 64, 64, 256, 1), narrow], 256: [(128, 128, 16, 256, 1)]}
-    return _configs(T, product, table)
+    return _configs(T, product, {64: [(64, 128, 32, 256, 2), narrow], 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
 def token_launches(T, product):
     """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one."""
     one, two, three = ((32, 32, 64, 256, stages) for stages in (1, 2, 3))
-    configs = _configs(T, product, {64: [two, three], 128: [two, one], 256: [two]})
+    together = _configs(T, product, {64: [two, three], 128: [two, one], 256: [two]})
     if _block_t(T) <= 128 and product != torch.float32:
-        return [(True, True, configs)]
-    single = [c | {"stages": 1} for c in configs[:1]]
-    return [(True, False, single if product == torch.float32 else configs), (False, True, single)]
+        return [(True, True, together)]
+    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 32, 128, 256, 1)]})
+    return [(True, False, first), (False, True, _configs(T, product, dict.fromkeys((64, 128, 256), [one])))]
 
 
 def images_per_program(B, blocks, T, D):
@@ -157,7 +158,7 @@ def mix_op(
         )  # fmt: skip
 
     statistics(choose("statistics", (constants["D"], x.dtype), statistics_configs(constants["D"]), x, statistics))
-    configs = mix_configs(constants["T"], constants["N"], product)
+    configs = mix_configs(constants["T"], constants["N"], product, x.dtype)
     mix(choose("mix", _key(x, w1, subset, product), configs, x, mix))
     return out, mean, rstd
 

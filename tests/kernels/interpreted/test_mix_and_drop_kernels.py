@@ -218,6 +218,13 @@ def test_compiles_without_a_graph_break(dynamic, mix_case, relative):
             assert torch.equal(a, b)
 
 
+def test_too_wide_a_hidden_layer_takes_the_reference(mix_case, mix_truth, relative, tolerance, generator, monkeypatch):
+    monkeypatch.setattr(mix_and_drop_launch, "mix_op", None)
+    check(mix_case(1, 5, 8, 3, 257), mix_truth, relative, tolerance, generator)
+    with pytest.raises(TypeError):  # At 256 the operator, which is not there, is asked for.
+        mix_and_drop(*mix_case(1, 5, 8, 3, 256)[0])
+
+
 def test_float64_is_refused_on_the_triton_path(mix_case):
     tensors, subset = mix_case(1, 4, 8, 2, 2, torch.float64)
     with pytest.raises(ValueError, match=r"mix_and_drop: x is .*float64"):
