@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +99,25 @@ def test_history_is_rewritten_from_a_step(tmp_path):
     assert [row["step"] for row in history.read_history(path)] == [2]
     history.drop_after(path, 0)
     assert not path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_sharded_ranks_measure_what_one_process_does(data, tmp_path, cache):
+    """Under FSDP all ranks draw and measure together, and one of them writes."""
+    from tests.training.conftest import arguments
+
+    settings = LIGHT | dict(training__max_steps=2, training__device="cpu")
+    train_on(data, tmp_path / "one", **settings)
+    words = arguments(data, tmp_path / "two", parallel__plan="fsdp", **settings)
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "maskalign",
+         "train", *words],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    one, two = (history.read_history(tmp_path / name / history.FILE_NAME) for name in ("one", "two"))
+    assert len(one) == len(two) == 1
+    for row in (one[0], two[0]):
+        row.pop("time")
+    assert two[0] == pytest.approx(one[0], rel=2e-3, abs=1e-4)
