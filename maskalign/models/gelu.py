@@ -45,7 +45,9 @@ class RationalGelu(torch.autograd.Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         wide = x.float()
-        return (0.5 * wide * (1 + rational_tanh(BETA * wide * (1 + KAPPA * wide * wide)))).to(x.dtype)
+        out = 0.5 * wide * (1 + rational_tanh(BETA * wide * (1 + KAPPA * wide * wide)))
+        # A last cast that casts nothing loses the gradient under torch 2.11's Dynamo.
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -54,4 +56,5 @@ class RationalGelu(torch.autograd.Function):
         square = wide * wide
         tanh = rational_tanh(BETA * wide * (1 + KAPPA * square))
         slope = 1 + tanh + wide * (1 - tanh * tanh) * (BETA * (1 + 3 * KAPPA * square))
-        return (0.5 * grad.float() * slope).to(x.dtype)
+        out = 0.5 * grad.float() * slope
+        return out if out.dtype == x.dtype else out.to(x.dtype)
