@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,7 +273,8 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
         except OSError:
             continue
         if b"benchmarks.convergence_run" in command and any(str(runs).encode() in word for word in command):
-            os.kill(int(path.parent.name), signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended since
+                os.kill(int(path.parent.name), signal.SIGKILL)
     process.communicate(timeout=240)
     process = run(again)
     output = process.communicate(timeout=240)[0]
