@@ -13,7 +13,7 @@ CURVES = {
     "lr": ("Learning rate", "", 1, False, 0),
     "keep_ratio": ("Keep ratio", "", 1, False, 0),
 }
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "inception score", "inception_score", "is", "cosine")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "score", "cosine")
 
 
 def curves(runs):
@@ -89,18 +89,20 @@ def _bin_order(name):
 
 
 def better(name):
-    """1 where a high number is the better one, -1 where a low one is."""
-    words = name.lower()
-    return 1 if any(words == known or known in words.split() for known in HIGHER_IS_BETTER) else -1
+    """1 where a high number is the better one, -1 where a low one is, 0 for a deviation; `[features]` do not count."""
+    words = name.lower().partition("[")[0].replace("_", " ").split()
+    if "std" in words:
+        return 0
+    return 1 if any(known in words for known in HIGHER_IS_BETTER) else -1
 
 
 def _row(name, values, metric=None):
     """One line of a table; the best of two or more numbers is marked."""
     side = better(metric or name)
     there = [value for value in values if value is not None]
-    best = max(there, key=lambda value: side * value) if len(there) > 1 and len(set(there)) > 1 else None
+    best = max(there, key=lambda value: side * value) if side and len(set(there)) > 1 else None
     cells = [None if value is None else (f"{value:.4g}", value == best) for value in values]
-    return {"name": name.replace("_", " "), "cells": cells, "better": side}
+    return {"name": name.replace("_", " ").replace("[", " ["), "cells": cells, "better": side}
 
 
 def card(run):

@@ -12,7 +12,7 @@ from maskalign.sampling.samplers import data_from_velocity
 
 ANIMATIONS = {"gif": ".gif", "webp": ".webp", "apng": ".png"}
 FRAME_MS, LAST_FRAME_MS = 80, 2000
-MOST_FRAMES = 48
+MOST_FRAMES = 32
 
 
 class Trajectory:
@@ -108,7 +108,7 @@ def save_animation(path, trajectory, classes, class_names, per_class, *, decoder
     if kind == "GIF":
         palette = last.quantize(256)  # one for all frames, so that the finished pictures do not flicker
         frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in frames]
-    options = {"quality": 85, "method": 4} if kind == "WEBP" else {}
+    options = {"quality": 75, "method": 4} if kind == "WEBP" else {}
     durations = [FRAME_MS] * (count - 1) + [LAST_FRAME_MS]
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     frames[0].save(temporary, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)

@@ -231,12 +231,11 @@ def test_the_better_number_is_marked():
     ]
     fdd, precision = evaluation_table(runs)
     assert fdd["cells"] == [("9", False), ("7", True)] and precision["cells"] == [("0.5", True), ("0.4", False)]
-    assert [better(name) for name in ("FDD (dinov2-b)", "coverage", "inception score", "kernel distance")] == [
-        -1,
-        1,
-        1,
-        -1,
-    ]
+    known = {"frechet[dinov2-b]": -1, "coverage[x]": 1, "inception_score": 1, "kernel_std[precision]": 0, "FDD": -1}
+    assert {name: better(name) for name in known} == known
+    deviations = [Run(None, "a", evaluation={"metrics": {"kernel_std[x]": value}}) for value in (1, 2)]
+    (row,) = evaluation_table(deviations)
+    assert row["name"] == "kernel std [x]" and row["cells"] == [("1", False), ("2", False)]
     assert [duration(seconds) for seconds in (42, 430, 12_000, 400_000)] == [
         "42 s",
         "7 min 10 s",
