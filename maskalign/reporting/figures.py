@@ -4,6 +4,8 @@ from maskalign.reporting.run import number
 
 MOST_POINTS = 600
 
+# What a schedule sets is shown as it is: smoothing would bend its steps.
+EXACT = ("lr", "keep_ratio")
 # column of metrics.csv -> title, unit, factor, logarithmic axis, which end is better (-1 low, 1 high, 0 neither)
 CURVES = {
     "velocity_loss": ("Velocity loss", "", 1, False, -1),
@@ -17,7 +19,7 @@ HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "score", "cosi
 
 
 def curves(runs):
-    """Charts of the metrics of all runs: list of dict(id, title, unit, log, series), for the page's script.
+    """Charts of the metrics of all runs: list of dict(id, title, unit, log, exact, series), for the page's script.
 
     A series is dict(run, step, time, value), long ones averaged down to MOST_POINTS points. A metric that no run has,
     or that is the same number everywhere, is left out.
@@ -31,7 +33,8 @@ def curves(runs):
                 series.append({"run": index, **thin(run.metrics, values, factor)})
         different = {value for line in series for value in line["value"] if value is not None}
         if len(different) > 1:
-            charts.append({"id": column, "title": title, "unit": unit, "log": log, "series": series})
+            exact = column in EXACT
+            charts.append({"id": column, "title": title, "unit": unit, "log": log, "exact": exact, "series": series})
     return charts
 
 

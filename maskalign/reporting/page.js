@@ -40,7 +40,7 @@
         const value = factor * 10 ** power;
         if (value >= low * 0.999 && value <= high * 1.001) ticks.push(value);
       }
-    return ticks;
+    return ticks.length > 1 ? ticks : niceTicks(low, high, 4);
   };
   const smoothed = (values) => {
     // A centred mean over a thirtieth of the curve; the ends keep what is there.
@@ -72,10 +72,10 @@
     }
 
     series() {
-      const { bins, series, log } = this.spec;
+      const { bins, series, log, exact } = this.spec;
       return series.filter((line) => shown[line.run]).map((line) => {
         const x = bins ? bins.map((_, index) => index) : line[axis];
-        const y = smooth && !bins ? smoothed(line.value) : line.value;
+        const y = smooth && !bins && !exact ? smoothed(line.value) : line.value;
         const raw = log ? line.value.map((value) => (value > 0 ? value : null)) : line.value;
         return { run: line.run, x, y: log ? y.map((value) => (value > 0 ? value : null)) : y, raw };
       });
@@ -107,7 +107,7 @@
         make("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, this.svg).textContent = "nothing to show";
         return;
       }
-      const { x, y } = this.range(this.lines), { log, bins } = this.spec;
+      const { x, y } = this.range(this.lines), { log, bins, exact } = this.spec;
       const left = 60, right = width - 12, top = 10, bottom = height - 38;
       const scale = log ? Math.log : (value) => value;
       this.toX = (value) => left + ((value - x[0]) / (x[1] - x[0] || 1)) * (right - left);
@@ -128,7 +128,7 @@
       make("rect", { x: left, y: top - 4, width: right - left + 4, height: bottom - top + 8 }, frame);
       const group = make("g", { "clip-path": `url(#clip-${this.spec.id})` }, this.svg);
       for (const line of this.lines) {
-        if (smooth && !bins) {
+        if (smooth && !bins && !exact) {
           const faint = make("path", { ...look(line.run), d: this.path(line.x, line.raw) }, group);
           faint.classList.add("faint");
         }
