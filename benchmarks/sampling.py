@@ -117,7 +117,7 @@ def rows_of(name, model, options, trained):
     ways = {way: Way(way, model) for way in WAYS}
     classes = list(range(min(9, model.num_classes)))
     labels, indices = sheet_labels(classes, 8)
-    count = min(options.images, len(labels))
+    count = min(options.images if trained else options.preset_images, len(labels))
     settings = Sampling(steps=options.steps, cfg_scale=2.0)
     seconds = time_ways(ways, labels[:count], indices[:count], settings, options.rounds)
     pictures = {}
@@ -174,14 +174,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__.split("\n")[0])
     parser.add_argument("--runs", nargs="*", type=Path, default=[], help="trained runs, whose pictures are compared")
     parser.add_argument("--presets", default="SiT-S/2,SiT-B/2", help="models of random weights, with commas between")
-    parser.add_argument("--images", type=int, default=8, help="images per timed call")
+    parser.add_argument(
+        "--images", type=int, default=64, help="images per timed call of a run; 64 is sample's own batch"
+    )
+    parser.add_argument("--preset-images", type=int, default=8, help="images per timed call of a preset")
     parser.add_argument("--steps", type=int, default=4, help="steps of a timed call")
     parser.add_argument("--picture-steps", type=int, default=30, help="steps of the pictures that are compared")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "sampling.csv")
     options = parser.parse_args(argv)
-    if min(options.images, options.steps, options.picture_steps, options.rounds) < 1:
-        raise UsageError("--images, --steps, --picture-steps and --rounds must be at least 1")
+    if min(options.images, options.preset_images, options.steps, options.picture_steps, options.rounds) < 1:
+        raise UsageError("--images, --preset-images, --steps, --picture-steps and --rounds must be at least 1")
     subjects = [(run.resolve().name, load(run)[0].eval().requires_grad_(False), True) for run in options.runs]
     subjects += [(name, preset_model(name), False) for name in filter(None, options.presets.split(","))]
     rows = []
