@@ -162,12 +162,12 @@ def _networks(settings, real, count, teachers, weights, inception, device):
 
 def _drawn(subject, count, sampling, vae):
     """Pictures of a model; their labels come later."""
-    from maskalign.sampling.command import _decoder_for
+    from maskalign.sampling.command import decoder_for
     from maskalign.sampling.network import Network
 
     network = Network(subject.model, sampling.precision)
     sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
-    return DrawnPictures(network, count, sampling, _decoder_for(network, subject.about, vae))
+    return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae))
 
 
 def _add_distances(report, pictures, real, networks, chosen, settings, progress):

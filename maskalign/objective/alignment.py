@@ -2,7 +2,7 @@
 
 import torch
 
-from maskalign_kernels import subset_cosine_alignment
+from maskalign_kernels import subset_cosine_alignment_loss
 
 
 def alignment_loss(aligned, teachers, index):
@@ -19,5 +19,5 @@ def alignment_loss(aligned, teachers, index):
     if index is None:
         batch, tokens = aligned[0].shape[:2]
         index = torch.arange(tokens, device=aligned[0].device).expand(batch, tokens)
-    losses = [-subset_cosine_alignment(z, teacher, index).mean() for z, teacher in zip(aligned, teachers, strict=True)]
+    losses = [subset_cosine_alignment_loss(z, teacher, index) for z, teacher in zip(aligned, teachers, strict=True)]
     return torch.stack(losses).mean()

@@ -106,11 +106,11 @@ class _Watch:
 
 
 class _ShardedTracker(_Watch, FSDPMemTracker):
-    pass
+    """Of a model under fully_shard."""
 
 
 class _PlainTracker(_Watch, MemTracker):
-    pass
+    """Of a model in one piece."""
 
 
 class _Step(TrainStep):

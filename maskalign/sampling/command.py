@@ -66,7 +66,7 @@ def sample(
         del model  # in bf16 the network has a copy
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
-        decoder = _decoder_for(network, about, vae)
+        decoder = decoder_for(network, about, vae)
         if npz is not None:
             with _bar(npz, progress and ranks.rank == 0) as bar:
                 return [
@@ -167,7 +167,17 @@ def load(run, ema=True):
     return model, {**facts, "name": name, "ema": ema}
 
 
-def _decoder_for(network, about, vae):
+def decoder_for(network, about, vae):
+    """What makes pictures of a model's latents; None where it draws pixels.
+
+    Args:
+        network: the model as `pictures` draws with it.
+        about: dict as `load` returns it.
+        vae: name or folder of an AutoencoderKL; None takes the data set's.
+
+    Raises:
+        UsageError: latents without a known decoder, or one that cannot be loaded.
+    """
     latent = about["latent"]
     name = vae or about["vae"] or (latent or {}).get("name")
     if name is None:
