@@ -292,7 +292,7 @@ def test_training_steps(dtype, method, scale, seed):
         norm, skipped = optimizer.step(LR, losses.total.detach().isfinite())
         total, expected_norm = reference.step(SIZES, truth, "linear", subset)
         assert not skipped
-        assert float(losses.total) == pytest.approx(float(total), rel=TOLERANCE[dtype])
+        assert losses.total.item() == pytest.approx(float(total), rel=TOLERANCE[dtype])
         assert float(norm) == pytest.approx(expected_norm, rel=TOLERANCE[dtype])
         assert (expected_norm > CLIP) or scale == 1.0
     for name, parameter in model.named_parameters():

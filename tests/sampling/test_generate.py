@@ -19,20 +19,8 @@ NAMES = ["Animals & Nature", "Flags", "Objects", "Symbols"]
 
 
 @pytest.fixture
-def model(seed):
-    return make_model(seed)
-
-
-def make_model(seed):
-    model = SiT(
-        input_size=8, patch_size=2, in_channels=3, num_classes=4, depth=2, width=16, heads=2, teacher_dims=(5,),
-        align_depth=1, projector_dim=8, mixer_hidden=6,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
+def model(random_model):
+    return random_model(patch_size=2, depth=2, teacher_dims=(5,), projector_dim=8, mixer="token_mlp", mixer_hidden=6)
 
 
 @pytest.fixture

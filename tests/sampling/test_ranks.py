@@ -9,24 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from maskalign.models import SiT
 from maskalign.models.weight_files import repa_checkpoint, write_repa
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 @pytest.fixture
-def checkpoint(seed, tmp_path):
-    model = SiT(
-        input_size=8, patch_size=2, in_channels=3, num_classes=4, depth=2, width=16, heads=2, align_depth=1,
-        teacher_dims=(), mixer="none",
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+def checkpoint(random_model, tmp_path):
+    model = random_model(patch_size=2, depth=2)
     write_repa(tmp_path / "model.pt", repa_checkpoint(model, model))
     return tmp_path / "model.pt"
 

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from maskalign.errors import UsageError
-from maskalign.models import SiT
 from maskalign.models.weight_files import repa_checkpoint, write_repa
 from maskalign.sampling import Sampling, class_sheet, generate
 from maskalign.sampling.command import sample
@@ -22,16 +21,8 @@ NAMES = ["Animals & Nature", "Flags", "Objects", "Symbols"]
 
 
 @pytest.fixture
-def model(seed):
-    model = SiT(
-        input_size=8, patch_size=4, in_channels=3, num_classes=4, depth=1, width=16, heads=2, align_depth=1,
-        teacher_dims=(), mixer="none",
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+def model(random_model):
+    return random_model(patch_size=4, depth=1).eval()
 
 
 def close(a, b):
