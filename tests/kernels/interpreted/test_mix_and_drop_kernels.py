@@ -36,12 +36,18 @@ def check(case, truth, relative, tolerance, generator):
     limit = max(tolerance(d) for d in dtypes)
     assert relative(out, expected.detach()) < limit
     truths = torch.autograd.grad(expected, exact, weights.double())
-    for name, tensor, grad, true in zip(NAMES, tensors, grads, truths, strict=True):
+    # Where sums cancel (two channels are normalised to 1 and -1 whatever they are) only rounding is left of them: how
+    # much of it, plain PyTorch in float32 on the same numbers tells.
+    plain = [t.detach().float().requires_grad_() for t in tensors]
+    rounded = torch.autograd.grad(truth(*plain, subset), plain, weights.float())
+    coarse = max(torch.finfo(d).eps for d in dtypes) / torch.finfo(torch.float32).eps
+    for name, tensor, grad, true, plain_grad in zip(NAMES, tensors, grads, truths, rounded, strict=True):
         assert grad.dtype == tensor.dtype and grad.shape == tensor.shape, name
         if tensors[0].shape[-1] == 1 and name == "x":
             limit = max(limit, 1e-4)  # One channel is normalised to 0 with 1 / std = 1000: rounding, a thousandfold.
         if tensors[0].shape[-1] > 1 or name not in ("scale", "w1"):  # Zero but for rounding.
-            assert relative(grad, true) < 2 * limit, (name, relative(grad, true))
+            allowed = 2 * limit + 8 * coarse * relative(plain_grad, true)
+            assert relative(grad, true) < allowed, (name, relative(grad, true), allowed)
 
 
 @pytest.mark.parametrize(
@@ -62,9 +68,10 @@ def test_weights_of_another_dtype(tokens, weights, mix_case, mix_truth, relative
 @given(
     sizes=st.tuples(st.integers(1, 2), st.integers(1, 70), st.integers(2, 70), st.integers(1, 40)),
     share=st.one_of(st.none(), st.floats(0, 1)), dtype=st.sampled_from([F32, F16, BF16]),
-    index=st.sampled_from([torch.int32, torch.int64]),
+    index=st.sampled_from([torch.int32, torch.int64]), numbers=st.integers(0, 2**32),
 )  # fmt: skip
-def test_any_shape(sizes, share, dtype, index, mix_case, mix_truth, relative, tolerance, generator):
+def test_any_shape(sizes, share, dtype, index, numbers, mix_case, mix_truth, relative, tolerance, generator):
+    generator.manual_seed(numbers)  # an example that fails can be had again
     B, N, D, T = sizes
     K = None if share is None else round(share * N)
     case = mix_case(B, N, D, K, T, dtype, index=index)
