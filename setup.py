@@ -12,7 +12,10 @@ setup(
     # A widely used package owns the import name `kernels`, so the folder is installed under another one.
     packages=stack + ["maskalign_kernels"],
     package_dir={"maskalign_kernels": "kernels"},
-    package_data={"maskalign.reporting": ["page.html", "page.css", "page.js"]},
+    package_data={
+        "maskalign.reporting": ["page.html", "page.css", "page.js"],
+        "maskalign.training": ["fused_update.c"],
+    },
     install_requires=[
         "torch>=2.11",
         "numpy>=1.26",

@@ -56,7 +56,7 @@ class Case:
             model = build_model(config, facts)
         plan = Plan(model, config, self.placement)
         model.to_empty(device=self.placement.device).reset_parameters(0)
-        self.optimizer = Optimizer(model, config.optimizer, self.placement.dtype, compiled=options.compile)
+        self.optimizer = Optimizer(model, config.optimizer, self.placement.dtype, fused=True)
         prepare_blocks(model, config)
         self.train_step = TrainStep(model, self.optimizer, config, self.placement, plan)
         self.throughput = Throughput(model, config, self.placement)

@@ -69,7 +69,7 @@ class OurCase:
         facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
         self.model = build_model(self.config, {**facts, "teacher_dims": self.batches.dims})
         self.model.to(self.placement.device)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, compiled=compiled)
+        self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
         self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement)
         if compiled:
             compile_model(self.model)

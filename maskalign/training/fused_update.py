@@ -1,82 +1,141 @@
-"""Clip, AdamW, the moving average and the copy in bfloat16 as one pass over memory, in compiled code for CPUs.
+"""Clip, AdamW, the moving average and the copy in bfloat16 as one pass over memory, for CPUs.
 
 torch's fused AdamW is one pass of its own, but wants float32 gradients, and average and copy are two more: together
-they move 64 bytes per weight where 38 are enough. Small tensors are not worth a call of compiled code.
+they move 64 bytes per weight where 38 are enough, and one thread already takes all that the memory gives. The loops
+are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept for later
+runs. Without a compiler the optimizer does the same in several passes.
 """
 
-from functools import cache, partial
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
 
 import torch
 
-SMALLEST = 2**16
+SOURCE = Path(__file__).with_name("fused_update.c")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+BLOCK = 16384  # as in the source
+log = logging.getLogger(__name__)
 
 
-def fits(parameter):
-    """True where a parameter's gradient is there and worth the call; all that belongs to it is then contiguous."""
-    return parameter.grad is not None and parameter.numel() >= SMALLEST and parameter.is_contiguous()
+class Tensor(ctypes.Structure):
+    """`Tensor` of the source: pointers to float32 and bfloat16 numbers, and what differs from tensor to tensor."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("master", "first", "second", "average", "grad", "copy")),
+        ("size", ctypes.c_int64),
+        ("rate", ctypes.c_float),
+        ("correction", ctypes.c_float),
+    ]
+
+
+class Numbers(ctypes.Structure):
+    """`Numbers` of the source: what is the same for all tensors."""
+
+    _fields_ = [(name, ctypes.c_float) for name in ("beta1", "beta2", "eps", "shrink", "scale", "pull")]
 
 
 class FusedUpdate:
-    """AdamW (arXiv 1711.05101) in float32, as torch computes it.
+    """AdamW (arXiv 1711.05101) in float32, as torch computes it, for a list of tensors.
 
     Args:
-        betas, eps: of AdamW.
+        library: what `library()` gives.
+        config: `OptimizerConfig`.
+        masters, averages: float32; params: their bfloat16 copies; all contiguous and on the CPU.
+        states: AdamW's of each: `step` (0-d float32), `exp_avg`, `exp_avg_sq`.
     """
 
-    def __init__(self, betas, eps):
-        self.betas = tuple(betas)
-        self.update = _compiled(*self.betas, eps)
-        self.numbers = torch.zeros(5)
-        self.lr = 0.0
+    def __init__(self, library, config, masters, averages, params, states):
+        self.library = library
+        self.config = config
+        self.params = params
+        self.steps = [state["step"] for state in states]
+        moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
+        self.kept = list(zip(masters, moments, averages, params, strict=True))
 
-    @staticmethod
-    def norm(grads):
-        """Global norm of contiguous bfloat16 gradients, 0-d float32."""
-        return torch.stack([_square(grad.view(-1)) for grad in grads]).sum().sqrt()
+    def prepare(self, which):
+        """List the parameters with these numbers, with their gradients, for `norm` and `__call__`.
 
-    def prepare(self, lr, weight_decay, divisor, ema_decay):
-        """The numbers of one step that are the same for all tensors; divisor (0-d tensor) is the clip's."""
-        self.lr = lr
-        self.numbers[2] = 1 - lr * weight_decay
-        self.numbers[3] = 1 / divisor
-        self.numbers[4] = 1 - ema_decay
+        Gradients are bfloat16; they must not change until both are done.
+        """
+        self.which = which
+        self.grads = [self.params[k].grad.contiguous() for k in which]
+        self.table = (Tensor * len(which))()
+        for entry, k, grad in zip(self.table, which, self.grads, strict=True):
+            master, (first, second), average, param = self.kept[k]
+            tensors = (master, first, second, average, grad, param)
+            entry.master, entry.first, entry.second, entry.average, entry.grad, entry.copy = map(
+                torch.Tensor.data_ptr, tensors
+            )
+            entry.size = grad.numel()
 
-    def __call__(self, master, grad, state, average, copy):
-        """One tensor's step, in place.
+    def norm(self):
+        """Global norm of the gradients, 0-d float32; the same with any number of threads."""
+        sums = torch.empty(sum(-(-grad.numel() // BLOCK) for grad in self.grads))
+        threads = torch.get_num_threads()
+        self.library.square_sums(
+            self.table, ctypes.c_int64(len(self.grads)), ctypes.c_void_p(sums.data_ptr()), threads
+        )
+        return sums.sum().sqrt()
+
+    def __call__(self, lr, divisor):
+        """One step of all that `prepare` listed, in place.
 
         Args:
-            master, average: float32; grad, copy: bfloat16; all contiguous and of one shape.
-            state: AdamW's: `step` (0-d float32, counted up here), `exp_avg`, `exp_avg_sq`.
+            lr: learning rate; divisor: what the clip divides gradients by, a number.
         """
-        state["step"] += 1
-        beta1, beta2 = self.betas
-        step = int(state["step"])
-        self.numbers[0] = self.lr / (1 - beta1**step)
-        self.numbers[1] = (1 - beta2**step) ** -0.5
-        tensors = (master, grad, state["exp_avg"], state["exp_avg_sq"], average, copy)
-        self.update(*(tensor.view(-1) for tensor in tensors), self.numbers)
-
-
-@partial(torch.compile, dynamic=True, fullgraph=True)
-def _square(grad):
-    """Sum of squares in float32: half the time of ATen's norm of a bfloat16 tensor."""
-    return grad.float().square().sum()
+        beta1, beta2 = self.config.betas
+        steps = [self.steps[k] for k in self.which]
+        torch._foreach_add_(steps, 1)
+        for entry, step in zip(self.table, torch.stack(steps).tolist(), strict=True):
+            entry.rate = lr / (1 - beta1**step)
+            entry.correction = (1 - beta2**step) ** -0.5
+        numbers = Numbers(
+            beta1, beta2, self.config.eps, 1 - lr * self.config.weight_decay, 1 / divisor, 1 - self.config.ema_decay
+        )
+        threads = torch.get_num_threads()
+        self.library.update(self.table, ctypes.c_int64(len(steps)), ctypes.byref(numbers), threads)
 
 
 @cache
-def _compiled(beta1, beta2, eps):
-    """The update of flat tensors, compiled once for all lengths."""
+def library():
+    """The library built from the source, or None where there is no C compiler or what it builds cannot be loaded."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None or platform.system() != "Linux":
+        return None
+    try:
+        path = library_path(compiler)
+        if not path.is_file():
+            _build(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("the fused optimizer step could not be built: %s", error)
+        return None
 
-    def update(master, grad, first, second, average, copy, numbers):
-        size, correction, shrink, scale, pull = numbers.unbind()
-        g = grad.float() * scale
-        m = first + (1 - beta1) * (g - first)
-        v = beta2 * second + (1 - beta2) * g * g
-        p = master * shrink - size * m / (v.sqrt() * correction + eps)
-        first.copy_(m)
-        second.copy_(v)
-        master.copy_(p)
-        average.copy_(average + pull * (p - average))
-        copy.copy_(p)
 
-    return torch.compile(update, dynamic=True, fullgraph=True)
+def library_path(compiler):
+    """Where the library is kept: its name tells the source, the flags, the compiler and the processor's features."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+    parts = (SOURCE.read_text(), *FLAGS, compiler, platform.machine(), features)
+    name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache_home / "maskalign" / f"fused_update-{name}.so"
+
+
+def _build(compiler, path):
+    """Build beside the target and rename: ranks that start together do not read half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        out = Path(folder, path.name)
+        command = [compiler, *FLAGS, str(SOURCE), "-o", str(out), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        os.replace(out, path)

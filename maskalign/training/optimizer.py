@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from maskalign.training.fused_update import FusedUpdate, fits
+from maskalign.training.fused_update import FusedUpdate, library
 
 
 class Optimizer:
@@ -29,10 +29,10 @@ class Optimizer:
         config: `OptimizerConfig`.
         dtype: float32, bfloat16, or float64 for tests.
         ema_on_cpu: keep the moving average in host memory; every step then copies the weights there.
-        compiled: on a CPU, update large bfloat16 parameters in one compiled pass, see fused_update.py.
+        fused: on a CPU, update bfloat16 parameters in one pass where a C compiler is there, see fused_update.py.
     """
 
-    def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False, compiled=False):
+    def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False, fused=False):
         self.config = config
         self.model = model
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -59,8 +59,10 @@ class Optimizer:
             weight_decay=config.weight_decay,
             fused=True,
         )
-        fuse = compiled and self.has_copies and self.params[0].device.type == "cpu"
-        self.fused_update = FusedUpdate(config.betas, config.eps) if fuse else None
+        self.fused_update = None
+        if fused and self.has_copies and self.params[0].device.type == "cpu" and library() is not None:
+            states = [self._state(k) for k in range(len(self.masters))]
+            self.fused_update = FusedUpdate(library(), config, self.masters, self.ema, self.params, states)
 
     @property
     def has_copies(self):
@@ -78,19 +80,17 @@ class Optimizer:
             (norm, skipped): the global gradient norm before the clip, 0-d float32, and a 0-d bool tensor that tells
             whether the step was skipped since the loss or the norm was not finite.
         """
-        large = [k for k, p in enumerate(self.params) if fits(p)] if self.fused_update else []
-        fused = set(large)
+        if self.fused_update:
+            return self._fused_step(lr, healthy)
         if self.sharded:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.to_local()
         elif self.has_copies:
-            for k, (master, p) in enumerate(zip(self.masters, self.params, strict=True)):
-                master.grad = None if p.grad is None or k in fused else p.grad.float()
-        norm = self._gradient_norm(large)
+            for master, p in zip(self.masters, self.params, strict=True):
+                master.grad = None if p.grad is None else p.grad.float()
+        norm = self._gradient_norm()
         skipped = ~(healthy & norm.isfinite())
-        # torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); the fused kernel divides, in float32.
-        clip = self.config.grad_clip
-        divisor = ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
+        divisor = self._clip_divisor(norm)
         if divisor.dtype == torch.float64:
             torch._foreach_div_([p.grad for p in self.masters if p.grad is not None], divisor)
             divisor = torch.ones_like(divisor)
@@ -99,33 +99,45 @@ class Optimizer:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
-        if large and not skipped:
-            self.fused_update.prepare(lr, self.config.weight_decay, divisor, self.config.ema_decay)
-            for k in large:
-                p = self.params[k]
-                self.fused_update(self.masters[k], p.grad, self._state(k), self.ema[k], p.data)
-        elif large:
-            fused = set()
-        self._average([k for k in range(len(self.params)) if k not in fused])
+        self._average(range(len(self.params)))
         for p in self.params:
             p.grad = None
         for master in self.masters:
             master.grad = None
         return norm, skipped
 
+    def _fused_step(self, lr, healthy):
+        """`step` in one pass; on a CPU it costs nothing to look whether the step is to be skipped."""
+        which = [k for k, p in enumerate(self.params) if p.grad is not None]
+        self.fused_update.prepare(which)
+        norm = self.fused_update.norm()
+        skipped = ~(healthy & norm.isfinite())
+        if not skipped:
+            self.fused_update(lr, float(self._clip_divisor(norm)))
+        done = set() if skipped else set(which)
+        self._average([k for k in range(len(self.params)) if k not in done])
+        for p in self.params:
+            p.grad = None
+        return norm, skipped
+
+    def _clip_divisor(self, norm):
+        """torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); here gradients are divided."""
+        clip = self.config.grad_clip
+        return ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
+
     def _average(self, which):
         """Moving average and bfloat16 copy of the parameters with these numbers."""
+        if not which:
+            return
         masters, averages = [self.masters[k] for k in which], [self.ema[k] for k in which]
         there = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
         torch._foreach_lerp_(averages, there, 1 - self.config.ema_decay)
         if self.has_copies:
             torch._foreach_copy_([self.params[k] for k in which], masters)
 
-    def _gradient_norm(self, large=()):
-        """Global norm, a 0-d tensor; the same on all ranks. Those of `large` still are with the parameters."""
+    def _gradient_norm(self):
+        """Global norm, a 0-d tensor; the same on all ranks."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None])
-        if large:
-            return torch.hypot(norm, self.fused_update.norm([self.params[k].grad for k in large]))
         if not self.sharded:
             return norm
         square = norm.square()

@@ -100,7 +100,7 @@ class Trainer:
         if config.training.init_from and not resume:
             self._init_from(config.training.init_from)
         self.optimizer = Optimizer(
-            self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, config.training.compile
+            self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
         self.stream = ShardStream(
             config.data.path,

@@ -1,5 +1,7 @@
 """Clip, AdamW and EMA against the formulas written out in float64, and the guard against non-finite steps."""
 
+import copy
+
 import pytest
 import torch
 
@@ -77,13 +79,16 @@ def test_bfloat16_copies_follow_float32_masters(seed):
         assert (master - first).abs().max() > 1e-4
 
 
+@pytest.mark.skipif(fused_update.library() is None, reason="no C compiler")
 @pytest.mark.parametrize("clip", [0.05, 0.0])
-def test_the_compiled_pass_follows_the_plain_one(clip, seed, monkeypatch):
-    """Through clipped steps, a skipped one, a parameter without a gradient, and a change of the learning rate."""
-    monkeypatch.setattr(fused_update, "SMALLEST", 8)  # all but the last bias
+def test_the_fused_pass_follows_the_plain_one(clip, seed):
+    """Through clipped steps, a skipped one, a parameter without a gradient, and a change of the learning rate; with
+    a tensor of several blocks and one that does not fill its last vector."""
     own = OptimizerConfig(weight_decay=0.1, grad_clip=clip, ema_decay=0.9, betas=(0.8, 0.95))
-    models = [problem(seed, torch.float32) for _ in range(2)]
-    plain, fused = (Optimizer(m, own, torch.bfloat16, compiled=c) for m, c in zip(models, (False, True), strict=True))
+    torch.manual_seed(seed)
+    first = torch.nn.Sequential(problem(seed, torch.float32), torch.nn.Linear(173, 211))
+    models = [first, copy.deepcopy(first)]
+    plain, fused = (Optimizer(m, own, torch.bfloat16, fused=f) for m, f in zip(models, (False, True), strict=True))
     assert fused.fused_update and not plain.fused_update
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
@@ -100,6 +105,33 @@ def test_the_compiled_pass_follows_the_plain_one(clip, seed, monkeypatch):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, msg=name)
     for p, master in zip(models[1].parameters(), fused.masters, strict=True):
         assert torch.equal(p, master.bfloat16())
+
+
+@pytest.mark.skipif(fused_update.library() is None, reason="no C compiler")
+def test_the_fused_pass_is_the_same_with_any_number_of_threads(seed):
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            torch.manual_seed(seed)
+            model = torch.nn.Sequential(torch.nn.Linear(173, 211), torch.nn.Linear(211, 7))
+            optimizer = Optimizer(model, OptimizerConfig(grad_clip=0.1), torch.bfloat16, fused=True)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            norm, _ = optimizer.step(1e-2, torch.tensor(True))
+            results.append([norm, *(t.clone() for t in optimizer.tensors().values())])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_without_a_compiler_the_optimizer_takes_several_passes(monkeypatch, tmp_path, seed):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setattr("maskalign.training.optimizer.library", fused_update.library.__wrapped__)
+    assert Optimizer(problem(seed, torch.float32), OptimizerConfig(), torch.bfloat16, fused=True).fused_update is None
 
 
 def test_tensors_have_one_layout_before_and_after_a_step(seed):

@@ -1,0 +1,112 @@
+/* Gradient norm, and AdamW with the moving average and the bfloat16 copy, over all tensors of a model in one call each.
+   Built and called by fused_update.py. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { BLOCK = 16384 }; /* elements; tensors are cut into blocks, and these dealt to the threads */
+
+typedef struct {
+    float *master, *first, *second, *average;
+    const uint16_t *grad; /* bfloat16 */
+    uint16_t *copy;       /* bfloat16 */
+    int64_t size;
+    float rate;       /* learning rate over 1 - beta1^step */
+    float correction; /* 1 over the root of 1 - beta2^step */
+} Tensor;
+
+typedef struct {
+    float beta1, beta2, eps;
+    float shrink; /* 1 - learning rate * weight decay */
+    float scale;  /* of the gradients: what the clip makes of them */
+    float pull;   /* 1 - decay of the average */
+} Numbers;
+
+static inline float widen(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* Round to nearest, ties to even; what is not a number stays one. */
+static inline uint16_t narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value == value ? (uint16_t)rounded : 0x7fc0;
+}
+
+static int64_t blocks(const Tensor *tensor) { return (tensor->size + BLOCK - 1) / BLOCK; }
+
+static int64_t end_of(const Tensor *tensor, int64_t block) {
+    int64_t end = (block + 1) * BLOCK;
+    return end < tensor->size ? end : tensor->size;
+}
+
+static void update_span(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {
+    float *restrict master = tensor->master, *restrict first = tensor->first, *restrict second = tensor->second;
+    float *restrict average = tensor->average;
+    const uint16_t *restrict grad = tensor->grad;
+    uint16_t *restrict copy = tensor->copy;
+    const float beta1 = numbers->beta1, beta2 = numbers->beta2, eps = numbers->eps, shrink = numbers->shrink;
+    const float scale = numbers->scale, pull = numbers->pull, rate = tensor->rate, correction = tensor->correction;
+#pragma omp simd
+    for (int64_t i = begin; i < end; i++) {
+        float g = widen(grad[i]) * scale;
+        float m = first[i] + (1 - beta1) * (g - first[i]);
+        float v = beta2 * second[i] + (1 - beta2) * g * g;
+        float p = master[i] * shrink - rate * m / (sqrtf(v) * correction + eps);
+        first[i] = m;
+        second[i] = v;
+        master[i] = p;
+        average[i] += pull * (p - average[i]);
+        copy[i] = narrow(p);
+    }
+}
+
+void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int threads) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        /* Every thread walks the list and does the part of it that is its own. */
+        int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
+        for (int64_t k = 0; k < count && before < high; k++) {
+            int64_t own = blocks(tensors + k);
+            int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
+            if (begin < end) update_span(tensors + k, begin * BLOCK, end_of(tensors + k, end - 1), numbers);
+            before += own;
+        }
+    }
+}
+
+static float square_sum(const uint16_t *grad, int64_t count) {
+    float sums[16] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16)
+        for (int lane = 0; lane < 16; lane++) {
+            float g = widen(grad[i + lane]);
+            sums[lane] += g * g;
+        }
+    for (; i < count; i++) sum += widen(grad[i]) * widen(grad[i]);
+    for (int lane = 0; lane < 16; lane++) sum += sums[lane];
+    return sum;
+}
+
+/* Sum of squares of every block of every gradient, into `out`; so the result is the same with any number of threads. */
+void square_sums(const Tensor *tensors, int64_t count, float *out, int threads) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
+        for (int64_t k = 0; k < count && before < high; k++) {
+            int64_t own = blocks(tensors + k);
+            int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
+            for (int64_t block = begin; block < end; block++)
+                out[before + block] = square_sum(tensors[k].grad + block * BLOCK, end_of(tensors + k, block) - block * BLOCK);
+            before += own;
+        }
+    }
+}
