@@ -1,22 +1,26 @@
 """Throughput and memory of a training step: MaskAlign, the baselines, and the public REPA code, side by side.
 
     python -m benchmarks.steps --preset SiT-S/2 --batch-size 8 --keep-ratios 0.5,0.25 --precision bf16 \\
-        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--teacher online:dinov2-b] [--data shards] [--compile]
+        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--teacher online:dinov2-b] [--data shards] [--no-compile]
 
 A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and teacher features of width
 768. By default both lie in memory; --data shards reads them through the loader, --teacher online:NAME runs an encoder
-in every step. Our cases live in one process, the public code in another, and they take turns, in another order every
-round; figures are medians over rounds, ratios are medians of the ratios within a round, and the spread is the 10th to
-90th percentile. Further columns come from passes of their own: the parts of a step, the bytes that autograd saves, and
-the peak memory of the case alone in a process. On a machine that others use, too, `--threads 1 --clock cpu` counts the
-processor's seconds instead of those on the wall.
+in every step. Our cases run with compiled blocks, as `training.compile` has them, where the machine has a compiler; the
+public code runs as it is published. Our cases live in one process, the public code in another, and they take turns, in
+another order every round; figures are medians over rounds, ratios are medians of the ratios within a round, and the
+spread is the 10th to 90th percentile. Further columns come from passes of their own: the parts of a step, the bytes
+that autograd saves, and the peak memory of the case alone in a process. On a machine that others use, too, `--threads 1
+--clock cpu` counts the processor's seconds instead of those on the wall.
 """
 
 import argparse
 import gc
+import importlib.util
 import json
 import math
+import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -86,7 +90,7 @@ def peak_memory_alone(case, options):
         value = getattr(options, name)
         if value is not None:
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--compile"] if options.compile else []
+    words += ["--compile" if options.compile else "--no-compile"]
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         print(f"peak memory of {case.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -197,6 +201,14 @@ def check_memory(options, names):
         )
 
 
+def can_compile(device):
+    """True where torch.compile finds what it needs for the device."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    compilers = (os.environ.get("CXX"), "g++", "clang++")
+    return any(shutil.which(name) for name in compilers if name)
+
+
 def parse(argv):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=__doc__.split("\n")[0])
     parser.add_argument("--preset", default="SiT-S/2", help="SiT-{S,B,L,XL}/{2,4,8}")
@@ -210,7 +222,11 @@ def parse(argv):
     parser.add_argument("--warmup", type=int, default=2, help="steps of every case before the first round")
     parser.add_argument("--split-steps", type=int, default=3, help="steps over which the parts of a step are timed")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the blocks of our cases")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="torch.compile the blocks of our cases; by default where there is a C++ compiler (CPU), or Triton (GPU)",
+    )
     parser.add_argument("--teacher", default="cached", help="cached, or online:NAME to run that encoder in every step")
     parser.add_argument("--data", choices=("memory", "shards"), default="memory", help="where batches come from")
     parser.add_argument("--threads", type=int, help="CPU threads")
@@ -245,6 +261,8 @@ def main(argv=None):
     training = Config().training
     training.device, training.precision = options.device, options.precision
     device = place(training).device
+    if options.compile is None:
+        options.compile = can_compile(device)
     if options.peak_of:
         print_peak(options, device)
         return

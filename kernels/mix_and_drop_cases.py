@@ -50,10 +50,10 @@ def aot_cases(shapes=None, every_configuration=True):
 
 
 def _launches(shape):
-    _, tokens, _, width, hidden, x, _, product = shape
+    _, tokens, _, width, hidden, x, weight, product = shape
     yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
     yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x)
-    yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product)
+    yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product, weight)
     for first, second, configs in mixer.token_launches(hidden, product):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
         yield "backward", launch, kernels.token_grad_kernel, configs
@@ -65,7 +65,7 @@ def _case(shape, direction, launch, kernel, config, number):
     blocks = -(-N // config.get("BLOCK_N", N))
     images = mixer.images_per_program(B, blocks, T, D)
     # The parts that `hidden` leaves: by its own configuration, and by its default one where `tokens` adds them up.
-    tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product)[0])["BLOCK_D"])
+    tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product, weight)[0])["BLOCK_D"])
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),

@@ -23,8 +23,10 @@ def configurations(width, itemsize, gather_backward=False):
     lanes idle at the end of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte
     load per step even of the narrower dtype. The alternatives keep two such loads per step in flight in half
     as many programs, or double the program, rows and threads. (Half as many threads, and a doubled gathering
-    program, spill a few registers on sm_80 and sm_90.) The gathering backward takes 16 rows unless they are
-    long, so that the look-up, which every program repeats, stays a few per cent of the rows' bytes.
+    program, spill a few registers on sm_80 and sm_90; a forward program of more than 4096 elements a step, as
+    int8 rows of more than 4096 columns would have it, spills on sm_100.) The gathering backward takes 16 rows
+    unless they are long, so that the look-up, which every program repeats, stays a few per cent of the rows'
+    bytes.
     """
     threads = 256 if gather_backward or width > 4096 else 128
     per_thread = 16 // itemsize
@@ -40,7 +42,9 @@ def configurations(width, itemsize, gather_backward=False):
         {"ROWS": 2 * rows, "BLOCK_C": block, "threads": threads},
         {"ROWS": 2 * rows, "BLOCK_C": block, "threads": 2 * threads},
     ]
-    return configs[:2] if gather_backward else configs
+    if gather_backward:
+        return configs[:2]
+    return configs if 2 * rows * block <= 4096 else configs[:1]
 
 
 def look_up_block(config):

@@ -10,7 +10,7 @@ from benchmarks.flops import forward_flops
 from benchmarks.step_cases import OurCase
 from benchmarks.step_clock import saved_bytes, split_of
 from benchmarks.step_data import write_shards
-from benchmarks.steps import main
+from benchmarks.steps import can_compile, main, parse
 from maskalign.errors import RunError
 from maskalign.models import SiT
 
@@ -71,7 +71,7 @@ def test_batches_through_the_loader_and_a_teacher_in_the_loop(tmp_path):
 
 def test_a_small_run(tmp_path, capsys):
     main(["--preset", "SiT-S/8", "--batch-size", "1", "--keep-ratios", "0.5", "--rounds", "1", "--warmup", "1",
-          "--split-steps", "1", "--no-peak", "--device", "cpu", "--out", str(tmp_path)])  # fmt: skip
+          "--split-steps", "1", "--no-peak", "--device", "cpu", "--no-compile", "--out", str(tmp_path)])  # fmt: skip
     lines = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in lines[-4:]] == ["case", "repa", "maskalign@0.5", "maskalign-no-mixer@0.5"]
     with open(tmp_path / "steps-SiT-S-8-fp32-b1.csv", newline="") as file:
@@ -129,7 +129,7 @@ def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
     main(["--preset", "SiT-S/8", "--batch-size", "2", "--recipes", "repa", "--rounds", "1", "--warmup", "1",
           "--threads", "1", "--clock", "cpu", "--split-steps", "1", "--no-peak", "--device", "cpu",
           "--precision", "fp32", "--reference-precision", "bf16", "--reference", str(tmp_path),
-          "--out", str(tmp_path)])  # fmt: skip
+          "--no-compile", "--out", str(tmp_path)])  # fmt: skip
     with open(tmp_path / "steps-SiT-S-8-fp32-b2-reference-bf16.csv", newline="") as file:
         ours, reference = csv.DictReader(file)
     assert reference["case"] == "reference-bf16" and reference["clock"] == "cpu"
@@ -140,6 +140,17 @@ def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
 def test_a_reference_that_is_not_there(tmp_path):
     with pytest.raises(RunError, match="ended with status 2"):
         main(["--preset", "SiT-S/8", "--batch-size", "1", "--recipes", "repa", "--reference", str(tmp_path)])
+
+
+def test_blocks_are_compiled_where_there_is_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not can_compile(torch.device("cpu"))
+    compiler = tmp_path / "g++"
+    compiler.write_text("")
+    compiler.chmod(0o755)
+    assert can_compile(torch.device("cpu"))
+    assert [parse(words).compile for words in ([], ["--compile"], ["--no-compile"])] == [None, True, False]
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_the_rule_of_the_least_finds_what_tiles_add(monkeypatch):
     """Weight gradients in parts per image, and sums per narrow tile: the launches then move too much, and it shows."""
     launch = mix_and_drop_cases.mixer
     monkeypatch.setattr(launch, "images_per_program", lambda *sizes: 1)
-    narrow = [launch.hidden_configs(64, torch.bfloat16)[0] | {"BLOCK_D": 8}]
+    narrow = [launch.hidden_configs(64, torch.bfloat16, torch.bfloat16)[0] | {"BLOCK_D": 8}]
     monkeypatch.setattr(launch, "hidden_configs", lambda *sizes: narrow)
     over = {
         (case.launch, case.shape): case.moved / case.least
