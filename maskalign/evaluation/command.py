@@ -65,7 +65,7 @@ def evaluate(
     Raises:
         UsageError: what was asked for cannot be measured. RunError: the model draws numbers that are not finite.
     """
-    from maskalign.sampling.command import find_device
+    from maskalign.training.parallel import find_device
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(
@@ -76,7 +76,7 @@ def evaluate(
     teachers = parse_teachers(teacher) if settings.metrics else []
     if inception and not settings.metrics:
         settings = replace(settings, metrics=("frechet",))
-    device = find_device(device)
+    device = find_device(device, "--device")
     tune_host(device)
     real = PictureDataSet(data, settings.reference) if settings.metrics else None
     manifest = real.manifest if real else Manifest.load(data)

@@ -1,10 +1,8 @@
 """The work of `maskalign sample`: a sheet by class and what else was asked for, or a set for an evaluation."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -18,6 +16,7 @@ from maskalign.sampling.ranks import torchrun_ranks
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes
 from maskalign.training.export import load_any
+from maskalign.training.parallel import find_device
 
 
 def sample(
@@ -62,7 +61,7 @@ def sample(
     with torchrun_ranks() as ranks:
         model, about = load(run, ema)
         settings = replace(settings, path=about["path"])
-        network = Network(model.to(find_device(device)).eval().requires_grad_(False), settings.precision)
+        network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network has a copy
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
@@ -191,24 +190,6 @@ def decoder_for(network, about, vae):
         return None
     scale, bias = (latent["scale"], latent["bias"]) if latent else (LATENT_SCALE, 0.0)
     return load_decoder(name, scale=scale, bias=bias, device=network.device)
-
-
-def find_device(name):
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a torch.device; of several GPUs the one of this rank.
-
-    Raises:
-        UsageError: it is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise UsageError("--device cuda: torch finds no GPU here; use --device cpu")
-        if name == "cuda":
-            name = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
-    elif name != "cpu":
-        raise UsageError(f"--device: {name!r} is not auto, cpu or cuda")
-    return torch.device(name)
 
 
 def _of_all(bar, ranks):

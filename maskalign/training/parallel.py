@@ -53,7 +53,7 @@ def place(training, parallel=None):
         raise UsageError(
             f"parallel.plan: none runs in one process, but torchrun started {world_size}; set ddp, fsdp or hsdp"
         )
-    device = find_device(training.device, local_rank)
+    device = find_device(training.device)
     dtype = compute_dtype(training.precision, device)
     if plan == "none":
         return Placement(device, dtype)
@@ -61,8 +61,8 @@ def place(training, parallel=None):
     return Placement(device, dtype, rank, world_size, local_rank, make_mesh(device, parallel))
 
 
-def find_device(name, local_rank=0):
-    """The device that a setting means; of several GPUs the one of this rank.
+def find_device(name, setting="training.device"):
+    """The device that a setting means: `auto`, `cpu`, `cuda`, `cuda:1`; of several GPUs the one of this rank.
 
     Raises:
         UsageError: where it is not there.
@@ -72,10 +72,11 @@ def find_device(name, local_rank=0):
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"training.device: {name!r} is not usable here ({str(error).splitlines()[0]})") from None
+        why = str(error).splitlines()[0]
+        raise UsageError(f"{setting}: {name!r} is not usable here ({why}); auto takes what there is") from None
     return device
 
 
