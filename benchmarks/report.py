@@ -1,10 +1,10 @@
-"""The figures in README.md, from the CSVs in benchmarks/results.
+"""The figures in README.md and docs/figures.md, from the CSVs in benchmarks/results.
 
-    python -m benchmarks.report [--check] [--readme README.md] [--results benchmarks/results]
+    python -m benchmarks.report [--check] [--readme README.md] [--more docs/figures.md] [--results benchmarks/results]
 
-Rewrites what stands in README.md between the two `figures` markers, and the plots beside the CSVs. --check only says
+Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
 whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
-stands in results/notes.json under the CSV's name.
+stands in results/notes.json under the CSV's name; `"page": "more"` there puts it on the second page.
 """
 
 import argparse
@@ -177,8 +177,8 @@ SECTIONS = (
 )
 
 
-def figures(results):
-    """The README's figures as Markdown."""
+def figures(results, page="readme"):
+    """The figures of one page (`readme` or `more`) as Markdown; paths are those from the README."""
     path = results / "notes.json"
     notes = json.loads(path.read_text()) if path.is_file() else {}
     parts = []
@@ -187,18 +187,19 @@ def figures(results):
         missing = [path.stem for path in found if path.stem not in notes]
         if missing:
             raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
+        found = [path for path in found if notes[path.stem].get("page", "readme") == page]
         parts += [title, *(section(path, notes[path.stem]) for path in found)] if found else []
     return "\n\n".join(parts)
 
 
 def rewritten(text, new):
-    """README text with `new` between its markers.
+    """A page's text with `new` between its markers.
 
     Raises:
         UsageError: the markers are not there, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"the README needs the markers {BEGIN} and {END}, once each, around its figures")
+        raise UsageError(f"README and docs/figures.md need the markers {BEGIN} and {END}, once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
@@ -239,20 +240,27 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
     parser.add_argument("--readme", type=Path, default=root / "README.md")
+    parser.add_argument("--more", type=Path, default=root / "docs" / "figures.md")
     parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results")
     options = parser.parse_args(argv)
-    text = options.readme.read_text()
-    new, stale = rewritten(text, figures(options.results)), stale_plots(options.results)
-    differing = [str(options.readme)] * (new != text) + [str(path.with_suffix(".png")) for path in stale]
+    pages = {
+        options.readme: figures(options.results),
+        # One folder further down than the README.
+        options.more: figures(options.results, "more").replace("](benchmarks/", "](../benchmarks/"),
+    }
+    texts = {path: rewritten(path.read_text(), new) for path, new in pages.items()}
+    texts = {path: text for path, text in texts.items() if text != path.read_text()}
+    stale = stale_plots(options.results)
+    differing = [str(path) for path in texts] + [str(path.with_suffix(".png")) for path in stale]
     if options.check:
         for name in differing:
             print(f"{name} differs from the CSVs; python -m benchmarks.report writes it anew")
         return 1 if differing else 0
-    if new != text:
-        options.readme.write_text(new)
+    for path, text in texts.items():
+        path.write_text(text)
     for path in stale:
         draw(path)
-    print("\n".join(f"written: {name}" for name in differing) or "nothing to do: README and plots fit the CSVs")
+    print("\n".join(f"written: {name}" for name in differing) or "nothing to do: pages and plots fit the CSVs")
     return 0
 
 

@@ -16,20 +16,25 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def copy(tmp_path):
-    """README and results in a folder of their own, and the words that point to them."""
+    """Both pages and the results in a folder of their own, and the words that point to them."""
     shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copy(ROOT / "docs" / "figures.md", tmp_path / "figures.md")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    return tmp_path, ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+    names = {"--readme": "README.md", "--more": "figures.md", "--results": "results"}
+    return tmp_path, [word for key, name in names.items() for word in (key, str(tmp_path / name))]
 
 
 def test_readme_and_plots_fit_the_csvs(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_changed_number_is_noticed_and_written_once(copy, capsys):
+@pytest.mark.parametrize(
+    "page, stem", [("README.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8")]
+)
+def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
     folder, words = copy
-    before = (folder / "README.md").read_text()
-    path = folder / "results" / "steps-SiT-S-2-fp32-b8.csv"
+    before = (folder / page).read_text()
+    path = folder / "results" / f"{stem}.csv"
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     rows[1]["images_per_second"] = "123.456"
@@ -38,14 +43,14 @@ def test_a_changed_number_is_noticed_and_written_once(copy, capsys):
         writer.writeheader()
         writer.writerows(rows)
     assert main([*words, "--check"]) == 1
-    assert "README.md differs" in capsys.readouterr().out and (folder / "README.md").read_text() == before
+    assert f"{page} differs" in capsys.readouterr().out and (folder / page).read_text() == before
     assert main(words) == 0
-    after = (folder / "README.md").read_text()
+    after = (folder / page).read_text()
     assert "| 123.46 |" in after and "| 123.46 |" not in before
     assert after.split(BEGIN)[0] == before.split(BEGIN)[0] and after.split(END)[1] == before.split(END)[1]
     plot = path.with_suffix(".png").read_bytes()
     assert main(words) == 0 and main([*words, "--check"]) == 0  # the second time there is nothing left to do
-    assert (folder / "README.md").read_text() == after and path.with_suffix(".png").read_bytes() == plot
+    assert (folder / page).read_text() == after and path.with_suffix(".png").read_bytes() == plot
 
 
 def test_a_missing_plot_is_drawn_again(copy):
