@@ -6,6 +6,7 @@ end there: a recipe with a full-token end phase is judged at 0.6 of the budget b
 
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from maskalign.errors import UsageError
@@ -13,39 +14,53 @@ from maskalign.errors import UsageError
 BASE = Path(__file__).resolve().parent.parent / "configs" / "convergence.yaml"
 
 
-def _masked(keep=0.5, begin=0.9, mixer="token_mlp", **more):
-    """Settings of MaskAlign: the keep ratio until `begin` (a share of training), all tokens after it."""
-    schedule = keep if begin is None else f"{{kind: step, start: {keep}, end: 1.0, begin: {begin}}}"
-    return {"method.keep_ratio": schedule, "model.mixer": mixer, **more}
+def _step(start, end, begin):
+    return f"{{kind: step, start: {start}, end: {end}, begin: {begin}}}"
 
 
+def _masked(keep=0.5, begin=0.7, stop=0.5, mixer="token_mlp", **more):
+    """Settings of MaskAlign.
+
+    Args:
+        keep: the keep ratio until `begin`, a share of training; all tokens after it. None: to the end.
+        stop: share of training at which the alignment ends. None: it does not, or there is none.
+        mixer: `model.mixer`; more: further settings.
+    """
+    settings = {"method.keep_ratio": keep if begin is None else _step(keep, 1.0, begin), "model.mixer": mixer}
+    stopping = {} if stop is None else {"method.align_weight": _step(0.5, 0.0, stop)}
+    return {**settings, **stopping, **more}
+
+
+_constant = partial(_masked, begin=0.9, stop=None)
+_rival = partial(_masked, 0.25, begin=0.9, stop=None)
 NO_TEACHER = {"method.align_weight": 0}
 BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
 # All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
-WIDE_FUSE = {"method.route": "[1, 7]", "method.restore": "fuse"}
-EARLY_STOP = {"method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"}
-# Rivals as their papers have them, scaled from 12 blocks to 8; MaskAlign's variants change one thing at a time.
+RAMP = {"method.keep_ratio": "{kind: linear, start: 0.25, end: 1.0, begin: 0.0, until: 0.9}"}
+# Rivals as their papers have them, scaled from 12 blocks to 8. MaskAlign's variants change what their names say;
+# `constant` is the one before the screening: aligned to the end, and all tokens in the last tenth only.
 RECIPES = {
     "sit": NO_TEACHER,
     "repa": {},
+    "repa-early-stop": {"method.align_weight": _step(0.5, 0.0, 0.5)},
     "loss-only": {"method.keep_ratio": 0.5, "method.route": "none"},
     "tread": {"method.keep_ratio": 0.5, **BYPASS, **NO_TEACHER},
     "tread+repa": {"method.keep_ratio": 0.5, **BYPASS},
-    "sprint": _masked(0.25, mixer="none", **FUSE, **NO_TEACHER),
-    "sprint+repa": _masked(0.25, mixer="none", **FUSE),
-    "deferred-masking": _masked(0.25, mixer="attention", **NO_TEACHER),
+    "sprint": _rival(mixer="none", **FUSE, **NO_TEACHER),
+    "sprint+repa": _rival(mixer="none", **FUSE),
+    "deferred-masking": _rival(mixer="attention", **NO_TEACHER),
     "maskalign": _masked(),
+    "maskalign-no-end": _masked(begin=None),
+    "maskalign-end0.9": _masked(begin=0.9),
+    "maskalign-end0.5": _masked(begin=0.5),
     "maskalign-keep0.75": _masked(0.75),
     "maskalign-keep0.25": _masked(0.25),
-    "maskalign-end0.7": _masked(begin=0.7),
-    "maskalign-end0.5": _masked(begin=0.5),
-    "maskalign-no-end": _masked(begin=None),
-    "maskalign-ramp": {
-        "method.keep_ratio": "{kind: linear, start: 0.25, end: 1.0, begin: 0.0, until: 0.9}",
-        "model.mixer": "token_mlp",
-    },
+    "maskalign-keep0.25-end0.9": _masked(0.25, begin=0.9),
+    "maskalign-end0.9-stop0.3": _masked(begin=0.9, stop=0.3),
+    "maskalign-constant": _masked(stop=None),
+    "maskalign-end0.9-half-aligned": _masked(begin=0.9, **{"method.align_ratio": 0.5}),
     "maskalign-no-mixer": _masked(mixer="none"),
     "maskalign-conv-mixer": _masked(mixer="depthwise_conv"),
     "maskalign-attention-mixer": _masked(mixer="attention"),
@@ -54,20 +69,18 @@ RECIPES = {
     "maskalign-grid": _masked(**{"method.subset": "grid"}),
     "maskalign-block": _masked(**{"method.subset": "block"}),
     "maskalign-bypass": _masked(**BYPASS),
+    "maskalign-wide": _masked(**WIDE),
     "maskalign-fuse": _masked(**FUSE),
-    "maskalign-fuse-keep0.25": _masked(0.25, **FUSE),
-    "maskalign-weight0.25": _masked(**{"method.align_weight": 0.25}),
-    "maskalign-weight1": _masked(**{"method.align_weight": 1.0}),
-    "maskalign-early-stop": _masked(**EARLY_STOP),
     "maskalign-depth2": _masked(**{"method.align_depth": 2}),
     "maskalign-depth5": _masked(**{"method.align_depth": 5}),
-    "maskalign-wide": _masked(**WIDE),
-    "maskalign-wide-no-end": _masked(begin=None, **WIDE),
-    "maskalign-wide-no-mixer": _masked(mixer="none", **WIDE),
-    "maskalign-wide-conv": _masked(mixer="depthwise_conv", **WIDE),
-    "maskalign-wide-keep0.25": _masked(0.25, **WIDE),
-    "maskalign-wide-early-stop": _masked(**WIDE, **EARLY_STOP),
-    "maskalign-wide-fuse-keep0.25": _masked(0.25, **WIDE_FUSE),
+    "constant": _constant(),
+    "constant-no-end": _constant(begin=None),
+    "constant-keep0.25": _constant(0.25),
+    "constant-ramp": {**RAMP, "model.mixer": "token_mlp"},
+    "constant-conv-mixer": _constant(mixer="depthwise_conv"),
+    "constant-weight0.25": _constant(**{"method.align_weight": 0.25}),
+    "constant-weight1": _constant(**{"method.align_weight": 1.0}),
+    "constant-wide": _constant(**WIDE),
 }
 
 
@@ -80,16 +93,12 @@ class Suite:
     shares: dict
 
 
-MASKALIGN = tuple(name for name in RECIPES if name.startswith("maskalign"))
+VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "constant")))
 SUITES = {
-    "screening": Suite(("repa", *MASKALIGN), (0,), {}),
+    "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
     "short": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
-    "rivals": Suite(tuple(name for name in RECIPES if not name.startswith("maskalign-")), (0,), {}),
-    "final": Suite(
-        ("repa", "sit", "maskalign", "loss-only", "tread", "sprint", "sprint+repa", "deferred-masking"),
-        (0, 1, 2),
-        {"maskalign": (1.0, 0.6)},
-    ),
+    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign"), (0,), {}),
+    "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
 }
 
 

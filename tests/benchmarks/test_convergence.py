@@ -68,7 +68,7 @@ def test_every_recipe_is_a_valid_config_and_every_suite_has_repa():
 
 
 def test_phases_follow_the_schedules():
-    settings = {**RECIPES["maskalign"], "method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.25}"}
+    settings = {**RECIPES["constant"], "method.align_weight": "{kind: step, start: 0.5, end: 0.0, begin: 0.25}"}
     config = recipe_config(settings)
     assert phases(config, 64) == {Phase(32, True, None): 0, Phase(32, False, None): 0.25, Phase(64, False, None): 0.9}
     assert phase_at(config, 64, 0.8999).keep == 32 and phase_at(config, 64, 0.9).keep == 64
@@ -81,7 +81,7 @@ def calibration(config, times):
 
 
 def test_a_budget_of_seconds_is_the_sum_over_steps():
-    config = recipe_config(RECIPES["maskalign"])
+    config = recipe_config(RECIPES["constant"])
     clock = calibration(config, {Phase(32, True, None): 0.5, Phase(64, True, None): 1.0})
     seconds = clock.seconds(config, 64, 100)
     assert len(seconds) == 101 and seconds[0] == 0
@@ -91,11 +91,11 @@ def test_a_budget_of_seconds_is_the_sum_over_steps():
     assert clock.steps_within(config, 64, 9.99) == 36
     with pytest.raises(UsageError, match="give more"):
         clock.steps_within(config, 64, 0.1)
-    other = recipe_config({**RECIPES["maskalign"], "model.width": 64})
+    other = recipe_config({**RECIPES["constant"], "model.width": 64})
     assert clock.missing({"same": config, "other": other}, 64) == ["other"]
 
 
-@pytest.mark.parametrize("recipe", ["repa", "maskalign", "sit", "sprint", "loss-only", "maskalign-early-stop"])
+@pytest.mark.parametrize("recipe", ["repa", "maskalign", "sit", "sprint", "loss-only", "constant"])
 def test_tflop_are_those_that_torch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
