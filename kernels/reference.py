@@ -22,11 +22,11 @@ def gather_rows(tokens, subset):
 
 
 def _cosine(s, t, eps):
-    """The cosine of rows, 1/|s|, 1/|t|, and the cosine once more, or zero where |s| < eps."""
+    """The cosine of rows, 1/|s|, 1/|t|, and the cosine once more, or zero where |s| < eps. Overwrites t."""
     s_norm = torch.linalg.vector_norm(s, dim=-1)
     s_inverse = s_norm.clamp_min(eps).reciprocal()
     t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(eps).reciprocal()
-    cosine = torch.linalg.vecdot(s, t) * s_inverse * t_inverse
+    cosine = t.mul_(s).sum(-1) * s_inverse * t_inverse  # vecdot would write the product to memory of its own.
     # A norm below eps is a constant eps, as in F.normalize: the part of the gradient along the row vanishes.
     return cosine, s_inverse, t_inverse, torch.where(s_norm < eps, 0, cosine)
 
@@ -40,11 +40,11 @@ class SubsetCosineAlignment(torch.autograd.Function):
         if teacher.dtype.is_floating_point:
             dtype = torch.promote_types(dtype, teacher.dtype)
         s = (student if student_is_subset else gather_rows(student, subset)).to(dtype)
-        t = gather_rows(teacher, subset).to(dtype)
+        t = gather_rows(teacher, subset).to(dtype)  # A copy, widened or not: it is overwritten.
         result = _cosine(s, t, eps)
         if not torch.compiler.is_compiling() and not bool((result[1] * result[2]).all()):
             # A square above 3.4e38 made a norm infinite: such rows do not occur in a healthy run, so they pay alone.
-            result = tuple(value.to(dtype) for value in _cosine(s.double(), t.double(), eps))
+            result = tuple(value.to(dtype) for value in _cosine(s.double(), gather_rows(teacher, subset).double(), eps))
         return result
 
     @staticmethod
