@@ -1,4 +1,4 @@
-/* Gradient norm, and AdamW with the moving average and the bfloat16 copy, over all tensors of a model in one call each.
+/* Gradient norm, and AdamW with the moving average and a bfloat16 copy, over all tensors of a model in one call each.
    Built and called by fused_update.py. */
 #include <math.h>
 #include <stdint.h>
@@ -8,9 +8,9 @@ enum { BLOCK = 16384 }; /* elements; tensors are cut into blocks, and these deal
 
 typedef struct {
     float *master, *first, *second, *average;
-    const uint16_t *grad; /* bfloat16 */
-    uint16_t *copy;       /* bfloat16 */
-    int64_t size;
+    const void *grad; /* bfloat16, or float32 where `wide` */
+    uint16_t *copy;   /* bfloat16, or NULL */
+    int64_t size, wide;
     float rate;       /* learning rate over 1 - beta1^step */
     float correction; /* 1 over the root of 1 - beta2^step */
 } Tensor;
@@ -44,25 +44,41 @@ static int64_t end_of(const Tensor *tensor, int64_t block) {
     return end < tensor->size ? end : tensor->size;
 }
 
-static void update_span(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {
-    float *restrict master = tensor->master, *restrict first = tensor->first, *restrict second = tensor->second;
-    float *restrict average = tensor->average;
-    const uint16_t *restrict grad = tensor->grad;
-    uint16_t *restrict copy = tensor->copy;
-    const float beta1 = numbers->beta1, beta2 = numbers->beta2, eps = numbers->eps, shrink = numbers->shrink;
-    const float scale = numbers->scale, pull = numbers->pull, rate = tensor->rate, correction = tensor->correction;
-#pragma omp simd
-    for (int64_t i = begin; i < end; i++) {
-        float g = widen(grad[i]) * scale;
-        float m = first[i] + (1 - beta1) * (g - first[i]);
-        float v = beta2 * second[i] + (1 - beta2) * g * g;
-        float p = master[i] * shrink - rate * m / (sqrtf(v) * correction + eps);
-        first[i] = m;
-        second[i] = v;
-        master[i] = p;
-        average[i] += pull * (p - average[i]);
-        copy[i] = narrow(p);
+static inline float same(float value) { return value; }
+
+/* One loop for each kind of gradient, with and without a copy: the compiler must see straight code. */
+#define UPDATE_SPAN(name, kind, load, store)                                                                           \
+    static void name(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {                       \
+        float *restrict master = tensor->master, *restrict first = tensor->first, *restrict second = tensor->second;   \
+        float *restrict average = tensor->average;                                                                     \
+        const kind *restrict grad = tensor->grad;                                                                      \
+        uint16_t *restrict copy = tensor->copy;                                                                        \
+        const float beta1 = numbers->beta1, beta2 = numbers->beta2, eps = numbers->eps, shrink = numbers->shrink;      \
+        const float scale = numbers->scale, pull = numbers->pull, rate = tensor->rate;                                 \
+        const float correction = tensor->correction;                                                                   \
+        (void)copy;                                                                                                    \
+        _Pragma("omp simd") for (int64_t i = begin; i < end; i++) {                                                    \
+            float g = load(grad[i]) * scale;                                                                           \
+            float m = first[i] + (1 - beta1) * (g - first[i]);                                                         \
+            float v = beta2 * second[i] + (1 - beta2) * g * g;                                                         \
+            float p = master[i] * shrink - rate * m / (sqrtf(v) * correction + eps);                                   \
+            first[i] = m;                                                                                              \
+            second[i] = v;                                                                                             \
+            master[i] = p;                                                                                             \
+            average[i] += pull * (p - average[i]);                                                                     \
+            store;                                                                                                     \
+        }                                                                                                              \
     }
+UPDATE_SPAN(narrow_with_copy, uint16_t, widen, copy[i] = narrow(p))
+UPDATE_SPAN(narrow_alone, uint16_t, widen, )
+UPDATE_SPAN(wide_with_copy, float, same, copy[i] = narrow(p))
+UPDATE_SPAN(wide_alone, float, same, )
+
+static void update_span(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {
+    if (tensor->wide)
+        (tensor->copy ? wide_with_copy : wide_alone)(tensor, begin, end, numbers);
+    else
+        (tensor->copy ? narrow_with_copy : narrow_alone)(tensor, begin, end, numbers);
 }
 
 void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int threads) {
@@ -81,17 +97,26 @@ void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int th
     }
 }
 
-static float square_sum(const uint16_t *grad, int64_t count) {
-    float sums[16] = {0}, sum = 0;
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16)
-        for (int lane = 0; lane < 16; lane++) {
-            float g = widen(grad[i + lane]);
-            sums[lane] += g * g;
-        }
-    for (; i < count; i++) sum += widen(grad[i]) * widen(grad[i]);
-    for (int lane = 0; lane < 16; lane++) sum += sums[lane];
-    return sum;
+#define SQUARE_SUM(name, kind, load)                                                                                   \
+    static float name(const kind *grad, int64_t count) {                                                               \
+        float sums[16] = {0}, sum = 0;                                                                                 \
+        int64_t i = 0;                                                                                                 \
+        for (; i + 16 <= count; i += 16)                                                                               \
+            for (int lane = 0; lane < 16; lane++) {                                                                    \
+                float g = load(grad[i + lane]);                                                                        \
+                sums[lane] += g * g;                                                                                   \
+            }                                                                                                          \
+        for (; i < count; i++) sum += load(grad[i]) * load(grad[i]);                                                   \
+        for (int lane = 0; lane < 16; lane++) sum += sums[lane];                                                       \
+        return sum;                                                                                                    \
+    }
+SQUARE_SUM(narrow_squares, uint16_t, widen)
+SQUARE_SUM(wide_squares, float, same)
+
+static float block_squares(const Tensor *tensor, int64_t block) {
+    int64_t begin = block * BLOCK, count = end_of(tensor, block) - begin;
+    if (tensor->wide) return wide_squares((const float *)tensor->grad + begin, count);
+    return narrow_squares((const uint16_t *)tensor->grad + begin, count);
 }
 
 /* Sum of squares of every block of every gradient, into `out`; so the result is the same with any number of threads. */
@@ -104,8 +129,7 @@ void square_sums(const Tensor *tensors, int64_t count, float *out, int threads) 
         for (int64_t k = 0; k < count && before < high; k++) {
             int64_t own = blocks(tensors + k);
             int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
-            for (int64_t block = begin; block < end; block++)
-                out[before + block] = square_sum(tensors[k].grad + block * BLOCK, end_of(tensors + k, block) - block * BLOCK);
+            for (int64_t block = begin; block < end; block++) out[before + block] = block_squares(tensors + k, block);
             before += own;
         }
     }

@@ -1,7 +1,7 @@
 """Clip, AdamW, the moving average and the copy in bfloat16 as one pass over memory, for CPUs.
 
-torch's fused AdamW is one pass of its own, but wants float32 gradients, and average and copy are two more: together
-they move 64 bytes per weight where 38 are enough, and one thread already takes all that the memory gives. The loops
+torch's fused AdamW is one pass of its own, but wants float32 gradients, and average and copy are two more: with
+bfloat16 gradients these move 64 bytes per weight where 38 are enough, and one thread takes all that the memory gives. The loops
 are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept for later
 runs. Without a compiler the optimizer does the same in several passes.
 """
@@ -30,7 +30,7 @@ class Tensor(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("master", "first", "second", "average", "grad", "copy")),
-        ("size", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("size", "wide")),
         ("rate", ctypes.c_float),
         ("correction", ctypes.c_float),
     ]
@@ -48,33 +48,33 @@ class FusedUpdate:
     Args:
         library: what `library()` gives.
         config: `OptimizerConfig`.
-        masters, averages: float32; params: their bfloat16 copies; all contiguous and on the CPU.
+        masters, averages: float32, contiguous and on the CPU.
+        copies: the bfloat16 copy of each; None where there are none.
         states: AdamW's of each: `step` (0-d float32), `exp_avg`, `exp_avg_sq`.
     """
 
-    def __init__(self, library, config, masters, averages, params, states):
+    def __init__(self, library, config, masters, averages, copies, states):
         self.library = library
         self.config = config
-        self.params = params
         self.steps = [state["step"] for state in states]
         moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
-        self.kept = list(zip(masters, moments, averages, params, strict=True))
+        self.kept = list(zip(masters, moments, averages, copies or [None] * len(masters), strict=True))
 
-    def prepare(self, which):
-        """List the parameters with these numbers, with their gradients, for `norm` and `__call__`.
+    def prepare(self, grads):
+        """Take the gradients, for `norm` and `__call__`; they must not change until both are done.
 
-        Gradients are bfloat16; they must not change until both are done.
+        Args:
+            grads: dict from a parameter's number to its gradient, bfloat16 or float32.
         """
-        self.which = which
-        self.grads = [self.params[k].grad.contiguous() for k in which]
-        self.table = (Tensor * len(which))()
-        for entry, k, grad in zip(self.table, which, self.grads, strict=True):
-            master, (first, second), average, param = self.kept[k]
-            tensors = (master, first, second, average, grad, param)
-            entry.master, entry.first, entry.second, entry.average, entry.grad, entry.copy = map(
-                torch.Tensor.data_ptr, tensors
+        self.which, self.grads = list(grads), [grad.contiguous() for grad in grads.values()]
+        self.table = (Tensor * len(grads))()
+        for entry, k, grad in zip(self.table, self.which, self.grads, strict=True):
+            master, (first, second), average, copy = self.kept[k]
+            entry.master, entry.first, entry.second, entry.average, entry.grad = (
+                tensor.data_ptr() for tensor in (master, first, second, average, grad)
             )
-            entry.size = grad.numel()
+            entry.copy = None if copy is None else copy.data_ptr()
+            entry.size, entry.wide = grad.numel(), grad.dtype == torch.float32
 
     def norm(self):
         """Global norm of the gradients, 0-d float32; the same with any number of threads."""

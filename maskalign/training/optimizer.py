@@ -29,7 +29,7 @@ class Optimizer:
         config: `OptimizerConfig`.
         dtype: float32, bfloat16, or float64 for tests.
         ema_on_cpu: keep the moving average in host memory; every step then copies the weights there.
-        fused: on a CPU, update bfloat16 parameters in one pass where a C compiler is there, see fused_update.py.
+        fused: on a CPU, make the whole step one pass where a C compiler is there, see fused_update.py.
     """
 
     def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False, fused=False):
@@ -60,9 +60,11 @@ class Optimizer:
             fused=True,
         )
         self.fused_update = None
-        if fused and self.has_copies and self.params[0].device.type == "cpu" and library() is not None:
+        plain = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in self.masters)
+        if fused and plain and library() is not None:
             states = [self._state(k) for k in range(len(self.masters))]
-            self.fused_update = FusedUpdate(library(), config, self.masters, self.ema, self.params, states)
+            copies = self.params if self.has_copies else None
+            self.fused_update = FusedUpdate(library(), config, self.masters, self.ema, copies, states)
 
     @property
     def has_copies(self):
@@ -88,7 +90,7 @@ class Optimizer:
         elif self.has_copies:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.float()
-        norm = self._gradient_norm()
+        norm = self._over_shards(torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
         skipped = ~(healthy & norm.isfinite())
         divisor = self._clip_divisor(norm)
         if divisor.dtype == torch.float64:
@@ -108,13 +110,15 @@ class Optimizer:
 
     def _fused_step(self, lr, healthy):
         """`step` in one pass; on a CPU it costs nothing to look whether the step is to be skipped."""
-        which = [k for k, p in enumerate(self.params) if p.grad is not None]
-        self.fused_update.prepare(which)
-        norm = self.fused_update.norm()
+        grads = {k: p.grad for k, p in enumerate(self.params) if p.grad is not None}
+        if self.sharded:
+            grads = {k: grad.to_local() for k, grad in grads.items()}
+        self.fused_update.prepare(grads)
+        norm = self._over_shards(self.fused_update.norm())
         skipped = ~(healthy & norm.isfinite())
         if not skipped:
             self.fused_update(lr, float(self._clip_divisor(norm)))
-        done = set() if skipped else set(which)
+        done = {} if skipped else grads
         self._average([k for k in range(len(self.params)) if k not in done])
         for p in self.params:
             p.grad = None
@@ -135,9 +139,8 @@ class Optimizer:
         if self.has_copies:
             torch._foreach_copy_([self.params[k] for k in which], masters)
 
-    def _gradient_norm(self):
-        """Global norm, a 0-d tensor; the same on all ranks."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None])
+    def _over_shards(self, norm):
+        """Global norm, a 0-d tensor, from that of this rank's gradients; the same on all ranks."""
         if not self.sharded:
             return norm
         square = norm.square()

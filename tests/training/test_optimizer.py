@@ -80,19 +80,20 @@ def test_bfloat16_copies_follow_float32_masters(seed):
 
 
 @pytest.mark.skipif(fused_update.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("clip", [0.05, 0.0])
-def test_the_fused_pass_follows_the_plain_one(clip, seed):
+def test_the_fused_pass_follows_the_plain_one(clip, dtype, seed):
     """Through clipped steps, a skipped one, a parameter without a gradient, and a change of the learning rate; with
     a tensor of several blocks and one that does not fill its last vector."""
     own = OptimizerConfig(weight_decay=0.1, grad_clip=clip, ema_decay=0.9, betas=(0.8, 0.95))
     torch.manual_seed(seed)
     first = torch.nn.Sequential(problem(seed, torch.float32), torch.nn.Linear(173, 211))
     models = [first, copy.deepcopy(first)]
-    plain, fused = (Optimizer(m, own, torch.bfloat16, fused=f) for m, f in zip(models, (False, True), strict=True))
+    plain, fused = (Optimizer(m, own, dtype, fused=f) for m, f in zip(models, (False, True), strict=True))
     assert fused.fused_update and not plain.fused_update
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
-        grads = [torch.randn(p.shape, generator=generator).bfloat16() for p in models[0].parameters()]
+        grads = [torch.randn(p.shape, generator=generator).to(dtype) for p in models[0].parameters()]
         grads[2] = None if step == 2 else grads[2]
         for model in models:
             for p, grad in zip(model.parameters(), grads, strict=True):
@@ -104,7 +105,7 @@ def test_the_fused_pass_follows_the_plain_one(clip, seed):
         for (name, want), got in zip(plain.tensors().items(), fused.tensors().values(), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, msg=name)
     for p, master in zip(models[1].parameters(), fused.masters, strict=True):
-        assert torch.equal(p, master.bfloat16())
+        assert torch.equal(p, master.to(dtype))
 
 
 @pytest.mark.skipif(fused_update.library() is None, reason="no C compiler")
