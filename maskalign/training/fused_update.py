@@ -1,9 +1,9 @@
 """Clip, AdamW, the moving average and the copy in bfloat16 as one pass over memory, for CPUs.
 
 torch's fused AdamW is one pass of its own, but wants float32 gradients, and average and copy are two more: with
-bfloat16 gradients these move 64 bytes per weight where 38 are enough, and one thread takes all that the memory gives. The loops
-are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept for later
-runs. Without a compiler the optimizer does the same in several passes.
+bfloat16 gradients these move 64 bytes per weight where 38 are enough, and one thread takes all that the memory gives.
+The loops are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept
+for later runs. Without a compiler the optimizer does the same in several passes.
 """
 
 import ctypes
