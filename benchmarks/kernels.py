@@ -1,22 +1,20 @@
-"""Time and memory of both kernels on the GPU of this machine, against eager PyTorch and its compiled twin.
+"""Time and memory of both operations on this machine, against eager PyTorch and its compiled twin.
 
-    python -m benchmarks.kernels [--out DIR] [--operations ...] [--quick]
+    python -m benchmarks.kernels [--device auto|cpu|cuda] [--out DIR] [--operations ...] [--quick]
 
-Per operation and shape, forward, backward and both: median milliseconds with the 20th and 80th percentile, the bytes
-that the kernels' launches move by their geometry, GB/s, the share of the copy bandwidth that this GPU reaches in the
-same run, and the peak memory on top of the arguments. These launches take microseconds, less than Python needs to issue
-them: `ms` is the time of a captured CUDA graph (triton.testing.do_bench, which clears L2 before each run), `call_ms`
-that of plain calls, as an eager training loop sees them. A provider whose result is off is reported, not timed.
-Rows go to kernels.csv, a figure to kernels.png. Without a CUDA or ROCm device there is nothing to measure: one line
-says so.
+On a GPU, per operation and shape, forward, backward and both: median milliseconds with the 20th and 80th percentile,
+the bytes that the kernels' launches move by their geometry, GB/s, the share of the copy bandwidth that this GPU reaches
+in the same run, and the peak memory on top of the arguments. These launches take microseconds, less than Python needs
+to issue them: `ms` is the time of a captured CUDA graph (triton.testing.do_bench, which clears L2 before each run),
+`call_ms` that of plain calls, as an eager training loop sees them. A provider whose result is off is reported, not
+timed. Rows go to kernels.csv, a figure to kernels.png. The shapes are those of benchmarks.kernel_report; where weights
+and products have other dtypes than the tokens, all providers run under autocast.
 
-The providers: `kernel` (maskalign_kernels), `eager` (the chain as training codes write it), `compiled` (torch.compile
-of the same chain). The shapes and the chain are those of benchmarks.kernel_report; where weights and products have
-other dtypes than the tokens, all three run under autocast.
+`--device cpu` measures the CPU path instead, see benchmarks.kernels_cpu. By itself the command takes a GPU, and says in
+one line where there is none.
 """
 
 import argparse
-import contextlib
 import csv
 import pathlib
 import sys
@@ -24,54 +22,13 @@ import sys
 import torch
 
 from benchmarks import kernel_report
-from maskalign_kernels import mix_and_drop, subset_cosine_alignment
+from benchmarks.kernel_cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
+from benchmarks.step_clock import CLOCKS
 
 COLUMNS = [
     "operation", "shape", "direction", "provider", "ms", "ms_20", "ms_80", "call_ms", "bytes", "gb_per_s", "of_copy",
     "peak_mib", "error",
 ]  # fmt: skip
-DIRECTIONS = ("forward", "backward", "both")
-
-
-def alignment_setup(shape, device):
-    """(arguments, differentiable ones, {provider: function}) of one of SHAPES; the student row for row."""
-    images, tokens, kept, width, student, teacher = shape
-    s = torch.randn(images, kept, width, device=device).to(student).requires_grad_()
-    z = torch.randn(images, tokens, width, device=device)
-    z = (z * 40).round().clamp(-127, 127).to(teacher) if teacher == torch.int8 else z.to(teacher)
-    subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
-
-    def chain(s, z, subset):
-        return kernel_report.unfused_alignment(s, z, subset, True)
-
-    return (s, z, subset), [s], {"kernel": subset_cosine_alignment, "eager": chain, "compiled": torch.compile(chain)}
-
-
-def mix_setup(shape, device):
-    """As alignment_setup, for mix_and_drop: tokens and vectors in the shape's first dtype, weights in its second."""
-    images, tokens, kept, width, hidden, x, weight, _ = shape
-    sizes = [(images, tokens, width), *[(images, width)] * 3, (hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]
-    scales = [1, 1, 0.3, 1, tokens**-0.5, 0.1, hidden**-0.5, 0.1]
-    dtypes = [x] * 4 + [weight] * 4
-    tensors = [
-        (torch.randn(size, device=device) * by).to(dtype).requires_grad_()
-        for size, by, dtype in zip(sizes, scales, dtypes, strict=True)
-    ]
-    subset = None
-    if kept is not None:
-        subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
-    chain = kernel_report.unfused_mix
-    return (*tensors, subset), tensors, {"kernel": mix_and_drop, "eager": chain, "compiled": torch.compile(chain)}
-
-
-SETUPS = {"subset_cosine_alignment": alignment_setup, "mix_and_drop": mix_setup}
-
-
-def precision(operation, shape, device):
-    """autocast to the products' dtype where weights or tokens have another one; else nothing."""
-    if operation != "mix_and_drop" or len(set(shape[5:])) == 1:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, shape[7])
 
 
 def runners(function, arguments, leaves):
@@ -83,25 +40,6 @@ def runners(function, arguments, leaves):
         "backward": lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True),
         "both": lambda: torch.autograd.grad(function(*arguments), leaves, gradient),
     }
-
-
-def relative_error(function, exact, arguments, leaves):
-    """The larger relative error of the result and of the gradients, against the chain in float64 on the same values."""
-
-    def outcome(function, arguments, leaves):
-        out = function(*arguments)
-        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape)
-        return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
-
-    wide = [
-        a.detach().double().requires_grad_(a.requires_grad)
-        if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.dtype == torch.int8) else a
-        for a in arguments
-    ]  # fmt: skip
-    with torch.autocast(arguments[0].device.type, enabled=False):
-        truths = outcome(exact, wide, [a for a in wide if isinstance(a, torch.Tensor) and a.requires_grad])
-    found = outcome(function, arguments, leaves)
-    return max(float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truths, strict=True))
 
 
 def captured(run):
@@ -151,14 +89,11 @@ def measure(operation, shape, bandwidth, device):
     import triton
 
     moved = moved_bytes(operation, shape)
-    label = next(iter(kernel_report.CASES[operation].aot_cases([shape], every_configuration=False))).shape
     arguments, leaves, functions = SETUPS[operation](shape, device)
-    dtypes = [t.dtype for t in leaves] + [d for d in shape[5:] if d.is_floating_point]
-    narrow = max(torch.finfo(dtype).eps for dtype in dtypes)
     for provider, function in functions.items():
         error = relative_error(function, functions["eager"], arguments, leaves)
-        row = {"operation": operation, "shape": label, "provider": provider, "error": error}
-        if not error < 8 * narrow + 2e-3:
+        row = {"operation": operation, "shape": label(operation, shape), "provider": provider, "error": error}
+        if not error < tolerated_error(shape, leaves):
             yield {**dict.fromkeys(COLUMNS, ""), **row, "direction": "wrong result, not timed"}
             continue
         for direction, run in runners(function, arguments, leaves).items():
@@ -186,7 +121,7 @@ def draw(rows, path, title):
     for axis, operation in zip(axes[:, 0], operations, strict=False):
         mine = [row for row in timed if row["operation"] == operation and row["direction"] == "both"]
         shapes = list(dict.fromkeys(row["shape"] for row in mine))
-        for offset, provider in enumerate(("kernel", "eager", "compiled")):
+        for offset, provider in enumerate(PROVIDERS):
             of = {row["shape"]: row["of_copy"] for row in mine if row["provider"] == provider}
             places = [i + 0.27 * (offset - 1) for i in range(len(shapes))]
             axis.barh(places, [of.get(s, 0) for s in shapes], 0.25, label=provider)
@@ -225,14 +160,30 @@ def benchmark(operations, shapes, device, out):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="runs/kernels", help="folder for kernels.csv and kernels.png")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: a GPU if there is one")
+    parser.add_argument("--out", default="runs/kernels", help="folder for the CSV and the PNG")
     parser.add_argument("--operations", nargs="+", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--quick", action="store_true", help="the first two shapes of each operation only")
+    cpu = parser.add_argument_group("with --device cpu")
+    cpu.add_argument("--rounds", type=int, default=25)
+    cpu.add_argument("--threads", type=int, help="CPU threads")
+    cpu.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: the processor's, on one thread")
     options = parser.parse_args(arguments)
+    if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
+        parser.error("--clock cpu goes with --device cpu --threads 1: threads that wait would count, too")
+    if options.rounds < 1 or (options.threads is not None and options.threads < 1):
+        parser.error("--rounds and --threads must be at least 1")
+    if options.device == "cpu":
+        from benchmarks import kernels_cpu  # The training stack, which takes seconds to import.
+
+        return kernels_cpu.benchmark(options)
     if not torch.cuda.is_available():
-        print("benchmarks.kernels: skipped, no CUDA or ROCm device here; nothing was measured on a GPU.")
-        return 0
+        hint = "--device cpu measures the CPU path"
+        print(f"benchmarks.kernels: skipped, no CUDA or ROCm device here; nothing was measured on a GPU; {hint}.")
+        return 0 if options.device == "auto" else 1
     shapes = {name: module.SHAPES[: 2 if options.quick else None] for name, module in kernel_report.CASES.items()}
     return benchmark(options.operations, shapes, torch.device("cuda"), pathlib.Path(options.out))
 

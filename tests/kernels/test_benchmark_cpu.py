@@ -55,3 +55,4 @@ def test_the_gpu_benchmark_says_that_it_skips():
         [sys.executable, "-m", "benchmarks.kernels"], capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0 and "skipped, no CUDA or ROCm device" in run.stdout, run.stderr
+    assert len(run.stdout.splitlines()) == 1 and "--device cpu" in run.stdout

@@ -1,0 +1,87 @@
+"""What `benchmarks.kernels` runs, on any device: arguments, providers, precision, and how far off a result is.
+
+The providers: `kernel` (maskalign_kernels: Triton on a GPU, reference.py on a CPU), `eager` (the chain as training
+codes write it, from benchmarks.kernel_report), `compiled` (torch.compile of the same chain).
+"""
+
+import contextlib
+
+import torch
+
+from benchmarks import kernel_report
+from maskalign_kernels import mix_and_drop, subset_cosine_alignment
+
+DIRECTIONS = ("forward", "backward", "both")
+PROVIDERS = ("kernel", "eager", "compiled")
+
+
+def label(operation, shape):
+    """What the tables call one of the operation's SHAPES."""
+    return next(iter(kernel_report.CASES[operation].aot_cases([shape], every_configuration=False))).shape
+
+
+def alignment_setup(shape, device):
+    """(arguments, differentiable ones, {provider: function}) of one of SHAPES; the student row for row."""
+    images, tokens, kept, width, student, teacher = shape
+    s = torch.randn(images, kept, width, device=device).to(student).requires_grad_()
+    z = torch.randn(images, tokens, width, device=device)
+    z = (z * 40).round().clamp(-127, 127).to(teacher) if teacher == torch.int8 else z.to(teacher)
+    subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
+
+    def chain(s, z, subset):
+        return kernel_report.unfused_alignment(s, z, subset, True)
+
+    return (s, z, subset), [s], {"kernel": subset_cosine_alignment, "eager": chain, "compiled": torch.compile(chain)}
+
+
+def mix_setup(shape, device):
+    """As alignment_setup, for mix_and_drop: tokens and vectors in the shape's first dtype, weights in its second."""
+    images, tokens, kept, width, hidden, x, weight, _ = shape
+    sizes = [(images, tokens, width), *[(images, width)] * 3, (hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]
+    scales = [1, 1, 0.3, 1, tokens**-0.5, 0.1, hidden**-0.5, 0.1]
+    dtypes = [x] * 4 + [weight] * 4
+    tensors = [
+        (torch.randn(size, device=device) * by).to(dtype).requires_grad_()
+        for size, by, dtype in zip(sizes, scales, dtypes, strict=True)
+    ]
+    subset = None
+    if kept is not None:
+        subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
+    chain = kernel_report.unfused_mix
+    return (*tensors, subset), tensors, {"kernel": mix_and_drop, "eager": chain, "compiled": torch.compile(chain)}
+
+
+SETUPS = {"subset_cosine_alignment": alignment_setup, "mix_and_drop": mix_setup}
+
+
+def precision(operation, shape, device):
+    """autocast to the products' dtype where weights or tokens have another one; else nothing."""
+    if operation != "mix_and_drop" or len(set(shape[5:])) == 1:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, shape[7])
+
+
+def relative_error(function, exact, arguments, leaves):
+    """The larger relative error of the result and of the gradients, against the chain in float64 on the same values."""
+
+    def outcome(function, arguments, leaves):
+        out = function(*arguments)
+        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape)
+        return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+
+    wide = [
+        a.detach().double().requires_grad_(a.requires_grad)
+        if isinstance(a, torch.Tensor) and (a.is_floating_point() or a.dtype == torch.int8) else a
+        for a in arguments
+    ]  # fmt: skip
+    with torch.autocast(arguments[0].device.type, enabled=False):
+        truths = outcome(exact, wide, [a for a in wide if isinstance(a, torch.Tensor) and a.requires_grad])
+    found = outcome(function, arguments, leaves)
+    with torch.no_grad():
+        return max(float((f.double() - t).norm() / t.norm()) for f, t in zip(found, truths, strict=True))
+
+
+def tolerated_error(shape, leaves):
+    """The relative error up to which a result counts as right: a few roundings in the narrowest dtype of the chain."""
+    dtypes = [t.dtype for t in leaves] + [d for d in shape[5:] if d.is_floating_point]
+    return 8 * max(torch.finfo(dtype).eps for dtype in dtypes) + 2e-3
