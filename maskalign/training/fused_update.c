@@ -44,6 +44,24 @@ static int64_t end_of(const Tensor *tensor, int64_t block) {
     return end < tensor->size ? end : tensor->size;
 }
 
+/* Deals all blocks of all tensors to the threads in equal shares; each walks the list and visits what is its own. */
+typedef void (*Visit)(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *context);
+
+static void deal(const Tensor *tensors, int64_t count, int threads, Visit visit, const void *context) {
+    int64_t total = 0;
+    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t thread = 0; thread < threads; thread++) {
+        int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
+        for (int64_t k = 0; k < count && before < high; k++) {
+            int64_t own = blocks(tensors + k);
+            int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
+            if (begin < end) visit(tensors + k, begin, end, before, context);
+            before += own;
+        }
+    }
+}
+
 static inline float same(float value) { return value; }
 
 /* One loop for each kind of gradient, with and without a copy: the compiler must see straight code. */
@@ -74,27 +92,17 @@ UPDATE_SPAN(narrow_alone, uint16_t, widen, )
 UPDATE_SPAN(wide_with_copy, float, same, copy[i] = narrow(p))
 UPDATE_SPAN(wide_alone, float, same, )
 
-static void update_span(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {
+static void update_blocks(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *numbers) {
+    int64_t first = begin * BLOCK, last = end_of(tensor, end - 1);
+    (void)before;
     if (tensor->wide)
-        (tensor->copy ? wide_with_copy : wide_alone)(tensor, begin, end, numbers);
+        (tensor->copy ? wide_with_copy : wide_alone)(tensor, first, last, numbers);
     else
-        (tensor->copy ? narrow_with_copy : narrow_alone)(tensor, begin, end, numbers);
+        (tensor->copy ? narrow_with_copy : narrow_alone)(tensor, first, last, numbers);
 }
 
 void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int threads) {
-    int64_t total = 0;
-    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        /* Every thread walks the list and does the part of it that is its own. */
-        int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
-        for (int64_t k = 0; k < count && before < high; k++) {
-            int64_t own = blocks(tensors + k);
-            int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
-            if (begin < end) update_span(tensors + k, begin * BLOCK, end_of(tensors + k, end - 1), numbers);
-            before += own;
-        }
-    }
+    deal(tensors, count, threads, update_blocks, numbers);
 }
 
 #define SQUARE_SUM(name, kind, load)                                                                                   \
@@ -113,24 +121,16 @@ void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int th
 SQUARE_SUM(narrow_squares, uint16_t, widen)
 SQUARE_SUM(wide_squares, float, same)
 
-static float block_squares(const Tensor *tensor, int64_t block) {
-    int64_t begin = block * BLOCK, count = end_of(tensor, block) - begin;
-    if (tensor->wide) return wide_squares((const float *)tensor->grad + begin, count);
-    return narrow_squares((const uint16_t *)tensor->grad + begin, count);
+static void square_blocks(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *out) {
+    for (int64_t block = begin; block < end; block++) {
+        int64_t first = block * BLOCK, count = end_of(tensor, block) - first;
+        ((float *const *)out)[0][before + block] = tensor->wide
+                                                       ? wide_squares((const float *)tensor->grad + first, count)
+                                                       : narrow_squares((const uint16_t *)tensor->grad + first, count);
+    }
 }
 
-/* Sum of squares of every block of every gradient, into `out`; so the result is the same with any number of threads. */
+/* Sum of squares of every block of every gradient, into `out`: the same with any number of threads. */
 void square_sums(const Tensor *tensors, int64_t count, float *out, int threads) {
-    int64_t total = 0;
-    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t thread = 0; thread < threads; thread++) {
-        int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
-        for (int64_t k = 0; k < count && before < high; k++) {
-            int64_t own = blocks(tensors + k);
-            int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
-            for (int64_t block = begin; block < end; block++) out[before + block] = block_squares(tensors + k, block);
-            before += own;
-        }
-    }
+    deal(tensors, count, threads, square_blocks, &out);
 }
