@@ -46,3 +46,14 @@ def test_compiled_cpu_code_takes_the_rational_form_and_nothing_else_does():
     assert torch.equal(gelu(x), F.gelu(x, approximate="tanh"))
     assert torch.equal(compiled(x), RationalGelu.apply(x)) and not torch.equal(compiled(x), gelu(x))
     assert torch.equal(compiled(x.double()), F.gelu(x.double(), approximate="tanh"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_cpu_code_keeps_the_slope(dtype):
+    """torch 2.11 compiles a Function that ends in a cast to its own dtype into one without a gradient, silently."""
+    x = GRID.to(dtype)[::100].contiguous().requires_grad_()
+    grad = torch.linspace(0.5, 1.5, x.numel()).to(dtype)
+    out = torch.compile(lambda x: gelu(2 * x), backend="aot_eager", fullgraph=True)(x)
+    (got,) = torch.autograd.grad(out, x, grad)
+    (want,) = torch.autograd.grad(RationalGelu.apply(2 * x), x, grad)
+    assert want.any() and torch.equal(got, want)
