@@ -135,7 +135,7 @@ def draw(rows, path, title):
             axis.barh([y for y, _ in places], [r["ms"] for _, r in places], 0.25, xerr=errors, label=provider)
         axis.set_yticks(range(len(shapes)), shapes, fontsize=7)
         axis.invert_yaxis()
-        axis.set_xlabel("ms, forward and backward (bar: median, whiskers: 20th to 80th percentile)")
+        axis.set_xlabel("ms of a forward and its backward")
         axis.set_title(operation, fontsize=10)
         axis.legend()
     figure.suptitle(title, fontsize=9)
@@ -174,8 +174,9 @@ def benchmark(options, shapes=None):
         for row in rows:
             row = {**row, "machine": about}
             writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-    draw(rows, out / "kernels-cpu.png", f"{about}; {options.clock} clock, {options.rounds} rounds")
+    title = f"{about}; {options.clock} clock, {options.rounds} rounds"
+    draw(rows, out / "kernels-cpu.png", f"{title}\nbars: medians; whiskers: 20th to 80th percentile")
     print(table(rows))
-    print(f"{about}; {options.clock} clock, {options.rounds} rounds")
+    print(title)
     print(f"written to {out}/kernels-cpu.csv and {out}/kernels-cpu.png")
     return 1 if any(row["ms"] == "" for row in rows) else 0
