@@ -1,0 +1,205 @@
+"""The rules between settings: alone, with the number of processes, and with the data set.
+
+Each broken rule is one `UsageError` that says what, where and how to mend it. Nothing heavy is imported, so that a
+mistake is found before torch is loaded.
+"""
+
+from maskalign.config.settings import as_schedule, model_sizes
+from maskalign.errors import UsageError
+from maskalign.teachers.names import check_teacher_name, parse_teachers
+
+
+def validate(config):
+    """Check the rules between settings; raises one UsageError with what, where and how to mend it."""
+    sizes = model_sizes(config)
+    for name in ("depth", "width", "heads", "patch_size"):
+        _require(sizes[name] >= 1, f"model.{name}", sizes[name], "must be at least 1")
+    depth, width, heads = sizes["depth"], sizes["width"], sizes["heads"]
+    _require(width % heads == 0, "model.heads", heads, f"must divide model.width {width}")
+    _require(width % 4 == 0, "model.width", width, "must be divisible by 4 (position embedding)")
+    align_depth = sizes["align_depth"]
+    _require(1 <= align_depth <= depth, "method.align_depth", align_depth, f"must be a block of the model, 1..{depth}")
+    method = config.method
+    if not isinstance(method.route, str):
+        start, end = method.route
+        _require(
+            0 <= start < end <= depth, "method.route", [start, end], f"must satisfy 0 <= start < end <= depth {depth}"
+        )
+    _validate_schedule("method.keep_ratio", method.keep_ratio, 0, 1, "must be in (0, 1]", open_low=True)
+    _validate_schedule("method.align_weight", method.align_weight, 0, float("inf"), "must be at least 0")
+    if method.align_ratio is not None:
+        _validate_schedule("method.align_ratio", method.align_ratio, 0, 1, "must be in (0, 1]", open_low=True)
+    if method.restore != "none" and method.route == "none":
+        raise UsageError("method.restore: nothing is dropped with method.route none; set restore none or give a route")
+    if config.model.projector == "conv":
+        start, end = (0, depth) if method.route == "all" else (0, 0) if method.route == "none" else method.route
+        inside = start < align_depth and (align_depth <= end or method.restore == "none")
+        all_kept = set(_values(as_schedule(method.keep_ratio))) == {1.0}
+        if inside and not all_kept and method.route != "none":
+            raise UsageError(
+                f"model.projector: conv needs all tokens at block {align_depth}, which sees only the subset; "
+                "choose mlp, move method.align_depth before the route, or set method.route none"
+            )
+    at_least = {
+        "method.keep_multiple": 1,
+        "model.mixer_hidden": 1,
+        "model.projector_dim": 1,
+        "training.max_steps": 1,
+        "training.batch_size": 1,
+        "training.accumulation": 1,
+        "training.log_every": 1,
+        "training.checkpoint_every": 1,
+        "training.keep_checkpoints": 1,
+        "training.keep_every": 0,
+        "training.timeout": 1,
+        "training.sample_every": 0,
+        "training.max_nonfinite": 1,
+        "data.num_workers": 0,
+        "parallel.prefetch": 0,
+        "parallel.shard_teacher_above": 0,
+        "optimizer.warmup_steps": 0,
+        "optimizer.grad_clip": 0,
+        "optimizer.weight_decay": 0,
+        "preview.classes": 1,
+        "preview.per_class": 1,
+        "preview.steps": 1,
+        "evaluate.every": 0,
+        "evaluate.images": 0,
+        "evaluate.samples": 0,
+        "evaluate.reference": 0,
+        "evaluate.steps": 1,
+        "evaluate.cfg_scale": 0,
+    }
+    for key, low in at_least.items():
+        value = _get(config, key)
+        _require(value >= low, key, value, f"must be at least {low}")
+    for key in ("optimizer.lr", "optimizer.eps", "model.mlp_ratio"):
+        _require(_get(config, key) > 0, key, _get(config, key), "must be above 0")
+    for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout", "parallel.memory_budget"):
+        _require(0 <= _get(config, key) <= 1, key, _get(config, key), "must be in [0, 1]")
+    for key in ("optimizer.ema_decay",):
+        _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
+    for beta in config.optimizer.betas:
+        _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
+    seconds = config.training.max_seconds
+    _require(seconds is None or seconds > 0, "training.max_seconds", seconds, "must be above 0")
+    batch, parts = config.training.batch_size, config.training.accumulation
+    _require(batch % parts == 0, "training.accumulation", parts, f"must divide training.batch_size {batch}")
+    for key in ("evaluate.samples", "evaluate.reference"):
+        _require(_get(config, key) == 0 or _get(config, key) >= 2, key, _get(config, key), "must be 0 or at least 2")
+    if config.evaluate.every:
+        check_teacher_name(config.evaluate.teacher)
+    shard_size = config.parallel.shard_size
+    _require(shard_size is None or shard_size >= 1, "parallel.shard_size", shard_size, "must be at least 1")
+    return sizes
+
+
+def validate_with_ranks(config, world_size, local_world_size=None):
+    """Check the settings against the number of processes, and on this node; needs no torch, so it can come first."""
+    plan, batch, parts = config.parallel.plan, config.training.batch_size, config.training.accumulation
+    if plan == "none" and world_size > 1:
+        raise UsageError(
+            f"parallel.plan: none runs in one process, but torchrun started {world_size}; set ddp, fsdp or hsdp"
+        )
+    _require(
+        batch % (world_size * parts) == 0,
+        "training.batch_size",
+        batch,
+        f"must be a multiple of ranks x training.accumulation = {world_size} x {parts} = {world_size * parts}",
+    )
+    shard_ranks(config.parallel, world_size, local_world_size)
+
+
+def shard_ranks(parallel, world_size, local_world_size=None):
+    """Ranks that share one copy of the weights: 1 for none and ddp, all for fsdp, for hsdp as set or those of a node.
+
+    Raises:
+        UsageError: where that does not divide the ranks.
+    """
+    if parallel.plan != "hsdp":
+        return world_size if parallel.plan == "fsdp" else 1
+    size = parallel.shard_size or local_world_size or world_size
+    _require(world_size % size == 0, "parallel.shard_size", size, f"must divide the {world_size} ranks")
+    return size
+
+
+def validate_with_data(config, manifest, num_samples=None):
+    """Check the settings against the data set's manifest.
+
+    Args:
+        config: `Config`.
+        manifest: of the data set; of any one where several are mixed.
+        num_samples: of all data sets together; by default the manifest's.
+
+    Returns:
+        dict with what the model takes from the data: input_size, in_channels, num_classes, and `teachers`, a list of
+        (name, cached) pairs.
+    """
+    sizes = model_sizes(config)
+    if manifest.latent is not None:
+        moments, height, _ = manifest.latent["shape"]
+        input_size, in_channels = height, moments // 2
+    else:
+        input_size, in_channels = manifest.resolution, manifest.channels
+    patch = sizes["patch_size"]
+    rule = f"must divide the input size {input_size} of {config.data.path}"
+    _require(input_size % patch == 0, "model.patch_size", patch, rule)
+    batch, num_samples = config.training.batch_size, num_samples or manifest.num_samples
+    _require(
+        batch <= num_samples,
+        "training.batch_size",
+        batch,
+        f"is larger than the {num_samples} samples of {config.data.path}",
+    )
+    teachers = []
+    if max(_values(as_schedule(config.method.align_weight))) > 0:
+        names = parse_teachers(config.teacher.names or None)
+        if not names:
+            raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
+        for name in names:
+            cached = name in manifest.teachers
+            if config.teacher.mode == "cached" and not cached:
+                there = ", ".join(manifest.teachers) or "none"
+                raise UsageError(
+                    f"teacher.names: {config.data.path} has no features of {name!r} (it has {there}); run maskalign "
+                    f"data encode --data {config.data.path} --teacher {name}, or set teacher.mode online"
+                )
+            cached = cached and config.teacher.mode != "online"
+            if not cached and manifest.image_format is None:
+                raise UsageError(
+                    f"teacher.names: {name!r} needs images, and {config.data.path} has none; encode its features first"
+                )
+            teachers.append((name, cached))
+    return {
+        "input_size": input_size,
+        "in_channels": in_channels,
+        "num_classes": len(manifest.class_names),
+        "teachers": teachers,
+    }
+
+
+def _get(config, key):
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _require(condition, key, value, rule):
+    if not condition:
+        raise UsageError(f"{key}: {value} {rule}")
+
+
+def _values(schedule):
+    return (schedule.start,) if schedule.kind == "constant" else (schedule.start, schedule.end)
+
+
+def _validate_schedule(key, value, low, high, rule, open_low=False):
+    schedule = as_schedule(value)
+    for number in _values(schedule):
+        _require((number > low if open_low else number >= low) and number <= high, key, number, rule)
+    _require(
+        0 <= schedule.begin <= schedule.until <= 1,
+        key,
+        f"begin {schedule.begin}, until {schedule.until}",
+        "must satisfy 0 <= begin <= until <= 1",
+    )

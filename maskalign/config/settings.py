@@ -1,0 +1,301 @@
+"""One typed tree of settings, and what follows from them alone.
+
+The text under a field is its help line. What types cannot say is in checks.py, how the tree is read in parsing.py.
+"""
+
+from dataclasses import dataclass, field
+from typing import Dict, List, Literal, Optional, Tuple, Union
+
+from maskalign.errors import UsageError
+from maskalign.models.presets import preset_sizes
+
+
+@dataclass
+class Schedule:
+    """A value that changes over training."""
+
+    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """How the value goes from start to end."""
+    start: float = 0.0
+    """The value up to `begin`."""
+    end: float = 0.0
+    """The value from `until` on (`step` changes at `begin`)."""
+    begin: float = 0.0
+    """Share of training, in [0, 1], at which the change begins."""
+    until: float = 1.0
+    """Share of training, in [0, 1], at which the change is complete."""
+
+
+Scheduled = Union[float, Schedule]
+
+
+@dataclass
+class DataConfig:
+    """The data set and how it is read."""
+
+    path: Union[Dict[str, float], str] = "datasets/imagenet256"
+    """Folder or URL prefix of the shards and their manifest.json; or several with weights, {PATH: WEIGHT, ...}."""
+    num_workers: int = 0
+    """Loader processes per rank; 0 reads in the training process."""
+    max_bad_fraction: float = 0.01
+    """Share of bad samples above which the run stops."""
+    cache_dir: Optional[str] = None
+    """Local folder in which remote shards are kept."""
+    allow_pipe: bool = False
+    """Allow `pipe:` shard URLs, which run a shell command."""
+
+
+@dataclass
+class TeacherConfig:
+    """The frozen encoders whose features the student is aligned with."""
+
+    names: List[str] = field(default_factory=lambda: ["dinov2-b"])
+    """Teachers: dinov2-{s,b,l,g}, efficientnet-lite0[:16] or timm:MODEL."""
+    mode: Literal["auto", "cached", "online"] = "auto"
+    """Features from the shards (cached), computed in the loop (online), or whichever the data set allows."""
+    weights: Optional[str] = None
+    """Weights for online teachers: a local file, hub, or random (for tests)."""
+    normalize: Literal["none", "spatial"] = "none"
+    """Normalisation of online features; spatial is iREPA's, over the tokens of an image."""
+
+
+@dataclass
+class ModelConfig:
+    """The student."""
+
+    preset: Optional[str] = None
+    """SiT-{S,B,L,XL}/{2,4,8}; the sizes below override it."""
+    depth: Optional[int] = None
+    """Number of blocks."""
+    width: Optional[int] = None
+    """Width of a token."""
+    heads: Optional[int] = None
+    """Attention heads; they divide the width."""
+    patch_size: Optional[int] = None
+    """Side of a patch in pixels or latents; it divides the input size."""
+    mlp_ratio: float = 4.0
+    """Hidden width of a block's MLP over its width."""
+    qk_norm: bool = False
+    """LayerNorm on queries and keys."""
+    attention: Literal["auto", "sdpa", "math", "flash_attn"] = "auto"
+    """Attention: torch's fused kernel, plain operations, the faster of these, or the package flash-attn (GPUs)."""
+    mixer: Literal["token_mlp", "depthwise_conv", "attention", "none"] = "token_mlp"
+    """What shares information across all tokens before some are dropped."""
+    mixer_hidden: int = 64
+    """Hidden number of tokens T of the token_mlp mixer."""
+    projector: Literal["mlp", "conv"] = "mlp"
+    """Projector to the teacher: REPA's MLP, or iREPA's 3x3 convolution (needs all tokens at the tap)."""
+    projector_dim: int = 2048
+    """Hidden width of the MLP projector."""
+
+
+@dataclass
+class MethodConfig:
+    """Which tokens are computed and which are aligned."""
+
+    keep_ratio: Scheduled = 0.5
+    """Share of tokens that take the route: a number in (0, 1] or a schedule."""
+    align_weight: Scheduled = 0.5
+    """Weight of the alignment loss: a number or a schedule; 0 turns the alignment off."""
+    align_depth: Optional[int] = None
+    """Block whose output is aligned, counted from 1; by default the preset's (B 4, L and XL 8), else a third."""
+    align_ratio: Optional[Scheduled] = None
+    """Align an independently drawn share of the tokens present at the tap; by default all of them."""
+    route: Union[Literal["all", "none"], Tuple[int, int]] = "all"
+    """Blocks [start, end) that see only the subset; none: all blocks see all tokens (loss-only masking)."""
+    restore: Literal["none", "bypass", "fuse"] = "none"
+    """What returns at the end of the route: nothing, the dropped tokens (TREAD), or a learned fusion (SPRINT)."""
+    subset: Literal["uniform", "grid", "block"] = "uniform"
+    """How the subset is drawn."""
+    keep_multiple: int = 8
+    """The number of kept tokens is rounded to a multiple of this."""
+
+
+@dataclass
+class ObjectiveConfig:
+    """The denoising objective."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    """Interpolant between data (t = 0) and noise (t = 1)."""
+    time: Literal["uniform", "lognormal"] = "uniform"
+    """Distribution of the time t."""
+    label_dropout: float = 0.1
+    """Share of labels replaced by "no class", for classifier-free guidance."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, its schedule, and the moving average."""
+
+    lr: float = 1e-4
+    """Learning rate."""
+    betas: Tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls to zero at the end."""
+    decay_from: float = 0.0
+    """Share of training at which the fall begins."""
+    ema_decay: float = 0.9999
+    """Decay of the exponential moving average of the weights, every step."""
+
+
+@dataclass
+class TrainingConfig:
+    """The loop."""
+
+    max_steps: int = 400_000
+    """Optimiser steps."""
+    max_seconds: Optional[float] = None
+    """Stop, with every schedule complete, after this much training time if max_steps is not reached before."""
+    batch_size: int = 256
+    """Images per optimiser step, over all ranks."""
+    accumulation: int = 1
+    """Micro-batches per optimiser step; it divides the batch of a rank."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto is bf16 where the processor has it, else fp32; master weights stay float32."""
+    compile: bool = False
+    """torch.compile every block."""
+    log_every: int = 50
+    """Steps between rows of metrics.csv."""
+    checkpoint_every: int = 10_000
+    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints stay on disk."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay on disk for good; 0 keeps the newest only."""
+    async_checkpoint: bool = True
+    """Copy to host memory and write in the background; else training waits for the disk."""
+    timeout: float = 600.0
+    """Seconds without progress after which a run on several ranks ends and names the rank and the step."""
+    sample_every: int = 10_000
+    """Steps between grids of EMA samples; 0 draws only the last one."""
+    resume: str = "auto"
+    """auto: go on from the newest checkpoint of run_dir; never: refuse a used run_dir; or the path of a checkpoint."""
+    init_from: Optional[str] = None
+    """Start from the weights of this checkpoint (ours or REPA's), not from its step."""
+    max_nonfinite: int = 10
+    """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped and counted."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    progress: bool = True
+    """Show the progress bar."""
+
+
+@dataclass
+class PreviewConfig:
+    """The sample grids drawn during training."""
+
+    classes: int = 10
+    """Number of classes, a row each."""
+    per_class: int = 8
+    """Pictures per class."""
+    steps: int = 50
+    """Sampler steps."""
+    cfg_scale: float = 2.0
+    """Classifier-free guidance scale; 1 is none."""
+    sampler: Literal["ode", "heun", "sde"] = "ode"
+    """Sampler."""
+    vae: Optional[str] = None
+    """Decoder of latents: name or folder of an AutoencoderKL; by default the data set's, if it can be loaded."""
+
+
+@dataclass
+class EvaluateConfig:
+    """The light evaluation of the averaged weights during training; maskalign evaluate is the thorough one."""
+
+    every: int = 0
+    """Steps between evaluations, written to evaluation.csv; 0 is none, else one is also made at the end."""
+    data: Optional[str] = None
+    """Held-out data set; by default data.path, whose images the run has seen."""
+    images: int = 256
+    """Held-out images for the velocity loss and the alignment cosine by time; 0 leaves these out."""
+    samples: int = 500
+    """Samples for the Frechet and the kernel distance; 0 leaves these out."""
+    reference: int = 5000
+    """Images of the data set that the samples are compared with; 0 for all."""
+    teacher: str = "efficientnet-lite0"
+    """Teacher in whose features the distances are."""
+    steps: int = 50
+    """Sampler steps."""
+    cfg_scale: float = 1.0
+    """Classifier-free guidance scale of the samples; 1 is none."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the work is spread over processes."""
+
+    plan: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
+    """none: one process; ddp: a copy on every rank; fsdp: shards over all ranks; hsdp: over groups of ranks."""
+    shard_size: Optional[int] = None
+    """hsdp: ranks that share one copy of the weights; it divides the ranks; by default the ranks of a node."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free gathered weights between forward and backward (ZeRO-3), or keep them (ZeRO-2)."""
+    prefetch: int = 1
+    """fsdp, hsdp: blocks whose weights are gathered ahead of the one that computes."""
+    recompute: Literal["none", "block", "selective"] = "none"
+    """Activations made again in the backward: none, of all blocks, or as many as memory_budget asks for."""
+    memory_budget: float = 0.5
+    """selective: share of the blocks' activations that is kept, in [0, 1]."""
+    ema_on_cpu: bool = False
+    """Keep the moving average in host memory."""
+    shard_teacher_above: float = 1024.0
+    """fsdp, hsdp: MiB of weights above which an online teacher is sharded too."""
+
+
+@dataclass
+class Config:
+    """All settings of a training run."""
+
+    seed: int = 0
+    """Seed of every random draw."""
+    run_dir: str = "runs/run"
+    """Folder of the run: settings, metrics, samples, checkpoints."""
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def as_schedule(value):
+    """A scheduled setting as a `Schedule`; a plain number is constant."""
+    if isinstance(value, Schedule):
+        return value
+    return Schedule(kind="constant", start=float(value), end=float(value))
+
+
+def model_sizes(config):
+    """Depth, width, heads, patch size and alignment depth that the settings add up to.
+
+    Raises:
+        UsageError: where neither a preset nor a size gives one of them.
+    """
+    model = config.model
+    sizes = preset_sizes(model.preset) if model.preset else {}
+    for name in ("depth", "width", "heads", "patch_size"):
+        value = getattr(model, name)
+        if value is not None:
+            sizes[name] = value
+        elif name not in sizes:
+            raise UsageError(f"model.{name} is missing: set it, or model.preset (e.g. SiT-B/2)")
+    if config.method.align_depth is not None:
+        sizes["align_depth"] = config.method.align_depth
+    elif not model.preset or model.depth is not None:
+        sizes["align_depth"] = max(1, round(sizes["depth"] / 3))
+    return sizes
