@@ -133,16 +133,8 @@ class TimedStep:
         self.trainer, self.batches, self.progress, self.count = trainer, batches, progress, 0
 
     def __call__(self):
-        trainer, batch = self.trainer, next(self.batches)
-        device = trainer.device
-        labels, teachers = batch["label"].to(device), trainer.features(batch)
-        if trainer.manifest.latent is not None:
-            inputs, prepare = batch["moments"].to(device), trainer._prepare
-        else:
-            inputs, prepare = batch["image"].to(device).float() / 127.5 - 1, None
-        result = trainer.train_step(
-            self.count, self.progress, inputs, labels, teachers, first_slot=batch["slot"], prepare=prepare
-        )
+        given = self.trainer.step_inputs(next(self.batches))
+        result = self.trainer.train_step(self.count, self.progress, **given)
         self.count += 1
         return float(result.loss)
 

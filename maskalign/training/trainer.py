@@ -1,33 +1,32 @@
 """The loop: read, step, log, sample, save; stop cleanly; go on where it stopped."""
 
 import logging
-import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
-from maskalign.config import dump_config
+from maskalign.config import dump_config, model_sizes
 from maskalign.data.position import merge_states
 from maskalign.data.stream import ShardStream
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
-from maskalign.models.initial import assign
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.training import checkpoint
 from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.features import Features
-from maskalign.training.logs import MetricsFile, draw_curves, peak_memory_mib, read_metrics
+from maskalign.training.logs import peak_memory_mib
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import leave_ranks, place, tune_host
 from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
+from maskalign.training.run_log import RunLog
 from maskalign.training.saving import Saver
+from maskalign.training.starting import check_facts, find_resume, init_from
 from maskalign.training.step import TrainStep
 from maskalign.training.throughput import Throughput
 
@@ -67,6 +66,8 @@ def train(config, manifest, facts):
 
 
 class Trainer:
+    """A run: what it is made of, and the loop over it. Arguments as in `train`; `stop` and `watchdog` are its own."""
+
     def __init__(self, config, manifest, facts, stop=None, watchdog=None):
         self.config = config
         self.manifest = manifest
@@ -78,7 +79,7 @@ class Trainer:
         self.device = self.placement.device
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
-        resume = self._find_resume()
+        resume = find_resume(config, self.placement)
         state = checkpoint.read_state(resume) if resume else None
 
         sizes_grid = self._grid(config, facts)
@@ -98,7 +99,7 @@ class Trainer:
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
-            self._init_from(config.training.init_from)
+            init_from(self.model, config.training.init_from)
         self.optimizer = Optimizer(
             self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
@@ -135,8 +136,6 @@ class Trainer:
 
     @staticmethod
     def _grid(config, facts):
-        from maskalign.config import model_sizes
-
         return (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
 
     def _fields(self):
@@ -149,50 +148,8 @@ class Trainer:
             fields.append("image")
         return fields
 
-    def _find_resume(self):
-        resume = self.config.training.resume
-        if resume == "never":
-            return None
-        if resume == "auto":
-            share = (self.placement.rank, self.placement.world_size, self._gather)
-            found, passed_over = checkpoint.newest_sound(self.run_dir, share)
-            if passed_over and self.placement.is_main:
-                print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
-            return found
-        return checkpoint.find(resume)
-
-    def _gather(self, value):
-        """The values of all ranks, as a list."""
-        values = [value] * self.placement.world_size
-        if len(values) > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def _init_from(self, path):
-        from maskalign.training.export import load_weights
-
-        weights = load_weights(path)
-        own = dict(self.model.named_parameters())
-        for name, tensor in weights.items():
-            if name in own and own[name].shape != tensor.shape:
-                raise UsageError(
-                    f"training.init_from: {path}: {name} has shape {tuple(tensor.shape)}, the model's is "
-                    f"{tuple(own[name].shape)}"
-                )
-        missing = [
-            name for name in own if name not in weights and not name.startswith(("mixer.", "fuse.", "projectors."))
-        ]
-        if missing:
-            raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
-        for name, parameter in own.items():
-            if name in weights:
-                assign(parameter, weights[name])
-
     def _resume(self, path, state):
-        there, here = state["facts"], self.facts
-        for key in ("input_size", "in_channels", "num_classes", "teacher_dims"):
-            if there[key] != here[key]:
-                raise UsageError(f"{path}: was trained with {key} {there[key]}, the settings give {here[key]}")
+        check_facts(path, state["facts"], self.facts)
         checkpoint.load_tensors(path, self.optimizer.tensors())
         self.optimizer.after_load()
         self.step = state["step"]
@@ -210,20 +167,14 @@ class Trainer:
             self.watchdog.close()
             return self._result(finished=True)
         self._prepare_run_dir()
-        self.metrics = MetricsFile(self.run_dir / "metrics.csv", self.step) if self.placement.is_main else None
-        self.tensorboard = self._tensorboard()
         try:
-            with self._bar() as self.bar:
+            with closing(RunLog(self.config, self.step, self.seconds, self.placement.is_main)) as self.log:
                 self._loop()
             self.watchdog.enter("save")
             self.stop.finish()
             self.saver.wait()
         finally:
             self.watchdog.close()
-            if self.metrics is not None:
-                self.metrics.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
         finished = self.progress() >= 1
         if finished:
             self._say(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
@@ -268,30 +219,27 @@ class Trainer:
                 f"run_dir: {self.run_dir} cannot be written to ({error.strerror}); choose another"
             ) from None
 
-    def _tensorboard(self):
-        if not self.config.training.tensorboard or not self.placement.is_main:
-            return None
-        from torch.utils.tensorboard import SummaryWriter
+    def step_inputs(self, batch):
+        """What `TrainStep` takes of a batch of the stream, on the device: its keyword arguments."""
+        if self.manifest.latent is not None:
+            inputs, prepare = batch["moments"].to(self.device, non_blocking=True), self._draw_latents
+        else:
+            inputs, prepare = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1, None
+        return {
+            "inputs": inputs,
+            "labels": batch["label"].to(self.device, non_blocking=True),
+            "teachers": self.features(batch),
+            "first_slot": batch["slot"],
+            "prepare": prepare,
+        }
 
-        return SummaryWriter(self.run_dir / "tensorboard", purge_step=self.step + 1)
-
-    def _bar(self):
-        training = self.config.training
-        disable = not training.progress or not self.placement.is_main
-        if training.max_seconds is None:
-            return tqdm(total=training.max_steps, initial=self.step, desc="train", unit="step", disable=disable)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} of at most {total_fmt} s{postfix}"
-        total = round(training.max_seconds)
-        return tqdm(total=total, initial=int(self.seconds), desc="train", bar_format=layout, disable=disable)
-
-    def _prepare(self, moments, posterior):
+    def _draw_latents(self, moments, posterior):
         latent = self.manifest.latent
         return sample_posterior(moments.float(), posterior, latent["scale"], latent["bias"])
 
     def _loop(self):
         training = self.config.training
-        device = self.device
-        zeros = dict(dtype=torch.float64, device=device)
+        zeros = dict(dtype=torch.float64, device=self.device)
         sums, healthy = torch.zeros(4, **zeros), torch.zeros((), **zeros)
         in_a_row = torch.zeros((), **zeros)
         since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
@@ -305,23 +253,9 @@ class Trainer:
             batch = next(batches)
             self.watchdog.enter("step")
             self.bad_samples += batch["bad"]
-            labels = batch["label"].to(device, non_blocking=True)
-            teachers = self.features(batch)
-            if self.manifest.latent is not None:
-                inputs, prepare = batch["moments"].to(device, non_blocking=True), self._prepare
-            else:
-                inputs, prepare = batch["image"].to(device, non_blocking=True).float() / 127.5 - 1, None
-            result = self.throughput.run(
-                self.train_step,
-                self.step,
-                self.progress(),
-                inputs,
-                labels,
-                teachers,
-                first_slot=batch["slot"],
-                prepare=prepare,
-            )
-            self.throughput.count(result.keep_ratio, result.align_weight if teachers else 0)
+            given = self.step_inputs(batch)
+            result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
+            self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
             good = ~result.skipped
             row = torch.stack([result.loss, result.velocity_loss, result.align_loss, result.grad_norm.float()]).double()
             sums += torch.where(good, row, 0)
@@ -344,17 +278,13 @@ class Trainer:
                 sums.zero_()
                 healthy.zero_()
                 since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
-            self._advance_bar()
+            self.log.advance(self.step, self.seconds)
             if self.step % training.checkpoint_every == 0 or last or stop:
                 self._save()
             if self.evaluation is not None and (last or self.step % self.config.evaluate.every == 0):
                 self._evaluate()
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
-
-    def _advance_bar(self):
-        done = self.step if self.config.training.max_seconds is None else min(int(self.seconds), self.bar.total)
-        self.bar.update(done - self.bar.n)
 
     def _check_finite(self, in_a_row):
         count = int(in_a_row)
@@ -389,18 +319,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "bad_samples": bad,
         }
-        if not self.placement.is_main:
-            return
-        self.metrics.write(row)
-        if self.tensorboard is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self.tensorboard.add_scalar(f"train/{key}", value, self.step)
-        self.bar.set_postfix_str(
-            f"step {self.step}, loss {loss:.4f}, cosine {-alignment:.3f}, {row['images_per_second']:.1f} images/s, "
-            f"{row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, waiting {wait / seconds:.0%} for data, "
-            f"{row['comm_seconds'] / seconds:.0%} in communication, {memory / 1024:.1f} GiB"
-        )
+        self.log.interval(row, seconds)
 
     def _save(self):
         self.watchdog.enter("save")
@@ -423,13 +342,7 @@ class Trainer:
         path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
         with self.optimizer.averaged():
             sheet = self.previews.draw(self.model, self.step, path if self.placement.is_main else None)
-        if not self.placement.is_main:
-            return
-        self._draw_curves()
-        if self.tensorboard is not None:
-            import numpy as np
-
-            self.tensorboard.add_image("samples", np.asarray(sheet), self.step, dataformats="HWC")
+        self.log.samples(self.step, sheet)
 
     def _evaluate(self):
         if not (self.placement.is_main or self.plan.sharded):
@@ -437,18 +350,7 @@ class Trainer:
         self.watchdog.enter("evaluate")
         with self.optimizer.averaged():
             found = self.evaluation.measure(self.model, self.placement.is_main)
-        if not self.placement.is_main:
-            return
-        history.add_to_history(self.run_dir / history.FILE_NAME, {"step": self.step, "time": self.seconds, **found})
-        if self.tensorboard is not None:
-            for key, value in found.items():
-                self.tensorboard.add_scalar(f"evaluate/{key}", value, self.step)
-        self._draw_curves()
-
-    def _draw_curves(self):
-        rows = read_metrics(self.run_dir / "metrics.csv")
-        evaluations = history.read_history(self.run_dir / history.FILE_NAME)
-        draw_curves(rows, self.run_dir / "curves.png", str(self.run_dir), evaluations)
+        self.log.evaluation(self.step, self.seconds, found)
 
 
 def merge_ranks(states):

@@ -218,28 +218,28 @@ def test_seconds_need_a_calibration_first(data, images, tmp_path):
 
 
 @pytest.fixture
-def calibration(data):
-    """The calibration's file, removed at the end: the other tests of this module give a budget of steps."""
+def calibration_file(data):
+    """The file of the calibration, removed at the end: the other tests of this module give a budget of steps."""
     path = data[0] / "calibration-tiny.json"
     yield path
     path.unlink(missing_ok=True)
 
 
 @pytest.mark.slow
-def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, calibration):
+def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, calibration_file):
     argv = words(images, data[0], tmp_path, "--rounds", "3", "--calibrate")
     main(argv)
-    first = json.loads(calibration.read_text())
+    first = json.loads(calibration_file.read_text())
     labels = {entry["label"]: entry for entry in first["steps"].values()}
     # The recipe changes twice: the alignment ends at half of its training, the dropping later.
-    phases = {"maskalign 32/64", "maskalign 32/64 no alignment", "maskalign 64/64 no alignment"}
-    assert set(labels) == {"repa 64/64", *phases} and labels["repa 64/64"]["x_repa"] == 1
+    names = {"maskalign 32/64", "maskalign 32/64 no alignment", "maskalign 64/64 no alignment"}
+    assert set(labels) == {"repa 64/64", *names} and labels["repa 64/64"]["x_repa"] == 1
     assert first["repa_seconds"] > 0 and first["threads"] == 1 and "CPU time" in first["clock"]
     main([*argv, "--recipe", "grid=maskalign: --method.subset grid"])
-    second = json.loads(calibration.read_text())
+    second = json.loads(calibration_file.read_text())
     assert all(second["steps"][key] == entry for key, entry in first["steps"].items())
     added = {entry["label"] for key, entry in second["steps"].items() if key not in first["steps"]}
-    assert added == {name.replace("maskalign", "grid") for name in phases}
+    assert added == {name.replace("maskalign", "grid") for name in names}
     assert second["repa_seconds"] == first["repa_seconds"]
     with pytest.raises(UsageError, match="--recalibrate"):
         main([*argv, "--set", "model.depth=7", "--set", "method.align_depth=2"])

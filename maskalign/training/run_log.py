@@ -1,0 +1,96 @@
+"""Where a run tells what it does: metrics.csv, TensorBoard, the progress bar, evaluation.csv and curves.png."""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from maskalign.evaluation import history
+from maskalign.training.logs import MetricsFile, draw_curves, read_metrics
+
+
+class RunLog:
+    """The open logs of a run. Every rank has one, and all but the main one's are silent.
+
+    Args:
+        config: `Config`.
+        step, seconds: where the run goes on; later rows of an earlier try are dropped.
+        is_main: this rank writes.
+    """
+
+    def __init__(self, config, step, seconds, is_main):
+        self.run_dir, self.training, self.is_main = Path(config.run_dir), config.training, is_main
+        self.metrics = MetricsFile(self.run_dir / "metrics.csv", step) if is_main else None
+        self.tensorboard = self._tensorboard(step)
+        self.bar = self._bar(step, seconds)
+
+    def _tensorboard(self, step):
+        if not self.training.tensorboard or not self.is_main:
+            return None
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(self.run_dir / "tensorboard", purge_step=step + 1)
+
+    def _bar(self, step, seconds):
+        training = self.training
+        disable = not training.progress or not self.is_main
+        if training.max_seconds is None:
+            return tqdm(total=training.max_steps, initial=step, desc="train", unit="step", disable=disable)
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} of at most {total_fmt} s{postfix}"
+        total = round(training.max_seconds)
+        return tqdm(total=total, initial=int(seconds), desc="train", bar_format=layout, disable=disable)
+
+    def advance(self, step, seconds):
+        """Move the bar to a step, or to the seconds of training where these end the run."""
+        done = step if self.training.max_seconds is None else min(int(seconds), self.bar.total)
+        self.bar.update(done - self.bar.n)
+
+    def interval(self, row, seconds):
+        """Tell of the steps since the last row.
+
+        Args:
+            row: dict of `logs.COLUMNS`.
+            seconds: that these steps took.
+        """
+        if not self.is_main:
+            return
+        self.metrics.write(row)
+        self._scalars("train", row["step"], {key: value for key, value in row.items() if key != "step"})
+        self.bar.set_postfix_str(
+            f"step {row['step']}, loss {row['loss']:.4f}, cosine {-row['align_loss']:.3f}, "
+            f"{row['images_per_second']:.1f} images/s, {row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, "
+            f"waiting {row['data_wait'] / seconds:.0%} for data, {row['comm_seconds'] / seconds:.0%} in communication, "
+            f"{row['peak_memory_mib'] / 1024:.1f} GiB"
+        )
+
+    def samples(self, step, sheet):
+        """Tell of a sheet of samples, a Pillow image, that has been drawn."""
+        if not self.is_main:
+            return
+        self._draw_curves()
+        if self.tensorboard is not None:
+            self.tensorboard.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    def evaluation(self, step, seconds, found):
+        """Tell of an evaluation: dict from a measure's name to its value."""
+        if not self.is_main:
+            return
+        history.add_to_history(self.run_dir / history.FILE_NAME, {"step": step, "time": seconds, **found})
+        self._scalars("evaluate", step, found)
+        self._draw_curves()
+
+    def close(self):
+        self.bar.close()
+        for file in (self.metrics, self.tensorboard):
+            if file is not None:
+                file.close()
+
+    def _scalars(self, group, step, values):
+        if self.tensorboard is not None:
+            for key, value in values.items():
+                self.tensorboard.add_scalar(f"{group}/{key}", value, step)
+
+    def _draw_curves(self):
+        rows = read_metrics(self.run_dir / "metrics.csv")
+        evaluations = history.read_history(self.run_dir / history.FILE_NAME)
+        draw_curves(rows, self.run_dir / "curves.png", str(self.run_dir), evaluations)

@@ -1,0 +1,72 @@
+"""What a run starts from: its own last checkpoint, another one, or the weights of a file."""
+
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from maskalign.errors import UsageError
+from maskalign.models.initial import assign
+from maskalign.training import checkpoint
+
+# What a plain SiT lacks: it starts at its own initial values.
+OWN_PARTS = ("mixer.", "fuse.", "projectors.")
+
+
+def find_resume(config, placement):
+    """Path of the checkpoint that `training.resume` asks for, None where the run begins.
+
+    With `auto` the newest sound one; a damaged one is passed over, and said. All ranks come to the same answer.
+    """
+    resume = config.training.resume
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return checkpoint.find(resume)
+
+    def gather(value):
+        values = [value] * placement.world_size
+        if len(values) > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    found, passed_over = checkpoint.newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
+    if passed_over and placement.is_main:
+        print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
+    return found
+
+
+def check_facts(path, there, here):
+    """Refuse a checkpoint of another data set's or teacher's shape.
+
+    Args:
+        path: of the checkpoint; there, here: `facts` of the checkpoint and of the settings.
+    """
+    for key in ("input_size", "in_channels", "num_classes", "teacher_dims"):
+        if there[key] != here[key]:
+            raise UsageError(f"{path}: was trained with {key} {there[key]}, the settings give {here[key]}")
+
+
+def init_from(model, path):
+    """Start from the weights of a file (`training.init_from`): what it lacks beside `OWN_PARTS` is an error.
+
+    Args:
+        model: `SiT`, spread over the ranks or not.
+        path: a run, a checkpoint or a file of weights.
+    """
+    from maskalign.training.export import load_weights
+
+    weights = load_weights(path)
+    own = dict(model.named_parameters())
+    for name, tensor in weights.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise UsageError(
+                f"training.init_from: {path}: {name} has shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(own[name].shape)}"
+            )
+    missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
+    if missing:
+        raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
+    for name, parameter in own.items():
+        if name in weights:
+            assign(parameter, weights[name])
