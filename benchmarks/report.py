@@ -146,6 +146,30 @@ def convergence_section(path, note):
     ])  # fmt: skip
 
 
+def cpu_kernels_section(path, note):
+    """Forward and backward of the two operations on a CPU, and the plot."""
+    rows = [row for row in read_csv(path) if row["direction"] == "both"]
+    table = {}
+    for row in rows:
+        table.setdefault((row["operation"], row["shape"]), {})[row["provider"]] = row
+    others = {"eager": "plain PyTorch", "compiled": "torch.compile of it"}
+    lines = [
+        [operation, shape, f"{of['kernel']['ms']:.1f} ms"]
+        + [f"{of[name]['x_kernel']:.2f}x ({of[name]['x_kernel_20']:.2f}-{of[name]['x_kernel_80']:.2f})"
+           if name in of else "-" for name in others]
+        for (operation, shape), of in table.items()
+    ]  # fmt: skip
+    head = ["operation", "shape", "ours", *others.values()]
+    what = f"Forward and backward; {rows[0]['machine']}; medians of {rows[0]['rounds']:.0f} rounds in turns, and the "
+    what += "others' time as a multiple of ours with its 20th and 80th percentile."
+    return "\n\n".join([
+        paragraph(f"{what} {note['conditions']}"),
+        f"`{note['command']}`",
+        markdown_table(head, lines),
+        f"![Forward and backward on a CPU](benchmarks/results/{path.stem}.png)",
+    ])  # fmt: skip
+
+
 def plan_section(path, note):
     """The recipes as `benchmarks.plan` estimates them for a cluster."""
     rows = read_csv(path)
@@ -173,6 +197,7 @@ SECTIONS = (
     ("### Steps", "steps-*.csv", steps_section),
     ("### Convergence", "convergence-*.csv", convergence_section),
     ("### Loading", "loader.csv", loader_section),
+    ("### Kernels on a CPU", "kernels-cpu.csv", cpu_kernels_section),
     ("### Planned", "plan-*.csv", plan_section),
 )
 
