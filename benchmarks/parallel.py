@@ -34,7 +34,7 @@ class Case:
     def __init__(self, name, options):
         import torch
 
-        from benchmarks.step_cases import recipe_settings
+        from benchmarks.steps.cases import recipe_settings
         from maskalign.config import parse_config
         from maskalign.training.build import build_model
         from maskalign.training.compiling import prepare_blocks

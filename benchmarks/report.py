@@ -15,7 +15,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from benchmarks import convergence_report, step_report
+from benchmarks.convergence import report as convergence_report
+from benchmarks.steps import report as step_report
 from maskalign.errors import UsageError
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"

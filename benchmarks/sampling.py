@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step_report import machine
-from benchmarks.steps import matmul_peak
+from benchmarks.steps.clock import matmul_peak
+from benchmarks.steps.report import machine
 from maskalign.errors import UsageError
 from maskalign.models import SiT
 from maskalign.sampling.command import load

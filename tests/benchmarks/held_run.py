@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import convergence_run
+from benchmarks.convergence import run
 from maskalign.training import trainer
 
 
@@ -23,4 +23,4 @@ class HeldStop(trainer.Stop):
 
 if __name__ == "__main__":
     trainer.Stop = HeldStop
-    sys.exit(convergence_run.main(sys.argv[1]))
+    sys.exit(run.main(sys.argv[1]))

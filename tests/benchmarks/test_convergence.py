@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.convergence import main
-from benchmarks.convergence_clock import Calibration, Phase, key_of, phase_at, phases
-from benchmarks.convergence_data import prepare
-from benchmarks.convergence_flops import step_tflop
-from benchmarks.convergence_quality import heldout_losses
-from benchmarks.convergence_recipes import RECIPES, SUITES, own_recipe, recipe_config
-from benchmarks.convergence_report import ratios_to_repa, read_rows, table, time_to
+from benchmarks.convergence.clock import Calibration, Phase, key_of, phase_at, phases
+from benchmarks.convergence.command import main
+from benchmarks.convergence.data import prepare
+from benchmarks.convergence.flops import step_tflop
+from benchmarks.convergence.quality import heldout_losses
+from benchmarks.convergence.recipes import RECIPES, SUITES, own_recipe, recipe_config
+from benchmarks.convergence.report import ratios_to_repa, read_rows, table, time_to
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models import SiT
@@ -245,8 +245,9 @@ def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, 
         main([*argv, "--set", "model.depth=7", "--set", "method.align_depth=2"])
 
 
-def run(argv, runner=("-m", "benchmarks.convergence_run")):
-    script = "import sys; from benchmarks import convergence as c; c.RUN = (sys.executable, *eval(sys.argv.pop(1))); "
+def run(argv, runner=("-m", "benchmarks.convergence.run")):
+    script = "import sys; from benchmarks.convergence import command as c; "
+    script += "c.RUN = (sys.executable, *eval(sys.argv.pop(1))); "
     return subprocess.Popen(
         [sys.executable, "-c", script + "sys.exit(c.command())", repr(runner), *argv], cwd=ROOT, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -281,7 +282,7 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
             command = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"benchmarks.convergence_run" in command and any(str(runs).encode() in word for word in command):
+        if b"benchmarks.convergence.run" in command and any(str(runs).encode() in word for word in command):
             with suppress(ProcessLookupError):  # it may have ended since
                 os.kill(int(path.parent.name), signal.SIGKILL)
     process.communicate(timeout=240)

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.flops import forward_flops
-from benchmarks.step_cases import OurCase
-from benchmarks.step_clock import saved_bytes, split_of
-from benchmarks.step_data import write_shards
-from benchmarks.steps import can_compile, main, parse
+from benchmarks.steps.cases import OurCase
+from benchmarks.steps.clock import saved_bytes, split_of
+from benchmarks.steps.command import can_compile, main, parse
+from benchmarks.steps.data import write_shards
 from maskalign.errors import RunError
 from maskalign.models import SiT
+from maskalign.models.flops import forward_flops
 
 SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dims=(10, 7), align_depth=2,
              projector_dim=12, mixer_hidden=6, num_classes=5, attention="math")  # fmt: skip

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from benchmarks import kernel_cases, kernels, kernels_cpu
+from benchmarks.kernels import cases, command, cpu
 
 F32, BF16, INT8 = torch.float32, torch.bfloat16, torch.int8
 SHAPES = {
@@ -18,13 +18,13 @@ SHAPES = {
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     """run(*words) -> exit status and the rows of the CSV, on tiny shapes; compiling is pretended."""
-    monkeypatch.setattr(kernels_cpu, "SHAPES", SHAPES)
-    monkeypatch.setattr(kernels_cpu, "matmul_peak", lambda *_: 1e9)
-    monkeypatch.setattr(kernels_cpu, "tune_host", lambda device: None)
+    monkeypatch.setattr(cpu, "SHAPES", SHAPES)
+    monkeypatch.setattr(cpu, "matmul_peak", lambda *_: 1e9)
+    monkeypatch.setattr(cpu, "tune_host", lambda device: None)
     monkeypatch.setattr(torch, "compile", lambda function: function)
 
     def call(*words):
-        status = kernels.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path), *words])
+        status = command.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path), *words])
         with open(tmp_path / "kernels-cpu.csv", newline="") as file:
             return status, list(csv.DictReader(file))
 
@@ -32,10 +32,10 @@ def run(monkeypatch, tmp_path):
 
 
 def test_rows_table_and_plot(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(kernels_cpu, "can_compile", lambda device: True)
+    monkeypatch.setattr(cpu, "can_compile", lambda device: True)
     status, rows = run("--threads", "1", "--clock", "cpu")
     assert status == 0
-    expected = {(o, p, d) for o in SHAPES for p in kernel_cases.PROVIDERS for d in kernel_cases.DIRECTIONS}
+    expected = {(o, p, d) for o in SHAPES for p in cases.PROVIDERS for d in cases.DIRECTIONS}
     assert len(rows) == len(expected) and {(r["operation"], r["provider"], r["direction"]) for r in rows} == expected
     for row in rows:
         assert 0 < float(row["ms_20"]) <= float(row["ms"]) <= float(row["ms_80"])
@@ -50,9 +50,9 @@ def test_rows_table_and_plot(run, tmp_path, capsys, monkeypatch):
 
 def test_a_wrong_result_is_not_timed(run, monkeypatch):
     def wrong(x, *rest):
-        return 1.2 * kernel_cases.kernel_report.unfused_mix(x, *rest)
+        return 1.2 * cases.kernel_report.unfused_mix(x, *rest)
 
-    monkeypatch.setattr(kernel_cases, "mix_and_drop", wrong)
+    monkeypatch.setattr(cases, "mix_and_drop", wrong)
     status, rows = run()
     assert status == 1
     untimed = [row for row in rows if row["ms"] == ""]
@@ -65,9 +65,9 @@ def test_a_wrong_gradient_is_not_timed(run, monkeypatch):
     """A lost gradient leaves the result as it is: the check looks at both."""
 
     def lost(student, *rest):
-        return kernel_cases.kernel_report.unfused_alignment(student * 0 + student.detach(), *rest, True)
+        return cases.kernel_report.unfused_alignment(student * 0 + student.detach(), *rest, True)
 
-    monkeypatch.setattr(kernel_cases, "subset_cosine_alignment", lost)
+    monkeypatch.setattr(cases, "subset_cosine_alignment", lost)
     status, rows = run("--operations", "subset_cosine_alignment")
     assert status == 1 and [row["provider"] for row in rows if row["ms"] == ""] == ["kernel"]
 
@@ -92,7 +92,7 @@ def test_threads_are_set(run):
 def test_figures_are_medians_and_ratios_are_taken_within_a_round():
     """The machine slows down threefold in the second round: the ratio does not feel it."""
     seconds = {"kernel": {"both": [0.010, 0.030, 0.011]}, "eager": {"both": [0.020, 0.060, 0.033]}}
-    of = {row["provider"]: row for row in kernels_cpu.rows_of(seconds)}
+    of = {row["provider"]: row for row in cpu.rows_of(seconds)}
     assert of["kernel"]["ms"] == pytest.approx(11) and of["kernel"]["x_kernel"] == 1
     assert (of["eager"]["ms"], of["eager"]["x_kernel"]) == (pytest.approx(33), pytest.approx(2))
     assert (of["eager"]["ms_20"], of["eager"]["ms_80"]) == (pytest.approx(20), pytest.approx(60))
@@ -111,8 +111,8 @@ def test_providers_take_turns_within_a_round():
 
     x = torch.ones(3, requires_grad=True)
     names = ("kernel", "eager", "compiled")
-    found = kernels_cpu.take_turns({name: provider(name) for name in names}, (x,), [x], 6, "wall")
-    rounds = [tuple(calls[1 + 3 * n : 4 + 3 * n]) for n in range(kernels_cpu.WARMUP + 6)]  # the first call: a shape
+    found = cpu.take_turns({name: provider(name) for name in names}, (x,), [x], 6, "wall")
+    rounds = [tuple(calls[1 + 3 * n : 4 + 3 * n]) for n in range(cpu.WARMUP + 6)]  # the first call: a shape
     assert all(sorted(turn) == sorted(names) for turn in rounds) and len(set(rounds)) > 1
     for of in found.values():
         assert len(of["both"]) == 6
@@ -122,19 +122,19 @@ def test_providers_take_turns_within_a_round():
 @pytest.mark.parametrize("words", [["--device", "cpu"], ["--device", "cpu", "--threads", "2"], ["--threads", "1"]])
 def test_the_processors_clock_goes_with_one_thread(words, capsys):
     with pytest.raises(SystemExit) as stop:
-        kernels.main([*words, "--clock", "cpu"])
+        command.main([*words, "--clock", "cpu"])
     assert stop.value.code == 2 and "--threads 1" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_a_gpu_that_was_asked_for_and_is_not_there_is_a_failure(capsys):
-    assert kernels.main(["--device", "cuda"]) == 1
+    assert command.main(["--device", "cuda"]) == 1
     assert "no CUDA or ROCm device" in capsys.readouterr().out
 
 
 def test_every_shape_is_one_that_cpus_train():
     """Preset widths, batch 8 and the two keep ratios; the label that the tables show names each one once."""
-    labels = [kernel_cases.label(operation, shape) for operation, of in kernels_cpu.SHAPES.items() for shape in of]
+    labels = [cases.label(operation, shape) for operation, of in cpu.SHAPES.items() for shape in of]
     assert len(set(labels)) == len(labels)
-    assert {shape[3] for shape in kernels_cpu.SHAPES["mix_and_drop"]} == {384, 768}
-    assert {shape[2] for of in kernels_cpu.SHAPES.values() for shape in of} == {128, 64}
+    assert {shape[3] for shape in cpu.SHAPES["mix_and_drop"]} == {384, 768}
+    assert {shape[2] for of in cpu.SHAPES.values() for shape in of} == {128, 64}

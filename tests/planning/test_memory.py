@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.step_clock import saved_bytes
+from benchmarks.steps.clock import saved_bytes
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.planning.communication import step_collectives
 from maskalign.planning.memory import Memory, shard_bytes

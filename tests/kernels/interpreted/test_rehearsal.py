@@ -12,7 +12,8 @@ import pytest
 import torch
 import triton
 
-from benchmarks import kernel_cases, kernel_report, kernels
+from benchmarks import kernel_report
+from benchmarks.kernels import cases, command
 
 F16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 SHAPES = {
@@ -50,11 +51,11 @@ def pretend_gpu(monkeypatch):
         "get_device_name": lambda: "pretended",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(kernels, "copy_bandwidth", lambda device: 1000.0)
+    monkeypatch.setattr(command, "copy_bandwidth", lambda device: 1000.0)
 
 
 def run_benchmark(folder):
-    status = kernels.benchmark(list(SHAPES), SHAPES, torch.device("cpu"), folder)
+    status = command.benchmark(list(SHAPES), SHAPES, torch.device("cpu"), folder)
     with open(folder / "kernels.csv") as file:
         return status, list(csv.DictReader(file))
 
@@ -71,7 +72,7 @@ def test_benchmark(pretend_gpu, tmp_path):
 
 
 def test_benchmark_times_no_wrong_result(pretend_gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernel_cases, "mix_and_drop", lambda x, *rest: 1.1 * kernel_report.unfused_mix(x, *rest))
+    monkeypatch.setattr(cases, "mix_and_drop", lambda x, *rest: 1.1 * kernel_report.unfused_mix(x, *rest))
     status, rows = run_benchmark(tmp_path)
     assert status == 1
     wrong = [row for row in rows if row["ms"] == ""]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskalign.errors import UsageError
 
-BASE = Path(__file__).resolve().parent.parent / "configs" / "convergence.yaml"
+BASE = Path(__file__).resolve().parent.parent.parent / "configs" / "convergence.yaml"
 
 
 def _step(start, end, begin):

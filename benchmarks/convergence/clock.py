@@ -15,7 +15,7 @@ import time
 from itertools import accumulate
 from typing import NamedTuple
 
-from benchmarks.convergence_recipes import recipe_config
+from benchmarks.convergence.recipes import recipe_config
 from maskalign.config import as_schedule, model_sizes
 from maskalign.data.manifest import write_atomically
 from maskalign.errors import UsageError

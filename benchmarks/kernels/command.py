@@ -10,20 +10,19 @@ to issue them: `ms` is the time of a captured CUDA graph (triton.testing.do_benc
 timed. Rows go to kernels.csv, a figure to kernels.png. The shapes are those of benchmarks.kernel_report; where weights
 and products have other dtypes than the tokens, all providers run under autocast.
 
-`--device cpu` measures the CPU path instead, see benchmarks.kernels_cpu. By itself the command takes a GPU, and says in
+`--device cpu` measures the CPU path instead, see benchmarks.kernels.cpu. By itself the command takes a GPU, and says in
 one line where there is none.
 """
 
 import argparse
 import csv
 import pathlib
-import sys
 
 import torch
 
 from benchmarks import kernel_report
-from benchmarks.kernel_cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
-from benchmarks.step_clock import CLOCKS
+from benchmarks.kernels.cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
+from benchmarks.steps.clock import CLOCKS
 
 COLUMNS = [
     "operation", "shape", "direction", "provider", "ms", "ms_20", "ms_80", "call_ms", "bytes", "gb_per_s", "of_copy",
@@ -177,16 +176,12 @@ def main(arguments=None):
     if options.rounds < 1 or (options.threads is not None and options.threads < 1):
         parser.error("--rounds and --threads must be at least 1")
     if options.device == "cpu":
-        from benchmarks import kernels_cpu  # The training stack, which takes seconds to import.
+        from benchmarks.kernels import cpu  # The training stack, which takes seconds to import.
 
-        return kernels_cpu.benchmark(options)
+        return cpu.benchmark(options)
     if not torch.cuda.is_available():
         hint = "--device cpu measures the CPU path"
         print(f"benchmarks.kernels: skipped, no CUDA or ROCm device here; nothing was measured on a GPU; {hint}.")
         return 0 if options.device == "auto" else 1
     shapes = {name: module.SHAPES[: 2 if options.quick else None] for name, module in kernel_report.CASES.items()}
     return benchmark(options.operations, shapes, torch.device("cuda"), pathlib.Path(options.out))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,11 +18,11 @@ import sys
 
 import torch
 
-from benchmarks.kernel_cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
 from benchmarks.kernel_report import cell
-from benchmarks.step_clock import CLOCKS, matmul_peak
-from benchmarks.step_report import machine
-from benchmarks.steps import can_compile
+from benchmarks.kernels.cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
+from benchmarks.steps.clock import CLOCKS, matmul_peak
+from benchmarks.steps.command import can_compile
+from benchmarks.steps.report import machine
 from maskalign.training.parallel import tune_host
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.step_clock import saved_bytes, seconds_of, split_of
-from benchmarks.step_data import CLASSES, LATENT, Batches
+from benchmarks.steps.clock import saved_bytes, seconds_of, split_of
+from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.config import as_schedule, model_sizes, parse_config
 from maskalign.models.routing import keep_count
 from maskalign.training import step as step_module
@@ -15,7 +15,7 @@ from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import place
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "imagenet256"
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
 # Recipes by name; "maskalign-no-mixer" is there to state what the mixer costs.
 RECIPES = (
     "repa",

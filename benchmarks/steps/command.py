@@ -29,14 +29,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.flops import step_flops
-from benchmarks.step_cases import RECIPES, OurCase
-from benchmarks.step_clock import CLOCKS, matmul_peak
-from benchmarks.step_data import LATENT, write_shards
-from benchmarks.step_reference import SETTINGS, Reference, ReferenceCase
-from benchmarks.step_report import machine, table, write
+from benchmarks.steps.cases import RECIPES, OurCase
+from benchmarks.steps.clock import CLOCKS, matmul_peak
+from benchmarks.steps.data import LATENT, write_shards
+from benchmarks.steps.reference import SETTINGS, Reference, ReferenceCase
+from benchmarks.steps.report import machine, table, write
 from maskalign.config import Config
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import UsageError
+from maskalign.models.flops import step_flops
 from maskalign.models.presets import preset_sizes
 from maskalign.training.parallel import place, tune_host
 
@@ -291,14 +291,3 @@ def run(names, options, device):
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {about}")
     print("written:", *paths)
     print(table(rows))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        print(f"benchmarks.steps: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"benchmarks.steps: error: {error}", file=sys.stderr)
-        sys.exit(1)

@@ -2,19 +2,19 @@
 
 import torch
 
-from benchmarks.flops import step_flops
 from maskalign.config import as_schedule
+from maskalign.models.flops import step_flops
 from maskalign.training.build import build_model
 
 
 def step_tflop(config, facts, manifest, phase):
-    """Forward and backward of one step over the whole batch; see `benchmarks.flops` for what is counted.
+    """Forward and backward of one step over the whole batch; see `maskalign.models.flops` for what is counted.
 
     Args:
         config: of the recipe.
         facts: what `config.validate_with_data` returned.
         manifest: of the training data, for the teachers' widths.
-        phase: `convergence_clock.Phase`.
+        phase: `clock.Phase`.
     """
     weight = as_schedule(config.method.align_weight)
     ever = max(weight.start, weight.end) > 0

@@ -1,6 +1,6 @@
 """The public REPA code's training step, in a process of its own with the settings that torch gives it.
 
-`Reference` is the case of `benchmarks.steps`; it talks to `python -m benchmarks.step_reference`, which runs
+`Reference` is the case of `benchmarks.steps`; it talks to `python -m benchmarks.steps.reference`, which runs
 `ReferenceCase` when it is asked to: one line of JSON a request, one a reply.
 """
 
@@ -17,9 +17,9 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.step_cases import recipe_settings
-from benchmarks.step_clock import saved_bytes, seconds_of, split_of
-from benchmarks.step_data import CLASSES, LATENT, Batches
+from benchmarks.steps.cases import recipe_settings
+from benchmarks.steps.clock import saved_bytes, seconds_of, split_of
+from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.config import model_sizes, parse_config
 from maskalign.errors import RunError, UsageError
 from maskalign.training.parallel import place
@@ -41,8 +41,8 @@ class Reference:
 
     def __init__(self, options):
         settings = {name: getattr(options, name) for name in SETTINGS}
-        words = [sys.executable, "-m", "benchmarks.step_reference", json.dumps(settings), str(torch.get_num_threads())]
-        here = Path(__file__).resolve().parent.parent
+        words = [sys.executable, "-m", "benchmarks.steps.reference", json.dumps(settings), str(torch.get_num_threads())]
+        here = Path(__file__).resolve().parent.parent.parent
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
         self.name = f"reference-{options.reference_precision}"
         facts = self._ask("facts")

@@ -67,7 +67,7 @@ def work(run_dir):
     there = {path.name: path for path in checkpoint.complete_checkpoints(run_dir)}
     if f"step_{job['steps']:08d}" not in there and not train(config, *check_data(config))["finished"]:
         return False
-    from benchmarks.convergence_quality import Heldout
+    from benchmarks.convergence.quality import Heldout
 
     heldout = Heldout(*job["data"])
     for step in job["points"]:
@@ -81,7 +81,7 @@ def work(run_dir):
 
 def measure(run_dir, step, job, config, heldout):
     """Write the quality file of one point: averaged weights, and the velocity loss of the weights themselves."""
-    from benchmarks.convergence_quality import heldout_losses, sample_distances
+    from benchmarks.convergence.quality import heldout_losses, sample_distances
     from maskalign.training.checkpoint import load_model
 
     folder, path = Path(run_dir, "checkpoints", f"step_{step:08d}"), config.objective.path

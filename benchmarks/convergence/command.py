@@ -26,17 +26,17 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import convergence_run as run_folder
-from benchmarks.convergence_clock import Calibration, calibrate, phase_at
-from benchmarks.convergence_data import prepare
-from benchmarks.convergence_recipes import BASE, RECIPES, SUITES, arguments, own_recipe, recipe_config
-from benchmarks.convergence_report import read_rows, table, write_rows
+from benchmarks.convergence import run as run_folder
+from benchmarks.convergence.clock import Calibration, calibrate, phase_at
+from benchmarks.convergence.data import prepare
+from benchmarks.convergence.recipes import BASE, RECIPES, SUITES, arguments, own_recipe, recipe_config
+from benchmarks.convergence.report import read_rows, table, write_rows
 from benchmarks.report import draw
 from maskalign.config import model_sizes, validate_with_data
 from maskalign.data.manifest import Manifest
 from maskalign.errors import RunError, UsageError
 
-RUN = (sys.executable, "-m", "benchmarks.convergence_run")  # the process of a run; its folder follows
+RUN = (sys.executable, "-m", "benchmarks.convergence.run")  # the process of a run; its folder follows
 TIMES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 
 
@@ -231,7 +231,7 @@ class Benchmark:
 
     def _tflop(self, config, steps):
         """TFLOP of training after 0, 1, ..., `steps` steps."""
-        from benchmarks.convergence_flops import step_tflop
+        from benchmarks.convergence.flops import step_tflop
 
         per_phase, total, found = {}, 0.0, [0.0]
         for step in range(steps):
@@ -343,7 +343,7 @@ def run_all(runs, jobs):
 def start(folder, threads):
     """The process of one run; what it prints goes to RUN/log.txt. It gets no Ctrl-C of its own, only our SIGTERM."""
     log = open(folder / "log.txt", "a")
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
     with log:
@@ -374,7 +374,3 @@ def command(argv=None):
         print("benchmarks.convergence: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(command())

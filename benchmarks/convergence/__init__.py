@@ -1,0 +1,1 @@
+"""What recipes reach in the same time: `python -m benchmarks.convergence --help`."""

@@ -1,0 +1,5 @@
+import sys
+
+from benchmarks.convergence.command import command
+
+sys.exit(command())

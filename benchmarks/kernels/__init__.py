@@ -1,0 +1,1 @@
+"""Time and memory of both operations: `python -m benchmarks.kernels --help`."""
