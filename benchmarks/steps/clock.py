@@ -25,12 +25,23 @@ def seconds_of(call, device, clock="wall"):
     return CLOCKS[clock]() - start
 
 
-def matmul_peak(device, precision, clock="wall", size=2048, tries=8):
-    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision."""
+def matmul_peak(device, precision, clock="wall", size=2048, tries=8, patience=10.0):
+    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision.
+
+    A processor without bf16 instructions needs a minute for one of them: where `patience` seconds would not do,
+    the matrices are smaller.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(seconds_of(lambda: a @ b, device, clock) for _ in range(tries))
-    return 2 * size**3 / best
+
+    def best_of(tries, side):
+        left, right = a[:side, :side].contiguous(), b[:side, :side].contiguous()
+        return min(seconds_of(lambda: left @ right, device, clock) for _ in range(tries))
+
+    probe = size // 4
+    if best_of(2, probe) * tries * (size // probe) ** 3 > patience:
+        size = probe
+    return 2 * size**3 / best_of(tries, size)
 
 
 class Clock:

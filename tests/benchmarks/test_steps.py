@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.steps import clock
 from benchmarks.steps.cases import OurCase
 from benchmarks.steps.clock import saved_bytes, split_of
 from benchmarks.steps.command import can_compile, main, parse
@@ -135,6 +136,12 @@ def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
     assert reference["case"] == "reference-bf16" and reference["clock"] == "cpu"
     assert float(reference["step_ms"]) > 0 and float(reference["saved_mib"]) > 0 and float(reference["forward_ms"]) > 0
     assert float(ours["x_reference"]) == pytest.approx(float(reference["step_ms"]) / float(ours["step_ms"]), rel=1e-4)
+
+
+def test_a_peak_is_measured_on_smaller_matrices_where_it_would_take_long(monkeypatch):
+    monkeypatch.setattr(clock, "seconds_of", lambda *_: 1.0)
+    peaks = [clock.matmul_peak(torch.device("cpu"), "fp32", size=64, tries=2, patience=p) for p in (128, 127)]
+    assert peaks == [2 * 64**3, 2 * 16**3]
 
 
 def test_a_reference_that_is_not_there(tmp_path):
