@@ -29,7 +29,7 @@ def test_readme_and_plots_fit_the_csvs(capsys):
 
 
 @pytest.mark.parametrize(
-    "page, stem", [("README.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8")]
+    "page, stem", [("README.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8-compiled")]
 )
 def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
     folder, words = copy
@@ -55,7 +55,7 @@ def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
 
 def test_a_missing_plot_is_drawn_again(copy):
     folder, words = copy
-    plot = folder / "results" / "steps-SiT-S-2-fp32-b8.png"
+    plot = folder / "results" / "steps-SiT-S-2-fp32-b8-compiled.png"
     plot.unlink()
     assert main([*words, "--check"]) == 1
     draw(plot.with_suffix(".csv"))
