@@ -125,7 +125,9 @@ def list_zip(path):
                 kind = stat.S_IFMT(info.external_attr >> 16)
                 if not info.is_dir() and kind in (0, stat.S_IFREG) and not info.flag_bits & 1:
                     yield info.filename, None
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+    except NotImplementedError as error:  # zipfile's word for a version of the format that it does not read
+        raise RunError(f"source {path}: cannot be read here ({error}); pack the images anew") from None
+    except (zipfile.BadZipFile, EOFError, ValueError) as error:
         raise RunError(f"source {path}: damaged or cut short ({error}); get the archive again") from None
 
 

@@ -221,6 +221,16 @@ def test_an_archive_cut_short_is_an_error_and_not_a_smaller_data_set(tmp_path, m
     assert "\n" not in str(caught.value)
 
 
+def test_a_zip_of_a_version_to_come_is_named_as_that(tmp_path):
+    path = tmp_path / "new.zip"
+    write_zip(path, class_files(COUNTS))
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\1\2") + 6] = 99  # the version that reading the first member needs
+    path.write_bytes(data)
+    with pytest.raises(RunError, match="cannot be read here .*version.*pack the images anew"):
+        make(path, tmp_path / "out")
+
+
 def test_a_damaged_header_inside_a_tar_is_noticed(tmp_path):
     path = write_tar(tmp_path / "t.tar", class_files(COUNTS))
     data = bytearray(path.read_bytes())

@@ -32,8 +32,10 @@ class Page(html.parser.HTMLParser):
         self.open.append(tag)
 
     def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
+        # Elements that are never closed (meta, img) lie on top of the one that is.
+        while self.open:
+            if self.open.pop() == tag:
+                break
 
     def handle_data(self, data):
         self.texts.append((self.open[-1] if self.open else None, data.strip()))
