@@ -504,7 +504,7 @@ COMMANDS = {
     "data encode": data_encode,
     "data check": data_check,
     "data show": data_show,
-    "train": None,  # its options are the tree of settings in config.py
+    "train": None,  # its options are the tree in config/settings.py
     "sample": sample,
     "report": report,
     "analyze": analyze,

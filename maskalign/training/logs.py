@@ -1,4 +1,4 @@
-"""What a run tells while it goes: metrics.csv, TensorBoard, the progress bar, and the loss curves as a picture."""
+"""metrics.csv of a run, written and read, and the curves that are drawn from it; run_log.py keeps them going."""
 
 import csv
 import resource

@@ -82,8 +82,8 @@ class Trainer:
         resume = find_resume(config, self.placement)
         state = checkpoint.read_state(resume) if resume else None
 
-        sizes_grid = self._grid(config, facts)
-        self.features = Features(config, manifest, facts["teachers"], sizes_grid, self.placement)
+        grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
+        self.features = Features(config, manifest, facts["teachers"], grid, self.placement)
         self.facts = {
             "input_size": facts["input_size"],
             "in_channels": facts["in_channels"],
@@ -133,10 +133,6 @@ class Trainer:
             )
         training = config.training
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
-
-    @staticmethod
-    def _grid(config, facts):
-        return (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
 
     def _fields(self):
         """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
