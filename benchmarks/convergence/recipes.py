@@ -93,9 +93,15 @@ class Suite:
     shares: dict
 
 
+# What is mixed, dropped, returned and tapped, with the schedules as they are.
+STRUCTURE = (
+    "no-mixer", "conv-mixer", "attention-mixer", "mixer8", "mixer128", "grid", "block", "bypass", "wide", "fuse",
+    "depth2", "depth5",
+)  # fmt: skip
 VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "constant")))
 SUITES = {
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
+    "structure": Suite(("repa", "maskalign", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
     "short": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
     "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign"), (0,), {}),
     "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),

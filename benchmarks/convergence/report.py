@@ -2,6 +2,7 @@
 
 import csv
 import statistics
+import textwrap
 from collections import defaultdict
 
 COLUMNS = (
@@ -160,46 +161,101 @@ def table(rows):
 
 
 def draw(rows, about, path, metadata=None):
-    """Quality against time and against FLOPs: a row of panels per metric, a colour per recipe, a band over seeds."""
+    """The plot of a suite: `draw_curves`, or `draw_ends` where every run was measured at its end only.
+
+    Args:
+        rows: those of `read_rows`.
+        about: the title; long lines are wrapped.
+        path: the PNG; metadata: its text entries.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+
+    points = [len(run) for metric in BETTER_LOW for run in curves(rows, metric).values()]
+    figure = (draw_curves if max(points) > 1 else draw_ends)(rows)
+    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in about.splitlines()), fontsize=8)
+    figure.savefig(path, dpi=110, metadata=metadata)
+    plt.close(figure)
+
+
+def draw_ends(rows):
+    """What the recipes reach: a panel per metric, a line per recipe, a dot per seed, dashes at REPA's mean."""
+    from matplotlib import pyplot as plt
+
+    metrics = [metric for metric in BETTER_LOW if finals(rows, metric)]
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    size = (2.2 * len(metrics) + 2, 0.22 * len(recipes) + 1.3)
+    figure, panels = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for panel, metric in zip(panels[0], metrics, strict=True):
+        ends = finals(rows, metric)
+        if "repa" in ends:
+            panel.axvline(statistics.fmean(ends["repa"].values()), color="black", linewidth=0.8, linestyle="--")
+        for number, recipe in enumerate(recipes):
+            values = list(ends.get(recipe, {}).values())
+            colour = "black" if recipe == "repa" else "C1" if recipe == "maskalign" else "C0"
+            panel.plot(values, [number] * len(values), "o", color=colour, markersize=4)
+        panel.set_title(textwrap.fill(TITLES[metric], 26), fontsize=8, loc="left")
+        panel.set_xlabel("lower is better" if BETTER_LOW[metric] else "higher is better", fontsize=7)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_yticks(range(len(recipes)), recipes)
+    panels[0, 0].invert_yaxis()
+    return figure
+
+
+def draw_curves(rows):
+    """Quality against time and against FLOPs: a row of panels per metric, a colour per recipe, a band over seeds.
+
+    The ends of all seeds are dots; runs that were planned for a part of the budget are thin.
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import FormatStrFormatter
 
     metrics = [metric for metric in BETTER_LOW if curves(rows, metric)]
     timed = all(row["seconds"] is not None for row in rows)
     axes_of = [(0, "seconds of training (calibrated)") if timed else (2, "steps"), (1, "TFLOP of training")]
     size = (11, 3.1 * len(metrics))
     figure, panels = plt.subplots(len(metrics), 2, figsize=size, squeeze=False, layout="constrained")
-    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
-    colours = plt.get_cmap("tab20")
+    colours = colours_of(dict.fromkeys(row["recipe"] for row in rows))
     for line, metric in zip(panels, metrics, strict=True):
         runs = curves(rows, metric)
         for panel, (axis, unit) in zip(line, axes_of, strict=True):
-            for number, recipe in enumerate(recipes):
-                colour = "black" if recipe == "repa" else colours(number % 20)
-                shares = sorted({share for name, _, share in runs if name == recipe})
-                for share in shares:
-                    own = [points for (name, _, of), points in runs.items() if (name, of) == (recipe, share)]
-                    columns = list(zip(*own, strict=True))
-                    x = [statistics.fmean(point[axis] for point in points) for points in columns]
-                    values = [[point[-1] for point in points] for points in columns]
-                    mean = [statistics.fmean(column) for column in values]
-                    # Runs that were planned for a part of the budget: thin, their ends as dots.
-                    whole = share == 1
-                    label = recipe if whole else None
-                    panel.plot(x, mean, color=colour, linewidth=1.4 if whole else 0.6, label=label)
-                    panel.plot(x[-1:], mean[-1:], "o", color=colour, markersize=3)
-                    if len(own) > 1 and whole:
-                        low, high = [min(column) for column in values], [max(column) for column in values]
-                        panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            for recipe, share in dict.fromkeys((recipe, share) for recipe, _, share in runs):
+                own = [points for (name, _, of), points in runs.items() if (name, of) == (recipe, share)]
+                draw_runs(panel, own, axis, colours[recipe], recipe, share)
             panel.set_xlabel(unit, fontsize=8)
             panel.set_title(TITLES[metric], fontsize=9, loc="left")
-            panel.grid(alpha=0.25)
+            panel.grid(alpha=0.25, which="both")
             panel.spines[["top", "right"]].set_visible(False)
             if BETTER_LOW[metric]:
                 panel.set_yscale("log")
+                panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+                panel.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+                panel.tick_params(axis="y", which="both", labelsize=8)
     panels[0, 0].legend(fontsize=6, ncols=2)
-    figure.suptitle(about, fontsize=8)
-    figure.savefig(path, dpi=110, metadata=metadata)
-    plt.close(figure)
+    return figure
+
+
+def colours_of(recipes):
+    """dict recipe -> colour: black for REPA, orange for MaskAlign, one each for the others."""
+    from matplotlib import pyplot as plt
+
+    free = [colour for number, colour in enumerate(plt.get_cmap("tab20").colors) if number != 2]
+    known = {"repa": "black", "maskalign": "tab:orange"}
+    return {recipe: known.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
+
+
+def draw_runs(panel, runs, axis, colour, recipe, share):
+    """The mean over seeds of one recipe and share of the budget, their range, and the end of each as a dot."""
+    columns = list(zip(*runs, strict=True))
+    x = [statistics.fmean(point[axis] for point in points) for points in columns]
+    values = [[point[-1] for point in points] for points in columns]
+    whole = share == 1
+    label = recipe if whole else f"{recipe}, planned for {share:g}"
+    panel.plot(x, [statistics.fmean(of) for of in values], color=colour, linewidth=1.4 if whole else 0.6, label=label)
+    panel.plot([run[-1][axis] for run in runs], [run[-1][-1] for run in runs], "o", color=colour, markersize=3)
+    if len(runs) > 1 and whole:
+        panel.fill_between(x, [min(of) for of in values], [max(of) for of in values], color=colour, alpha=0.15, lw=0)

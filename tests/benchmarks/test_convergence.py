@@ -22,7 +22,7 @@ from benchmarks.convergence.data import prepare
 from benchmarks.convergence.flops import step_tflop
 from benchmarks.convergence.quality import heldout_losses
 from benchmarks.convergence.recipes import RECIPES, SUITES, own_recipe, recipe_config
-from benchmarks.convergence.report import ratios_to_repa, read_rows, table, time_to
+from benchmarks.convergence.report import draw_curves, draw_ends, ratios_to_repa, read_rows, table, time_to
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models import SiT
@@ -184,6 +184,26 @@ def test_the_table_counts_time_to_repas_quality_over_all_shares():
     lines = {line.split()[0]: line for line in table(rows).splitlines()}
     assert "0.3250 [0.3000, 0.3500] *" in lines["fast"]  # both seeds beat both of REPA's
     assert ">1" in lines["slow"] and "*" not in lines["slow"] and "*" not in lines["repa"]
+
+
+def dots(panel):
+    """The (x, y) of a panel's dots, sorted."""
+    lines = [line for line in panel.lines if line.get_marker() == "o"]
+    return sorted(pair for line in lines for pair in zip(line.get_xdata(), line.get_ydata(), strict=True))
+
+
+def test_plots_show_every_seed():
+    runs = {("repa", 0, 1.0): [(10, 0.4)], ("repa", 1, 1.0): [(10, 0.5)], ("maskalign", 0, 1.0): [(9, 0.3)]}
+    (panel,) = draw_ends(rows_of(runs)).axes
+    assert dots(panel) == [(0.3, 1), (0.4, 0), (0.5, 0)]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["repa", "maskalign"]
+    assert panel.lines[0].get_xdata() == pytest.approx([0.45, 0.45])  # REPA's mean
+    runs = {key: [(5, 0.9), *points] for key, points in runs.items()} | {("maskalign", 0, 0.6): [(3, 0.9), (6, 0.6)]}
+    seconds, tflop = draw_curves(rows_of(runs)).axes
+    assert dots(seconds) == dots(tflop) == [(6, 0.6), (9, 0.3), (10, 0.4), (10, 0.5)]
+    assert [text.get_text() for text in seconds.get_legend().get_texts()] == [
+        "repa", "maskalign", "maskalign, planned for 0.6",
+    ]  # fmt: skip
 
 
 def test_own_recipes():
