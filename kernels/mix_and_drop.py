@@ -6,7 +6,8 @@ from . import reference
 from .runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, rows_contiguous, use_triton
 
 OP = "mix_and_drop"
-MAX_HIDDEN = 256  # No tile of a wider hidden layer stays in registers: it takes the reference path on a GPU, too.
+# No tile of a wider hidden layer stays in registers: it takes the reference path on a GPU, too (as an empty one does).
+MAX_HIDDEN = 256
 
 
 def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
@@ -40,9 +41,10 @@ def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
         check_tensor(OP, "subset", subset, "BK", sizes, INDICES, x.device)
         check_subset(OP, subset, sizes["N"], distinct=True)
     product = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        product = torch.get_autocast_dtype(x.device.type)
-    if not use_triton(x) or sizes["T"] > MAX_HIDDEN:
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        product = torch.get_autocast_dtype(device)
+    if not use_triton(x) or not 0 < sizes["T"] <= MAX_HIDDEN:
         return reference.mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset, product)
     check_interpretable(OP, x=x, shift=shift, scale=scale, gate=gate, w1=w1, b1=b1, w2=w2, b2=b2)
     x, shift, scale, gate = map(rows_contiguous, (x, shift, scale, gate))

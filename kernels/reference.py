@@ -21,14 +21,22 @@ def gather_rows(tokens, subset):
 # ---- Cosine alignment on a subset --------------------------------------------------------------------------------
 
 
-def _cosine(s, t, eps):
+def _cosine(s, t, s_eps, t_eps):
     """The cosine of rows, 1/|s|, 1/|t|, and the cosine once more, or zero where |s| < eps. Overwrites t."""
     s_norm = torch.linalg.vector_norm(s, dim=-1)
-    s_inverse = s_norm.clamp_min(eps).reciprocal()
-    t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(eps).reciprocal()
+    s_inverse = s_norm.clamp_min(s_eps).reciprocal()
+    t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(t_eps).reciprocal()
     cosine = t.mul_(s).sum(-1) * s_inverse * t_inverse  # vecdot would write the product to memory of its own.
     # A norm below eps is a constant eps, as in F.normalize: the part of the gradient along the row vanishes.
-    return cosine, s_inverse, t_inverse, torch.where(s_norm < eps, 0, cosine)
+    return cosine, s_inverse, t_inverse, torch.where(s_norm < s_eps, 0, cosine)
+
+
+def _cosine_of_large_rows(s, t, eps):
+    """`_cosine` of rows whose squares may overflow: large ones are made smaller first."""
+    s_most, t_most = (rows.abs().amax(-1).clamp_min(1) for rows in (s, t))
+    s, t = s / s_most.unsqueeze(-1), t / t_most.unsqueeze(-1)
+    cosine, s_inverse, t_inverse, along = _cosine(s, t, eps / s_most, eps / t_most)
+    return cosine, s_inverse / s_most, t_inverse / t_most, along
 
 
 class SubsetCosineAlignment(torch.autograd.Function):
@@ -41,10 +49,12 @@ class SubsetCosineAlignment(torch.autograd.Function):
             dtype = torch.promote_types(dtype, teacher.dtype)
         s = (student if student_is_subset else gather_rows(student, subset)).to(dtype)
         t = gather_rows(teacher, subset).to(dtype)  # A copy, widened or not: it is overwritten.
-        result = _cosine(s, t, eps)
-        if not torch.compiler.is_compiling() and not bool((result[1] * result[2]).all()):
+        if torch.compiler.is_compiling():  # The passes are fused, and the graph cannot branch.
+            return _cosine_of_large_rows(s, t, eps)
+        result = _cosine(s, t, eps, eps)
+        if not bool((result[1] * result[2]).all()):
             # A square above 3.4e38 made a norm infinite: such rows do not occur in a healthy run, so they pay alone.
-            result = tuple(value.to(dtype) for value in _cosine(s.double(), gather_rows(teacher, subset).double(), eps))
+            result = _cosine_of_large_rows(s, gather_rows(teacher, subset).to(dtype), eps)
         return result
 
     @staticmethod
@@ -61,7 +71,13 @@ class SubsetCosineAlignment(torch.autograd.Function):
         s = (student if ctx.student_is_subset else gather_rows(student, subset)).to(s_inverse.dtype)
         grad_s = gather_rows(teacher, subset).to(s_inverse.dtype)  # A copy already: it is overwritten below.
         scale = grad * s_inverse
-        grad_s.mul_((scale * t_inverse).unsqueeze(-1)).addcmul_(s, (scale * s_inverse * along).unsqueeze(-1), value=-1)
+        if torch.compiler.is_compiling() or bool((s_inverse * torch.minimum(s_inverse, t_inverse) < 1e-30).any()):
+            # In an order in which no product of two inverses of large norms vanishes.
+            grad_s.mul_(t_inverse.unsqueeze(-1)).addcmul_(s, (s_inverse * along).unsqueeze(-1), value=-1)
+            grad_s.mul_(scale.unsqueeze(-1))
+        else:
+            grad_s.mul_((scale * t_inverse).unsqueeze(-1))
+            grad_s.addcmul_(s, (scale * s_inverse * along).unsqueeze(-1), value=-1)
         grad_s = grad_s.to(student.dtype)
         if not ctx.student_is_subset:
             index = subset.long().unsqueeze(-1).expand_as(grad_s)

@@ -35,7 +35,8 @@ class ShardStream:
     A step's global batch is the same set of samples, at the same slots, for every world size and worker
     count. With `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty
     (every rank yields the same number of batches). A bad sample is passed over and the next one of its
-    logical stream takes its place.
+    logical stream takes its place; with `epochs`, where the stream has no next one, the samples behind it on
+    its rank move up, so that at the very end slots then depend on the world size.
 
     Args:
         path: folder or URL prefix of a data set; or several with weights, {path: weight} or a list. Weights

@@ -172,7 +172,13 @@ class SiT(nn.Module):
 
         Returns:
             SiTOutput.
+
+        Raises:
+            ValueError: x of another shape than the model's.
         """
+        expected = (self.in_channels, self.input_size, self.input_size)
+        if tuple(x.shape[1:]) != expected:
+            raise ValueError(f"x is of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))})")
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
         c = self.t_embedder(t) + self.y_embedder(labels)
 

@@ -83,7 +83,8 @@ def draw(
     present = keep if subsetting else tokens
     parts = []
     generator = torch.Generator(device=device)
-    for group in range(first_slot // SLOT_GROUP, (first_slot + count - 1) // SLOT_GROUP + 1):
+    last_slot = first_slot + max(count, 1) - 1  # no slots: one group is drawn, and nothing of it is taken
+    for group in range(first_slot // SLOT_GROUP, last_slot // SLOT_GROUP + 1):
         generator.manual_seed(group_seed(seed, step, group))
         own = dict(generator=generator, device=device)
         t = torch.rand(SLOT_GROUP, **own)

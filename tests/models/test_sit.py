@@ -9,13 +9,17 @@ from maskalign.errors import UsageError
 from maskalign.models import PRESETS, SiT, draw_subset
 from maskalign.models.layers import patchify, unpatchify
 
+MIXERS = ("token_mlp", "depthwise_conv", "attention", "none")
+SMALL = dict(
+    input_size=8, patch_size=2, in_channels=3, num_classes=5, depth=4, width=16, heads=2,
+    teacher_dims=(6,), align_depth=2, projector_dim=12, mixer_hidden=4,
+)  # fmt: skip
+
 
 def small(seed=0, **settings):
     """A tiny float64 model whose gates are open, so that every part of it shows in the output."""
     torch.manual_seed(seed)
-    own = dict(input_size=8, patch_size=2, in_channels=3, num_classes=5, depth=4, width=16, heads=2)
-    own |= dict(teacher_dims=(6,), align_depth=2, projector_dim=12, mixer_hidden=4)
-    model = SiT(**{**own, **settings}).double()
+    model = SiT(**{**SMALL, **settings}).double()
     for name, p in model.named_parameters():
         if "adaLN" in name or "final_layer" in name:
             torch.nn.init.normal_(p, std=0.2)
@@ -49,6 +53,24 @@ def test_xl_has_the_parameters_of_the_reference():
     assert round(backbone / 1e6, 1) == 675.1 and round(projector / 1e6, 1) == 8.1
 
 
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_runs_on_meta(mixer):
+    """Shapes and memory of a model that is nowhere."""
+    with torch.device("meta"):
+        model = SiT(**SMALL, mixer=mixer)
+        subset = torch.zeros(3, 4, dtype=torch.int64)
+        out = model(torch.randn(3, 3, 8, 8), torch.rand(3), torch.zeros(3, dtype=torch.int64), subset)
+        (out.velocity.sum() + sum(rows.sum() for rows in out.aligned)).backward()
+    assert out.velocity.is_meta and out.velocity.shape == (3, 4, model.patch_size**2 * 3)
+    assert all(p.grad is None or p.grad.is_meta for p in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 16), (2, 3, 16, 16), (2, 4, 8, 8), (3, 8, 8)])
+def test_another_shape_is_one_clear_line(shape):
+    with pytest.raises(ValueError, match=r"x is of shape .* takes \(B, 3, 8, 8\)"):
+        SiT(**SMALL)(torch.randn(shape), torch.rand(shape[0]), torch.zeros(shape[0], dtype=torch.int64))
+
+
 def test_unknown_preset_is_one_clear_line():
     with pytest.raises(UsageError, match="SiT-B/2"):
         SiT.from_preset("SiT-H/2")
@@ -80,7 +102,7 @@ def test_a_fresh_mixer_is_the_identity(mixer):
         torch.testing.assert_close(mixed(*inputs(), chosen).velocity, plain(*inputs(), chosen).velocity)
 
 
-@pytest.mark.parametrize("mixer", ["token_mlp", "depthwise_conv", "attention", "none"])
+@pytest.mark.parametrize("mixer", MIXERS)
 def test_kept_tokens_know_of_dropped_ones_only_through_the_mixer(mixer, seed):
     model = small(mixer=mixer)
     x, t, labels = inputs()

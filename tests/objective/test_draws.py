@@ -12,7 +12,10 @@ def equal(a, b):
     return all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("parts", [[32], [16, 16], [8, 24], [4] * 8, [1, 30, 1], [5, 11, 16], [3, 13, 7, 9]])
+@pytest.mark.parametrize(
+    "parts",
+    [[32], [16, 16], [8, 24], [4] * 8, [1, 30, 1], [5, 11, 16], [3, 13, 7, 9], [0, 32, 0], [8, 0, 24]],
+)
 def test_any_split_of_the_batch_draws_the_same(parts, seed):
     whole = draw(seed, 7, 0, 32, **SETTINGS)
     first, pieces = 0, []

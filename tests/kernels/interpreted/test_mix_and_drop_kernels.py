@@ -232,6 +232,15 @@ def test_too_wide_a_hidden_layer_takes_the_reference(mix_case, mix_truth, relati
         mix_and_drop(*mix_case(1, 5, 8, 3, 256)[0])
 
 
+def test_an_empty_hidden_layer_takes_the_reference(mix_case):
+    (x, shift, scale, gate, *_, b2), subset = mix_case(2, 5, 8, 3, 1)
+    empty = torch.zeros(0, 5), torch.zeros(0), torch.zeros(5, 0)
+    out = mix_and_drop(x, shift, scale, gate, *empty, b2, subset)
+    rows = subset.unsqueeze(-1).expand(-1, -1, 8).long()
+    expected = (x + gate[:, None] * b2[:, None]).gather(1, rows)
+    torch.testing.assert_close(out, expected)
+
+
 def test_float64_is_refused_on_the_triton_path(mix_case):
     tensors, subset = mix_case(1, 4, 8, 2, 2, torch.float64)
     with pytest.raises(ValueError, match=r"mix_and_drop: x is .*float64"):
