@@ -33,7 +33,9 @@ def make_parser(name, **kwargs):
 
     class OneLineParser(ArgumentParser):
         def error(self, message, ex=None):
-            raise UsageError(f"{one_line(message)} (maskalign {name} --help lists the settings)")
+            from maskalign.config.messages import plain_message
+
+            raise UsageError(f"{plain_message(message)} (maskalign {name} --help lists the settings)")
 
     return OneLineParser(prog=f"maskalign {name}", allow_abbrev=False, **kwargs)
 

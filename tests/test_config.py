@@ -61,13 +61,14 @@ WRONG = [
     (["--training.precision", "fp8"], ["training.precision", "bf16"]),
     (["--method.keep_ratio", "0"], ["method.keep_ratio", "(0, 1]"]),
     (["--method.keep_ratio", "1.5"], ["method.keep_ratio", "(0, 1]"]),
-    (["--method.keep_ratio", "nan"], ["method.keep_ratio"]),
+    (["--method.keep_ratio", "nan"], ["method.keep_ratio: nan is neither a number nor a schedule such as {kind"]),
+    (["--method.keep_ratio", ".nan"], ["method.keep_ratio", "(0, 1]"]),
     (["--method.align_weight", "-1"], ["method.align_weight"]),
     (["--method.align_depth", "13"], ["method.align_depth", "1..12"]),
     (["--method.align_depth", "0"], ["method.align_depth"]),
     (["--method.route", "[4, 13]"], ["method.route", "12"]),
     (["--method.route", "[4, 4]"], ["method.route"]),
-    (["--method.route", "some"], ["method.route", "some"]),
+    (["--method.route", "some"], ["method.route: some is neither all nor none nor 2 numbers in brackets"]),
     (["--method.route", "none", "--method.restore", "fuse"], ["method.restore", "none"]),
     (["--model.projector", "conv"], ["model.projector", "all tokens"]),
     (["--model.preset", "SiT-G/2"], ["model.preset", "SiT-B/2"]),
@@ -77,7 +78,10 @@ WRONG = [
     (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay"]),
     (["--training.batch_size", "10", "--training.accumulation", "4"], ["training.accumulation", "divide"]),
     (["--parallel.plan", "zero3"], ["parallel.plan", "fsdp"]),
-    (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["--preview.cfg_scale", "-3"], ["preview.cfg_scale", "at least 0"]),
+    (["--run_dir", ""], ["run_dir", "names no folder"]),
+    (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
+    (["--config=nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
 ]
 
 
@@ -100,11 +104,23 @@ def test_a_misspelt_key_in_yaml(tmp_path):
         load_config(tmp_path / "c.yaml")
 
 
-def test_broken_yaml(tmp_path):
-    (tmp_path / "c.yaml").write_text("model: {preset: [\n")
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"model: {preset: [\n", "is no YAML in line 2"),
+        (b"\x96\xff\x00", "is no text"),
+        (b"", "holds no settings"),
+        (b"- model\n- data\n", "holds no settings"),
+        (b"trainin: {max_steps: 3}\n", "there is no setting 'trainin.max_steps'; did you mean 'training.max_steps'"),
+    ],
+)
+def test_broken_yaml(content, words, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
     with pytest.raises(UsageError) as error:
-        load_config(tmp_path / "c.yaml")
-    assert "\n" not in str(error.value)
+        load_config(path)
+    message = str(error.value)
+    assert "\n" not in message and words in message and (str(path) in message or "setting" in words), message
 
 
 def test_the_data_set_decides_what_the_model_sees():

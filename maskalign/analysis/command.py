@@ -27,6 +27,7 @@ from maskalign.analysis.tables import (
     write_csv,
 )
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import make_folder
 
 TABLES = {
     "positions": POSITION_COLUMNS,
@@ -56,12 +57,9 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
     Raises:
         UsageError: checkpoints or data that do not fit. RunError: results that are not finite, or cannot be written.
     """
-    settings, out, device = settings or AnalysisSettings(), Path(out), _device(device)
+    settings, device = settings or AnalysisSettings(), _device(device)
     entries = find_checkpoints(checkpoints, most)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out: {out} cannot be written to ({error.strerror}); choose another folder") from None
+    out = make_folder(out)
     first = load_subject(entries[0], ema)
     with _bar(settings.images, "reading", " images", progress) as bar:
         images = Images(

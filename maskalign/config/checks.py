@@ -11,6 +11,7 @@ from maskalign.teachers.names import check_teacher_name, parse_teachers
 
 def validate(config):
     """Check the rules between settings; raises one UsageError with what, where and how to mend it."""
+    _require(str(config.run_dir).strip(), "run_dir", repr(config.run_dir), "names no folder; give one for the run")
     sizes = model_sizes(config)
     for name in ("depth", "width", "heads", "patch_size"):
         _require(sizes[name] >= 1, f"model.{name}", sizes[name], "must be at least 1")
@@ -63,6 +64,7 @@ def validate(config):
         "preview.classes": 1,
         "preview.per_class": 1,
         "preview.steps": 1,
+        "preview.cfg_scale": 0,
         "evaluate.every": 0,
         "evaluate.images": 0,
         "evaluate.samples": 0,

@@ -1,9 +1,9 @@
 """The tree of settings from YAML and the command line, and back to YAML."""
 
-import re
-from difflib import get_close_matches
+import os
 
 from maskalign.config.checks import validate
+from maskalign.config.messages import plain_message, with_suggestion
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
 
@@ -15,13 +15,44 @@ def make_config_parser(**kwargs):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
     class ConfigParser(ArgumentParser):
+        def parse_args(self, args=None, **kwargs):
+            for word, following in zip(args or [], [*(args or [])[1:], ""], strict=False):
+                if word == "--config" or word.startswith("--config="):
+                    check_file(word[len("--config=") :] or following)
+            return super().parse_args(args, **kwargs)
+
         def error(self, message, ex=None):
-            raise UsageError(_with_suggestion(" ".join(str(message).split())))
+            raise UsageError(with_suggestion(plain_message(message), all_keys()))
 
     parser = ConfigParser(allow_abbrev=False, **kwargs)
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(Config, as_group=False)
     return parser
+
+
+def check_file(path):
+    """Raise a UsageError where a file of settings is missing or no YAML mapping; what is in it is checked later."""
+    import yaml
+
+    if not os.path.exists(path) and not set("{\n") & set(path):
+        raise UsageError(f"--config: {path} does not exist; configs/ holds one per recipe and size")
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise UsageError(f"--config: {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--config: {path} is no text; give a YAML file of settings") from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        line = f" in line {mark.line + 1}" if mark else ""
+        raise UsageError(f"--config: {path} is no YAML{line}: {' '.join(str(problem).split())}") from None
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"--config: {path} holds no settings; write sections of them, such as training: {{max_steps: 1000}}"
+        )
 
 
 def parse_config(argv, **kwargs):
@@ -66,19 +97,3 @@ def all_keys(cls=Config, prefix=""):
         nested = entry.default_factory if hasattr(entry.default_factory, "__dataclass_fields__") else None
         keys += all_keys(nested, f"{prefix}{name}.") if nested else [prefix + name]
     return keys
-
-
-def _with_suggestion(message):
-    """Add the nearest setting's name to a message about an unknown key."""
-    patterns = (
-        r"nrecognized arguments: --([\w.]+)",
-        r"[Kk]ey '([\w.]+)' is not expected",
-        r"Group '([\w.]+)' does not accept option '([\w.]+)'",
-    )
-    match = next((found for pattern in patterns if (found := re.search(pattern, message))), None)
-    if not match:
-        return message
-    wrong = ".".join(match.groups())
-    near = get_close_matches(wrong, all_keys(), n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"there is no setting {wrong!r}{hint}; maskalign train --help lists them"

@@ -3,13 +3,15 @@
 import os
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from maskalign.data.images import BadImage, decode_image
 from maskalign.data.manifest import Manifest, is_url, member_name
 from maskalign.data.npy import load_npy
 from maskalign.data.shards import read_shard
-from maskalign.errors import RunError
+from maskalign.errors import RunError, UsageError
+from maskalign.fonts import load_font
+from maskalign.outputs import check_file
 
 GAP, TEXT = 4, 13
 INK, FAINT = (20, 20, 20), (110, 110, 110)
@@ -30,7 +32,11 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
     Below each picture, where there are features, each teacher's tokens as red, green and blue: their first three
     principal components, over all tokens on the sheet. Data sets without images show the mean latents.
     """
+    for option, value in (("--columns", columns), ("--rows", rows)):
+        if value < 1:
+            raise UsageError(f"{option}: {value} must be at least 1")
     manifest = Manifest.load(path)
+    out = check_file(out)
     tile = tile or min(max(manifest.resolution, 64), 160)
     classes = _spread(manifest.num_classes, rows)
     samples = collect(manifest, classes, columns)
@@ -40,9 +46,10 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
     for name in manifest.teachers:
         strips.append((name, _components(samples, f"{member_name(name)}.npy", manifest.teachers[name]["grid"])))
     sheet = _draw(manifest, classes, samples, strips, columns, tile)
-    folder = os.path.dirname(os.path.abspath(out))
-    os.makedirs(folder, exist_ok=True)
-    sheet.save(out, format="PNG")
+    try:
+        sheet.save(out, format="PNG")
+    except OSError as error:
+        raise RunError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None
     if not quiet:
         print(f"{out}: {sum(map(len, samples.values()))} of {manifest.num_samples:,} samples")
         if manifest.license:
@@ -148,7 +155,7 @@ def principal_colours(rows):
 
 
 def _draw(manifest, classes, samples, strips, columns, tile):
-    font = ImageFont.load_default(TEXT)
+    font = load_font(TEXT)
     names = [manifest.class_names[label] for label in classes]
     margin = 2 * GAP + round(max([font.getlength(_short(name)) for name in names] + [font.getlength("Label")]))
     step = len(strips) * (tile + GAP) + GAP
@@ -183,7 +190,6 @@ def _draw(manifest, classes, samples, strips, columns, tile):
 
 def _short(name, most=24):
     """A class name that fits the margin."""
-    name = name.encode("latin-1", "replace").decode("latin-1")  # what the built-in font can draw
     return name if len(name) <= most else name[: most - 3] + "..."
 
 

@@ -3,7 +3,6 @@
 import os
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from maskalign.evaluation.reference import data_fingerprint, load_reference
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, load_subject, open_pictures
+from maskalign.outputs import make_folder
 from maskalign.sampling.settings import Sampling, parse_classes
 from maskalign.teachers.names import parse_teachers
 from maskalign.training.parallel import tune_host
@@ -78,9 +78,12 @@ def evaluate(
         settings = replace(settings, metrics=("frechet",))
     device = find_device(device, "--device")
     tune_host(device)
-    real = PictureDataSet(data, settings.reference) if settings.metrics else None
-    manifest = real.manifest if real else Manifest.load(data)
+    if not settings.metrics and not settings.held_out_images:
+        raise UsageError("--metrics none and --held-out-images 0 leave nothing to measure; raise one of them")
+    manifest = Manifest.load(data)
     chosen = None if classes is None else parse_classes(classes, manifest.class_names)
+    real = PictureDataSet(data, settings.reference, chosen) if settings.metrics else None
+    out = None if out is None else make_folder(out)
     subject = pictures = None
     if is_model(source):
         subject = load_subject(source, ema)
@@ -116,10 +119,10 @@ def evaluate(
     if real:
         _check_size(pictures, real, source, data)
         networks = _networks(settings, real, pictures.count, teachers, teacher_weights, inception, device)
-        _add_distances(report, pictures, real, networks, chosen, settings, progress)
+        _add_distances(report, pictures, real, networks, settings, progress)
     if subject and settings.held_out_images:
         _add_losses(report, subject, manifest, held_out or data, settings, device, progress)
-    folder = Path(out) if out else (subject.folder if subject else None)
+    folder = out or (subject.folder if subject else None)
     if folder is not None:
         stem = "evaluation" if out or not subject else subject.stem
         write_report(report, folder / f"{stem}.json")
@@ -170,14 +173,13 @@ def _drawn(subject, count, sampling, vae):
     return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae))
 
 
-def _add_distances(report, pictures, real, networks, chosen, settings, progress):
+def _add_distances(report, pictures, real, networks, settings, progress):
     """Compare pictures with real ones in the features of all networks."""
     count, references = pictures.count, {}
     for network in networks:
         with _bar(real.count, f"reference, {network.name}", progress) as bar:
             found = load_reference(real, network, batch_size=settings.batch_size, on_images=bar.update)
-        keep = slice(None) if chosen is None else np.isin(found.labels, chosen)
-        references[network.name], labels = found.features[keep], found.labels[keep]
+        references[network.name], labels = found.features, found.labels
         settings.check_counts(count, len(labels), network.name, network.dim)
     with _bar(count, "samples", progress) as bar:
         on_images = bar.update

@@ -167,6 +167,7 @@ class PictureDataSet:
     Args:
         path: folder or URL prefix.
         count: how many; 0 for all.
+        classes: take only pictures of these labels; None for all classes.
 
     Attributes:
         manifest: the data set's.
@@ -174,9 +175,10 @@ class PictureDataSet:
 
     SEED = 0  # of the order; a part of every cached reference's fingerprint
 
-    def __init__(self, path, count=0):
+    def __init__(self, path, count=0, classes=None):
         from maskalign.data.manifest import Manifest
 
+        self.classes = None if classes is None else sorted(set(classes))
         self.path, self.manifest = path, Manifest.load(path)
         if self.manifest.image_format is None:
             raise UsageError(f"{path}: holds no pictures (only latents or features), which the distances need")
@@ -192,11 +194,16 @@ class PictureDataSet:
         labels, left = [], self.count
         stream = ShardStream(self.path, size, seed=self.SEED, epochs=1, streams=1, fields=["image"])
         for batch in stream:
-            pictures = batch["image"][:left]
-            labels.append(batch["label"][:left].clone())
+            pictures, own = batch["image"], batch["label"]
+            if self.classes is not None:
+                wanted = torch.isin(own, torch.tensor(self.classes))
+                pictures, own = pictures[wanted], own[wanted]
+            pictures = pictures[:left]
+            labels.append(own[:left].clone())
             left -= len(pictures)
-            yield pictures
+            if len(pictures):
+                yield pictures
             if not left:
                 break
         self.labels = torch.cat(labels)
-        self.count = len(self.labels)  # without what is bad
+        self.count = len(self.labels)  # without what is bad or of other classes

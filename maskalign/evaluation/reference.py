@@ -52,6 +52,8 @@ def reference_name(pictures, features):
         "count": pictures.count,
         "features": features.fingerprint(),
     }
+    if pictures.classes is not None:
+        facts["classes"] = pictures.classes
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     plain = "".join(letter if letter.isalnum() else "-" for letter in features.name)
     return f"{plain}-{pictures.count}-{digest}.npz"

@@ -47,7 +47,8 @@ class EvaluationSettings:
         """
         for what, count, option in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:
-                raise UsageError(f"{count} {what} are too few for any distance; give at least 2")
+                mend = f"raise --{option}, or name more --classes"
+                raise UsageError(f"{count} {what} are too few for any distance; {mend}")
             if "frechet" in self.metrics and not self.allow_singular and count <= dim:
                 raise UsageError(
                     f"{count} {what} are too few for a covariance of the {dim} features of {name}: give at least "

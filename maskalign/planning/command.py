@@ -1,6 +1,7 @@
 """`maskalign plan`: estimate, print, write; a run that does not fit ends in a line and status 1."""
 
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import make_folder
 from maskalign.planning.devices import load_device
 from maskalign.planning.options import Options, check_ranks
 
@@ -18,6 +19,7 @@ def plan(config, *, device="h100", out=None, **options):
     device = load_device(device)
     chosen = Options(device=device, **options)
     check_ranks(config, chosen)
+    out = None if out is None else make_folder(out)
     from maskalign.planning.estimate import plan_run
     from maskalign.planning.report import draw, text, write_csv
 
@@ -25,7 +27,6 @@ def plan(config, *, device="h100", out=None, **options):
     print(text(estimate))
     if out is not None:
         try:
-            out.mkdir(parents=True, exist_ok=True)
             (out / "plan.txt").write_text(text(estimate) + "\n")
             write_csv(estimate, out / "plan.csv")
             draw(estimate, out / "plan.png")

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import check_file
 from maskalign.reporting.page import render
 from maskalign.reporting.run import names_of, read_run
 
@@ -24,9 +25,7 @@ def report(runs, out, title=None):
         UsageError: a folder that is no run, the same one twice, or `out` is a folder.
         RunError: the file cannot be written.
     """
-    out, folders = Path(out), [Path(run).resolve() for run in runs]
-    if out.is_dir():
-        raise UsageError(f"--out: {out} is a folder; name the HTML file to write")
+    out, folders = check_file(out), [Path(run).resolve() for run in runs]
     twice = next((run for number, run in enumerate(runs) if folders.index(folders[number]) != number), None)
     if twice is not None:
         raise UsageError(f"{twice}: is given twice; name each run once")
@@ -35,7 +34,6 @@ def report(runs, out, title=None):
     page = render(read, title, made=time.strftime("%Y-%m-%d %H:%M"))
     temporary = out.with_name(f".{out.name}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(page, encoding="utf-8")
         os.replace(temporary, out)
     except OSError as error:

@@ -1,12 +1,12 @@
 """The work of `maskalign sample`: a sheet by class and what else was asked for, or a set for an evaluation."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import make_folder
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
 from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
@@ -66,6 +66,7 @@ def sample(
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
         decoder = decoder_for(network, about, vae)
+        out = make_folder(out)
         if npz is not None:
             with _bar(npz, progress and ranks.rank == 0) as bar:
                 return [
@@ -76,7 +77,7 @@ def sample(
                 ]  # fmt: skip
         chosen = spread_classes(network.num_classes) if chosen is None else list(dict.fromkeys(chosen))
         return _sheets(
-            network, Path(out), settings, about, ranks, chosen, names, decoder, per_class=per_class,
+            network, out, settings, about, ranks, chosen, names, decoder, per_class=per_class,
             interpolation=interpolation, strip=strip, animation=animation, frames=frames, progress=progress,
         )  # fmt: skip
 

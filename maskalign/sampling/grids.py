@@ -1,7 +1,9 @@
 """One picture of many: a row per class, the class's name at its left."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from maskalign.fonts import load_font
 
 PAPER = (255, 255, 255)
 INK = (45, 45, 50)
@@ -59,7 +61,7 @@ def picture_grid(rows, left, *, right=None, columns=None, title=None, cell=None,
     height_out, width_out = round(height * factor), round(width * factor)
 
     size = min(16, max(11, height_out // 5))
-    font = ImageFont.load_default(size)
+    font = load_font(size)
     left, left_edge = _names(left, font, gap)
     right, right_edge = _names(right, font, gap) if right is not None and any(right) else ([""] * len(rows), 0)
     line = size + 5 * gap

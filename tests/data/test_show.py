@@ -9,7 +9,8 @@ from PIL import Image
 from maskalign.data.manifest import Manifest
 from maskalign.data.shards import write_shard
 from maskalign.data.show import principal_colours, show
-from maskalign.errors import RunError
+from maskalign.errors import RunError, UsageError
+from maskalign.fonts import load_font
 
 SIDE, TILE = 8, 64
 
@@ -81,6 +82,23 @@ def test_each_row_shows_its_class(tmp_path):
     assert sheet[-30:].min() < 150  # the licence is written below
     label_column = sheet[tops[0] : tops[0] + TILE, :40]
     assert label_column.min() < 60  # and the name of the class on the left
+
+
+def test_what_cannot_be_shown_is_one_line(tmp_path):
+    path = write_set(tmp_path / "set")
+    for how, match in (({"rows": 0}, "--rows: 0"), ({"columns": -1}, "--columns: -1")):
+        with pytest.raises(UsageError, match=match):
+            show(path, tmp_path / "sheet.png", quiet=True, **how)
+    with pytest.raises(UsageError, match="is a folder"):
+        show(path, tmp_path, quiet=True)
+    with pytest.raises(UsageError, match="it is a file"):
+        show(path, tmp_path / "set" / "manifest.json" / "sheet.png", quiet=True)
+
+
+def test_names_with_accents_are_drawn():
+    font = load_font(13)
+    boxes = {bytes(font.getmask(letter)) for letter in "\U0010fffe\U000e0fff"}  # what stands for a letter that it lacks
+    assert all(bytes(font.getmask(letter)) not in boxes for letter in "éüÅßñøЖλ")
 
 
 def test_fewer_samples_and_more_classes_than_the_sheet_holds(tmp_path):

@@ -82,8 +82,9 @@ def test_folder_archive_and_data_set_give_the_same_numbers(data, tmp_path, comma
 
 def test_chosen_classes_are_compared_alone(run, data, tmp_path, command):
     words = ["evaluate", run, "--data", data, "--samples", 8, *FEW, "--held-out-images", 0, "--out"]
-    for name, labels, chosen, count in (("two", ["0", "2"], [0, 2], 32), ("bee", ["bee"], [1], 16)):
-        status, _, err = command(*words, tmp_path / name, "--classes", *labels)
+    cases = (("two", ["0", "2"], [0, 2], 0, 32), ("bee", ["bee"], [1], 0, 16), ("few", ["1"], [1], 9, 9))
+    for name, labels, chosen, reference, count in cases:
+        status, _, err = command(*words, tmp_path / name, "--classes", *labels, "--reference", reference)
         assert status == 0, err
         report = report_of(tmp_path / name)
         assert (report["reference"], report["settings"]["classes"]) == (count, chosen)
@@ -129,6 +130,8 @@ def mistakes(run, data, folder):
         ([run, "--data", folder / "empty"], 2, "has no manifest.json"),
         ([run, "--data", data, "--metrics", "fid"], 2, "'fid' is not one of frechet, kernel, neighbours"),
         ([few, "--data", data, "--metrics", "none"], 2, "nothing to measure"),
+        ([run, "--data", data, "--metrics", "none", "--held-out-images", 0], 2, "leave nothing to measure"),
+        ([run, "--data", data, *kernel, "--out", folder / "nan.npz"], 2, "cannot be written to (it is a file)"),
         ([run, "--data", data, "--teacher", "dinov3"], 2, "no teacher is called 'dinov3'"),
         ([run, "--data", data, "--inception", folder / "none.pth"], 2, "no weights file"),
         ([run, "--data", data, "--bins", 0], 2, "--bins"),

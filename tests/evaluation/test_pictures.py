@@ -36,6 +36,16 @@ def test_a_data_set_gives_the_same_pictures_in_any_batches(data):
     assert np.array_equal(joined(part, 7), everything[:20]) and torch.equal(part.labels, whole.labels[:20])
 
 
+def test_chosen_classes_are_counted_alone(data):
+    whole, bees, pair = PictureDataSet(data), PictureDataSet(data, 10, [1]), PictureDataSet(data, 0, [2, 0])
+    everything = joined(whole, 48)
+    found = np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in bees.batches(7)])
+    assert np.array_equal(found, everything[(whole.labels == 1).numpy()][:10])
+    assert bees.count == 10 and set(bees.labels.tolist()) == {1}
+    found = np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in pair.batches(7)])
+    assert np.array_equal(found, everything[(whole.labels != 1).numpy()]) and pair.count == 32
+
+
 def archive(path, write):
     with zipfile.ZipFile(path, "w") as file:
         write(file)

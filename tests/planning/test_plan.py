@@ -82,6 +82,7 @@ def test_a_run_that_does_not_fit_ends_in_a_line_after_its_tables(tmp_path, capsy
         ("--world-size 2", "none runs in one process, not on 2 ranks"),
         ("--world-size 3 --parallel.plan ddp", "training.batch_size: 64 must be a multiple of ranks"),
         ("--world-size 8 --parallel.plan hsdp --parallel.shard_size 3", "parallel.shard_size: 3 must divide"),
+        ("--world-size 1 --out setup.py", "--out: setup.py cannot be written to (it is a file)"),
         ("--world-size 1 --device h10", "did you mean 'h100'?"),
         ("--world-size 1 --device nothing.yaml", "nothing.yaml cannot be read"),
         ("--world-size 1 --efficiency 1.5", "--efficiency: 1.5 must be in (0, 1]"),

@@ -192,6 +192,7 @@ def test_the_command(checkpoint, tmp_path, capfd):
         ([*words[:4], "--interpolate", "class", "--classes", "1"], "needs two classes"),
         ([*words[:4], "--interpolate", "labels"], "interpolate"),
         ([*words[:4], "--animate", "mp4"], "animate"),
+        (["sample", checkpoint, "--out", checkpoint], "it is a file"),
         (["convert", checkpoint, checkpoint], "the file to read"),
         (["convert", checkpoint, tmp_path / "a", "--to", "onnx"], "onnx"),
     ]:

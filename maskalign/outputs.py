@@ -1,0 +1,50 @@
+"""Where a command writes: found to be possible before the work whose result goes there."""
+
+import os
+from pathlib import Path
+
+from maskalign.errors import UsageError
+
+
+def make_folder(path, option="--out"):
+    """Make a folder to write to, with its parents, unless it is there.
+
+    Args:
+        path: the folder.
+        option: what named it, for the message.
+
+    Returns:
+        Path.
+
+    Raises:
+        UsageError: it cannot be made or written to.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror
+    else:
+        if os.access(folder, os.W_OK):
+            return folder
+        reason = "permission denied"
+    raise UsageError(f"{option}: {folder} cannot be written to ({reason}); choose another folder")
+
+
+def check_file(path, option="--out"):
+    """Make the folder of a file to write, and see that no folder stands in the file's place.
+
+    Args:
+        path: the file; option: see `make_folder`.
+
+    Returns:
+        Path.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    file = Path(path)
+    if file.is_dir():
+        raise UsageError(f"{option}: {file} is a folder; give the name of a file")
+    make_folder(file.parent, option)
+    return file
