@@ -78,6 +78,7 @@ WRONG = [
     (["--optimizer.ema_decay", "1"], ["optimizer.ema_decay"]),
     (["--training.batch_size", "10", "--training.accumulation", "4"], ["training.accumulation", "divide"]),
     (["--parallel.plan", "zero3"], ["parallel.plan", "fsdp"]),
+    (["--training.device", "tpu"], ["training.device: tpu is not one of auto, cpu, cuda"]),
     (["--preview.cfg_scale", "-3"], ["preview.cfg_scale", "at least 0"]),
     (["--run_dir", ""], ["run_dir", "names no folder"]),
     (["--config", "nowhere.yaml"], ["--config: nowhere.yaml does not exist"]),
@@ -136,6 +137,7 @@ def test_the_data_set_decides_what_the_model_sees():
     "argv, changes, words",
     [
         (["--model.patch_size", "5"], {}, ["model.patch_size", "32"]),
+        (["--method.keep_multiple", "257"], {}, ["method.keep_multiple", "256 tokens"]),
         (["--training.batch_size", "101"], {}, ["training.batch_size", "100"]),
         (["--teacher.mode", "cached"], {}, ["dinov2-b", "data encode"]),
         (["--teacher.names", "[]"], {}, ["teacher.names", "align_weight 0"]),

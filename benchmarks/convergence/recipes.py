@@ -64,6 +64,8 @@ RECIPES = {
     "maskalign-no-mixer": _masked(mixer="none"),
     "maskalign-conv-mixer": _masked(mixer="depthwise_conv"),
     "maskalign-attention-mixer": _masked(mixer="attention"),
+    "maskalign-attention-keep0.25": _masked(0.25, mixer="attention"),
+    "maskalign-attention-keep0.25-end0.9": _masked(0.25, begin=0.9, mixer="attention"),
     "maskalign-mixer8": _masked(**{"model.mixer_hidden": 8}),
     "maskalign-mixer128": _masked(**{"model.mixer_hidden": 128}),
     "maskalign-grid": _masked(**{"method.subset": "grid"}),

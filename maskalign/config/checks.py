@@ -8,6 +8,8 @@ from maskalign.config.settings import as_schedule, model_sizes
 from maskalign.errors import UsageError
 from maskalign.teachers.names import check_teacher_name, parse_teachers
 
+DEVICES = ("auto", "cpu", "cuda")
+
 
 def validate(config):
     """Check the rules between settings; raises one UsageError with what, where and how to mend it."""
@@ -83,6 +85,8 @@ def validate(config):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
+    device = config.training.device
+    _require(device.split(":")[0] in DEVICES, "training.device", device, f"is not one of {', '.join(DEVICES)}, cuda:N")
     seconds = config.training.max_seconds
     _require(seconds is None or seconds > 0, "training.max_seconds", seconds, "must be above 0")
     batch, parts = config.training.batch_size, config.training.accumulation
@@ -146,6 +150,8 @@ def validate_with_data(config, manifest, num_samples=None):
     patch = sizes["patch_size"]
     rule = f"must divide the input size {input_size} of {config.data.path}"
     _require(input_size % patch == 0, "model.patch_size", patch, rule)
+    tokens, multiple = (input_size // patch) ** 2, config.method.keep_multiple
+    _require(multiple <= tokens, "method.keep_multiple", multiple, f"is more than the {tokens} tokens of an image")
     batch, num_samples = config.training.batch_size, num_samples or manifest.num_samples
     _require(
         batch <= num_samples,

@@ -21,7 +21,11 @@ COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.
 
 
 def archive_kind(path):
-    """ "zip", "tar", "compressed tar" or None, by the file's content and not by its name."""
+    """ "zip", "tar", "compressed tar" or None, by the file's content and not by its name.
+
+    Raises:
+        UsageError: it cannot be read, or is the beginning of a zip.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(8)
@@ -29,6 +33,8 @@ def archive_kind(path):
         raise UsageError(f"source {path}: cannot be read ({error.strerror})") from None
     if start[:2] == b"PK" and zipfile.is_zipfile(path):
         return "zip"
+    if start[:4] == b"PK\x03\x04":
+        raise UsageError(f"source {path}: the zip archive is damaged or cut short")
     if any(start.startswith(magic) for magic in COMPRESSIONS):
         return "compressed tar"
     try:

@@ -36,14 +36,25 @@ def check_data(config):
         raise UsageError(
             f"training.resume: never, but {run_dir} holds checkpoints; choose another run_dir, or resume auto"
         )
-    if resume not in ("auto", "never") and not Path(resume).is_dir():
-        raise UsageError(f"training.resume: {resume!r} is neither auto, never nor the folder of a checkpoint")
+    if resume not in ("auto", "never"):
+        _check_resume(Path(resume))
+    for name, cached in facts["teachers"]:
+        if not cached:
+            check_weights(name, config.teacher.weights)
     if config.evaluate.every:
         _check_evaluation(config.evaluate, manifest)
     init_from = config.training.init_from
     if init_from is not None and not Path(init_from).exists():
         raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
     return manifest, facts
+
+
+def _check_resume(path):
+    """A checkpoint, or a run with one: whether it is sound is found out when it is read."""
+    if not path.is_dir():
+        raise UsageError(f"training.resume: '{path}' is neither auto, never nor the folder of a checkpoint")
+    if not (path / "state.json").is_file() and not any(path.glob("checkpoints/step_*")):
+        raise UsageError(f"training.resume: {path} holds no checkpoint; give a run folder, or a step_* folder of one")
 
 
 def _check_evaluation(settings, manifest):

@@ -216,7 +216,7 @@ def test_an_archive_cut_short_is_an_error_and_not_a_smaller_data_set(tmp_path, m
     write_zip(path, class_files(COUNTS)) if mode == "zip" else write_tar(path, class_files(COUNTS), mode)
     data = path.read_bytes().rstrip(b"\0")
     path.write_bytes(data[: len(data) * 3 // 4 // 512 * 512 + 100])
-    with pytest.raises((RunError, UsageError), match="damaged|neither") as caught:
+    with pytest.raises((RunError, UsageError), match="damaged") as caught:
         make(path, tmp_path / "out")
     assert "\n" not in str(caught.value)
 

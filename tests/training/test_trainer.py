@@ -178,6 +178,14 @@ def test_resume_never_refuses_a_used_folder(run):
         run(training__max_steps=4, training__resume="never")
 
 
+def test_a_folder_without_a_checkpoint_is_found_before_torch(run, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(UsageError, match="holds no checkpoint; give a run folder"):
+        run(training__resume=tmp_path / "pictures")
+    with pytest.raises(UsageError, match="no weights file"):
+        run(teacher__mode="online", teacher__weights=tmp_path / "none.pth", teacher__names=["efficientnet-lite0"])
+
+
 def test_resume_with_another_model_is_refused(run):
     run(training__max_steps=2)
     with pytest.raises(UsageError, match="other model settings"):
