@@ -136,14 +136,17 @@ def convergence_section(path, note):
     what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
     key = (
         "Loss, cosine and distances are those of all tokens and the averaged weights; in brackets the lowest and the "
-        "highest seed; a star where every seed is better than every seed of REPA. A part of the budget is a run that "
-        "was planned for it. Times are shares of REPA's run."
+        "highest seed; a star where every seed is better than every seed of REPA."
     )
+    alt = "What each recipe reaches"
+    if convergence_report.has_curves(rows):
+        alt = "Quality against time and FLOPs"
+        key += " A part of the budget is a run that was planned for it. Times are shares of REPA's run."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']} {key}"),
         f"`{about['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
-        f"![Quality against time and FLOPs](benchmarks/results/{path.stem}.png)",
+        f"![{alt}](benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
 
 

@@ -49,6 +49,11 @@ def curves(rows, metric):
     return {key: sorted(points, key=lambda point: point[2]) for key, points in found.items()}
 
 
+def has_curves(rows):
+    """Whether any run was measured before its end, too."""
+    return any(len(points) > 1 for metric in BETTER_LOW for points in curves(rows, metric).values())
+
+
 def finals(rows, metric, share=1.0):
     """dict recipe -> {seed: value at the end of its run with that share of the budget}."""
     found = defaultdict(dict)
@@ -121,12 +126,15 @@ def apart(values, repa):
 
 
 def summary(rows):
-    """One dict per recipe and share of the budget: what the table shows. Recipes come in the order of the rows."""
+    """One dict per recipe and share of the budget: what the table shows. Recipes come in the order of the rows.
+
+    The times at which REPA's quality is reached are left out where every run was measured at its end only.
+    """
     shares = sorted({row["share"] for row in rows}, reverse=True)
     ends = {(metric, share): finals(rows, metric, share) for metric in BETTER_LOW for share in shares}
     timed = all(row["seconds"] is not None for row in rows)
     axis = 0 if timed else 2
-    times = {"time to REPA's loss": "velocity_loss", "time to REPA's Frechet": "frechet"}
+    times = {"time to REPA's loss": "velocity_loss", "time to REPA's Frechet": "frechet"} if has_curves(rows) else {}
     ratios = {head: ratios_to_repa(rows, metric, axis) for head, metric in times.items()}
     lines = []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
@@ -173,8 +181,7 @@ def draw(rows, about, path, metadata=None):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    points = [len(run) for metric in BETTER_LOW for run in curves(rows, metric).values()]
-    figure = (draw_curves if max(points) > 1 else draw_ends)(rows)
+    figure = (draw_curves if has_curves(rows) else draw_ends)(rows)
     figure.suptitle("\n".join(textwrap.fill(line, 150) for line in about.splitlines()), fontsize=8)
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
