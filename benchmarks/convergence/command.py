@@ -252,7 +252,7 @@ class Benchmark:
         stem = str(options.out / f"convergence-{options.suite}-{self.data}") + ("-steps" if options.steps else "")
         write_rows(rows, f"{stem}.csv")
         about = {
-            "command": command_of(options, self.data),
+            "command": command_of(options),
             "machine": self.calibration.entries["about"],
             "clock": self.calibration.entries["clock"],
             "wall_over_cpu": self.calibration.entries.get("wall_over_cpu"),
@@ -269,8 +269,9 @@ class Benchmark:
         print(table(read_rows(f"{stem}.csv")))
 
 
-def command_of(options, data):
+def command_of(options):
     """The command without the paths of this machine, as it is published."""
+    data = Path(options.data).name if Path(options.data).exists() else options.data
     limit = f"--steps {options.steps}" if options.steps is not None else f"--budget {options.budget:g}"
     words = [f"python -m benchmarks.convergence --suite {options.suite} --data {data} {limit}"]
     words += [f"--images {options.images}"] if options.images else []
