@@ -134,10 +134,10 @@ def convergence_section(path, note):
     longest = max(row["seconds"] or 0 for row in rows)
     limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
     what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
-    key = (
-        "Loss, cosine and distances are those of all tokens and the averaged weights; in brackets the lowest and the "
-        "highest seed; a star where every seed is better than every seed of REPA."
-    )
+    key = "Loss, cosine and distances are those of all tokens and the averaged weights"
+    if len({row["seed"] for row in rows}) > 1:
+        key += "; in brackets the lowest and the highest seed, a star where every seed is better than all of REPA's"
+    key += "."
     alt = "What each recipe reaches"
     if convergence_report.has_curves(rows):
         alt = "Quality against time and FLOPs"
