@@ -137,7 +137,6 @@ def test_the_data_set_decides_what_the_model_sees():
     "argv, changes, words",
     [
         (["--model.patch_size", "5"], {}, ["model.patch_size", "32"]),
-        (["--method.keep_multiple", "257"], {}, ["method.keep_multiple", "256 tokens"]),
         (["--training.batch_size", "101"], {}, ["training.batch_size", "100"]),
         (["--teacher.mode", "cached"], {}, ["dinov2-b", "data encode"]),
         (["--teacher.names", "[]"], {}, ["teacher.names", "align_weight 0"]),

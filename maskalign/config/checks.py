@@ -150,8 +150,6 @@ def validate_with_data(config, manifest, num_samples=None):
     patch = sizes["patch_size"]
     rule = f"must divide the input size {input_size} of {config.data.path}"
     _require(input_size % patch == 0, "model.patch_size", patch, rule)
-    tokens, multiple = (input_size // patch) ** 2, config.method.keep_multiple
-    _require(multiple <= tokens, "method.keep_multiple", multiple, f"is more than the {tokens} tokens of an image")
     batch, num_samples = config.training.batch_size, num_samples or manifest.num_samples
     _require(
         batch <= num_samples,
