@@ -104,7 +104,7 @@ VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "cons
 SUITES = {
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
     "structure": Suite(("repa", "maskalign", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
-    "short": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
+    "short": Suite(("repa", "maskalign"), (0, 1, 2), {}),
     "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign"), (0,), {}),
     "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
 }
