@@ -13,7 +13,7 @@ from typing import get_args, get_origin
 
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError, UsageError, one_line
 
 
 def overview():
@@ -21,11 +21,6 @@ def overview():
     lines += [f"  maskalign {name:<12} {summary}" for name, summary in SUMMARIES.items()]
     lines += ["", "maskalign COMMAND --help lists the settings of a command."]
     return "\n".join(lines)
-
-
-def one_line(message):
-    """Fold a message of jsonargparse, which may span lines, into one."""
-    return " ".join(str(message).split())
 
 
 def make_parser(name, **kwargs):

@@ -1,6 +1,11 @@
 """The two ways in which a command ends badly; `cli.py` turns each into one line and an exit status."""
 
 
+def one_line(message):
+    """A message, or an exception's, which may span lines, folded into one."""
+    return " ".join(str(message).split())
+
+
 class UsageError(ValueError):
     """What was asked for cannot be done: a wrong setting, path, shape or label. Exit status 2.
 

@@ -34,7 +34,7 @@ from benchmarks.convergence.report import read_rows, table, write_rows
 from benchmarks.report import draw
 from maskalign.config import model_sizes, validate_with_data
 from maskalign.data.manifest import Manifest
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError, UsageError, one_line
 
 RUN = (sys.executable, "-m", "benchmarks.convergence.run")  # the process of a run; its folder follows
 TIMES = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
@@ -369,7 +369,7 @@ def command(argv=None):
     try:
         main(argv)
     except (UsageError, RunError) as error:
-        print(f"benchmarks.convergence: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"benchmarks.convergence: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("benchmarks.convergence: stopped; the same command goes on", file=sys.stderr)

@@ -11,6 +11,7 @@ COLUMNS = (
 NUMBERS = {"seed": int, "share": float, "run_steps": int, "step": int, "seconds": float, "tflop": float, "value": float}
 BETTER_LOW = {"velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
 FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
+KNOWN = {"repa": "black", "maskalign": "tab:orange"}  # the colours of the two that every plot is about
 TITLES = {
     "velocity_loss": "held-out velocity loss, all tokens",
     "raw_velocity_loss": "the same of the weights themselves, not averaged",
@@ -201,8 +202,7 @@ def draw_ends(rows):
             panel.axvline(statistics.fmean(ends["repa"].values()), color="black", linewidth=0.8, linestyle="--")
         for number, recipe in enumerate(recipes):
             values = list(ends.get(recipe, {}).values())
-            colour = "black" if recipe == "repa" else "C1" if recipe == "maskalign" else "C0"
-            panel.plot(values, [number] * len(values), "o", color=colour, markersize=4)
+            panel.plot(values, [number] * len(values), "o", color=KNOWN.get(recipe, "tab:blue"), markersize=4)
         panel.set_title(textwrap.fill(TITLES[metric], 26), fontsize=8, loc="left")
         panel.set_xlabel("lower is better" if BETTER_LOW[metric] else "higher is better", fontsize=7)
         panel.tick_params(labelsize=7)
@@ -251,8 +251,7 @@ def colours_of(recipes):
     from matplotlib import pyplot as plt
 
     free = [colour for number, colour in enumerate(plt.get_cmap("tab20").colors) if number != 2]
-    known = {"repa": "black", "maskalign": "tab:orange"}
-    return {recipe: known.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
+    return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 
 def draw_runs(panel, runs, axis, colour, recipe, share):

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from maskalign.data.manifest import write_atomically
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError, UsageError, one_line
 
 JOB = "job.json"
 
@@ -109,7 +109,7 @@ def main(run_dir):
     try:
         finished = work(run_dir)
     except (RunError, UsageError) as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
         return 1
     return 0 if finished else 130
 

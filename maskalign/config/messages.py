@@ -3,6 +3,8 @@
 import re
 from difflib import get_close_matches
 
+from maskalign.errors import one_line
+
 KINDS = {
     "float": "a number",
     "int": "a whole number",
@@ -30,7 +32,7 @@ def plain_message(message):
     Args:
         message: the text, or the exception.
     """
-    message = " ".join(str(message).split())
+    message = one_line(message)
     found = UNION.search(message)
     if not found:
         return message

@@ -18,7 +18,7 @@ def make_config_parser(**kwargs):
         def parse_args(self, args=None, **kwargs):
             for word, following in zip(args or [], [*(args or [])[1:], ""], strict=False):
                 if word == "--config" or word.startswith("--config="):
-                    check_file(word[len("--config=") :] or following)
+                    check_yaml(word[len("--config=") :] or following)
             return super().parse_args(args, **kwargs)
 
         def error(self, message, ex=None):
@@ -30,7 +30,7 @@ def make_config_parser(**kwargs):
     return parser
 
 
-def check_file(path):
+def check_yaml(path):
     """Raise a UsageError where a file of settings is missing or no YAML mapping; what is in it is checked later."""
     import yaml
 

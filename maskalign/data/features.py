@@ -18,7 +18,7 @@ from maskalign.data.manifest import is_url, member_name
 from maskalign.data.recipe import weights_label
 from maskalign.data.shards import HashingReader, read_shard
 from maskalign.data.vae import latent_entry, load_vae, vae_moments
-from maskalign.errors import RunError
+from maskalign.errors import RunError, one_line
 from maskalign.teachers import load_teacher, quantise_rows
 from maskalign.teachers.tokens import normalise_tokens
 
@@ -168,7 +168,7 @@ def open_samples(manifest, number):
             while file.read(1 << 20):  # a tar ends before its file does
                 continue
     except (OSError, tarfile.TarError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
         raise RunError(f"cannot read shard {path}: {reason}{MEND}") from None
     if file.sha256.hexdigest() != shard.sha256:
         raise RunError(f"shard {path} does not have the checksum of its manifest{MEND}")

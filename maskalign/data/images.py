@@ -10,6 +10,8 @@ import warnings
 import numpy as np
 from PIL import Image
 
+from maskalign.errors import one_line
+
 # The formats that a Pillow plugin decodes in memory. Others are refused: EPS, for one, starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 ENDINGS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
@@ -49,7 +51,7 @@ def decode_image(data, max_pixels=MAX_PIXELS):
     except MemoryError:
         raise BadImage("needs more memory than there is") from None
     except Exception as error:  # a damaged file makes Pillow's plugins raise nearly anything
-        message = re.sub(r" ?<_io.BytesIO object[^>]*>", "", " ".join(str(error).split()))
+        message = re.sub(r" ?<_io.BytesIO object[^>]*>", "", one_line(error))
         raise BadImage(message[:200] or type(error).__name__) from None
 
 

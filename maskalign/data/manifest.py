@@ -22,7 +22,7 @@ from pathlib import Path
 
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError, UsageError, one_line
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -335,4 +335,4 @@ def _read_url(url, timeout, tries=4):
 
 
 def _one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error) or type(error).__name__

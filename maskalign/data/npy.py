@@ -6,6 +6,8 @@ from math import prod
 import numpy as np
 from numpy.lib import format as npy
 
+from maskalign.errors import one_line
+
 
 def npy_header(data):
     """(shape, dtype name) of a .npy file's bytes.
@@ -29,7 +31,7 @@ def _parse(data):
         read_header = npy.read_array_header_2_0 if version == (2, 0) else npy.read_array_header_1_0
         shape, column_major, dtype = read_header(file)
     except Exception as error:  # numpy parses the header as Python literals: SyntaxError, TokenError, TypeError
-        raise ValueError(" ".join(str(error).split())[:100]) from None
+        raise ValueError(one_line(error)[:100]) from None
     if min(shape, default=0) < 0:
         raise ValueError(f"has the shape {shape}")
     if dtype.kind not in "iufb":

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from maskalign.data.images import PREPARE, decode_image, encode_image, to_rgb
 from maskalign.data.manifest import write_atomically
 from maskalign.data.shards import write_shard
+from maskalign.errors import one_line
 
 
 def make_shard(reader, part, path, record_path, settings, advance=None):
@@ -39,7 +40,7 @@ def prepare(reader, part, bad, advance, size, crop, image_format):
             image = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
             data = encode_image(PREPARE[crop](image, size), image_format)
         except Exception as error:  # whatever is wrong with one image, the others are still wanted
-            bad.append([item.name, " ".join(str(error).split()) or type(error).__name__])
+            bad.append([item.name, one_line(error) or type(error).__name__])
         else:
             yield key, {"cls": str(item.label).encode(), image_format: data}
         if advance:

@@ -5,7 +5,7 @@ import os
 from functools import lru_cache
 
 from maskalign.data.items import Item, Source
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 
 
 def open_torchvision(name, subset=None, root=None):
@@ -82,7 +82,7 @@ def _construct(name, subset, root, download):
             os.makedirs(root, exist_ok=True)
         return kind(**arguments)
     except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200] or type(error).__name__
         raise UsageError(
             f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} (--root names another place)"
         ) from None

@@ -10,7 +10,7 @@ import os
 import torch
 
 from maskalign.data.recipe import check_vae
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 from maskalign.teachers.hub import hub_answers, hub_url
 
 # Images per pass on CPUs, as in `teachers.teacher`.
@@ -39,7 +39,7 @@ def load_vae(name, *, device="cpu", dtype=torch.float32):
         # Never a pickled .bin.
         vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
     except Exception as error:  # a missing, damaged or foreign file raises one of a dozen types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = one_line(error)[:300] or type(error).__name__
         raise UsageError(f"vae {name}: {reason}") from None
     return vae.requires_grad_(False).eval().to(device)
 

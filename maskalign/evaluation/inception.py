@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 from maskalign.evaluation.features import CPU_CHUNK, digest_of
 from maskalign.teachers.hub import hub_answers
 
@@ -38,7 +38,7 @@ def find_weights(asked):
     try:
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix="6726825d", progress=False)
     except (OSError, RuntimeError) as error:
-        raise UsageError(f"--inception download: {' '.join(str(error).split())}; give a path") from None
+        raise UsageError(f"--inception download: {one_line(error)}; give a path") from None
     return path
 
 
@@ -68,7 +68,7 @@ class InceptionFeatures(nn.Module):
         try:
             self.network = FeatureExtractorInceptionV3("inception-v3-compat", outputs, clean)
         except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UsageError(f"--inception: {path} is not torch-fidelity's file of weights ({reason})") from None
 
     def fingerprint(self):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from maskalign.data.images import ENDINGS, BadImage, decode_image
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 
 ADM_FORM = "expected ADM's layout: arr_0, uint8, (images, height, width, 3)"
 
@@ -157,7 +157,7 @@ class _OpenArray:
         if isinstance(error, UsageError) or not isinstance(error, Exception):
             return
         # zipfile, zlib and numpy's header parser each have errors of their own.
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = one_line(error)[:150] or type(error).__name__
         raise UsageError(f"{self.path}: not a readable .npz ({reason}); {ADM_FORM}") from None
 
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from maskalign.errors import UsageError
+
 log = logging.getLogger(__name__)
 
 VERSION = 1
@@ -69,6 +71,9 @@ def load_reference(pictures, features, *, batch_size=64, on_images=None):
 
     Returns:
         Reference.
+
+    Raises:
+        UsageError: the data set has no pictures of the classes that were asked for.
     """
     path = cache_folder() / reference_name(pictures, features)
     found = _read(path, features.dim)
@@ -79,6 +84,8 @@ def load_reference(pictures, features, *, batch_size=64, on_images=None):
         parts.append(features(batch).numpy())
         if on_images:
             on_images(len(batch))
+    if not parts:
+        raise UsageError(f"{pictures.path}: holds no pictures of these classes; name other --classes")
     made = Reference(np.concatenate(parts), pictures.labels.numpy(), False)
     _write(path, made)
     return made

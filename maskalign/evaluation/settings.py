@@ -47,7 +47,7 @@ class EvaluationSettings:
         """
         for what, count, option in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:
-                mend = f"raise --{option}, or name more --classes"
+                mend = "give at least 2" if option == "samples" else "raise --reference, or name other --classes"
                 raise UsageError(f"{count} {what} are too few for any distance; {mend}")
             if "frechet" in self.metrics and not self.allow_singular and count <= dim:
                 raise UsageError(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError, UsageError, one_line
 from maskalign.models.convert import METADATA_KEY, from_repa, to_repa
 from maskalign.models.presets import SIZES
 
@@ -76,7 +76,7 @@ def _read_safetensors(path):
             notes = file.metadata() or {}
         noted = json.loads(notes.get(METADATA_KEY, "{}"))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
-        raise UsageError(f"{path}: not a readable .safetensors file ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: not a readable .safetensors file ({one_line(error)})") from None
     if not isinstance(noted, dict):
         noted = {}
     model_notes = noted.pop("model", None)
@@ -179,7 +179,7 @@ def _write(path, write):
         # torch and safetensors report a full disk as errors of their own kinds.
         if isinstance(error, UsageError):
             raise
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise RunError(f"{path}: cannot be written ({reason}); free space, or write elsewhere") from None
     finally:
         temporary.unlink(missing_ok=True)

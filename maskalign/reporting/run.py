@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 from maskalign.reporting.pictures import read_picture
 
 MOST_SAMPLES = 16
@@ -83,7 +83,7 @@ def _read(run, name, read, kind):
     try:
         content = read(file)
     except (OSError, ValueError, yaml.YAMLError, csv.Error) as error:
-        run.notes.append(f"{name} cannot be read ({' '.join(str(error).split())[:120]})")
+        run.notes.append(f"{name} cannot be read ({one_line(error)[:120]})")
         return None
     if content is not None and not isinstance(content, kind):
         run.notes.append(f"{name} does not hold what it should, and is left out")
@@ -127,7 +127,7 @@ def _picture(run, file):
     try:
         return read_picture(file)
     except (OSError, ValueError, SyntaxError) as error:
-        run.notes.append(f"{file.relative_to(run.path)} cannot be read ({' '.join(str(error).split())[:120]})")
+        run.notes.append(f"{file.relative_to(run.path)} cannot be read ({one_line(error)[:120]})")
         return None
 
 

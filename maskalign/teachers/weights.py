@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 from maskalign.teachers.hub import SOURCES, check_hub, hub_url
 
 RANDOM_SEED = 0
@@ -115,5 +115,5 @@ def _from_hub(model, teacher, kwargs):
 
 
 def _short(error, limit=300):
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + "..."

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import load_reference
 from tests.training.conftest import write_data_set
@@ -97,3 +98,9 @@ def test_fingerprints_follow_the_weights():
         layer.dim = 3
     one, two, three = Features("t", layers[0]), Features("t", layers[1]), Features("u", layers[0])
     assert len({features.fingerprint() for features in (one, two, three)}) == 3
+
+
+def test_classes_without_pictures_are_one_line(data, cache):
+    """A class may be in the manifest and in no sample."""
+    with pytest.raises(UsageError, match="holds no pictures of these classes"):
+        load_reference(PictureDataSet(data, 0, [7]), MeanColour())
