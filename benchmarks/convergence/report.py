@@ -219,7 +219,6 @@ def draw_curves(rows):
     The ends of all seeds are dots; runs that were planned for a part of the budget are thin.
     """
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FormatStrFormatter
 
     metrics = [metric for metric in BETTER_LOW if curves(rows, metric)]
     timed = all(row["seconds"] is not None for row in rows)
@@ -239,8 +238,8 @@ def draw_curves(rows):
             panel.spines[["top", "right"]].set_visible(False)
             if BETTER_LOW[metric]:
                 panel.set_yscale("log")
-                panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
-                panel.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+                panel.yaxis.set_major_formatter("{x:g}")
+                panel.yaxis.set_minor_formatter("{x:g}")
                 panel.tick_params(axis="y", which="both", labelsize=8)
     panels[0, 0].legend(fontsize=6, ncols=2)
     return figure

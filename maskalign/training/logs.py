@@ -88,6 +88,7 @@ def draw_curves(rows, path, title, evaluations=()):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     steps = [row["step"] for row in rows]
     panels = [
@@ -121,6 +122,9 @@ def draw_curves(rows, path, title, evaluations=()):
             axis.plot(*zip(*points, strict=True), "o--", **style)
             axis.legend(fontsize=8, frameon=False)
     axes[1, 0].set_yscale("log")
+    axes[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1, 0].yaxis.set_major_formatter("{x:g}")  # 0.2, not a power of ten times 2
+    axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
     # Where the keep ratio changes, the loss is over other tokens: show it behind the curve.
     keep = axes[0, 0].twinx()
     keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="grey", alpha=0.12, linewidth=0)

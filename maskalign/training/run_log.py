@@ -36,7 +36,7 @@ class RunLog:
         disable = not training.progress or not self.is_main
         if training.max_seconds is None:
             return tqdm(total=training.max_steps, initial=step, desc="train", unit="step", disable=disable)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} of at most {total_fmt} s{postfix}"
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s of training{postfix}"
         total = round(training.max_seconds)
         return tqdm(total=total, initial=int(seconds), desc="train", bar_format=layout, disable=disable)
 
