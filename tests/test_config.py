@@ -20,7 +20,8 @@ def manifest(**changes):
 
 
 def test_every_recipe_is_there():
-    names = {"sit", "repa", "maskalign", "maskalign-loss-only", "tread", "sprint", "deferred-masking"}
+    masked = {"maskalign", "maskalign-attention", "maskalign-loss-only", "tread", "sprint", "deferred-masking"}
+    names = {"sit", "repa", *masked}
     for size in ("b2", "l2", "xl2"):
         assert {path.stem for path in RECIPES if path.parent.name == size} == names
     assert (ROOT / "configs" / "quickstart.yaml") in RECIPES

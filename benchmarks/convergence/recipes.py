@@ -65,7 +65,7 @@ RECIPES = {
     "maskalign-conv-mixer": _masked(mixer="depthwise_conv"),
     "maskalign-attention-mixer": _masked(mixer="attention"),
     "maskalign-attention-keep0.25": _masked(0.25, mixer="attention"),
-    "maskalign-attention-keep0.25-end0.9": _masked(0.25, begin=0.9, mixer="attention"),
+    "maskalign-attention": _masked(0.25, begin=0.9, mixer="attention"),
     "maskalign-mixer8": _masked(**{"model.mixer_hidden": 8}),
     "maskalign-mixer128": _masked(**{"model.mixer_hidden": 128}),
     "maskalign-grid": _masked(**{"method.subset": "grid"}),
@@ -97,16 +97,18 @@ class Suite:
 
 # What is mixed, dropped, returned and tapped, with the schedules as they are.
 STRUCTURE = (
-    "no-mixer", "conv-mixer", "attention-mixer", "mixer8", "mixer128", "grid", "block", "bypass", "wide", "fuse",
-    "depth2", "depth5",
+    "no-mixer", "conv-mixer", "mixer8", "mixer128", "attention-mixer", "attention-keep0.25", "attention", "grid",
+    "block", "bypass", "wide", "fuse", "depth2", "depth5",
 )  # fmt: skip
+BOTH = ("maskalign", "maskalign-attention")  # the two that configs/imagenet256 has
 VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "constant")))
 SUITES = {
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
     "structure": Suite(("repa", "maskalign", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
-    "short": Suite(("repa", "maskalign"), (0, 1, 2), {}),
-    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign"), (0,), {}),
-    "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
+    "short": Suite(("repa", *BOTH), (0, 1, 2), {}),
+    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), *BOTH), (0,), {}),
+    # With the rival that the screening found to be the strongest.
+    "final": Suite(("repa", *BOTH, "deferred-masking"), (0, 1, 2), {name: (1.0, 0.6) for name in BOTH}),
 }
 
 

@@ -11,7 +11,8 @@ COLUMNS = (
 NUMBERS = {"seed": int, "share": float, "run_steps": int, "step": int, "seconds": float, "tflop": float, "value": float}
 BETTER_LOW = {"velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
 FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
-KNOWN = {"repa": "black", "maskalign": "tab:orange"}  # the colours of the two that every plot is about
+# The colours of those that every plot is about.
+KNOWN = {"repa": "black", "maskalign": "tab:orange", "maskalign-attention": "tab:red"}
 TITLES = {
     "velocity_loss": "held-out velocity loss, all tokens",
     "raw_velocity_loss": "the same of the weights themselves, not averaged",
@@ -246,10 +247,10 @@ def draw_curves(rows):
 
 
 def colours_of(recipes):
-    """dict recipe -> colour: black for REPA, orange for MaskAlign, one each for the others."""
+    """dict recipe -> colour: those of `KNOWN`, one each for the others."""
     from matplotlib import pyplot as plt
 
-    free = [colour for number, colour in enumerate(plt.get_cmap("tab20").colors) if number != 2]
+    free = [colour for number, colour in enumerate(plt.get_cmap("tab20").colors) if number not in (2, 6)]
     return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 

@@ -35,6 +35,13 @@ def read_job(run_dir):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def settings_of(job):
+    """What makes a run the same: all of its job, flag by flag, but where the checkout and the folder lie."""
+    flags, values = job["arguments"][::2], job["arguments"][1::2]
+    own = {flag: value for flag, value in zip(flags, values, strict=True) if flag not in ("--config", "--run_dir")}
+    return {**{key: value for key, value in job.items() if key != "arguments"}, **own}
+
+
 def write_job(run_dir, job):
     """Set up a run folder, or check that the one there is the same run.
 
@@ -42,11 +49,12 @@ def write_job(run_dir, job):
         UsageError: it holds a run with other settings.
     """
     job, old = json.loads(json.dumps(job)), read_job(run_dir)
-    if old is not None and old != job:
-        other = next(key for key in {**job, **old} if job.get(key) != old.get(key))
+    if old is not None and settings_of(old) != settings_of(job):
+        before, now = settings_of(old), settings_of(job)
+        other = next(key for key in {**now, **before} if now.get(key) != before.get(key))
         raise UsageError(
-            f"{run_dir} holds a run with another {other} ({old.get(other)}, now {job.get(other)}); remove it, or give "
-            "another --work"
+            f"{run_dir} holds a run with another {other} ({before.get(other)}, now {now.get(other)}); remove it, or "
+            "give another --work"
         )
     Path(run_dir).mkdir(parents=True, exist_ok=True)
     write_atomically(str(Path(run_dir, JOB)), json.dumps(job, indent=1).encode())

@@ -21,6 +21,7 @@ RECIPES = (
     "repa",
     "maskalign",
     "maskalign-no-mixer",
+    "maskalign-attention",
     "maskalign-loss-only",
     "sit",
     "tread",

@@ -23,6 +23,7 @@ from benchmarks.convergence.flops import step_tflop
 from benchmarks.convergence.quality import heldout_losses
 from benchmarks.convergence.recipes import RECIPES, SUITES, own_recipe, recipe_config
 from benchmarks.convergence.report import draw_curves, draw_ends, ratios_to_repa, read_rows, table, time_to
+from benchmarks.convergence.run import read_job, write_job
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models import SiT
@@ -328,6 +329,21 @@ def test_runs_are_the_same_after_a_kill_and_with_other_jobs(data, images, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in runs.glob("*/metrics.csv")} == before
     with pytest.raises(UsageError, match="another samples"):
         main([*again, "--samples", "7"])
+
+
+def test_a_run_is_known_again_from_a_checkout_elsewhere(tmp_path):
+    def job(root, **more):
+        return {"arguments": ["--config", f"{root}/base.yaml", "--seed", "0", "--run_dir", f"{root}/run"], **more}
+
+    write_job(tmp_path, job("/here", steps=7))
+    write_job(tmp_path, job("/there", steps=7))
+    assert read_job(tmp_path)["arguments"][1] == "/there/base.yaml"
+    with pytest.raises(UsageError, match=r"another steps \(7, now 8\)"):
+        write_job(tmp_path, job("/there", steps=8))
+    other = job("/there", steps=7)
+    other["arguments"][3] = "1"
+    with pytest.raises(UsageError, match=r"another --seed \(0, now 1\)"):
+        write_job(tmp_path, other)
 
 
 def check_rows(path):
