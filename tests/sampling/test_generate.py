@@ -123,7 +123,8 @@ def test_a_class_row_is_the_same_on_every_sheet(model):
     assert pictures.shape == (2, 3, 8, 8, 3) and pictures.dtype == torch.uint8
     assert isinstance(sheet, Image.Image)
     _, alone = class_sheet(model, [0], NAMES, settings, per_class=2)
-    assert torch.equal(alone[0], pictures[1, :2])
+    # Sums in another batch are rounded another way, so a pixel may fall into the next of 256 levels.
+    assert (alone[0].int() - pictures[1, :2].int()).abs().max() <= 1
 
 
 def test_sample_writes_a_sheet_and_its_pictures(checkpoint, tmp_path):

@@ -19,22 +19,21 @@ def test_public_functions_take_the_triton_path():
     assert runtime.use_triton(torch.zeros(1))
 
 
-def check(case, truth, relative, limit, gathered, weights):
+def check(case, truth, limit, gathered, weights):
     student, teacher, subset = case
     out = subset_cosine_alignment(student, teacher, subset, student_is_subset=not gathered)
     exact = student.detach().double().requires_grad_()
     expected = truth(exact, teacher, subset, not gathered)
     assert out.dtype == torch.float32
-    assert relative(out, expected) < 3e-6
+    # A single cosine near zero is a sum that cancels: what float32 can tell of it depends on the magnitudes in it.
+    magnitudes = truth(exact.detach().abs(), teacher.double().abs(), subset, not gathered)
+    assert float((out.double() - expected).norm()) < 3e-6 * float(expected.norm()) + 1e-7 * float(magnitudes.norm())
     student.grad = None
     (out * weights).sum().backward()
     (expected * weights).sum().backward()
-    # One channel has no direction to turn to: its gradient is zero but for rounding.
-    scale = (
-        exact.grad.norm()
-        if student.shape[-1] > 1
-        else (weights.norm() / exact.detach().norm()).clamp_min(1e-3)
-    )
+    # One channel has no direction to turn to: its gradient is zero but for rounding. Few rows may be nearly parallel.
+    steepest = (weights.norm() / exact.detach().norm()).clamp_min(1e-3)
+    scale = steepest if student.shape[-1] == 1 else max(exact.grad.norm(), 0.1 * steepest)
     assert float((student.grad.double() - exact.grad).norm() / scale) < limit
     if gathered:
         outside = torch.ones(student.shape[:2], dtype=torch.bool).scatter(1, subset.long(), False)
@@ -45,13 +44,13 @@ def check(case, truth, relative, limit, gathered, weights):
 @pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
 @pytest.mark.parametrize("gathered", [False, True])
 def test_forward_and_gradient(
-    student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator
+    student, teacher, gathered, alignment_case, cosine_truth, tolerance, poisoned, generator
 ):
     for number, (B, N, K, C) in enumerate(SHAPES):
         index = (torch.int32, torch.int64)[number % 2]
         case = alignment_case(B, N, K, C, student, teacher, gathered, index)
         limit = 3e-5 if C == 1 else tolerance(student)
-        check(case, cosine_truth, relative, limit, gathered, torch.randn(B, K, generator=generator))
+        check(case, cosine_truth, limit, gathered, torch.randn(B, K, generator=generator))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -70,7 +69,6 @@ def test_any_shape(
     numbers,
     alignment_case,
     cosine_truth,
-    relative,
     tolerance,
     generator,
 ):
@@ -82,16 +80,15 @@ def test_any_shape(
         assert subset_cosine_alignment(*case, student_is_subset=not gathered).shape == (B, 0)
         return
     check(
-        case, cosine_truth, relative, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator)
+        case, cosine_truth, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator)
     )
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-def test_widest_rows(gathered, alignment_case, cosine_truth, relative, poisoned):
+def test_widest_rows(gathered, alignment_case, cosine_truth, poisoned):
     check(
         alignment_case(1, 3, 2, 8192, F32, BF16, gathered),
         cosine_truth,
-        relative,
         3e-6,
         gathered,
         torch.ones(1, 2),
