@@ -43,9 +43,7 @@ def check(case, truth, limit, gathered, weights):
 @pytest.mark.parametrize("student", [F32, F16, BF16])
 @pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_forward_and_gradient(
-    student, teacher, gathered, alignment_case, cosine_truth, tolerance, poisoned, generator
-):
+def test_forward_and_gradient(student, teacher, gathered, alignment_case, cosine_truth, tolerance, poisoned, generator):
     for number, (B, N, K, C) in enumerate(SHAPES):
         index = (torch.int32, torch.int64)[number % 2]
         case = alignment_case(B, N, K, C, student, teacher, gathered, index)
@@ -79,9 +77,7 @@ def test_any_shape(
     if K == 0:
         assert subset_cosine_alignment(*case, student_is_subset=not gathered).shape == (B, 0)
         return
-    check(
-        case, cosine_truth, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator)
-    )
+    check(case, cosine_truth, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator))
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -127,10 +123,7 @@ def test_no_token_and_all_tokens(gathered, kept, alignment_case, cosine_truth, r
         assert torch.isfinite(student.grad).all() and student.grad.shape == student.shape
         if kept == 0:
             assert not student.grad.any() and not out.any()
-    assert (
-        relative(out, -cosine_truth(student, teacher, subset, not gathered).mean() if kept else out * 0)
-        < 1e-5
-    )
+    assert relative(out, -cosine_truth(student, teacher, subset, not gathered).mean() if kept else out * 0) < 1e-5
 
 
 def test_rows_outside_the_subset_are_never_used(alignment_case, poisoned):
@@ -221,9 +214,7 @@ def test_gradient_against_finite_differences(alignment_case, cosine_truth, gener
     (subset_cosine_alignment(student, teacher, subset) * weights).sum().backward()
     for _ in range(5):
         direction = torch.randn(student.shape, generator=generator, dtype=torch.float64)
-        ends = [
-            cosine_truth(student.detach().double() + h * direction, teacher, subset) for h in (1e-6, -1e-6)
-        ]
+        ends = [cosine_truth(student.detach().double() + h * direction, teacher, subset) for h in (1e-6, -1e-6)]
         slope = float(((ends[0] - ends[1]) * weights).sum() / 2e-6)
         assert abs(float((student.grad * direction).sum()) - slope) < 1e-5 * max(1, abs(slope))
 
@@ -236,9 +227,7 @@ def test_loss_is_the_weighted_mean(
     for student_dtype, teacher_dtype in ((F32, F32), (BF16, INT8), (F16, F16)):
         student, teacher, subset = alignment_case(3, 11, 5, 40, student_dtype, teacher_dtype, gathered)
         weight = torch.rand(3, generator=generator) if per_image else 0.5
-        loss = subset_cosine_alignment_loss(
-            student, teacher, subset, weight=weight, student_is_subset=not gathered
-        )
+        loss = subset_cosine_alignment_loss(student, teacher, subset, weight=weight, student_is_subset=not gathered)
         exact = student.detach().double().requires_grad_()
         cosine = cosine_truth(exact, teacher, subset, not gathered)
         expected = -(cosine * (weight[:, None] if per_image else weight)).mean()
@@ -246,12 +235,8 @@ def test_loss_is_the_weighted_mean(
         (3 * loss).backward()
         (3 * expected).backward()
         # float16 gradients of a mean come close to its smallest numbers.
-        assert relative(student.grad, exact.grad) < tolerance(student_dtype) * (
-            4 if student_dtype == F16 else 1
-        )
-        again = subset_cosine_alignment_loss(
-            student, teacher, subset, weight=weight, student_is_subset=not gathered
-        )
+        assert relative(student.grad, exact.grad) < tolerance(student_dtype) * (4 if student_dtype == F16 else 1)
+        again = subset_cosine_alignment_loss(student, teacher, subset, weight=weight, student_is_subset=not gathered)
         assert torch.equal(loss, again)
 
 
@@ -288,9 +273,7 @@ def test_opcheck(gathered, alignment_case):
     student, teacher, subset = alignment_case(2, 6, 3, 16, BF16, INT8, gathered)
     ops = torch.ops.maskalign_kernels
     detached = student.detach()
-    torch.library.opcheck(
-        ops.subset_cosine_alignment.default, (student, teacher, subset, not gathered, 1e-12)
-    )
+    torch.library.opcheck(ops.subset_cosine_alignment.default, (student, teacher, subset, not gathered, 1e-12))
     saved = ops.subset_cosine_alignment(detached, teacher, subset, not gathered, 1e-12)[1]
     backward = (torch.ones(2, 3), detached, teacher, subset, saved, not gathered)
     torch.library.opcheck(ops.subset_cosine_alignment_backward.default, backward)
@@ -332,7 +315,5 @@ def test_autocast_checkpoint_and_compile(alignment_case, relative):
 
 def test_float64_is_refused():
     z = torch.zeros(1, 2, 4, dtype=torch.float64)
-    with pytest.raises(
-        ValueError, match=r"student is of shape \(1, 2, 4\), float64, on cpu; expected bfloat16"
-    ):
+    with pytest.raises(ValueError, match=r"student is of shape \(1, 2, 4\), float64, on cpu; expected bfloat16"):
         subset_cosine_alignment(z, z, torch.tensor([[0, 1]]))
