@@ -2,8 +2,9 @@
 
 
 def one_line(message):
-    """A message, or an exception's, which may span lines, folded into one."""
-    return " ".join(str(message).split())
+    """A message, or that of an exception, which may span lines, folded into one; an exception without one: its type."""
+    text = " ".join(str(message).split())
+    return type(message).__name__ if not text and isinstance(message, BaseException) else text
 
 
 class UsageError(ValueError):

@@ -168,7 +168,7 @@ def open_samples(manifest, number):
             while file.read(1 << 20):  # a tar ends before its file does
                 continue
     except (OSError, tarfile.TarError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise RunError(f"cannot read shard {path}: {reason}{MEND}") from None
     if file.sha256.hexdigest() != shard.sha256:
         raise RunError(f"shard {path} does not have the checksum of its manifest{MEND}")

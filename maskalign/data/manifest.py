@@ -324,15 +324,11 @@ def _read_url(url, timeout, tries=4):
             ValueError,
             ImportError,
         ) as error:  # a scheme that fsspec lacks, or its package is not installed
-            raise UsageError(f"data set {url}: {_one_line(error)}") from None
+            raise UsageError(f"data set {url}: {one_line(error)}") from None
         except OSError as error:
             status = getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status in (401, 403, 404, 410):
-                raise UsageError(f"data set {url}: not there ({_one_line(error)}); check the address") from None
+                raise UsageError(f"data set {url}: not there ({one_line(error)}); check the address") from None
             if attempt == tries - 1:
-                raise RunError(f"data set {url}: no answer after {tries} tries ({_one_line(error)})") from None
+                raise RunError(f"data set {url}: no answer after {tries} tries ({one_line(error)})") from None
             time.sleep(0.25 * 2**attempt)
-
-
-def _one_line(error):
-    return one_line(error) or type(error).__name__

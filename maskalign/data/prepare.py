@@ -40,7 +40,7 @@ def prepare(reader, part, bad, advance, size, crop, image_format):
             image = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
             data = encode_image(PREPARE[crop](image, size), image_format)
         except Exception as error:  # whatever is wrong with one image, the others are still wanted
-            bad.append([item.name, one_line(error) or type(error).__name__])
+            bad.append([item.name, one_line(error)])
         else:
             yield key, {"cls": str(item.label).encode(), image_format: data}
         if advance:

@@ -82,7 +82,7 @@ def _construct(name, subset, root, download):
             os.makedirs(root, exist_ok=True)
         return kind(**arguments)
     except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
-        reason = one_line(error)[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise UsageError(
             f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} (--root names another place)"
         ) from None

@@ -39,7 +39,7 @@ def load_vae(name, *, device="cpu", dtype=torch.float32):
         # Never a pickled .bin.
         vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
     except Exception as error:  # a missing, damaged or foreign file raises one of a dozen types
-        reason = one_line(error)[:300] or type(error).__name__
+        reason = one_line(error)[:300]
         raise UsageError(f"vae {name}: {reason}") from None
     return vae.requires_grad_(False).eval().to(device)
 

@@ -157,7 +157,7 @@ class _OpenArray:
         if isinstance(error, UsageError) or not isinstance(error, Exception):
             return
         # zipfile, zlib and numpy's header parser each have errors of their own.
-        reason = one_line(error)[:150] or type(error).__name__
+        reason = one_line(error)[:150]
         raise UsageError(f"{self.path}: not a readable .npz ({reason}); {ADM_FORM}") from None
 
 

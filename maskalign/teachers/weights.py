@@ -115,5 +115,5 @@ def _from_hub(model, teacher, kwargs):
 
 
 def _short(error, limit=300):
-    text = one_line(error) or type(error).__name__
+    text = one_line(error)
     return text if len(text) <= limit else text[:limit] + "..."
