@@ -51,9 +51,9 @@ def curves(rows, metric):
     return {key: sorted(points, key=lambda point: point[2]) for key, points in found.items()}
 
 
-def has_curves(rows):
-    """Whether any run was measured before its end, too."""
-    return any(len(points) > 1 for metric in BETTER_LOW for points in curves(rows, metric).values())
+def has_curves(rows, metrics=tuple(BETTER_LOW)):
+    """Whether any run was measured before its end, too, in one of the metrics."""
+    return any(len(points) > 1 for metric in metrics for points in curves(rows, metric).values())
 
 
 def finals(rows, metric, share=1.0):
@@ -130,14 +130,14 @@ def apart(values, repa):
 def summary(rows):
     """One dict per recipe and share of the budget: what the table shows. Recipes come in the order of the rows.
 
-    The times at which REPA's quality is reached are left out where every run was measured at its end only.
+    The time at which REPA's quality is reached is left out where every run was measured at its end only in it.
     """
     shares = sorted({row["share"] for row in rows}, reverse=True)
     ends = {(metric, share): finals(rows, metric, share) for metric in BETTER_LOW for share in shares}
     timed = all(row["seconds"] is not None for row in rows)
     axis = 0 if timed else 2
-    times = {"time to REPA's loss": "velocity_loss", "time to REPA's Frechet": "frechet"} if has_curves(rows) else {}
-    ratios = {head: ratios_to_repa(rows, metric, axis) for head, metric in times.items()}
+    times = {"time to REPA's loss": "velocity_loss", "time to REPA's Frechet": "frechet"}
+    ratios = {head: ratios_to_repa(rows, of, axis) for head, of in times.items() if has_curves(rows, (of,))}
     lines = []
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
         for share in shares:
@@ -249,8 +249,10 @@ def draw_curves(rows):
 def colours_of(recipes):
     """dict recipe -> colour: those of `KNOWN`, one each for the others."""
     from matplotlib import pyplot as plt
+    from matplotlib.colors import same_color
 
-    free = [colour for number, colour in enumerate(plt.get_cmap("tab20").colors) if number not in (2, 6)]
+    taken = KNOWN.values()
+    free = [colour for colour in plt.get_cmap("tab20").colors if not any(same_color(colour, one) for one in taken)]
     return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 

@@ -49,8 +49,8 @@ def write_job(run_dir, job):
         UsageError: it holds a run with other settings.
     """
     job, old = json.loads(json.dumps(job)), read_job(run_dir)
-    if old is not None and settings_of(old) != settings_of(job):
-        before, now = settings_of(old), settings_of(job)
+    before, now = settings_of(old or job), settings_of(job)
+    if before != now:
         other = next(key for key in {**now, **before} if now.get(key) != before.get(key))
         raise UsageError(
             f"{run_dir} holds a run with another {other} ({before.get(other)}, now {now.get(other)}); remove it, or "
