@@ -1,14 +1,28 @@
-"""What every test may use: a printed seed, and few threads so that two tests can share the machine."""
+"""What every test may use: a printed seed, the same in every run of a test unless another is asked for."""
 
 import os
 import random
+import zlib
 
+import hypothesis
 import pytest
+
+GIVEN = os.environ.get("MASKALIGN_TEST_SEED")
+# A change must not be refused for numbers that it was not drawn to meet: new ones are for who looks for trouble.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+if GIVEN is None:
+    hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture
 def seed(request):
-    """A seed that is printed with a failing test; MASKALIGN_TEST_SEED repeats a run."""
-    value = int(os.environ.get("MASKALIGN_TEST_SEED", random.randrange(2**31)))
+    """A seed that is printed with a failing test: by default one of the test's own, the same in every run.
+
+    MASKALIGN_TEST_SEED=7 sets it for all tests; MASKALIGN_TEST_SEED=random draws another for every test.
+    """
+    if GIVEN is None:
+        value = zlib.crc32(request.node.nodeid.encode()) % 2**31
+    else:
+        value = random.randrange(2**31) if GIVEN == "random" else int(GIVEN)
     print(f"MASKALIGN_TEST_SEED={value}  # seed of {request.node.nodeid}")
     return value

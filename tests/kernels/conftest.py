@@ -97,6 +97,38 @@ def alignment_case(generator):
     return make
 
 
+@pytest.fixture
+def assert_aligned(cosine_truth, generator):
+    """assert_aligned((student, teacher, subset), gathered, limit) holds the cosines to float64's, and the gradient to
+    a relative error of limit; outside the subset it is zero to the bit.
+    """
+    from maskalign_kernels import subset_cosine_alignment
+
+    def check(case, gathered, limit):
+        student, teacher, subset = case
+        weights = torch.randn(subset.shape, generator=generator)
+        out = subset_cosine_alignment(student, teacher, subset, student_is_subset=not gathered)
+        exact = student.detach().double().requires_grad_()
+        expected = cosine_truth(exact, teacher, subset, not gathered)
+        assert out.dtype == torch.float32
+        # A single cosine near zero is a sum that cancels: what float32 can tell of it depends on the magnitudes in it.
+        sums = cosine_truth(exact.detach().abs(), teacher.double().abs(), subset, not gathered)
+        assert float((out.double() - expected).norm()) <= 3e-6 * float(expected.norm()) + 1e-7 * float(sums.norm())
+        student.grad = None
+        (out * weights).sum().backward()
+        (expected * weights).sum().backward()
+        # One channel has no direction to turn to: its gradient is zero but for rounding. Few rows may be nearly
+        # parallel.
+        steepest = (weights.norm() / exact.detach().norm().clamp_min(1e-9)).clamp_min(1e-3)
+        scale = steepest if student.shape[-1] == 1 else max(exact.grad.norm(), 0.1 * steepest)
+        assert float((student.grad.double() - exact.grad).norm() / scale) < limit
+        if gathered:
+            outside = torch.ones(student.shape[:2], dtype=torch.bool).scatter(1, subset.long(), False)
+            assert torch.equal(student.grad[outside], torch.zeros_like(student.grad[outside]))
+
+    return check
+
+
 @pytest.fixture(scope="session")
 def mix_truth():
     """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the
@@ -134,6 +166,63 @@ def mix_case(generator):
         return [t.requires_grad_() for t in tensors], subset
 
     return make
+
+
+@pytest.fixture
+def shaken(generator):
+    """shaken(function, tensors, dtype) -> for each result of function(*tensors), how far one rounding of every input
+    moves it, relative to its norm.
+
+    Where terms cancel, a result is no more certain than this, whoever computes it. In float64, the largest of eight
+    draws; each input entry moves by half a spacing of dtype, up or down.
+    """
+
+    def measure(function, tensors, dtype):
+        exact = [t.detach().double() for t in tensors]
+        truths = [t.detach() for t in function(*exact)]
+        moved = [0.0] * len(truths)
+        for _ in range(8):
+            signs = [torch.randint(2, t.shape, generator=generator, dtype=torch.float64) * 2 - 1 for t in exact]
+            near = [t * (1 + sign * torch.finfo(dtype).eps / 2) for t, sign in zip(exact, signs, strict=True)]
+            for place, (result, true) in enumerate(zip(function(*near), truths, strict=True)):
+                norm = float(true.norm())
+                moved[place] = max(moved[place], float((result.detach() - true).norm()) / (norm if norm > 0 else 1.0))
+        return moved
+
+    return measure
+
+
+@pytest.fixture
+def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
+    """assert_mixed(tensors, subset) holds mix_and_drop's output and eight gradients to float64's: dtype, shape, and
+    each to the tolerance of the coarsest dtype of the call, or what four roundings of the inputs do to it.
+    """
+    from maskalign_kernels import mix_and_drop
+
+    names = ("output", "x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
+
+    def results(function, tensors, weights, subset):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = function(*leaves, subset)
+        return out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype))
+
+    def check(tensors, subset):
+        x = tensors[0]
+        coarse = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps)
+        kept = x.shape[1] if subset is None else subset.shape[1]
+        weights = torch.randn(x.shape[0], kept, x.shape[2], generator=generator).to(x.dtype)
+        got = results(mix_and_drop, tensors, weights, subset)
+        truths = results(mix_truth, [t.double() for t in tensors], weights, subset)
+        moved = shaken(lambda *t: results(mix_truth, t[:-1], t[-1], subset), [*tensors, weights], coarse)
+        for name, like, result, true, shift in zip(names, (x, *tensors), got, truths, moved, strict=True):
+            assert result.dtype == like.dtype, name
+            limit = tolerance(coarse) * (1 if name == "output" else 2)
+            if x.shape[2] == 1:  # One channel is normalised to 0 with 1 / std = 1000: rounding, a thousandfold.
+                limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 0.1)}.get(name, limit)
+            allowed, error = max(limit, 4 * shift), relative(result, true)
+            assert error < allowed, (name, error, allowed)
+
+    return check
 
 
 @pytest.fixture

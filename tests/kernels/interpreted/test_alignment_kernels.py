@@ -19,36 +19,14 @@ def test_public_functions_take_the_triton_path():
     assert runtime.use_triton(torch.zeros(1))
 
 
-def check(case, truth, limit, gathered, weights):
-    student, teacher, subset = case
-    out = subset_cosine_alignment(student, teacher, subset, student_is_subset=not gathered)
-    exact = student.detach().double().requires_grad_()
-    expected = truth(exact, teacher, subset, not gathered)
-    assert out.dtype == torch.float32
-    # A single cosine near zero is a sum that cancels: what float32 can tell of it depends on the magnitudes in it.
-    magnitudes = truth(exact.detach().abs(), teacher.double().abs(), subset, not gathered)
-    assert float((out.double() - expected).norm()) < 3e-6 * float(expected.norm()) + 1e-7 * float(magnitudes.norm())
-    student.grad = None
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    # One channel has no direction to turn to: its gradient is zero but for rounding. Few rows may be nearly parallel.
-    steepest = (weights.norm() / exact.detach().norm()).clamp_min(1e-3)
-    scale = steepest if student.shape[-1] == 1 else max(exact.grad.norm(), 0.1 * steepest)
-    assert float((student.grad.double() - exact.grad).norm() / scale) < limit
-    if gathered:
-        outside = torch.ones(student.shape[:2], dtype=torch.bool).scatter(1, subset.long(), False)
-        assert torch.equal(student.grad[outside], torch.zeros_like(student.grad[outside]))
-
-
 @pytest.mark.parametrize("student", [F32, F16, BF16])
 @pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_forward_and_gradient(student, teacher, gathered, alignment_case, cosine_truth, tolerance, poisoned, generator):
+def test_forward_and_gradient(student, teacher, gathered, alignment_case, assert_aligned, tolerance, poisoned):
     for number, (B, N, K, C) in enumerate(SHAPES):
         index = (torch.int32, torch.int64)[number % 2]
         case = alignment_case(B, N, K, C, student, teacher, gathered, index)
-        limit = 3e-5 if C == 1 else tolerance(student)
-        check(case, cosine_truth, limit, gathered, torch.randn(B, K, generator=generator))
+        assert_aligned(case, gathered, 3e-5 if C == 1 else tolerance(student))
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -58,17 +36,7 @@ def test_forward_and_gradient(student, teacher, gathered, alignment_case, cosine
     gathered=st.booleans(), index=st.sampled_from([torch.int32, torch.int64]), numbers=st.integers(0, 2**32),
 )  # fmt: skip
 def test_any_shape(
-    sizes,
-    share,
-    student,
-    teacher,
-    gathered,
-    index,
-    numbers,
-    alignment_case,
-    cosine_truth,
-    tolerance,
-    generator,
+    sizes, share, student, teacher, gathered, index, numbers, alignment_case, assert_aligned, tolerance, generator
 ):
     generator.manual_seed(numbers)  # an example that fails can be had again
     B, N, C = sizes
@@ -77,18 +45,12 @@ def test_any_shape(
     if K == 0:
         assert subset_cosine_alignment(*case, student_is_subset=not gathered).shape == (B, 0)
         return
-    check(case, cosine_truth, 2 * tolerance(student), gathered, torch.randn(B, K, generator=generator))
+    assert_aligned(case, gathered, 2 * tolerance(student))
 
 
 @pytest.mark.parametrize("gathered", [False, True])
-def test_widest_rows(gathered, alignment_case, cosine_truth, poisoned):
-    check(
-        alignment_case(1, 3, 2, 8192, F32, BF16, gathered),
-        cosine_truth,
-        3e-6,
-        gathered,
-        torch.ones(1, 2),
-    )
+def test_widest_rows(gathered, alignment_case, assert_aligned, poisoned):
+    assert_aligned(alignment_case(1, 3, 2, 8192, F32, BF16, gathered), gathered, 3e-6)
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -114,7 +76,7 @@ def test_views_are_read_in_place(gathered, cosine_truth, relative, generator, po
 
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("kept", [0, 6])
-def test_no_token_and_all_tokens(gathered, kept, alignment_case, cosine_truth, relative, poisoned):
+def test_no_token_and_all_tokens(gathered, kept, alignment_case, cosine_truth, poisoned):
     student, teacher, subset = alignment_case(2, 6, kept, 12, gathered=gathered)
     for function in (subset_cosine_alignment, subset_cosine_alignment_loss):
         student.grad = None
@@ -123,7 +85,9 @@ def test_no_token_and_all_tokens(gathered, kept, alignment_case, cosine_truth, r
         assert torch.isfinite(student.grad).all() and student.grad.shape == student.shape
         if kept == 0:
             assert not student.grad.any() and not out.any()
-    assert relative(out, -cosine_truth(student, teacher, subset, not gathered).mean() if kept else out * 0) < 1e-5
+    # A mean that may cancel of cosines, which are at most 1.
+    expected = -cosine_truth(student, teacher, subset, not gathered).mean() if kept else 0.0
+    assert abs(float(out) - float(expected)) < 1e-6
 
 
 def test_rows_outside_the_subset_are_never_used(alignment_case, poisoned):
