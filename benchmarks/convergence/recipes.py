@@ -31,6 +31,12 @@ def _masked(keep=0.5, begin=0.7, stop=0.5, mixer="token_mlp", **more):
     return {**settings, **stopping, **more}
 
 
+def _rising(begin, until):
+    """MaskAlign on a keep ratio that rises from a quarter to all tokens between two shares of training."""
+    keep = f"{{kind: linear, start: 0.25, end: 1.0, begin: {begin}, until: {until}}}"
+    return _masked(**{"method.keep_ratio": keep})
+
+
 _constant = partial(_masked, begin=0.9, stop=None)
 _rival = partial(_masked, 0.25, begin=0.9, stop=None)
 NO_TEACHER = {"method.align_weight": 0}
@@ -39,8 +45,9 @@ FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
 # All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
 RAMP = {"method.keep_ratio": "{kind: linear, start: 0.25, end: 1.0, begin: 0.0, until: 0.9}"}
-# Rivals as their papers have them, scaled from 12 blocks to 8. MaskAlign's variants change what their names say;
-# `constant` is the one before the screening: aligned to the end, and all tokens in the last tenth only.
+# Rivals as their papers have them, scaled from 12 blocks to 8. MaskAlign's variants change of `maskalign-step` what
+# their names say: half of the tokens until 0.7 of training, then all. `constant` is the one before the screening:
+# aligned to the end, and all tokens in the last tenth only.
 RECIPES = {
     "sit": NO_TEACHER,
     "repa": {},
@@ -51,7 +58,13 @@ RECIPES = {
     "sprint": _rival(mixer="none", **FUSE, **NO_TEACHER),
     "sprint+repa": _rival(mixer="none", **FUSE),
     "deferred-masking": _rival(mixer="attention", **NO_TEACHER),
-    "maskalign": _masked(),
+    "maskalign": _rising(0.4, 0.9),
+    "maskalign-rising0-0.7": _rising(0.0, 0.7),
+    "maskalign-rising0.2-0.65": _rising(0.2, 0.65),
+    "maskalign-rising0.2-0.8": _rising(0.2, 0.8),
+    "maskalign-rising0.2-1": _rising(0.2, 1.0),
+    "maskalign-rising0.5-1": _rising(0.5, 1.0),
+    "maskalign-step": _masked(),
     "maskalign-no-end": _masked(begin=None),
     "maskalign-end0.9": _masked(begin=0.9),
     "maskalign-end0.5": _masked(begin=0.5),
@@ -100,16 +113,26 @@ STRUCTURE = (
     "no-mixer", "conv-mixer", "mixer8", "mixer128", "attention-mixer", "attention-keep0.25", "attention", "grid",
     "block", "bypass", "wide", "fuse", "depth2", "depth5",
 )  # fmt: skip
+RISING = ("rising0-0.7", "rising0.2-0.65", "rising0.2-0.8", "rising0.2-1", "rising0.5-1")
 BOTH = ("maskalign", "maskalign-attention")  # the two that configs/imagenet256 has
 VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "constant")))
+# Stages of one search: what was known by one decided what the next one looked at.
 SUITES = {
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
-    "structure": Suite(("repa", "maskalign", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
-    "short": Suite(("repa", *BOTH), (0, 1, 2), {}),
-    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), *BOTH), (0,), {}),
-    # With the rival that the screening found to be the strongest.
-    "final": Suite(("repa", *BOTH, "deferred-masking"), (0, 1, 2), {name: (1.0, 0.6) for name in BOTH}),
-}
+    "structure": Suite(("repa", "maskalign-step", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
+    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign-step", *BOTH), (0,), {}),
+    "short": Suite(("repa", "maskalign-step", *BOTH), (0, 1, 2), {}),
+    # With the rival that the first look found to be the strongest.
+    "contenders": Suite(
+        ("repa", "maskalign-step", "maskalign-attention", "deferred-masking"), (0, 1, 2),
+        dict.fromkeys(("maskalign-step", "maskalign-attention"), (1.0, 0.6)),
+    ),
+    "schedules": Suite(
+        ("repa", "maskalign-step", "maskalign-end0.5", "maskalign-block", "maskalign",
+         *(f"maskalign-{name}" for name in RISING)), (0,), {},
+    ),
+    "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
+}  # fmt: skip
 
 
 def own_recipe(text):
