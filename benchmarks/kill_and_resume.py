@@ -104,12 +104,21 @@ def tree(pid):
     return found
 
 
-def kill(process):
-    for pid in tree(process.pid):
+def send(pids, number):
+    for pid in pids:
         try:
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
         except ProcessLookupError:
             continue
+
+
+def kill(process):
+    """kill -9 for the whole tree. It is stopped first: a launcher left alive would start a rank that nobody knows."""
+    stopped = []
+    while new := [pid for pid in tree(process.pid) if pid not in stopped]:
+        send(new, signal.SIGSTOP)
+        stopped += new
+    send(stopped, signal.SIGKILL)
     process.wait()
 
 
