@@ -31,10 +31,13 @@ def _masked(keep=0.5, begin=0.7, stop=0.5, mixer="token_mlp", **more):
     return {**settings, **stopping, **more}
 
 
+def _rise(begin, until):
+    """The keep ratio that rises from a quarter to all tokens between two shares of training."""
+    return {"method.keep_ratio": f"{{kind: linear, start: 0.25, end: 1.0, begin: {begin}, until: {until}}}"}
+
+
 def _rising(begin, until):
-    """MaskAlign on a keep ratio that rises from a quarter to all tokens between two shares of training."""
-    keep = f"{{kind: linear, start: 0.25, end: 1.0, begin: {begin}, until: {until}}}"
-    return _masked(**{"method.keep_ratio": keep})
+    return _masked(**_rise(begin, until))
 
 
 _constant = partial(_masked, begin=0.9, stop=None)
@@ -44,7 +47,6 @@ BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
 # All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
-RAMP = {"method.keep_ratio": "{kind: linear, start: 0.25, end: 1.0, begin: 0.0, until: 0.9}"}
 # Rivals as their papers have them, scaled from 12 blocks to 8. MaskAlign's variants change of `maskalign-step` what
 # their names say: half of the tokens until 0.7 of training, then all. `constant` is the one before the screening:
 # aligned to the end, and all tokens in the last tenth only.
@@ -91,7 +93,7 @@ RECIPES = {
     "constant": _constant(),
     "constant-no-end": _constant(begin=None),
     "constant-keep0.25": _constant(0.25),
-    "constant-ramp": {**RAMP, "model.mixer": "token_mlp"},
+    "constant-ramp": {**_rise(0.0, 0.9), "model.mixer": "token_mlp"},
     "constant-conv-mixer": _constant(mixer="depthwise_conv"),
     "constant-weight0.25": _constant(**{"method.align_weight": 0.25}),
     "constant-weight1": _constant(**{"method.align_weight": 1.0}),

@@ -218,7 +218,7 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
             assert result.dtype == like.dtype, name
             limit = tolerance(coarse) * (1 if name == "output" else 2)
             if x.shape[2] == 1:  # One channel is normalised to 0 with 1 / std = 1000: rounding, a thousandfold.
-                limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 0.1)}.get(name, limit)
+                limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 1e-4)}.get(name, limit)
             allowed, error = max(limit, 4 * shift), relative(result, true)
             assert error < allowed, (name, error, allowed)
 
