@@ -1,13 +1,18 @@
 """What a run starts from: its own last checkpoint, another one, or the weights of a file."""
 
+import logging
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
+from maskalign.config import as_schedule
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
+from maskalign.models.routing import keep_count
 from maskalign.training import checkpoint
+
+log = logging.getLogger(__name__)
 
 # What a plain SiT lacks: it starts at its own initial values.
 OWN_PARTS = ("mixer.", "fuse.", "projectors.")
@@ -45,6 +50,16 @@ def check_facts(path, there, here):
     for key in ("input_size", "in_channels", "num_classes", "teacher_dims"):
         if there[key] != here[key]:
             raise UsageError(f"{path}: was trained with {key} {there[key]}, the settings give {here[key]}")
+
+
+def warn_of_full_subset(method, tokens):
+    """Say where rounding to `method.keep_multiple` makes a keep ratio below 1 keep all of so few tokens."""
+    low = min(as_schedule(method.keep_ratio).start, as_schedule(method.keep_ratio).end)
+    if low < 1 and keep_count(low, tokens, method.keep_multiple) == tokens:
+        log.warning(
+            "method.keep_multiple: keep ratio %g of %d tokens, in multiples of %d, keeps all of them; set it lower",
+            low, tokens, method.keep_multiple,
+        )  # fmt: skip
 
 
 def init_from(model, path):

@@ -26,7 +26,7 @@ from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
 from maskalign.training.run_log import RunLog
 from maskalign.training.saving import Saver
-from maskalign.training.starting import check_facts, find_resume, init_from
+from maskalign.training.starting import check_facts, find_resume, init_from, warn_of_full_subset
 from maskalign.training.step import TrainStep
 from maskalign.training.throughput import Throughput
 
@@ -121,6 +121,8 @@ class Trainer:
         self.bad_samples = 0
         if resume:
             self._resume(resume, state)
+        if self.placement.is_main:
+            warn_of_full_subset(config.method, self.model.num_tokens)
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         self.throughput = Throughput(self.model, config, self.placement)

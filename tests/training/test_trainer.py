@@ -112,6 +112,12 @@ def test_recipes_train(run, changes):
     assert run(**changes, training__max_steps=2)["finished"]
 
 
+@pytest.mark.parametrize("multiple, said", [(16, True), (8, False)])
+def test_a_multiple_that_keeps_all_tokens_is_said(run, caplog, multiple, said):
+    run(method__keep_multiple=multiple, training__max_steps=1)
+    assert ("keeps all of them" in caplog.text) == said
+
+
 def test_latents_and_features_on_another_grid(run, data_set_of, tmp_path):
     data_set_of("latents", latent=True, grid=(3, 3))
     assert run(data__path=tmp_path / "latents", model__patch_size=2)["finished"]
