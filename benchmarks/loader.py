@@ -66,9 +66,9 @@ def repa_members(variety=64):
     for _ in range(variety):
         coarse = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         file = io.BytesIO()
-        Image.fromarray(
-            (coarse // 2 + rng.integers(0, 8, coarse.shape, dtype=np.uint8)).astype(np.uint8)
-        ).save(file, "png")
+        Image.fromarray((coarse // 2 + rng.integers(0, 8, coarse.shape, dtype=np.uint8)).astype(np.uint8)).save(
+            file, "png"
+        )
         moments = npy(rng.standard_normal((8, 32, 32), dtype=np.float32))
         made.append({"png": file.getvalue(), "moments.npy": moments})
     return made
@@ -195,9 +195,7 @@ def repa(root, layout, workers):
 def files_loader(folder, first, second, workers):
     """One epoch after the other of a folder of files."""
     data = OneFilePerSample(folder, first, second)
-    loader = torch.utils.data.DataLoader(
-        data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     while True:
         yield from loader
 

@@ -46,9 +46,7 @@ class Opener:
         self.stopped = threading.Event()  # set: nobody waits for downloads any more
         self.pipe = root.startswith("pipe:")
         if self.pipe and not allow_pipe:
-            raise UsageError(
-                f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it"
-            )
+            raise UsageError(f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it")
         if self.pipe and "{}" not in root:
             raise UsageError(f"data set {root!r}: put {{}} where the file's name belongs in the command")
         self.root = root

@@ -52,9 +52,7 @@ def merge_states(states):
     for state in states:
         for key in ("version", "data", "seed", "streams", "group", "served"):
             if state[key] != states[0][key]:
-                raise UsageError(
-                    f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step"
-                )
+                raise UsageError(f"merge_states: {key} differs: {states[0][key]} and {state[key]}; save at one step")
         positions.update(zip(state["stream"], state["position"], strict=True))
         bad.update(dict.fromkeys(tuple(place) for place in state["bad"]))
     streams = sorted(positions)

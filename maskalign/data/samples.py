@@ -158,9 +158,7 @@ class ShardTable:
             opened = ShardFile(fd, shard, source.endings(), checked, self.verify)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise RunError(
-                    f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams"
-                ) from None
+                raise RunError(f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams") from None
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
         # A sample's large members are compared with their checksums the first time this process reads them.
         known, proven = self.proven.get((dataset, number), (None, opened.proven))

@@ -255,9 +255,7 @@ class ShardFile:
         head = os.pread(self.fd, min(size, MAX_NPY_HEADER), offset)
         length = 10 + int.from_bytes(head[8:10], "little")
         dtype, shape = npy_header(head[:length])
-        raise BadSample(
-            f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}"
-        )
+        raise BadSample(f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}")
 
 
 def checksums_hold(headers):

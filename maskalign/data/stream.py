@@ -106,13 +106,10 @@ class ShardStream:
             raise UsageError(f"rank {rank} is not below world_size {world_size}")
         if batch_size % world_size:
             raise UsageError(
-                f"batch_size {batch_size} cannot be dealt to {world_size} ranks evenly; "
-                f"give a multiple of {world_size}"
+                f"batch_size {batch_size} cannot be dealt to {world_size} ranks evenly; give a multiple of {world_size}"
             )
         if streams is not None and batch_size % streams:
-            raise UsageError(
-                f"streams {streams} does not divide batch_size {batch_size}; give a divisor of it"
-            )
+            raise UsageError(f"streams {streams} does not divide batch_size {batch_size}; give a divisor of it")
         if not 0 <= max_bad_fraction <= 1:
             raise UsageError(f"max_bad_fraction is {max_bad_fraction!r}; give a number from 0 to 1")
         self.batch_size, self.seed, self.rank, self.world_size = batch_size, int(seed), rank, world_size
@@ -193,18 +190,14 @@ class ShardStream:
                     yield batch
                     del batch
                 if generation != self._generation:
-                    raise UsageError(
-                        "this iterator has ended: another was started or a state was loaded meanwhile"
-                    )
+                    raise UsageError("this iterator has ended: another was started or a state was loaded meanwhile")
         finally:
             if generation == self._generation:
                 self.close()
 
     def _open_engine(self):
         _raise_file_limit(2 * (self.group + 1) * len(self.shares) * len(self.sources) + 128)
-        self._pool = Pool(
-            Layout(self.columns, self.batch_size // self.world_size), shared=self.num_workers > 0
-        )
+        self._pool = Pool(Layout(self.columns, self.batch_size // self.world_size), shared=self.num_workers > 0)
         settings = {
             "seed": self.seed,
             "streams": self.streams,
@@ -259,9 +252,7 @@ class ShardStream:
         for row, filled in parts:
             if row != len(keys):  # a share before this one came short, at the very end: close the gap
                 for array in arrays.values():
-                    array[len(keys) : len(keys) + len(filled.keys)] = array[
-                        row : row + len(filled.keys)
-                    ].copy()
+                    array[len(keys) : len(keys) + len(filled.keys)] = array[row : row + len(filled.keys)].copy()
             keys += filled.keys
             epochs += filled.epochs
             self.positions.update(filled.positions)
@@ -322,8 +313,7 @@ class ShardStream:
         streams, group, served, positions, bad = parse_state(state, here)
         if self.batch_size % streams:
             raise UsageError(
-                f"the stream's state has {streams} logical streams, which is no divisor of "
-                f"batch_size {self.batch_size}"
+                f"the stream's state has {streams} logical streams, which is no divisor of batch_size {self.batch_size}"
             )
         self.close()
         self._deal(streams, group)

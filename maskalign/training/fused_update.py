@@ -80,9 +80,7 @@ class FusedUpdate:
         """Global norm of the gradients, 0-d float32; the same with any number of threads."""
         sums = torch.empty(sum(-(-grad.numel() // BLOCK) for grad in self.grads))
         threads = torch.get_num_threads()
-        self.library.square_sums(
-            self.table, ctypes.c_int64(len(self.grads)), ctypes.c_void_p(sums.data_ptr()), threads
-        )
+        self.library.square_sums(self.table, ctypes.c_int64(len(self.grads)), ctypes.c_void_p(sums.data_ptr()), threads)
         return sums.sum().sqrt()
 
     def __call__(self, lr, divisor):

@@ -137,9 +137,7 @@ def test_bad_samples_do_not_depend_on_ranks_and_workers(make_shards, seed):
 
     def run(world_size, workers, **options):
         streams = [
-            ShardStream(
-                path, 8, rank=r, world_size=world_size, num_workers=workers, max_bad_fraction=0.5, **options
-            )
+            ShardStream(path, 8, rank=r, world_size=world_size, num_workers=workers, max_bad_fraction=0.5, **options)
             for r in range(world_size)
         ]
         steps = []
@@ -163,9 +161,7 @@ def test_bad_samples_do_not_depend_on_ranks_and_workers(make_shards, seed):
 
 
 def test_resuming_among_bad_samples_names_none_again(make_shards, caplog):
-    path, truth = make_shards(
-        [10, 10, 10], change=lambda key, m: m | {"cls": b"?"} if key.endswith("3") else m
-    )
+    path, truth = make_shards([10, 10, 10], change=lambda key, m: m | {"cls": b"?"} if key.endswith("3") else m)
     stream = ShardStream(path, 4, epochs=1, max_bad_fraction=0.5)
     seen = [key for _, batch in zip(range(4), stream, strict=False) for key in batch["key"]]
     named = len(stream.bad_samples)
@@ -208,13 +204,7 @@ def test_flipped_bytes_cost_one_sample_each(make_shards, seed):
             file.seek(at)
             # For the label: another digit that is a label as well.
             file.write(
-                bytes(
-                    [
-                        ord("0") + (old - ord("0") + 1) % 5
-                        if name.endswith("cls")
-                        else old ^ 1 << draw.randrange(8)
-                    ]
-                )
+                bytes([ord("0") + (old - ord("0") + 1) % 5 if name.endswith("cls") else old ^ 1 << draw.randrange(8)])
             )
     stream, seen = read(path, max_bad_fraction=0.1)
     assert seen == labels(truth, {"00000022", "00000027", "00000031", "00000035"})
@@ -362,9 +352,7 @@ def status(code):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_http_server_that_fails_twice_and_then_serves(make_shards, serve, quick_retries, workers):
     path, truth = make_shards([10] * 3)
-    server = serve(
-        path, lambda handler, times: times <= 2 and handler.path.endswith("tar") and status(500)(handler)
-    )
+    server = serve(path, lambda handler, times: times <= 2 and handler.path.endswith("tar") and status(500)(handler))
     stream, seen = read(server.url, num_workers=workers)
     assert seen == labels(truth) and not stream.bad_samples
     assert all(times == 3 for name, times in server.asked.items() if name.endswith("tar")) or workers
@@ -399,9 +387,7 @@ def test_http_errors_that_stay(make_shards, serve, quick_retries):
     path, truth = make_shards([10] * 4)
     server = serve(
         path,
-        lambda handler, times: (
-            handler.path[-5] in "03" and status({"0": 404, "3": 503}[handler.path[-5]])(handler)
-        ),
+        lambda handler, times: handler.path[-5] in "03" and status({"0": 404, "3": 503}[handler.path[-5]])(handler),
     )
     stream, seen = read(server.url, retries=2)
     assert seen == labels({key: entry for key, entry in truth.items() if entry["shard"] in (1, 2)})

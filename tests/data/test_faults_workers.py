@@ -132,13 +132,9 @@ def test_killed_at_random_moments_and_resumed_on_other_ranks_and_workers(make_sh
         assert steps.setdefault(step, (keys, epochs)) == (keys, epochs), "a step done again is the same step"
     assert kills >= 3
     assert sorted(steps) == list(range(len(steps)))
-    seen = collections.Counter(
-        (e, k) for keys, epochs in steps.values() for k, e in zip(keys, epochs, strict=True)
-    )
+    seen = collections.Counter((e, k) for keys, epochs in steps.values() for k, e in zip(keys, epochs, strict=True))
     assert seen == collections.Counter((epoch, key) for epoch in range(5) for key in truth)
-    assert [steps[i][0] for i in range(len(steps))] == [
-        batch["key"] for batch in ShardStream(path, 8, epochs=5)
-    ]
+    assert [steps[i][0] for i in range(len(steps))] == [batch["key"] for batch in ShardStream(path, 8, epochs=5)]
 
 
 def lines(folder):

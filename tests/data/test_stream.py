@@ -18,9 +18,7 @@ from maskalign.errors import UsageError
 
 
 def ranks(path, batch_size, world_size, **options):
-    return [
-        ShardStream(path, batch_size, rank=r, world_size=world_size, **options) for r in range(world_size)
-    ]
+    return [ShardStream(path, batch_size, rank=r, world_size=world_size, **options) for r in range(world_size)]
 
 
 def steps(streams, most=None):
@@ -141,9 +139,7 @@ def test_resumes_anywhere_on_other_ranks_and_workers(make_shards, seed):
     for _ in range(4):
         done, state = [], None
         while len(done) < len(undisturbed):
-            streams = ranks(
-                path, 8, draw.choice([1, 2, 4, 8]), epochs=4, num_workers=draw.choice([0, 0, 0, 2])
-            )
+            streams = ranks(path, 8, draw.choice([1, 2, 4, 8]), epochs=4, num_workers=draw.choice([0, 0, 0, 2]))
             if state is not None:
                 for stream in streams:
                     stream.load_state_dict(state)
@@ -165,9 +161,7 @@ def test_state_is_the_position_after_the_last_batch_taken(make_shards):
         again = ShardStream(path, 4)
         again.load_state_dict(state)
         assert [batch["key"] for _, batch in zip(range(3), again, strict=False)] == after
-        stream.load_state_dict(
-            ShardStream(path, 4).state_dict()
-        )  # back to the start, while an iterator is open
+        stream.load_state_dict(ShardStream(path, 4).state_dict())  # back to the start, while an iterator is open
         assert [batch["key"] for _, batch in zip(range(3), stream, strict=False)] == seen
         with pytest.raises(UsageError, match="iterator has ended"):
             next(batches)
@@ -214,9 +208,7 @@ def test_resuming_opens_no_finished_shard(make_shards, monkeypatch):
         os.remove(os.path.join(path, f"shard-{shard:06d}.tar"))
     opened = []
     plain = Opener.open
-    monkeypatch.setattr(
-        Opener, "open", lambda self, shard: (opened.append(shard.name), plain(self, shard))[1]
-    )
+    monkeypatch.setattr(Opener, "open", lambda self, shard: (opened.append(shard.name), plain(self, shard))[1])
     again = ShardStream(path, 8, epochs=1)
     again.load_state_dict(stream.state_dict())
     rest = [batch["key"] for batch in again]
@@ -256,9 +248,7 @@ def test_mirrored_variants(make_shards):
                     entry, image = truth[key], batch["image"][i].permute(1, 2, 0).numpy()
                     flipped = np.array_equal(batch["lite:2"][i], entry["flip lite:2"])
                     assert np.array_equal(batch["lite:2"][i], entry["flip lite:2" if flipped else "lite:2"])
-                    assert np.array_equal(
-                        batch["moments"][i], entry["flip moments" if flipped else "moments"]
-                    )
+                    assert np.array_equal(batch["moments"][i], entry["flip moments" if flipped else "moments"])
                     assert np.array_equal(image, entry["image"][:, ::-1] if flipped else entry["image"])
                     assert drawn.setdefault((epoch, key), flipped) == flipped
     assert 20 < sum(drawn.values()) < 60

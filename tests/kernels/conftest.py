@@ -261,9 +261,7 @@ def gpu_graphs(monkeypatch):
 
         def capture(graph, _):
             graphs.append(graph)
-            outputs = [
-                None if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]
-            ]
+            outputs = [None if node is None else node.meta["val"] for node in graph.graph.output_node().args[0]]
 
             def pretend(*_):
                 return [

@@ -23,9 +23,7 @@ def test_forward_and_gradient(student, teacher, gathered, alignment_case, assert
 def test_gradcheck(gathered, alignment_case):
     s, z, subset = alignment_case(2, 6, 3, 5, F64, F64, gathered)
     for function in (subset_cosine_alignment, subset_cosine_alignment_loss):
-        assert torch.autograd.gradcheck(
-            lambda s, f=function: f(s, z, subset, student_is_subset=not gathered), s
-        )
+        assert torch.autograd.gradcheck(lambda s, f=function: f(s, z, subset, student_is_subset=not gathered), s)
 
 
 def test_a_second_derivative_is_refused(alignment_case):
@@ -107,9 +105,7 @@ def test_only_inputs_and_three_scalars_are_saved(alignment_case):
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_break(dynamic, alignment_case, relative):
     def loss(s, z, subset):
-        return subset_cosine_alignment(s * 2, z, subset).mean() + subset_cosine_alignment_loss(
-            s, z, subset, weight=0.5
-        )
+        return subset_cosine_alignment(s * 2, z, subset).mean() + subset_cosine_alignment_loss(s, z, subset, weight=0.5)
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -136,15 +132,11 @@ def test_traces_for_a_gpu(gathered, dynamic, alignment_case, gpu_graphs):
         options = {"weight": weight, "student_is_subset": not gathered}
         return cosine.mean() + subset_cosine_alignment_loss(s, z, subset, **options)
 
-    batches = [
-        (*alignment_case(B, 9, 4, 64, BF16, INT8, gathered), w) for B, w in ((5, 0.5), (6, 0.25), (11, 0.75))
-    ]
+    batches = [(*alignment_case(B, 9, 4, 64, BF16, INT8, gathered), w) for B, w in ((5, 0.5), (6, 0.25), (11, 0.75))]
     graphs = gpu_graphs(loss, *(batches if dynamic else batches[:1]), dynamic=dynamic)
     assert len(graphs) == 2, "one forward and one backward graph"
     forward, backward = (graph.code for graph in graphs)
-    assert (
-        forward.count("triton_kernel_wrapper_functional(") == 3
-    )  # The cosines, the loss's sums, their mean.
+    assert forward.count("triton_kernel_wrapper_functional(") == 3  # The cosines, the loss's sums, their mean.
     assert backward.count("triton_kernel_wrapper_functional(") == 2
 
 
@@ -160,12 +152,7 @@ def test_fake_cuda_tensors():
             torch.empty(4, 8, device="cuda", dtype=torch.int64),
         )
         cosine = subset_cosine_alignment(s, z, subset)
-        assert (
-            cosine.shape == (4, 8)
-            and cosine.dtype == F32
-            and cosine.device.type == "cuda"
-            and cosine.requires_grad
-        )
+        assert cosine.shape == (4, 8) and cosine.dtype == F32 and cosine.device.type == "cuda" and cosine.requires_grad
         loss = subset_cosine_alignment_loss(s, z, subset, weight=0.5)
         assert loss.shape == () and loss.device.type == "cuda" and loss.requires_grad
         ops = torch.ops.maskalign_kernels

@@ -51,8 +51,6 @@ def test_mix_and_drop_forward_and_backward(benchmark, shape, dtype, provider, ge
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
 def test_the_gpu_benchmark_says_that_it_skips():
-    run = subprocess.run(
-        [sys.executable, "-m", "benchmarks.kernels"], capture_output=True, text=True, timeout=120
-    )
+    run = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0 and "skipped, no CUDA or ROCm device" in run.stdout, run.stderr
     assert len(run.stdout.splitlines()) == 1 and "--device cpu" in run.stdout

@@ -29,9 +29,7 @@ MIX_SHAPES = [(2, 63, 31, 40, 13), (2, 256, 128, 384, 64), (1, 196, None, 200, 1
 @pytest.mark.parametrize("student", [F32, F16, BF16])
 @pytest.mark.parametrize("teacher", [F32, F16, BF16, INT8])
 @pytest.mark.parametrize("gathered", [False, True])
-def test_alignment(
-    student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator
-):
+def test_alignment(student, teacher, gathered, alignment_case, cosine_truth, relative, tolerance, poisoned, generator):
     for number, (B, N, K, C) in enumerate(SHAPES):
         index = (torch.int32, torch.int64)[number % 2]
         s, z, subset = alignment_case(B, N, K, C, student, teacher, gathered, index)
@@ -95,9 +93,7 @@ def test_opcheck(alignment_case, generator):
     ops = torch.ops.maskalign_kernels
     torch.library.opcheck(ops.subset_cosine_alignment.default, (s.requires_grad_(), z, subset, True, 1e-12))
     torch.library.opcheck(ops.subset_cosine_alignment_loss.default, (s, z, subset, None, 1.0, True, 1e-12))
-    torch.library.opcheck(
-        ops.mix_and_drop.default, (*mix_arguments(2, 16, 64, 16, BF16, generator), subset, BF16)
-    )
+    torch.library.opcheck(ops.mix_and_drop.default, (*mix_arguments(2, 16, 64, 16, BF16, generator), subset, BF16))
 
 
 def test_runs_repeat_bit_for_bit(alignment_case, generator):

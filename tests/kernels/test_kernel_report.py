@@ -41,9 +41,7 @@ def test_default_builds(target):
     cases = list(subset_cosine_alignment_cases.aot_cases(ALIGNMENT, every_configuration=False))
     # The loss's kernels differ by a few scalars: one of them will do here.
     cases = [
-        c
-        for c in cases
-        if not c.operation.endswith("loss") or (c.direction == "forward" and "bf16/bf16" in c.shape)
+        c for c in cases if not c.operation.endswith("loss") or (c.direction == "forward" and "bf16/bf16" in c.shape)
     ]
     judge([*cases, *mix_and_drop_cases.aot_cases(MIX, every_configuration=False)], target)
 
@@ -176,9 +174,7 @@ def test_widths_of_an_unaligned_build_are_seen():
     import dataclasses
 
     case = next(iter(subset_cosine_alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
-    odd = dataclasses.replace(
-        case, arguments={**case.arguments, "student_row": 771, "student_batch": 771 * 128}
-    )
+    odd = dataclasses.replace(case, arguments={**case.arguments, "student_row": 771, "student_batch": 771 * 128})
     for target in ("sm_90", "gfx942"):
         assert aot.build(case, target).narrowest_row == 16
         narrow = aot.build(odd, target)
@@ -191,9 +187,7 @@ def test_spills_are_seen():
     import dataclasses
 
     case = next(iter(subset_cosine_alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
-    case = dataclasses.replace(
-        case, num_warps=1, waves=1, constexprs={**case.constexprs, "ROWS": 8, "BLOCK_C": 512}
-    )
+    case = dataclasses.replace(case, num_warps=1, waves=1, constexprs={**case.constexprs, "ROWS": 8, "BLOCK_C": 512})
     build = aot.build(case, "sm_80")
     assert build.stack > 0 and build.spills > 0 and build.registers == 255
 

@@ -94,9 +94,7 @@ def test_compiles_without_a_graph_break(dynamic, mix_case, relative):
         tensors, subset = mix_case(batch, 12, 16, kept, 8)
         out, expected = compiled(*tensors, subset), mix_and_drop(*tensors, subset)
         assert relative(out.detach(), expected.detach()) < 1e-6
-        for a, b in zip(
-            *(torch.autograd.grad(o.square().sum(), tensors) for o in (out, expected)), strict=True
-        ):
+        for a, b in zip(*(torch.autograd.grad(o.square().sum(), tensors) for o in (out, expected)), strict=True):
             assert relative(a, b) < 1e-5
 
 

@@ -28,9 +28,7 @@ class Tiny(nn.Module):
 
     def forward(self, x, c, z, subset):
         def body(x, c):
-            return mix_and_drop(
-                x, *self.modulation(c).chunk(3, -1), self.w1, self.b1, self.w2, self.b2, subset
-            )
+            return mix_and_drop(x, *self.modulation(c).chunk(3, -1), self.w1, self.b1, self.w2, self.b2, subset)
 
         kept = checkpoint(body, x, c, use_reentrant=False)
         return subset_cosine_alignment_loss(self.project(kept), z, subset)

@@ -36,15 +36,11 @@ def counted_bytes():
         running = []
 
         def counting_load(self, ptrs, mask, *rest):
-            found[running[-1]] += (
-                int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
-            )
+            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
             return load(self, ptrs, mask, *rest)
 
         def counting_store(self, ptrs, value, mask, *rest):
-            found[running[-1]] += (
-                int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
-            )
+            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
             return store(self, ptrs, value, mask, *rest)
 
         def counting_call(self, *args, **kwargs):
