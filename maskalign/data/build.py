@@ -112,6 +112,9 @@ def build(
     say(f"{out}: {_summary(manifest)}, {rate}")
     if bad:
         say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")
+    if empty := job.found.empty:
+        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        say(f"{len(empty):,} folders without an image are no classes, and the labels leave them out: {names}")
     if manifest.license:
         say(f"licence: {manifest.license}")
     return manifest

@@ -8,6 +8,7 @@ from maskalign.data.images import ENDINGS
 from maskalign.errors import UsageError
 
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval", "extra"}
+INNER = {"images", "image", "imgs", "img"}  # CLASS/images/IMAGE, as in Tiny ImageNet
 
 
 class Item(NamedTuple):
@@ -29,6 +30,7 @@ class Source:
         reader: called with an item, gives the file's bytes or a PIL image; picklable.
         license: licence and attribution, None where unknown.
         rejected: (name, reason) of what looked like an image but cannot be one of the data set.
+        empty: folders that would be classes, but hold no image.
         identity: enters the plan's fingerprint, beside the items.
     """
 
@@ -38,6 +40,7 @@ class Source:
     reader: Any
     license: str | None = None
     rejected: list[tuple[str, str]] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
     identity: str = ""
 
 
@@ -68,8 +71,8 @@ def group_by_class(name, files, reader, subset, where):
         if not is_image(path):
             continue
         folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
-        if len(folders) > 1 and folders[-1].lower() in ("images", "image", "imgs", "img"):
-            folders = folders[:-1]  # CLASS/images/IMAGE, as in Tiny ImageNet
+        if len(folders) > 1 and folders[-1].lower() in INNER:
+            folders = folders[:-1]
         available["/".join(folders[:-1])] += 1
         if wanted:
             below = [i + len(wanted) for i in range(len(folders)) if folders[i : i + len(wanted)] == wanted]
@@ -95,6 +98,22 @@ def group_by_class(name, files, reader, subset, where):
     items = sorted(Item(path, number[label], place) for path, label, _, place in images)
     name += f", {subset}" if subset else ""
     return Source(name, names, items, reader, rejected=sorted(rejected))
+
+
+def empty_classes(folders, items):
+    """Of all folders of a source those beside its classes' that hold no image: its labels are not what they look like.
+
+    Args:
+        folders: paths of all folders; items: the images taken, named by path.
+    """
+    classes = set()
+    for item in items:
+        parts = item.name.split("/")[:-1]
+        classes.add(tuple(parts[:-1] if len(parts) > 1 and parts[-1].lower() in INNER else parts))
+    full = {parts[:end] for parts in classes for end in range(1, len(parts) + 1)}
+    parents = {parts[:-1] for parts in classes}
+    beside = (path for path in folders if tuple(path.split("/")[:-1]) in parents and tuple(path.split("/")) not in full)
+    return sorted(path for path in beside if is_image(f"{path}/any.png"))  # no hidden ones
 
 
 def _refuse_mixing(images, prefixes, where, parts):

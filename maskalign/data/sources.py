@@ -11,7 +11,7 @@ import sys
 
 from maskalign.data.archives import TarReader, ZipReader, archive_kind, decompress, list_tar, list_zip
 from maskalign.data.images import ENDINGS, MAX_BYTES, BadImage
-from maskalign.data.items import Item, Source, group_by_class, is_image
+from maskalign.data.items import Item, Source, empty_classes, group_by_class, is_image
 from maskalign.data.torchvision_source import open_torchvision
 from maskalign.data.webdataset_source import open_webdataset
 from maskalign.errors import UsageError
@@ -105,7 +105,7 @@ class FolderReader:
 
 
 def _folder(root, subset, class_names):
-    files, tars = [], []
+    files, tars, all_folders = [], [], []
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -114,6 +114,8 @@ def _folder(root, subset, class_names):
             continue
         seen.add((status.st_dev, status.st_ino))
         relative = os.path.relpath(folder, root)
+        if relative != ".":
+            all_folders.append(relative)
         for name in names:
             path = name if relative == "." else f"{relative}/{name}"
             if name.endswith(".tar"):
@@ -123,7 +125,9 @@ def _folder(root, subset, class_names):
     if tars and not files:
         return open_webdataset(root, class_names)
     what = os.path.basename(os.path.abspath(root))
-    return group_by_class(f"folder {what}", files, FolderReader(root), subset, os.path.abspath(root))
+    found = group_by_class(f"folder {what}", files, FolderReader(root), subset, os.path.abspath(root))
+    found.empty = empty_classes(all_folders, found.items)
+    return found
 
 
 def _archive(path, subset, class_names, scratch):

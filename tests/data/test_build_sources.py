@@ -93,6 +93,18 @@ def test_labels_are_the_places_of_the_sorted_folder_names(tmp_path):
     assert labels != sorted(labels) and [labels.count(i) for i in range(3)] == [7, 5, 3]
 
 
+@pytest.mark.parametrize("prefix", ["", "set/train/"])
+def test_class_folders_without_an_image_are_named(tmp_path, capsys, prefix):
+    source = write_folder(tmp_path / "set", class_files(COUNTS, prefix) | {f"{prefix}fox/images/0.png": png((9, 9, 9))})
+    for name in ("deer", ".hidden", "ant/images", "dog/masks"):
+        (source / prefix / name).mkdir(parents=True)
+    (source / prefix / "ant" / "readme.txt").write_text("none")
+    manifest = make(source, tmp_path / "out", quiet=False)
+    assert manifest.class_names == ["cat", "dog", "eel", "fox"]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "without an image" in line)
+    assert line.startswith("2 folders") and line.endswith(f": {prefix}ant, {prefix}deer")
+
+
 def test_every_kind_of_container_gives_the_same_shards(tmp_path):
     files = class_files(COUNTS, "a/b/")
     sources = [
