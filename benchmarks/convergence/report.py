@@ -251,8 +251,8 @@ def colours_of(recipes):
     from matplotlib import pyplot as plt
     from matplotlib.colors import same_color
 
-    taken = KNOWN.values()
-    free = [colour for colour in plt.get_cmap("tab20").colors if not any(same_color(colour, one) for one in taken)]
+    taken, pairs = KNOWN.values(), plt.get_cmap("tab20").colors  # a colour and its pale twin, in turns
+    free = [colour for colour in pairs[::2] + pairs[1::2] if not any(same_color(colour, one) for one in taken)]
     return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 
