@@ -66,9 +66,8 @@ def repa_members(variety=64):
     for _ in range(variety):
         coarse = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         file = io.BytesIO()
-        Image.fromarray((coarse // 2 + rng.integers(0, 8, coarse.shape, dtype=np.uint8)).astype(np.uint8)).save(
-            file, "png"
-        )
+        noisy = coarse // 2 + rng.integers(0, 8, coarse.shape, dtype=np.uint8)
+        Image.fromarray(noisy.astype(np.uint8)).save(file, "png")
         moments = npy(rng.standard_normal((8, 32, 32), dtype=np.float32))
         made.append({"png": file.getvalue(), "moments.npy": moments})
     return made

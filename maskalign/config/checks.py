@@ -37,7 +37,7 @@ def validate(config):
     if config.model.projector == "conv":
         start, end = (0, depth) if method.route == "all" else (0, 0) if method.route == "none" else method.route
         inside = start < align_depth and (align_depth <= end or method.restore == "none")
-        all_kept = set(_values(as_schedule(method.keep_ratio))) == {1.0}
+        all_kept = set(as_schedule(method.keep_ratio).ends) == {1.0}
         if inside and not all_kept and method.route != "none":
             raise UsageError(
                 f"model.projector: conv needs all tokens at block {align_depth}, which sees only the subset; "
@@ -158,7 +158,7 @@ def validate_with_data(config, manifest, num_samples=None):
         f"is larger than the {num_samples} samples of {config.data.path}",
     )
     teachers = []
-    if max(_values(as_schedule(config.method.align_weight))) > 0:
+    if max(as_schedule(config.method.align_weight).ends) > 0:
         names = parse_teachers(config.teacher.names or None)
         if not names:
             raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
@@ -195,13 +195,9 @@ def _require(condition, key, value, rule):
         raise UsageError(f"{key}: {value} {rule}")
 
 
-def _values(schedule):
-    return (schedule.start,) if schedule.kind == "constant" else (schedule.start, schedule.end)
-
-
 def _validate_schedule(key, value, low, high, rule, open_low=False):
     schedule = as_schedule(value)
-    for number in _values(schedule):
+    for number in schedule.ends:
         _require((number > low if open_low else number >= low) and number <= high, key, number, rule)
     _require(
         0 <= schedule.begin <= schedule.until <= 1,

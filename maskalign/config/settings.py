@@ -25,6 +25,11 @@ class Schedule:
     until: float = 1.0
     """Share of training, in [0, 1], at which the change is complete."""
 
+    @property
+    def ends(self):
+        """The values at the ends of training; of a constant, whose `end` says nothing, its one value."""
+        return (self.start,) if self.kind == "constant" else (self.start, self.end)
+
 
 Scheduled = Union[float, Schedule]
 

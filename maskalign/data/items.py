@@ -51,6 +51,12 @@ def is_image(path):
     return not hidden and parts[-1].rpartition(".")[2].lower() in ENDINGS and "." in parts[-1]
 
 
+def _class_folder(path):
+    """The folders above an image, that of its class last."""
+    folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
+    return folders[:-1] if len(folders) > 1 and folders[-1].lower() in INNER else folders
+
+
 def group_by_class(name, files, reader, subset, where):
     """Make a Source of files PREFIX/CLASS/IMAGE: the folder of an image is its class.
 
@@ -70,9 +76,7 @@ def group_by_class(name, files, reader, subset, where):
     for path, place in files:
         if not is_image(path):
             continue
-        folders = [part for part in path.split("/")[:-1] if part not in ("", ".")]
-        if len(folders) > 1 and folders[-1].lower() in INNER:
-            folders = folders[:-1]
+        folders = _class_folder(path)
         available["/".join(folders[:-1])] += 1
         if wanted:
             below = [i + len(wanted) for i in range(len(folders)) if folders[i : i + len(wanted)] == wanted]
@@ -106,13 +110,10 @@ def empty_classes(folders, items):
     Args:
         folders: paths of all folders; items: the images taken, named by path.
     """
-    classes = set()
-    for item in items:
-        parts = item.name.split("/")[:-1]
-        classes.add(tuple(parts[:-1] if len(parts) > 1 and parts[-1].lower() in INNER else parts))
-    full = {parts[:end] for parts in classes for end in range(1, len(parts) + 1)}
-    parents = {parts[:-1] for parts in classes}
-    beside = (path for path in folders if tuple(path.split("/")[:-1]) in parents and tuple(path.split("/")) not in full)
+    classes = {"/".join(_class_folder(item.name)) for item in items}
+    full = {path[:end] for path in classes for end in range(len(path) + 1) if path[end : end + 1] in ("", "/")}
+    parents = {path.rpartition("/")[0] for path in classes}
+    beside = (path for path in folders if path.rpartition("/")[0] in parents and path not in full)
     return sorted(path for path in beside if is_image(f"{path}/any.png"))  # no hidden ones
 
 

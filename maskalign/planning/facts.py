@@ -91,8 +91,8 @@ def _assume(config, image_size, num_classes):
     if size % patch:
         raise UsageError(f"model.patch_size: {patch} must divide the latents' size {size}")
     weight = as_schedule(config.method.align_weight)
-    names = parse_teachers(config.teacher.names or None) if max(weight.start, weight.end) > 0 else []
-    if max(weight.start, weight.end) > 0 and not names:
+    names = parse_teachers(config.teacher.names or None) if max(weight.ends) > 0 else []
+    if max(weight.ends) > 0 and not names:
         raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
     cached = config.teacher.mode != "online"
     assumed = [

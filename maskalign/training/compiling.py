@@ -40,7 +40,7 @@ def compile_model(model, keep=None, budget=1.0):
         budget: share of a block's activations that is kept for the backward; the rest is computed again.
     """
     keep = as_schedule(1.0 if keep is None else keep)
-    varying = keep.kind != "constant" and keep.start != keep.end
+    varying = len(set(keep.ends)) > 1
     torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than DDP's buckets: nothing to cut
     for block in model.blocks:

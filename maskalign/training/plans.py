@@ -150,8 +150,8 @@ def some_parameters_idle(config, model):
     """True where some steps of a run leave parameters without a gradient: the projectors once the alignment ends, the
     mask token once all tokens are kept."""
     weight, keep = as_schedule(config.method.align_weight), as_schedule(config.method.keep_ratio)
-    counts = [keep_count(ratio, model.num_tokens, config.method.keep_multiple) for ratio in (keep.start, keep.end)]
-    ends = len(model.projectors) > 0 and 0 in (weight.start, weight.end)
+    counts = [keep_count(ratio, model.num_tokens, config.method.keep_multiple) for ratio in keep.ends]
+    ends = len(model.projectors) > 0 and 0 in weight.ends
     return ends or (model.fuse is not None and model.num_tokens in counts)
 
 

@@ -54,7 +54,7 @@ def check_facts(path, there, here):
 
 def warn_of_full_subset(method, tokens):
     """Say where rounding to `method.keep_multiple` makes a keep ratio below 1 keep all of so few tokens."""
-    low = min(as_schedule(method.keep_ratio).start, as_schedule(method.keep_ratio).end)
+    low = min(as_schedule(method.keep_ratio).ends)
     if low < 1 and keep_count(low, tokens, method.keep_multiple) == tokens:
         log.warning(
             "method.keep_multiple: keep ratio %g of %d tokens, in multiples of %d, keeps all of them; set it lower",

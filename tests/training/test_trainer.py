@@ -112,6 +112,11 @@ def test_recipes_train(run, changes):
     assert run(**changes, training__max_steps=2)["finished"]
 
 
+def test_a_constant_may_be_written_as_a_schedule(run):
+    settings = dict(method__keep_ratio="{kind: constant, start: 0.5}", parallel__plan="ddp", training__max_steps=1)
+    assert run(**settings)["finished"]
+
+
 @pytest.mark.parametrize("multiple, said", [(16, True), (8, False)])
 def test_a_multiple_that_keeps_all_tokens_is_said(run, caplog, multiple, said):
     run(method__keep_multiple=multiple, training__max_steps=1)
