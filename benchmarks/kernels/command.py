@@ -1,14 +1,18 @@
 """Time and memory of both operations on this machine, against eager PyTorch and its compiled twin.
 
-    python -m benchmarks.kernels [--device auto|cpu|cuda] [--out DIR] [--operations ...] [--quick]
+    python -m benchmarks.kernels [--device auto|cpu|cuda] [--out DIR] [--operations ...] [--quick] [--configurations]
 
 On a GPU, per operation and shape, forward, backward and both: median milliseconds with the 20th and 80th percentile,
 the bytes that the kernels' launches move by their geometry, GB/s, the share of the copy bandwidth that this GPU reaches
 in the same run, and the peak memory on top of the arguments. These launches take microseconds, less than Python needs
 to issue them: `ms` is the time of a captured CUDA graph (triton.testing.do_bench, which clears L2 before each run),
-`call_ms` that of plain calls, as an eager training loop sees them. A provider whose result is off is reported, not
-timed. Rows go to kernels.csv, a figure to kernels.png. The shapes are those of benchmarks.kernel_report; where weights
-and products have other dtypes than the tokens, all providers run under autocast.
+`call_ms` that of plain calls, as an eager training loop sees them. `of_copy` is the share of the bandwidth of copying
+1 GiB, `of_same_copy` that of copying as many bytes as the launches move, timed in the same way: no launch of
+microseconds reaches the former. A provider whose result is off is reported, not timed. Rows go to kernels.csv, a figure
+to kernels.png. The shapes are those of benchmarks.kernel_report; where weights and products have other dtypes than the
+tokens, all providers run under autocast.
+
+`--configurations` times what tuning chooses from instead, see benchmarks.kernels.configurations.
 
 `--device cpu` measures the CPU path instead, see benchmarks.kernels.cpu. By itself the command takes a GPU, and says in
 one line where there is none.
@@ -21,12 +25,14 @@ import pathlib
 import torch
 
 from benchmarks import kernel_report
+from benchmarks.kernels import configurations
 from benchmarks.kernels.cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
+from benchmarks.kernels.timing import copy_bandwidth, graph_ms, peak_memory
 from benchmarks.steps.clock import CLOCKS
 
 COLUMNS = [
     "operation", "shape", "direction", "provider", "ms", "ms_20", "ms_80", "call_ms", "bytes", "gb_per_s", "of_copy",
-    "peak_mib", "error",
+    "of_same_copy", "peak_mib", "error",
 ]  # fmt: skip
 
 
@@ -39,38 +45,6 @@ def runners(function, arguments, leaves):
         "backward": lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True),
         "both": lambda: torch.autograd.grad(function(*arguments), leaves, gradient),
     }
-
-
-def captured(run):
-    """`run` as one launch of a CUDA graph: the work of the GPU without Python's part.
-
-    On the current stream, which must not be the default one: autograd runs a backward where its forward ran.
-    """
-    for _ in range(3):  # Compiles and allocates what is left to, which a capture may not.
-        run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        run()
-    return graph.replay
-
-
-def copy_bandwidth(device):
-    """GB/s of copying 1 GiB on the device, reading and writing counted."""
-    import triton
-
-    source = torch.empty(2**28, dtype=torch.float32, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
-
-
-def peak_memory(run):
-    """MiB allocated at most while `run` runs, over what was allocated before."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def moved_bytes(operation, shape):
@@ -88,6 +62,7 @@ def measure(operation, shape, bandwidth, device):
     import triton
 
     moved = moved_bytes(operation, shape)
+    same = {direction: copy_bandwidth(device, count) for direction, count in moved.items()}
     arguments, leaves, functions = SETUPS[operation](shape, device)
     for provider, function in functions.items():
         error = relative_error(function, functions["eager"], arguments, leaves)
@@ -96,14 +71,15 @@ def measure(operation, shape, bandwidth, device):
             yield {**dict.fromkeys(COLUMNS, ""), **row, "direction": "wrong result, not timed"}
             continue
         for direction, run in runners(function, arguments, leaves).items():
-            calls = triton.testing.do_bench(run, return_mode="median")
+            calls = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
             peak = peak_memory(run)
-            ms, low, high = triton.testing.do_bench(captured(run), quantiles=[0.5, 0.2, 0.8])
+            ms, low, high = graph_ms(run)
             # GB/s of useful bytes: the same for every provider, so that faster is more.
             speed = moved[direction] / ms / 1e6
             yield {
                 **row, "direction": direction, "ms": ms, "ms_20": low, "ms_80": high, "call_ms": calls,
-                "bytes": moved[direction], "gb_per_s": speed, "of_copy": speed / bandwidth, "peak_mib": peak,
+                "bytes": moved[direction], "gb_per_s": speed, "of_copy": speed / bandwidth,
+                "of_same_copy": speed / same[direction], "peak_mib": peak,
             }  # fmt: skip
 
 
@@ -166,6 +142,7 @@ def main(arguments=None):
     parser.add_argument("--out", default="runs/kernels", help="folder for the CSV and the PNG")
     parser.add_argument("--operations", nargs="+", default=list(SETUPS), choices=list(SETUPS))
     parser.add_argument("--quick", action="store_true", help="the first two shapes of each operation only")
+    parser.add_argument("--configurations", action="store_true", help="time every launch in every configuration")
     cpu = parser.add_argument_group("with --device cpu")
     cpu.add_argument("--rounds", type=int, default=25)
     cpu.add_argument("--threads", type=int, help="CPU threads")
@@ -184,4 +161,5 @@ def main(arguments=None):
         print(f"benchmarks.kernels: skipped, no CUDA or ROCm device here; nothing was measured on a GPU; {hint}.")
         return 0 if options.device == "auto" else 1
     shapes = {name: module.SHAPES[: 2 if options.quick else None] for name, module in kernel_report.CASES.items()}
-    return benchmark(options.operations, shapes, torch.device("cuda"), pathlib.Path(options.out))
+    run = configurations.benchmark if options.configurations else benchmark
+    return run(options.operations, shapes, torch.device("cuda"), pathlib.Path(options.out))

@@ -25,13 +25,15 @@ def seconds_of(call, device, clock="wall"):
     return CLOCKS[clock]() - start
 
 
-def matmul_peak(device, precision, clock="wall", size=2048, tries=8, patience=10.0):
+def matmul_peak(device, precision, clock="wall", size=None, tries=8, patience=10.0):
     """FLOP/s of the best of a few square matmuls: what this machine can do in that precision.
 
-    A processor without bf16 instructions needs a minute for one of them: where `patience` seconds would not do,
-    the matrices are smaller.
+    A GPU gets larger ones (`size`, by default 8192 there and 2048 on a CPU), which hide what a launch takes. A
+    processor without bf16 instructions needs a minute for one of them: where `patience` seconds would not do, the
+    matrices are smaller.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = size or (8192 if device.type == "cuda" else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
 
     def best_of(tries, side):

@@ -1,0 +1,118 @@
+"""What tuning chooses from, timed on this GPU: every launch of both operations in every configuration.
+
+    python -m benchmarks.kernels --configurations [--operations ...] [--quick] [--out DIR]
+
+One row per shape, launch and configuration: microseconds of the launch as a captured graph, L2 cleared before each (in
+a real step `mix` finds a part of x in L2 that `statistics` has just read), and the launch's bytes in its default
+configuration over that time, as a share of copying as many bytes. Rows go to kernels-configurations.csv. The first
+configuration of a launch is its default: what runs unless MASKALIGN_KERNELS_AUTOTUNE says otherwise, see tuning.py.
+"""
+
+import contextlib
+import csv
+
+import torch
+
+from benchmarks import kernel_report
+from benchmarks.kernels.cases import SETUPS, label, precision
+from benchmarks.kernels.timing import copy_bandwidth, graph_ms
+from maskalign_kernels import mix_and_drop_launch, subset_cosine_alignment_launch
+from maskalign_kernels.operators import triton
+
+COLUMNS = ["operation", "shape", "launch", "configuration", "default", "us", "us_20", "us_80", "bytes", "of_same_copy"]
+
+
+def launches(operation, arguments):
+    """Run the operation's launches once, forward and backward, without autograd: its kernels are the same."""
+    operators = torch.ops.maskalign_kernels
+    if operation == "subset_cosine_alignment":
+        student, teacher, subset = arguments
+        cosine, saved = operators.subset_cosine_alignment(student, teacher, subset, True, 1e-12)
+        operators.subset_cosine_alignment_backward(torch.ones_like(cosine), student, teacher, subset, saved, True)
+        return
+    *tensors, subset = arguments
+    product = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensors[0].dtype
+    out, mean, rstd = operators.mix_and_drop(*tensors, subset, product)
+    operators.mix_and_drop_backward(torch.randn_like(out), *tensors, subset, mean, rstd, product)
+
+
+def launch_name(name, key):
+    """The name in the report's cases of what `tuning.choose` is asked for."""
+    if name != "tokens":
+        return {"alignment_forward": "forward", "alignment_backward": "backward"}.get(name, name)
+    first, second = key[-2:]
+    return "tokens" if first and second else "tokens first" if first else "tokens second"
+
+
+def default_bytes(operation, shape):
+    """{name of a launch: bytes that it moves in its default configuration}."""
+    found = {}
+    for case in kernel_report.CASES[operation].aot_cases([shape], every_configuration=False):
+        if case.operation == operation and not case.launch.startswith("gathered"):
+            found[case.direction if operation == "subset_cosine_alignment" else case.launch] = case.moved
+    return found
+
+
+@contextlib.contextmanager
+def choosing(choose):
+    """Inside, both operations ask `choose` for a configuration, as they else ask `tuning.choose`."""
+    modules = (subset_cosine_alignment_launch, mix_and_drop_launch)
+    before = [module.choose for module in modules]
+    for module in modules:
+        module.choose = choose
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, before, strict=True):
+            module.choose = original
+
+
+def measure(operation, shape, device):
+    """Yield one row (a dict with COLUMNS) per launch and configuration."""
+    arguments, _, _ = SETUPS[operation](shape, device)
+    arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    asked = []
+
+    def choose(name, key, configs, tensor, launch):
+        asked.append((launch_name(name, key), configs, launch))
+        return configs[0]
+
+    with torch.no_grad(), choosing(choose):
+        launches(operation, arguments)
+        moved = default_bytes(operation, shape)
+        for name, configs, launch in asked:
+            same = copy_bandwidth(device, moved[name])
+            for number, config in enumerate(configs):
+                row = {
+                    "operation": operation, "shape": label(operation, shape), "launch": name,
+                    "configuration": " ".join(f"{k}={v}" for k, v in config.items()),
+                    "default": int(number == 0), "bytes": moved[name],
+                }  # fmt: skip
+                try:
+                    ms, low, high = graph_ms(lambda launch=launch, config=config: launch(config))
+                except triton.runtime.errors.OutOfResources:
+                    yield {**dict.fromkeys(COLUMNS, ""), **row}
+                    continue
+                share = moved[name] / ms / 1e6 / same
+                yield row | {"us": 1e3 * ms, "us_20": 1e3 * low, "us_80": 1e3 * high, "of_same_copy": share}
+
+
+def benchmark(operations, shapes, device, out):
+    """Measure, print as it goes, and write kernels-configurations.csv; the exit status."""
+    torch.manual_seed(0)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    rows = []
+    for operation in operations:
+        for shape in shapes[operation]:
+            with torch.cuda.stream(torch.cuda.Stream()), precision(operation, shape, device):
+                for row in measure(operation, shape, device):
+                    rows.append(row)
+                    print("  ".join(kernel_report.cell(row[c]) for c in COLUMNS), flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "kernels-configurations.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written to {path}")
+    return 0
