@@ -112,6 +112,8 @@ def draw(rows, path, title):
 def benchmark(operations, shapes, device, out):
     """Measure, print as it goes, and write kernels.csv and kernels.png; the exit status."""
     torch.manual_seed(0)
+    # The backward is timed alone, again and again on one graph, of which a compiled one would else free parts.
+    torch._functorch.config.donated_buffer = False
     bandwidth = copy_bandwidth(device)
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s"
     print(title)

@@ -168,6 +168,8 @@ class TrainingConfig:
     """auto is bf16 where the processor has it, else fp32; master weights stay float32."""
     compile: bool = False
     """torch.compile every block."""
+    cuda_graph: bool = True
+    """plan none, on a GPU: replay a step as one graph, so that nothing waits for Python to launch kernels."""
     log_every: int = 50
     """Steps between rows of metrics.csv."""
     checkpoint_every: int = 10_000

@@ -4,6 +4,8 @@ The keep ratio and the samplers are settings because the MaskAlign abstract (arX
 `bypass` is TREAD's way to bring tokens back (arXiv 2501.04765), `fuse` is SPRINT's (arXiv 2510.21986).
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -26,7 +28,7 @@ def keep_count(keep_ratio, tokens, multiple=8):
     return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
 
 
-def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device=None):
+def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device=None, uniform=None):
     """Draw `count` distinct token indices per image.
 
     Every sampler gives each token a random priority and keeps the lowest ones, so that one launch serves the batch.
@@ -39,19 +41,23 @@ def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device
             inside it; where K is no multiple of the number of cells, random cells give one more) or `block`
             (one square of the tokens nearest to a random centre).
         generator: torch.Generator of `device`.
+        uniform: function of a size, of which B is the first number, that draws uniform numbers in [0, 1) instead of the
+            generator; another one with every call.
 
     Returns:
         (B, K) int64, ascending in every row.
     """
+    uniform = uniform or partial(torch.rand, generator=generator, device=device)
     rows, columns = grid
     tokens = rows * columns
     if not 0 <= count <= tokens:
         raise ValueError(f"count must be in [0, {tokens}], got {count}")
-    priority = torch.rand(batch, tokens, generator=generator, device=device)
+    priority = uniform(batch, tokens)
+    device = priority.device
     if sampler == "grid":
-        priority = _rank_in_cell(priority, rows, columns) + _cell_jitter(batch, rows, columns, generator, device)
+        priority = _rank_in_cell(priority, rows, columns) + _cell_jitter(batch, rows, columns, uniform, device)
     elif sampler == "block":
-        centre = torch.rand(batch, 2, 1, generator=generator, device=device)
+        centre = uniform(batch, 2, 1)
         row = torch.arange(tokens, device=device) // columns
         column = torch.arange(tokens, device=device) % columns
         distance = torch.maximum((row - centre[:, 0] * (rows - 1)).abs(), (column - centre[:, 1] * (columns - 1)).abs())
@@ -80,10 +86,10 @@ def _rank_in_cell(priority, rows, columns):
     return torch.empty_like(priority).scatter_(1, order, (position - first_of_cell).to(priority.dtype))
 
 
-def _cell_jitter(batch, rows, columns, generator, device):
+def _cell_jitter(batch, rows, columns, uniform, device):
     """A number in [0, 1) per image and cell, given to each of its tokens."""
     cell, cells = _cells(rows, columns, device)
-    return torch.rand(batch, cells, generator=generator, device=device)[:, cell]
+    return uniform(batch, cells)[:, cell]
 
 
 def gather_tokens(x, subset):

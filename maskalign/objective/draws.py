@@ -1,17 +1,21 @@
-"""Every random number of a training step, keyed by (seed, step, slot group of the global batch).
+"""Every random number of a training step, keyed by (seed, step, slot of the global batch).
 
-A slot is a place in the global batch. Slots are drawn in groups of a fixed size, each group from a generator seeded by
-(seed, step, group), so that what a sample is given does not depend on the number of ranks, on accumulation or on a
-restart, and a rank draws only for its own slots.
+A slot is a place in the global batch. What a sample is given does not depend on the number of ranks, on accumulation or
+on a restart, and a rank draws only for its own slots. On a CPU slots are drawn in groups of a fixed size, each from a
+generator seeded by (seed, step, group); on a GPU all slots at once, from counter-based numbers.
 """
 
 import hashlib
+import itertools
+import math
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
 
 from maskalign.models.routing import draw_subset
 from maskalign.objective.interpolant import lognormal_time
+from maskalign_kernels import keyed_random
 
 SLOT_GROUP = 8
 
@@ -81,22 +85,69 @@ def draw(
     tokens = grid[0] * grid[1]
     subsetting = keep is not None and keep < tokens
     present = keep if subsetting else tokens
+
+    def rows(numbers, count):
+        """The fields of `Draws` for `count` images from one source of numbers."""
+        t = numbers.uniform(count)
+        normal = numbers.normal(count)
+        noise = numbers.normal(count, *shape)
+        drop_label = numbers.uniform(count) < label_dropout
+        # What a setting may leave out is drawn last, so that recipes share time, noise and labels.
+        eps = numbers.normal(count, *shape) if posterior else None
+        chosen = aligned = None
+        if subsetting:
+            chosen = draw_subset(count, grid, keep, subset, uniform=numbers.uniform)
+        if align is not None:
+            aligned = draw_subset(count, (1, present), align, uniform=numbers.uniform)
+        t = lognormal_time(normal, path) if time == "lognormal" else t
+        return t, noise, drop_label, chosen, aligned, eps
+
+    if has_keyed_numbers(device):
+        return Draws(*rows(KeyedNumbers(seed, step, first_slot, device), count))
     parts = []
-    generator = torch.Generator(device=device)
     last_slot = first_slot + max(count, 1) - 1  # no slots: one group is drawn, and nothing of it is taken
     for group in range(first_slot // SLOT_GROUP, last_slot // SLOT_GROUP + 1):
-        generator.manual_seed(group_seed(seed, step, group))
-        own = dict(generator=generator, device=device)
-        t = torch.rand(SLOT_GROUP, **own)
-        normal = torch.randn(SLOT_GROUP, **own)
-        noise = torch.randn(SLOT_GROUP, *shape, **own)
-        drop_label = torch.rand(SLOT_GROUP, **own) < label_dropout
-        # What a setting may leave out is drawn last, so that recipes share time, noise and labels.
-        eps = torch.randn(SLOT_GROUP, *shape, **own) if posterior else None
-        chosen = draw_subset(SLOT_GROUP, grid, keep, subset, **own) if subsetting else None
-        aligned = draw_subset(SLOT_GROUP, (1, present), align, **own) if align is not None else None
         low = max(first_slot - group * SLOT_GROUP, 0)
         high = min(first_slot + count - group * SLOT_GROUP, SLOT_GROUP)
-        t = lognormal_time(normal, path) if time == "lognormal" else t
-        parts.append([None if x is None else x[low:high] for x in (t, noise, drop_label, chosen, aligned, eps)])
+        drawn = rows(GeneratedNumbers(seed, step, group, device), SLOT_GROUP)
+        parts.append([None if x is None else x[low:high] for x in drawn])
     return Draws(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def has_keyed_numbers(device):
+    """Whether draws on a device are keyed per slot instead of per group."""
+    return torch.device(device).type == "cuda"
+
+
+class GeneratedNumbers:
+    """Numbers for one slot group, one draw after another, from torch's generator."""
+
+    def __init__(self, seed, step, group, device):
+        generator = torch.Generator(device=device)
+        generator.manual_seed(group_seed(seed, step, group))
+        self.uniform = partial(torch.rand, generator=generator, device=device)
+        self.normal = partial(torch.randn, generator=generator, device=device)
+
+
+class KeyedNumbers:
+    """Numbers for the slots from `first_slot` on, however many, in one launch a draw: a stream of `keyed_random` each.
+
+    On a GPU a generator per group would cost hundreds of launches a step, more time than many a step takes.
+    """
+
+    def __init__(self, seed, step, first_slot, device):
+        self.key, self.first_slot, self.device = group_seed(seed, step, 0), first_slot, device
+        self.streams = itertools.count()
+
+    def uniform(self, rows, *size):
+        return self._draw(rows, size, normal=False)
+
+    def normal(self, rows, *size):
+        return self._draw(rows, size, normal=True)
+
+    def _draw(self, rows, size, normal):
+        stream = next(self.streams)
+        table = keyed_random(
+            self.key, stream, self.first_slot, rows, math.prod(size), normal=normal, device=self.device
+        )
+        return table.view(rows, *size)

@@ -41,7 +41,8 @@ def training_loss(model, x, labels, teachers, draws, *, align_weight=0.5, path="
         labels: (B,) int64.
         teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid; () for none.
         draws: `Draws` for these B images.
-        align_weight: weight of the alignment loss, a number; at 0 the projectors are not run.
+        align_weight: weight of the alignment loss, a number; at 0 the projectors are not run. Or a 0-d tensor, of which
+            nobody asks whether it is 0.
         path: the interpolant's path.
         dtype: the dtype of the model's input; x's own by default. The loss itself is computed in x's dtype.
 
@@ -53,7 +54,7 @@ def training_loss(model, x, labels, teachers, draws, *, align_weight=0.5, path="
     labels = torch.where(draws.drop_label, model.num_classes, labels)
     dtype = dtype or x.dtype
     # Time goes in at full precision: bf16 would round it to 256 steps.
-    align = len(teachers) > 0 and align_weight > 0
+    align = len(teachers) > 0 and (isinstance(align_weight, torch.Tensor) or align_weight > 0)
     out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align)
     if out.velocity.dim() == 3:
         target = gather_tokens(patchify(target, model.patch_size), draws.subset)

@@ -51,13 +51,17 @@ class Optimizer:
             self.masters = self.params
         with torch.no_grad():
             self.ema = [p.detach().to("cpu" if ema_on_cpu else p.device, copy=True) for p in self.masters]
+        # On a GPU the rate is a tensor, and no step asks the host for anything: graphs.py may record it.
+        on_gpu = self.masters[0].is_cuda
+        self.lr = torch.tensor(config.lr, device=self.masters[0].device) if on_gpu else config.lr
         self.adamw = torch.optim.AdamW(
             self.masters,
-            lr=config.lr,
+            lr=self.lr,
             betas=tuple(config.betas),
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
+            capturable=on_gpu,
         )
         self.fused_update = None
         plain = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in self.masters)
@@ -75,7 +79,7 @@ class Optimizer:
         """Clip, update and average; gradients are freed.
 
         Args:
-            lr: learning rate, a number.
+            lr: learning rate, a number, or a 0-d tensor on the masters' device.
             healthy: 0-d bool tensor, False where the loss was not finite.
 
         Returns:
@@ -88,8 +92,7 @@ class Optimizer:
             for master, p in zip(self.masters, self.params, strict=True):
                 master.grad = None if p.grad is None else p.grad.to_local()
         elif self.has_copies:
-            for master, p in zip(self.masters, self.params, strict=True):
-                master.grad = None if p.grad is None else p.grad.float()
+            self._copy_gradients()
         norm = self._over_shards(torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
         skipped = ~(healthy & norm.isfinite())
         divisor = self._clip_divisor(norm)
@@ -98,8 +101,11 @@ class Optimizer:
             divisor = torch.ones_like(divisor)
         self.adamw.grad_scale = divisor.float()
         self.adamw.found_inf = skipped.float()
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        if isinstance(self.lr, torch.Tensor):
+            self.lr.copy_(lr) if isinstance(lr, torch.Tensor) else self.lr.fill_(lr)
+        else:
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
         self.adamw.step()
         self._average(range(len(self.params)))
         for p in self.params:
@@ -107,6 +113,13 @@ class Optimizer:
         for master in self.masters:
             master.grad = None
         return norm, skipped
+
+    def _copy_gradients(self):
+        """The masters' gradients from those of the bfloat16 copies, in few launches."""
+        there = [(master, p) for master, p in zip(self.masters, self.params, strict=True) if p.grad is not None]
+        for master, _ in there:
+            master.grad = torch.empty_like(master)
+        torch._foreach_copy_([master.grad for master, _ in there], [p.grad for _, p in there])
 
     def _fused_step(self, lr, healthy):
         """`step` in one pass; on a CPU it costs nothing to look whether the step is to be skipped."""

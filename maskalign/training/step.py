@@ -1,12 +1,13 @@
 """One training step: draws, forward, backward, clip, AdamW, EMA. The trainer and the benchmarks both run this one."""
 
-from typing import NamedTuple
+from typing import List, NamedTuple
 
 import torch
 
 from maskalign.models.routing import keep_count
-from maskalign.objective.draws import draw
+from maskalign.objective.draws import Draws, draw
 from maskalign.objective.flow_matching import training_loss
+from maskalign.training.graphs import StepGraphs, can_record
 from maskalign.training.plans import Plan
 from maskalign.training.schedules import learning_rate, schedule_value
 
@@ -22,6 +23,31 @@ class StepResult(NamedTuple):
     lr: float
     keep_ratio: float
     align_weight: float
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward is given.
+
+    x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: one (b, N, Dz) each; draws: `Draws` for these
+    b images; share: of the rank's images, a number; last: whether the optimiser's step comes next.
+    """
+
+    x: torch.Tensor
+    labels: torch.Tensor
+    teachers: List[torch.Tensor]
+    draws: Draws
+    share: float
+    last: bool
+
+    def tensors(self):
+        """All tensors, in one order."""
+        return [self.x, self.labels, *self.teachers, *(tensor for tensor in self.draws if tensor is not None)]
+
+    def map(self, function):
+        """The same with function(tensor) for every tensor."""
+        draws = Draws(*(None if tensor is None else function(tensor) for tensor in self.draws))
+        teachers = [function(z) for z in self.teachers]
+        return self._replace(x=function(self.x), labels=function(self.labels), teachers=teachers, draws=draws)
 
 
 class TrainStep:
@@ -41,6 +67,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.config = config
         self.placement = placement
+        self.graphs = StepGraphs(self.compute, model, placement.device) if can_record(config, placement) else None
 
     def draws(self, step, first_slot, count, keep_ratio, align_ratio, posterior):
         """The keyed random numbers of `count` images, see `objective.draws`."""
@@ -89,30 +116,55 @@ class TrainStep:
         if align_ratio is not None:
             align_ratio = schedule_value(align_ratio, progress)
         lr = learning_rate(config.optimizer, step, progress)
-        parts = config.training.accumulation
-        size = labels.shape[0] // parts
-        sums = torch.zeros(3, device=labels.device)
+        micro_batches = self._micro_batches(
+            step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare
+        )
+        if self.graphs is None:
+            losses, norm, skipped = self.compute(micro_batches, align_weight, lr)
+        else:
+            losses, norm, skipped = self.graphs(list(micro_batches), align_weight, lr)
+        return StepResult(*losses.unbind(), norm, skipped, lr, keep_ratio, align_weight)
+
+    def _micro_batches(self, step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare):
+        """Yield the parts of the batch, each with its draws."""
+        size = labels.shape[0]
+        parts = self.config.training.accumulation
         for part in range(parts):
-            rows = slice(part * size, labels.shape[0] if part == parts - 1 else (part + 1) * size)
-            share = (rows.stop - rows.start) / labels.shape[0]
-            draws = self.draws(
-                step, first_slot + rows.start, rows.stop - rows.start, keep_ratio, align_ratio, prepare is not None
-            )
-            x = inputs[rows] if prepare is None else prepare(inputs[rows], draws.posterior)
-            with self.plan.micro_batch(last=part == parts - 1):
+            low, high = part * (size // parts), size if part == parts - 1 else (part + 1) * (size // parts)
+            draws = self.draws(step, first_slot + low, high - low, keep_ratio, align_ratio, prepare is not None)
+            x = inputs[low:high] if prepare is None else prepare(inputs[low:high], draws.posterior)
+            draws = draws._replace(posterior=None)  # it is in x
+            teachers_of = [z[low:high] for z in teachers]
+            yield MicroBatch(x, labels[low:high], teachers_of, draws, (high - low) / size, part == parts - 1)
+
+    def compute(self, micro_batches, align_weight, lr):
+        """Forward and backward of every micro-batch, then the optimiser's step.
+
+        Args:
+            micro_batches: of `MicroBatch`.
+            align_weight: a number, or a 0-d tensor, which is then not 0.
+            lr: a number, or a 0-d tensor.
+
+        Returns:
+            (losses, norm, skipped): total, velocity and alignment loss, (3,) float32, means over the global batch; as
+            the optimiser gives them, the gradient norm and whether the step was skipped.
+        """
+        sums = torch.zeros(3, device=self.placement.device)
+        for batch in micro_batches:
+            with self.plan.micro_batch(last=batch.last):
                 losses = training_loss(
                     self.plan.forward,
-                    x,
-                    labels[rows],
-                    [z[rows] for z in teachers],
-                    draws,
+                    batch.x,
+                    batch.labels,
+                    batch.teachers,
+                    batch.draws,
                     align_weight=align_weight,
-                    path=config.objective.path,
+                    path=self.config.objective.path,
                     dtype=self.placement.dtype,
                 )
-                (losses.total * share).backward()
-            sums += torch.stack([loss.detach().float() for loss in losses]) * share
+                (losses.total * batch.share).backward()
+            sums += torch.stack([loss.detach().float() for loss in losses]) * batch.share
         # The means over all ranks: every rank judges a step by the same numbers, so all of them skip it or none does.
         self.plan.mean(sums)
         norm, skipped = self.optimizer.step(lr, sums[0].isfinite())
-        return StepResult(*sums.unbind(), norm, skipped, lr, keep_ratio, align_weight)
+        return sums, norm, skipped

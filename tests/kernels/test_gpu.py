@@ -8,7 +8,13 @@ import sys
 import pytest
 import torch
 
-from maskalign_kernels import mix_and_drop, subset_cosine_alignment, subset_cosine_alignment_loss, tuning
+from maskalign_kernels import (
+    keyed_random,
+    mix_and_drop,
+    subset_cosine_alignment,
+    subset_cosine_alignment_loss,
+    tuning,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,6 +163,27 @@ def test_no_device_is_too_small_for_many_images(generator):
     few = mix_and_drop(*(a[-3:] if a.shape[:1] == (70_000,) else a for a in arguments))
     assert torch.equal(out[-3:], few)
     assert torch.autograd.grad(out.float().sum(), arguments)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size, key", [(1, 0), (37, 1), (5000, 2**62 + 12345)])
+def test_keyed_random(size, key):
+    """Against Philox in Python's integers at one place; rows do not depend on who asks for them."""
+    first, stream, rows = 2**31 - 20, 7, 5
+    found = keyed_random(key, stream, first, rows, size, device="cuda").cpu()
+    row, column = rows // 2, size // 2
+    quarter = -(-size // 4)
+    counter, words = [column % quarter, first + row, stream, 0], [key & 0xFFFFFFFF, key >> 32]
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [b >> 32 ^ counter[1] ^ words[0], b & 0xFFFFFFFF, a >> 32 ^ counter[3] ^ words[1], a & 0xFFFFFFFF]
+        words = [(words[0] + 0x9E3779B9) & 0xFFFFFFFF, (words[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    word = counter[column // quarter]
+    assert abs(float(found[row, column]) - (0xFFFFFFFF - word if word >> 31 else word) / 2**31) < 2e-7
+    halves = [keyed_random(key, stream, first + at, count, size, device="cuda").cpu() for at, count in ((0, 2), (2, 3))]
+    assert torch.equal(torch.cat(halves), found)
+    normal = keyed_random(key, stream, 0, 2000, size, normal=True, device="cuda").double()
+    assert abs(float(normal.mean())) < 5 / normal.numel() ** 0.5
+    assert abs(float(normal.square().mean()) - 1) < 5 * (2 / normal.numel()) ** 0.5
 
 
 def test_the_benchmark_runs(tmp_path):

@@ -1,0 +1,158 @@
+"""A step as a graph: what is recorded, what is copied to it, and when; on a GPU the real thing, elsewhere pretended."""
+
+import contextlib
+
+import pytest
+import torch
+
+from maskalign.config import parse_config
+from maskalign.training import graphs
+from maskalign.training.build import build_model
+from maskalign.training.optimizer import Optimizer
+from maskalign.training.parallel import Placement
+from maskalign.training.step import TrainStep
+
+# A large eps: else Adam turns the rounding errors of gradients that are zero (keys' biases) into steps.
+SETTINGS = [
+    "--model.depth", "3", "--model.width", "24", "--model.heads", "2", "--model.patch_size", "2",
+    "--model.projector_dim", "16", "--model.mixer_hidden", "8", "--method.align_depth", "2",
+    "--method.keep_multiple", "4", "--optimizer.lr", "0.01", "--optimizer.eps", "0.001",
+]  # fmt: skip
+STEPS = 12
+
+
+def train(device, seed, *changes, dtype=torch.float32, graphs=True):
+    """Losses, gradient norms and weights of a short run on other images every step, and its `TrainStep`."""
+    config = parse_config([*SETTINGS, *changes, "--training.cuda_graph", str(graphs).lower()])
+    torch.manual_seed(seed)
+    model = build_model(config, {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6]})
+    model.reset_parameters(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    model.to(device)
+    optimizer = Optimizer(model, config.optimizer, dtype)
+    step = TrainStep(model, optimizer, config, Placement(torch.device(device), dtype))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for number in range(STEPS):
+        inputs = torch.randn(8, 3, 8, 8, generator=generator).to(device)
+        labels = torch.randint(0, 5, (8,), generator=generator).to(device)
+        teachers = [torch.randn(8, 16, 6, generator=generator).to(device)]
+        if number == 4:
+            inputs[0, 0, 0, 0] = float("nan")
+        found.append(step(number, number / STEPS, inputs, labels, teachers))
+    rows = torch.stack([torch.stack([*r[:3], r.grad_norm, r.skipped.float()]) for r in found]).cpu()
+    return rows, [p.detach().float().cpu() for p in optimizer.masters + optimizer.ema], step
+
+
+def assert_same(found, expected, tolerance=1e-4):
+    """Learning rate and weight are float32 in a graph and float64 beside it: close, not equal."""
+    (rows, weights), (exact_rows, exact_weights) = found, expected
+    torch.testing.assert_close(rows, exact_rows, equal_nan=True, rtol=tolerance, atol=tolerance)
+    for a, b in zip(weights, exact_weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+RISING = ["--method.keep_ratio", "{kind: step, start: 0.5, end: 1.0, begin: 0.5}"]
+ENDING = ["--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"]
+KINDS = [[], RISING, ENDING, ["--training.accumulation", "4"], ["--method.align_ratio", "0.5"]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """torch.cuda as far as graphs.py uses it, and recordings that compute again instead of replaying."""
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            pass
+
+    class Recording(graphs.Recording):
+        count = 0
+
+        def __init__(self, compute, arguments, stream, pool):
+            micro_batches, *numbers = arguments
+            self.micro_batches = [micro_batch.map(torch.clone) for micro_batch in micro_batches]
+            self.results = None
+            self.graph = self
+            self.again = lambda: compute(self.micro_batches, *numbers)
+            Recording.count += 1
+
+        def pool(self):
+            return None
+
+        def replay(self, micro_batches=None):
+            if micro_batches is not None:
+                return super().replay(micro_batches)
+            self.results = self.again()
+
+    for name, value in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr("maskalign.training.step.can_record", lambda config, placement: config.training.cuda_graph)
+    monkeypatch.setattr(graphs, "Recording", Recording)
+    return Recording
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_graphs_compute_what_steps_compute(changes, pretended, seed):
+    *expected, _ = train("cpu", seed, *changes, graphs=False)
+    *found, step = train("cpu", seed, *changes)
+    assert_same(found, expected)
+    skipped = expected[0][:, 4]
+    assert skipped[4] == 1 and skipped.sum() == 1, "one step had a NaN"
+    kinds = 2 if changes in (RISING, ENDING) else 1
+    assert pretended.count == kinds and all(seen == graphs.WARM_UP + 1 for seen in step.graphs.seen.values())
+
+
+def test_old_graphs_make_room(pretended, seed, monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 1)
+    _, _, step = train("cpu", seed, *RISING)
+    assert pretended.count == 2 and len(step.graphs.recorded) == 1
+
+
+def test_what_cannot_be_recorded_runs_kernel_by_kernel(pretended, seed, monkeypatch, caplog):
+    def refuse(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(graphs, "Recording", refuse)
+    assert_same(train("cpu", seed)[:2], train("cpu", seed, graphs=False)[:2])
+    assert caplog.text.count("cannot be recorded (operation not permitted when stream is capturing)") == 1
+
+
+def test_who_records():
+    config = parse_config(SETTINGS)
+    gpu = Placement(torch.device("cuda"), torch.bfloat16)
+    assert graphs.can_record(config, gpu)
+    assert not graphs.can_record(config, Placement(torch.device("cpu"), torch.float32))
+    assert not graphs.can_record(config, Placement(torch.device("cuda"), torch.bfloat16, mesh=object()))
+    assert not graphs.can_record(parse_config([*SETTINGS, "--training.cuda_graph", "false"]), gpu)
+    assert not graphs.can_record(parse_config([*SETTINGS, "--parallel.ema_on_cpu", "true"]), gpu)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", KINDS)
+def test_graphs_on_a_gpu(changes, dtype, seed, caplog):
+    *expected, _ = train("cuda", seed, *changes, dtype=dtype, graphs=False)
+    *found, step = train("cuda", seed, *changes, dtype=dtype)
+    assert "cannot be recorded" not in caplog.text and step.graphs.recorded
+    assert_same(found, expected, 1e-3 if dtype == torch.float32 else 5e-2)
