@@ -157,6 +157,7 @@ def _cosine_backward_op(
 
 
 def _cosine_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # `saved` has no gradient, and zeros for it would be a launch of their own
     student, teacher, subset, ctx.student_is_subset, _ = inputs
     ctx.save_for_backward(student, teacher, subset, output[1])
 
@@ -200,6 +201,7 @@ def _loss_backward_op(
 
 
 def _loss_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     student, teacher, subset, weight, ctx.scale, ctx.student_is_subset, _ = inputs
     ctx.save_for_backward(student, teacher, subset, weight, output[1])
 
