@@ -174,6 +174,33 @@ def cpu_kernels_section(path, note):
     ])  # fmt: skip
 
 
+def gpu_kernels_section(path, note):
+    """Times of the two operations on a GPU, and those of plain PyTorch as multiples of them."""
+    table = {}
+    for row in read_csv(path):
+        table.setdefault((row["operation"], row["shape"]), {})[row["provider"], row["direction"]] = row
+        machine = row["machine"]
+    lines = []
+    for (operation, shape), of in table.items():
+        cells = [operation, shape]
+        for direction in ("forward", "backward"):
+            ours = of["kernel", direction]
+            cells.append(f"{1000 * ours['ms']:.1f} us ({ours['of_same_copy']:.0%})")
+            cells += [
+                f"{of[other, direction]['ms'] / ours['ms']:.1f}x" if (other, direction) in of else "-"
+                for other in ("eager", "compiled")
+            ]
+        lines.append(cells)
+    head = ["operation", "shape", "forward", "PyTorch", "compiled", "backward", "PyTorch", "compiled"]
+    what = (
+        f"{machine}. Medians of captured graphs, L2 cleared before each; in brackets the share of the speed at which "
+    )
+    what += "this GPU copies as many bytes; then how many times as long plain PyTorch takes, and torch.compile of it."
+    return "\n\n".join([
+        paragraph(f"{what} {note['conditions']}"), f"`{note['command']}`", markdown_table(head, lines)
+    ])  # fmt: skip
+
+
 def plan_section(path, note):
     """The recipes as `benchmarks.plan` estimates them for a cluster."""
     rows = read_csv(path)
@@ -201,6 +228,7 @@ SECTIONS = (
     ("### Steps", "steps-*.csv", steps_section),
     ("### Convergence", "convergence-*.csv", convergence_section),
     ("### Loading", "loader.csv", loader_section),
+    ("### Kernels on a GPU", "kernels.csv", gpu_kernels_section),
     ("### Kernels on a CPU", "kernels-cpu.csv", cpu_kernels_section),
     ("### Planned", "plan-*.csv", plan_section),
 )

@@ -32,7 +32,7 @@ from benchmarks.steps.clock import CLOCKS
 
 COLUMNS = [
     "operation", "shape", "direction", "provider", "ms", "ms_20", "ms_80", "call_ms", "bytes", "gb_per_s", "of_copy",
-    "of_same_copy", "peak_mib", "error",
+    "of_same_copy", "peak_mib", "error", "machine",
 ]  # fmt: skip
 
 
@@ -122,8 +122,8 @@ def benchmark(operations, shapes, device, out):
         for shape in shapes[operation]:
             with torch.cuda.stream(torch.cuda.Stream()), precision(operation, shape, device):
                 for row in measure(operation, shape, bandwidth, device):
-                    rows.append(row)
-                    print("  ".join(kernel_report.cell(row[c]) for c in COLUMNS), flush=True)
+                    rows.append(row | {"machine": title})
+                    print("  ".join(kernel_report.cell(row[c]) for c in COLUMNS[:-1]), flush=True)
             torch._dynamo.reset()
             torch.cuda.empty_cache()
     out.mkdir(parents=True, exist_ok=True)
