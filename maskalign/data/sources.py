@@ -79,7 +79,6 @@ class EmojiReader:
 def _openmoji(size):
     from maskalign.data import openmoji
 
-    openmoji.check_pillow()
     path, version = openmoji.font_path()
     emoji = openmoji.list_emoji()
     names = sorted({category for _, _, category in emoji})

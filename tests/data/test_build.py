@@ -347,14 +347,6 @@ def test_plain_tar_lists_a_shard(emoji):
     assert listing.stdout.split()[:3] == ["00000064.cls", "00000064.png", "00000065.cls"]
 
 
-def test_without_raqm_there_is_a_clear_error(tmp_path, monkeypatch):
-    from maskalign.data import openmoji
-
-    monkeypatch.setattr(openmoji.features, "check", lambda feature: False)
-    with pytest.raises(UsageError, match="raqm.*pip install"):
-        build("openmoji", tmp_path / "out", quiet=True)
-
-
 def test_building_and_checking_never_import_torch(pictures, tmp_path):
     code = f"""
 import sys
