@@ -23,6 +23,7 @@ import csv
 import pathlib
 
 import torch
+from torch._functorch import config as functorch
 
 from benchmarks import kernel_report
 from benchmarks.kernels import configurations
@@ -113,7 +114,7 @@ def benchmark(operations, shapes, device, out):
     """Measure, print as it goes, and write kernels.csv and kernels.png; the exit status."""
     torch.manual_seed(0)
     # The backward is timed alone, again and again on one graph, of which a compiled one would else free parts.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     bandwidth = copy_bandwidth(device)
     title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s"
     print(title)
