@@ -70,7 +70,7 @@ def _case(shape, direction, launch, kernel, config, number):
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),
     }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
-    float32 = ("mean", "rstd", "sums", "along", "dw1", "dw2", "db2")
+    float32 = ("mean", "rstd", "sums", "along", "gated", "dw1", "dw2", "db2")
     types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"} | dict.fromkeys(("hidden", "ds"), _pointer(product))
     types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
     numbers = {
@@ -127,10 +127,13 @@ def _cost(shape, launch, config, grid, tiles):
 
     between = 2 * B * T * D * product.itemsize  # H and S.
     if launch == "hidden":
-        partial = 4 * B * tiles * (N + 3 * T)
+        partial = 4 * B * tiles * (N + kept + 3 * T)
         moved = rows + out + statistics + index + 6 * vector + weights + between + partial
-        again = (grid[0] - 1) * (statistics + index) + grid[0] * statistics + rows
-        return moved, again + _weights_again(shape, grid, 2), 2 * first + second
+        again = (grid[0] - 1) * (statistics + index)
+        whole = config["BLOCK_N"] >= N  # Nothing is read again: the rows and w1 stay on the chip.
+        if not whole:
+            again += grid[0] * statistics + rows
+        return moved, again + _weights_again(shape, grid, 1 if whole else 2), 2 * first + second
 
     blocks, groups = grid
     moved, again, flops = out + index, (blocks - 1) * index, 0
@@ -142,8 +145,8 @@ def _cost(shape, launch, config, grid, tiles):
             again += B * -(-D // config["BLOCK_D"]) * matrix
         flops += 2 * first
     if launch != "tokens first":
-        moved += vector + between // 2 + 4 * groups * (T * N + N)
-        again += (blocks - 1) * (vector + between // 2)
+        moved += between // 2 + 4 * B * tiles * kept + 4 * groups * (T * N + N)
+        again += (blocks - 1) * (between // 2)
         flops += first
     return moved, again, flops
 
@@ -167,15 +170,16 @@ def _least(shape, launch, tiles):
     if launch == "mix":  # x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset -> out
         return tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset + kept
     along = 4 * B * N  # sums along D that dx needs, one per token
+    gated = 4 * B * (K or N)  # sums along D that db2 needs, one per kept row
     sums = 4 * B * 3 * T  # of ds and of w1's rows, three for each hidden token
     if launch == "hidden":  # and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
         inputs = kept + tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset
-        return inputs + 3 * vector + 2 * hidden + along + sums
+        return inputs + 3 * vector + 2 * hidden + along + gated + sums
     least = kept + subset
     if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1
         least += 2 * tokens + mean + rstd + w1 + hidden + tiles * (along + 8 * B * T) + 4 * T * N
-    if launch != "tokens first":  # dout, gate, the activations -> dw2, db2
-        least += vector + hidden + 4 * (T * N + N)
+    if launch != "tokens first":  # dout, the gated activations, the parts of db2's sums -> dw2, db2
+        least += hidden + tiles * gated + 4 * (T * N + N)
     return least
 
 

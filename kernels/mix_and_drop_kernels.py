@@ -199,13 +199,17 @@ def mix_kernel(
 @triton.jit
 def hidden_grad_kernel(
     dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
-    dshift, dscale, dgate, hidden, ds, sums, along,
+    dshift, dscale, dgate, hidden, ds, sums, along, gated,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of D of one image; grid (images * tiles of D,)."""
+    """A tile of D of one image; grid (images * tiles of D,).
+
+    Where a block holds all tokens (BLOCK_N >= N) there is no loop over them: their loads are issued first of all, and
+    the rows stay in registers for the second product.
+    """
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     part = tl.program_id(0).to(tl.int64)
     b = part // tiles
@@ -217,8 +221,21 @@ def hidden_grad_kernel(
     mean += b * N
     rstd += b * N
     dout += b * stride_gb
+    along += part * N
+    gated += part * K
     if HAS_SUBSET:
         subset += b * stride_subset
+    if BLOCK_N >= N:
+        offs_all = tl.arange(0, BLOCK_N)
+        in_all = _inside(offs_all, N, BLOCK_N)
+        all_rows = _load_rows(x, offs_all, offs_d, stride_xn, in_all, in_d)
+        all_means = _load_vector(mean, offs_all, in_all)
+        all_inverses = _load_vector(rstd, offs_all, in_all)
+        all_w1 = _load_matrix(w1, offs_t, offs_all, N, in_t, in_all).to(PRODUCT)
+    gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
+    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
+    bias_t = _load_vector(b1, offs_t, in_t)
 
     q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
     dgates = tl.zeros((BLOCK_D,), tl.float32)
@@ -229,21 +246,25 @@ def hidden_grad_kernel(
         grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
         w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
         q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
-        dgates += tl.sum(grads.to(tl.float32) * _load_vector(b2, kept, in_k)[:, None], axis=0)
+        wide = grads.to(tl.float32)
+        dgates += tl.sum(wide * _load_vector(b2, kept, in_k)[:, None], axis=0)
+        tl.store(gated + offs_k, tl.sum(wide * gates[None, :], axis=1), mask=in_k)
 
-    z, w1_sum = _first_product(
-        x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_T
-    )
-    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
-    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
-    bias_t = _load_vector(b1, offs_t, in_t)
+    if BLOCK_N >= N:
+        normed = (all_rows.to(tl.float32) - all_means[:, None]) * all_inverses[:, None]
+        z = _dot(all_w1, normed, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), PRODUCT, PRECISION)
+        w1_sum = tl.sum(all_w1.to(tl.float32), axis=1)
+    else:
+        z, w1_sum = _first_product(
+            x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_T
+        )
     h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
     dgates += tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
     at = b * T * D + (offs_t[:, None] * D + offs_d[None, :])
-    tl.store(hidden + at, h.to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
+    tl.store(hidden + at, (h * gates[None, :]).to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
 
-    da = q * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :] * slope
+    da = q * gates[None, :] * slope
     dshifts = tl.sum(da * w1_sum[:, None], axis=0)
     tl.store(dshift + b * D + offs_d, dshifts.to(dshift.dtype.element_ty), mask=in_d)
     tl.store(dscale + b * D + offs_d, tl.sum(da * z, axis=0).to(dscale.dtype.element_ty), mask=in_d)
@@ -255,32 +276,39 @@ def hidden_grad_kernel(
     tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
-    # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
-    along += part * N
-    for n in range(0, N, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        in_n = _inside(offs_n, N, BLOCK_N)
-        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-        dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-        rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
-        product = tl.sum(dnormed * (rows - _load_vector(mean, offs_n, in_n)[:, None]), axis=1)
-        tl.store(along + offs_n, product * _load_vector(rstd, offs_n, in_n), mask=in_n)
+    if BLOCK_N >= N:
+        dnormed = _dot(tl.trans(all_w1), s, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), PRODUCT, PRECISION)
+        product = tl.sum(dnormed * (all_rows.to(tl.float32) - all_means[:, None]), axis=1)
+        tl.store(along + offs_all, product * all_inverses, mask=in_all)
+    else:
+        # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
+        for n in range(0, N, BLOCK_N):
+            offs_n = n + tl.arange(0, BLOCK_N)
+            in_n = _inside(offs_n, N, BLOCK_N)
+            w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+            dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+            rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+            product = tl.sum(dnormed * (rows - _load_vector(mean, offs_n, in_n)[:, None]), axis=1)
+            tl.store(along + offs_n, product * _load_vector(rstd, offs_n, in_n), mask=in_n)
 
 
 @triton.jit
 def token_grad_kernel(
-    dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
-    stride_gb, stride_gk, stride_xb, stride_xn, stride_gate, stride_subset, B, K, tiles, images,
+    dout, x, mean, rstd, w1, subset, hidden, ds, sums, along, gated, dx, dw1, dw2, db2,
+    stride_gb, stride_gk, stride_xb, stride_xn, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of a few images; grid (groups of images * tiles of N,).
 
-    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2.
+    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2. Every product has T or BLOCK_D as
+    its rows, so that a tile of few tokens fills Hopper's matrix instructions too, and takes S and H as they arrive in
+    shared memory; dout, too, where nothing has to be converted.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    BLOCK_P: tl.constexpr = 32  # Parts of `hidden` added up at a time: their loads wait together, not one by one.
     group = tl.program_id(0) // blocks
     offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
@@ -290,10 +318,13 @@ def token_grad_kernel(
         w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
         dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if SECOND:
-        dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        dw2_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         db2_tile = tl.zeros((BLOCK_N,), tl.float32)
     for image in range(0, tl.minimum(images, B - group * images)):
         b = group.to(tl.int64) * images + image
+        if FIRST:
+            mu = _load_vector(mean + b * N, offs_n, in_n)
+            inverse = _load_vector(rstd + b * N, offs_n, in_n)
         # Which kept row each token is, -1 for none: comparing is cheaper than an inverse table in memory.
         if HAS_SUBSET:
             slot = tl.full((BLOCK_N,), -1, tl.int32)
@@ -305,17 +336,23 @@ def token_grad_kernel(
         else:
             slot = offs_n
         is_kept = (slot >= 0) & in_n
+        along_row = tl.zeros((BLOCK_N,), tl.float32)
+        shifted = tl.zeros((BLOCK_T,), tl.float32)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for p in range(0, tiles, BLOCK_P):
+            offs_p = p + tl.arange(0, BLOCK_P)
+            in_p = offs_p < tiles
+            part = b * tiles + offs_p
+            if SECOND:
+                at = part[:, None] * K + slot[None, :]
+                db2_tile += tl.sum(tl.load(gated + at, mask=in_p[:, None] & is_kept[None, :], other=0.0), axis=0)
+            if FIRST:
+                at = part[:, None] * N + offs_n[None, :]
+                along_row += tl.sum(tl.load(along + at, mask=in_p[:, None] & in_n[None, :], other=0.0), axis=0)
+                at = (part[:, None] * 3 + 1) * T + offs_t[None, :]
+                shifted += tl.sum(tl.load(sums + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
+                total += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
         if FIRST:
-            mu = _load_vector(mean + b * N, offs_n, in_n)
-            inverse = _load_vector(rstd + b * N, offs_n, in_n)
-            along_row = tl.zeros((BLOCK_N,), tl.float32)
-            shifted = tl.zeros((BLOCK_T,), tl.float32)
-            total = tl.zeros((BLOCK_T,), tl.float32)
-            for tile in range(0, tiles):
-                part = b * tiles + tile
-                along_row += _load_vector(along + part * N, offs_n, in_n)
-                shifted += _load_vector(sums + (part * 3 + 1) * T, offs_t, in_t)
-                total += _load_vector(sums + (part * 3 + 2) * T, offs_t, in_t)
             along_row = along_row / D
             middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
             dw1_tile += shifted[:, None]
@@ -323,12 +360,10 @@ def token_grad_kernel(
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_d = _inside(offs_d, D, BLOCK_D)
-            grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
+            grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d)
             if SECOND:
                 h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                gated = grads * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :]
-                db2_tile += tl.sum(gated, axis=1)
-                dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
+                dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT)), dw2_tile, PRODUCT, PRECISION)
             if FIRST:
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
@@ -336,14 +371,16 @@ def token_grad_kernel(
                 dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
                 if BLOCK_T > 128:  # Kept in registers across the loop, so wide an operand would spill.
                     w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-                dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-                grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
+                dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+                dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
+                grad_x = grads.to(tl.float32) + inverse[:, None] * (
+                    dnormed - middle[:, None] - normed * along_row[:, None]
+                )
                 _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     if FIRST:
         dw1 += group.to(tl.int64) * T * N
         tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
     if SECOND:
         dw2 += group.to(tl.int64) * T * N
-        tl.store(dw2 + offs_n[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
+        tl.store(dw2 + offs_n[None, :] * T + offs_t[:, None], dw2_tile, mask=in_t[:, None] & in_n[None, :])
         tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)

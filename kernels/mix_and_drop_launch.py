@@ -180,14 +180,14 @@ def mix_backward_op(
     dshift, dscale, dgate, *between = _hidden_gradients(
         dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product
     )
-    dx, dw1, dw2, db2 = _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, *between)
+    dx, dw1, dw2, db2 = _token_gradients(dout, x, w1, subset, mean, rstd, product, *between)
     db1 = between[2][:, :, 0].sum((0, 1))
     weights = ((dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
     return dx, dshift, dscale, dgate, *(grad.to(weight.dtype) for grad, weight in weights)
 
 
 def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product):
-    """dshift, dscale, dgate; the hidden activations and S; sums over tokens and over D, in parts."""
+    """dshift, dscale, dgate; the gated hidden activations and S; sums over tokens and over D, in parts."""
     B, N, D = x.shape
     T = w1.shape[0]
     dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
@@ -200,21 +200,22 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
         tiles = _cdiv(D, config["BLOCK_D"])
         sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
         along = x.new_empty((B, tiles, N), dtype=torch.float32)
+        gated = x.new_empty((B, tiles, dout.shape[1]), dtype=torch.float32)
         wrap_triton(hidden_grad_kernel)[(B * tiles,)](
             dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
-            dshift, dscale, dgate, hidden, ds, sums, along,
+            dshift, dscale, dgate, hidden, ds, sums, along, gated,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1),
             shift.stride(0), scale.stride(0), gate.stride(0), stride_subset, dout.shape[1],
             **constants, **_options(config),
         )  # fmt: skip
-        return sums, along
+        return sums, along, gated
 
     configs = hidden_configs(constants["T"], product, w1.dtype)
-    sums, along = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
-    return dshift, dscale, dgate, hidden, ds, sums, along
+    parts = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
+    return dshift, dscale, dgate, hidden, ds, *parts
 
 
-def _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, hidden, ds, sums, along):
+def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums, along, gated):
     """dx, and dw1, dw2, db2 in float32."""
     B, N, D = x.shape
     T = w1.shape[0]
@@ -228,8 +229,8 @@ def _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, hidden, ds,
         groups = _cdiv(B, images)
         dw1, dw2, db2 = (x.new_empty((groups, *s), dtype=torch.float32) for s in ((T, N), (N, T), (N,)))
         wrap_triton(token_grad_kernel)[(groups * blocks,)](
-            dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
-            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), gate.stride(0), stride_subset,
+            dout, x, mean, rstd, w1, index, hidden, ds, sums, along, gated, dx, dw1, dw2, db2,
+            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), stride_subset,
             B, dout.shape[1], sums.shape[1], images, FIRST=first, SECOND=second, **constants, **_options(config),
         )  # fmt: skip
         return dw1, dw2, db2
