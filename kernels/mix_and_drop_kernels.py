@@ -199,17 +199,13 @@ def mix_kernel(
 @triton.jit
 def hidden_grad_kernel(
     dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
-    dshift, dscale, dgate, hidden, ds, sums, along, gated,
+    dshift, dscale, dgate, hidden, ds, sums, gated,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of D of one image; grid (images * tiles of D,).
-
-    Where a block holds all tokens (BLOCK_N >= N) there is no loop over them: their loads are issued first of all, and
-    the rows stay in registers for the second product.
-    """
+    """A tile of D of one image; grid (images * tiles of D,)."""
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     part = tl.program_id(0).to(tl.int64)
     b = part // tiles
@@ -218,20 +214,10 @@ def hidden_grad_kernel(
     in_d = _inside(offs_d, D, BLOCK_D)
     in_t = _inside(offs_t, T, BLOCK_T)
     x += b * stride_xb
-    mean += b * N
-    rstd += b * N
     dout += b * stride_gb
-    along += part * N
     gated += part * K
     if HAS_SUBSET:
         subset += b * stride_subset
-    if BLOCK_N >= N:
-        offs_all = tl.arange(0, BLOCK_N)
-        in_all = _inside(offs_all, N, BLOCK_N)
-        all_rows = _load_rows(x, offs_all, offs_d, stride_xn, in_all, in_d)
-        all_means = _load_vector(mean, offs_all, in_all)
-        all_inverses = _load_vector(rstd, offs_all, in_all)
-        all_w1 = _load_matrix(w1, offs_t, offs_all, N, in_t, in_all).to(PRODUCT)
     gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
     modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
     shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
@@ -243,21 +229,18 @@ def hidden_grad_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         in_k = offs_k < K
         kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
+        bias_k = _load_vector(b2, kept, in_k)
         grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
         w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
         q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
         wide = grads.to(tl.float32)
-        dgates += tl.sum(wide * _load_vector(b2, kept, in_k)[:, None], axis=0)
+        dgates += tl.sum(wide * bias_k[:, None], axis=0)
         tl.store(gated + offs_k, tl.sum(wide * gates[None, :], axis=1), mask=in_k)
 
-    if BLOCK_N >= N:
-        normed = (all_rows.to(tl.float32) - all_means[:, None]) * all_inverses[:, None]
-        z = _dot(all_w1, normed, tl.zeros((BLOCK_T, BLOCK_D), tl.float32), PRODUCT, PRECISION)
-        w1_sum = tl.sum(all_w1.to(tl.float32), axis=1)
-    else:
-        z, w1_sum = _first_product(
-            x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_T
-        )
+    z, w1_sum = _first_product(
+        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
     h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
     dgates += tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
@@ -276,26 +259,10 @@ def hidden_grad_kernel(
     tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
-    if BLOCK_N >= N:
-        dnormed = _dot(tl.trans(all_w1), s, tl.zeros((BLOCK_N, BLOCK_D), tl.float32), PRODUCT, PRECISION)
-        product = tl.sum(dnormed * (all_rows.to(tl.float32) - all_means[:, None]), axis=1)
-        tl.store(along + offs_all, product * all_inverses, mask=in_all)
-    else:
-        # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
-        for n in range(0, N, BLOCK_N):
-            offs_n = n + tl.arange(0, BLOCK_N)
-            in_n = _inside(offs_n, N, BLOCK_N)
-            w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-            dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-            rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
-            product = tl.sum(dnormed * (rows - _load_vector(mean, offs_n, in_n)[:, None]), axis=1)
-            tl.store(along + offs_n, product * _load_vector(rstd, offs_n, in_n), mask=in_n)
-
 
 @triton.jit
 def token_grad_kernel(
-    dout, x, mean, rstd, w1, subset, hidden, ds, sums, along, gated, dx, dw1, dw2, db2,
+    dout, x, mean, rstd, w1, subset, hidden, ds, sums, gated, dx, dw1, dw2, db2,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
@@ -336,7 +303,6 @@ def token_grad_kernel(
         else:
             slot = offs_n
         is_kept = (slot >= 0) & in_n
-        along_row = tl.zeros((BLOCK_N,), tl.float32)
         shifted = tl.zeros((BLOCK_T,), tl.float32)
         total = tl.zeros((BLOCK_T,), tl.float32)
         for p in range(0, tiles, BLOCK_P):
@@ -347,16 +313,24 @@ def token_grad_kernel(
                 at = part[:, None] * K + slot[None, :]
                 db2_tile += tl.sum(tl.load(gated + at, mask=in_p[:, None] & is_kept[None, :], other=0.0), axis=0)
             if FIRST:
-                at = part[:, None] * N + offs_n[None, :]
-                along_row += tl.sum(tl.load(along + at, mask=in_p[:, None] & in_n[None, :], other=0.0), axis=0)
                 at = (part[:, None] * 3 + 1) * T + offs_t[None, :]
                 shifted += tl.sum(tl.load(sums + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
                 total += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
         if FIRST:
-            along_row = along_row / D
             middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
-            dw1_tile += shifted[:, None]
+            product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            for d in range(0, D, BLOCK_D):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                in_d = _inside(offs_d, D, BLOCK_D)
+                s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+                normed = (rows - mu[:, None]) * inverse[:, None]
+                product = _dot(s, tl.trans(normed.to(PRODUCT)), product, PRODUCT, PRECISION)
+            dw1_tile += product + shifted[:, None]
+            # The mean of LayerNorm(x) w1^T S along D, from the product that is there: no second pass over N x D.
+            along = tl.sum(w1_tile.to(tl.float32) * product, axis=0) / D
 
+        # The second reading of x and S: the rows of this program are still in L2.
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_d = _inside(offs_d, D, BLOCK_D)
@@ -366,15 +340,18 @@ def token_grad_kernel(
                 dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT)), dw2_tile, PRODUCT, PRECISION)
             if FIRST:
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
-                normed = (rows - mu[:, None]) * inverse[:, None]
-                dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
                 if BLOCK_T > 128:  # Kept in registers across the loop, so wide an operand would spill.
                     w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-                dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-                dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
+                if BLOCK_N >= 64:
+                    dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                    dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+                else:  # Too few rows for the matrix instructions: as its transpose.
+                    dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+                    dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
+                rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+                normed = (rows - mu[:, None]) * inverse[:, None]
                 grad_x = grads.to(tl.float32) + inverse[:, None] * (
-                    dnormed - middle[:, None] - normed * along_row[:, None]
+                    dnormed - middle[:, None] - normed * along[:, None]
                 )
                 _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     if FIRST:

@@ -199,23 +199,22 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
     def launch(config):
         tiles = _cdiv(D, config["BLOCK_D"])
         sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
-        along = x.new_empty((B, tiles, N), dtype=torch.float32)
         gated = x.new_empty((B, tiles, dout.shape[1]), dtype=torch.float32)
         wrap_triton(hidden_grad_kernel)[(B * tiles,)](
             dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
-            dshift, dscale, dgate, hidden, ds, sums, along, gated,
+            dshift, dscale, dgate, hidden, ds, sums, gated,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1),
             shift.stride(0), scale.stride(0), gate.stride(0), stride_subset, dout.shape[1],
             **constants, **_options(config),
         )  # fmt: skip
-        return sums, along, gated
+        return sums, gated
 
     configs = hidden_configs(constants["T"], product, w1.dtype)
     parts = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
     return dshift, dscale, dgate, hidden, ds, *parts
 
 
-def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums, along, gated):
+def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums, gated):
     """dx, and dw1, dw2, db2 in float32."""
     B, N, D = x.shape
     T = w1.shape[0]
@@ -229,7 +228,7 @@ def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums,
         groups = _cdiv(B, images)
         dw1, dw2, db2 = (x.new_empty((groups, *s), dtype=torch.float32) for s in ((T, N), (N, T), (N,)))
         wrap_triton(token_grad_kernel)[(groups * blocks,)](
-            dout, x, mean, rstd, w1, index, hidden, ds, sums, along, gated, dx, dw1, dw2, db2,
+            dout, x, mean, rstd, w1, index, hidden, ds, sums, gated, dx, dw1, dw2, db2,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), stride_subset,
             B, dout.shape[1], sums.shape[1], images, FIRST=first, SECOND=second, **constants, **_options(config),
         )  # fmt: skip
