@@ -74,6 +74,19 @@ def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def _dot_vector(a, vector, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory."""
+    columns = tl.broadcast_to(vector.to(PRODUCT)[:, None], (vector.shape[0], 16))
+    return _dot(a, columns, total, PRODUCT, PRECISION)
+
+
+@triton.jit
+def _column(columns):
+    """The vector that 16 equal columns are."""
+    return tl.sum(columns, axis=1) / 16
+
+
+@triton.jit
 def _gelu(a):
     """GELU, tanh form: a * sigmoid(2 z), z = sqrt(2 / pi) (a + 0.044715 a^3)."""
     return a * tl.sigmoid(1.5957691216057308 * a * (1.0 + 0.044715 * a * a))
@@ -140,7 +153,7 @@ def _first_product(
 ):  # fmt: skip
     """Z = w1 @ LayerNorm(x) for a tile of D, and the row sums of w1."""
     z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    w1_sum = tl.zeros((BLOCK_T,), tl.float32)
+    w1_sum = tl.zeros((BLOCK_T, 16), tl.float32)
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         in_n = _inside(offs_n, N, BLOCK_N)
@@ -148,8 +161,8 @@ def _first_product(
         normed = (rows - _load_vector(mean, offs_n, in_n)[:, None]) * _load_vector(rstd, offs_n, in_n)[:, None]
         w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
         z = _dot(w1_tile, normed, z, PRODUCT, PRECISION)
-        w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
-    return z, w1_sum
+        w1_sum = _dot_vector(w1_tile, tl.full((BLOCK_N,), 1.0, tl.float32), w1_sum, PRODUCT, PRECISION)
+    return z, _column(w1_sum)
 
 
 @triton.jit
@@ -224,7 +237,7 @@ def hidden_grad_kernel(
     bias_t = _load_vector(b1, offs_t, in_t)
 
     q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dgates = tl.zeros((BLOCK_D,), tl.float32)
+    biased = tl.zeros((BLOCK_D, 16), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         in_k = offs_k < K
@@ -233,16 +246,16 @@ def hidden_grad_kernel(
         grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
         w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
         q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
-        wide = grads.to(tl.float32)
-        dgates += tl.sum(wide * bias_k[:, None], axis=0)
-        tl.store(gated + offs_k, tl.sum(wide * gates[None, :], axis=1), mask=in_k)
+        biased = _dot_vector(tl.trans(grads), bias_k, biased, PRODUCT, PRECISION)
+        along_d = _dot_vector(grads, gates, tl.zeros((BLOCK_K, 16), tl.float32), PRODUCT, PRECISION)
+        tl.store(gated + offs_k, _column(along_d), mask=in_k)
 
     z, w1_sum = _first_product(
         x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_T,
     )  # fmt: skip
     h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
-    dgates += tl.sum(h * q, axis=0)
+    dgates = _column(biased) + tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
     at = b * T * D + (offs_t[:, None] * D + offs_d[None, :])
     tl.store(hidden + at, (h * gates[None, :]).to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
