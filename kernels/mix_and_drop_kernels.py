@@ -27,37 +27,51 @@ import triton.language as tl
 
 
 @triton.jit
+def _row_piece(start, d, live, D, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(STEPS, ROWS, BLOCK_D) values of the rows from column d on, in float32, and which of them there are."""
+    offs_d = d + tl.arange(0, STEPS)[:, None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
+    inside = live[None, :, None] & (offs_d < D)
+    return tl.load(start[None, :, None] + offs_d, mask=inside, other=0.0).to(tl.float32), inside
+
+
+@triton.jit
+def _row_sums(v):
+    return tl.sum(tl.sum(v, axis=0), axis=1)
+
+
+@triton.jit
 def statistics_kernel(
     x, mean, rstd, stride_xb, stride_xn, total, N, D, eps,
-    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows per program; one pass over memory where a row fits a block (WHOLE), two otherwise."""
+    """ROWS rows per program; one pass over memory where a row fits STEPS * BLOCK_D columns (WHOLE), two otherwise.
+
+    A row is cut into STEPS of what one warp takes with 16 bytes per lane, with the rows between the steps and the
+    columns: so each warp gets rows of its own, sums need no other warp, and all loads of a row are in flight together.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < total
     start = x + (row // N) * stride_xb + (row % N) * stride_xn
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = live[:, None] & (offs_d < D)[None, :]
-    v = tl.load(start[:, None] + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
+    v, inside = _row_piece(start, 0, live, D, STEPS, ROWS, BLOCK_D)
     # Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
-    first = tl.sum(tl.where(offs_d[None, :] == 0, v, 0.0), axis=1)
-    v = tl.where(inside, v - first[:, None], 0.0)
+    at_start = (tl.arange(0, STEPS)[:, None, None] == 0) & (tl.arange(0, BLOCK_D)[None, None, :] == 0)
+    first = _row_sums(tl.where(at_start, v, 0.0))
+    v = tl.where(inside, v - first[None, :, None], 0.0)
+    mu = _row_sums(v)
     if WHOLE:
-        mu = tl.sum(v, axis=1) / D
-        v = tl.where(inside, v - mu[:, None], 0.0)
-        var = tl.sum(v * v, axis=1)
+        mu = mu / D
+        v = tl.where(inside, v - mu[None, :, None], 0.0)
+        var = _row_sums(v * v)
     else:
-        mu = tl.sum(v, axis=1)
-        for d in range(BLOCK_D, D, BLOCK_D):
-            more = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
-            mu += tl.sum(tl.where(more, v - first[:, None], 0.0), axis=1)
+        for d in range(STEPS * BLOCK_D, D, STEPS * BLOCK_D):
+            v, inside = _row_piece(start, d, live, D, STEPS, ROWS, BLOCK_D)
+            mu += _row_sums(tl.where(inside, v - first[None, :, None], 0.0))
         mu = mu / D
         var = tl.zeros((ROWS,), tl.float32)
-        for d in range(0, D, BLOCK_D):
-            more = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
-            v = tl.where(more, v - first[:, None] - mu[:, None], 0.0)
-            var += tl.sum(v * v, axis=1)
+        for d in range(0, D, STEPS * BLOCK_D):
+            v, inside = _row_piece(start, d, live, D, STEPS, ROWS, BLOCK_D)
+            v = tl.where(inside, v - first[None, :, None] - mu[None, :, None], 0.0)
+            var += _row_sums(v * v)
     tl.store(mean + row, first + mu, mask=live)
     tl.store(rstd + row, tl.rsqrt(var / D + eps), mask=live)
 

@@ -26,11 +26,21 @@ def _block_t(T):
 
 
 def statistics_configs(D):
-    """Whole rows up to 8192 elements; about 4096 elements a program, 16 bytes and more per thread, or half of that."""
-    block = min(8192, max(16, _power_of_two(D)))
-    threads = 256 if block > 4096 else 128
-    rows = dict.fromkeys((max(1, 4096 // block), max(1, 2048 // block)))
-    return [{"ROWS": r, "BLOCK_D": block, "threads": threads, "stages": 1, "WHOLE": D <= block} for r in rows]
+    """One row per warp, whole rows up to 8192 elements: in as many loads of 16 bytes per lane as a row takes.
+
+    A warp's 256 columns a step leave no lane without work but in the last step, and sums never leave the warp. Longer
+    rows are shared by the warps. The alternatives put fewer rows, or rows shared by all warps, into a program.
+    """
+    whole = min(8192, max(16, _power_of_two(D)))
+    if whole > 2048:  # Too many registers for one warp.
+        shared = [(1, whole, 256 if whole > 4096 else 128)]
+    else:
+        step = min(whole, 256)
+        shared = [(4, step, 128), (2, step, 64), (max(1, 2048 // whole), whole, 128)]
+    return [
+        {"ROWS": r, "STEPS": whole // b, "BLOCK_D": b, "threads": t, "stages": 1, "WHOLE": D <= whole}
+        for r, b, t in shared
+    ]
 
 
 def _configs(T, product, table):
