@@ -46,9 +46,10 @@ def statistics_configs(D):
 def _configs(T, product, table):
     """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
 
-    Compiled for every target, the defaults are the widest tiles that spill nowhere and give each thread 16 bytes of a
-    row. The alternatives trade width for registers or for programs at a time, or shared memory for loads in flight.
-    Float32 operands take twice the room: a narrower tile, and no alternative.
+    Compiled for every target: nothing spills, and each thread reads 16 bytes of a row. What bounds the launches is
+    waiting, not arithmetic, so the defaults put many loads in flight: several programs to a processor, two or three
+    steps of a loop on their way, and a grid of at least a program per processor at XL/2's sizes. Wider tiles read the
+    weights less often from L2. Float32 operands take twice the room: a narrower tile, and no alternative.
     """
     width = max(64, _block_t(T))
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
@@ -61,26 +62,28 @@ def _configs(T, product, table):
 
 def mix_configs(T, N, product, x):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
-    narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
-    short, deep = (32, 64, 64, 256, 2), (64, 64, 32, 256, 3)
-    few = {64: [wide, short], 128: [middle, narrow], 256: [narrow]}
+    narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
+    few = {64: [(64, 64, 64, 128, 3), (64, 32, 64, 128, 2), deep], 128: [deep, narrow], 256: [narrow]}
     if x == torch.float32 and product != x:  # Autocast on a float32 stream: wide tiles overfill gfx942.
-        few[64] = [short]
-    many = {64: [narrow, deep], 128: [narrow], 256: [narrow]}
+        few[64] = [(32, 64, 64, 256, 2)]
+    many = {64: [deep, narrow], 128: [narrow], 256: [narrow]}
     return _configs(T, product, few if N <= 512 else many)
 
 
 def hidden_configs(T, product, weight):
-    deep, narrow = (64, 128, 32, 256, 2), (64, 64, 32, 256, 2)
-    # Float32 weights under autocast: the narrow tile's two loads in flight overfill gfx942.
-    few = [deep] if weight == torch.float32 else [deep, narrow]
+    small, deep, narrow = (64, 64, 32, 128, 3), (64, 128, 32, 256, 3), (64, 64, 32, 256, 2)
+    # Float32 weights under autocast: two loads in flight overfill gfx942.
+    few = [narrow] if weight == torch.float32 else [small, deep]
     return _configs(T, product, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
 def token_launches(T, product):
-    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one."""
-    one, two, three = ((32, 32, 64, 256, stages) for stages in (1, 2, 3))
-    together = _configs(T, product, {64: [two, three], 128: [two, one], 256: [two]})
+    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one.
+
+    BLOCK_K is how many kept rows are compared with a tile's tokens at a time: more than 64 take AMD's scalar registers.
+    """
+    one, two, three = ((32, 64, 64, 256, stages) for stages in (1, 2, 3))
+    together = _configs(T, product, {64: [three, two], 128: [two, three], 256: [two]})
     if _block_t(T) <= 128 and product != torch.float32:
         return [(True, True, together)]
     first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 32, 128, 256, 1)]})
@@ -97,10 +100,14 @@ def images_per_program(B, blocks, T, D):
     return max(1, programs // 512, min(round(20 * T / D), programs // 128))
 
 
+HIP_STAGES = 2  # More overfill the registers or the shared memory of gfx942.
+
+
 def _options(config):
     """A configuration as the keyword arguments of a launch."""
     blocks = {k: v for k, v in config.items() if k not in ("threads", "stages")}
-    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": config["stages"]}
+    stages = min(HIP_STAGES, config["stages"]) if torch.version.hip else config["stages"]
+    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": stages}
 
 
 # ---- Launches ----------------------------------------------------------------------------------------------------
