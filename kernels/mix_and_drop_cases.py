@@ -52,7 +52,7 @@ def aot_cases(shapes=None, every_configuration=True):
 def _launches(shape):
     _, tokens, _, width, hidden, x, weight, product = shape
     yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
-    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x)
+    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x, weight)
     yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product, weight)
     for first, second, configs in mixer.token_launches(hidden, product):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
@@ -138,8 +138,8 @@ def _cost(shape, launch, config, grid, tiles):
         sums, matrix = 8 * B * tiles * T, T * N * weight.itemsize
         moved += 2 * rows + statistics + matrix + between // 2 + sums + 4 * groups * T * N
         again += rows + (2 * blocks - 1) * between // 2 + (blocks - 1) * sums + (groups - 1) * matrix
-        if mixer._block_t(T) > 128:  # w1 again in every step along D.
-            again += B * -(-D // config["BLOCK_D"]) * matrix
+        if mixer._block_t(T) > 128:  # w1 again between the loops and in every step of the second.
+            again += B * (1 + -(-D // config["BLOCK_D"])) * matrix
         flops += 2 * first
     if launch != "tokens first":
         moved += between // 2 + 4 * B * tiles * kept + 4 * groups * (T * N + N)

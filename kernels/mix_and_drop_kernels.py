@@ -89,9 +89,15 @@ def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot_vector(a, vector, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory."""
-    columns = tl.broadcast_to(vector.to(PRODUCT)[:, None], (vector.shape[0], 16))
-    return _dot(a, columns, total, PRODUCT, PRECISION)
+    """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory.
+
+    Where `a` has to be converted, or split for TF32, it is in registers anyway, and is summed there.
+    """
+    if a.dtype == PRODUCT and PRODUCT != tl.float32:
+        columns = tl.broadcast_to(vector.to(PRODUCT)[:, None], (vector.shape[0], 16))
+        return _dot(a, columns, total, PRODUCT, PRECISION)
+    else:
+        return total + tl.sum(a.to(PRODUCT).to(tl.float32) * vector[None, :], axis=1)[:, None]
 
 
 @triton.jit
@@ -173,7 +179,7 @@ def _first_product(
         in_n = _inside(offs_n, N, BLOCK_N)
         rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
         normed = (rows - _load_vector(mean, offs_n, in_n)[:, None]) * _load_vector(rstd, offs_n, in_n)[:, None]
-        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n)
         z = _dot(w1_tile, normed, z, PRODUCT, PRECISION)
         w1_sum = _dot_vector(w1_tile, tl.full((BLOCK_N,), 1.0, tl.float32), w1_sum, PRODUCT, PRECISION)
     return z, _column(w1_sum)
@@ -354,6 +360,8 @@ def token_grad_kernel(
                 normed = (rows - mu[:, None]) * inverse[:, None]
                 product = _dot(s, tl.trans(normed.to(PRODUCT)), product, PRODUCT, PRECISION)
             dw1_tile += product + shifted[:, None]
+            if BLOCK_T > 128:  # Kept in registers across the loops, so wide an operand would spill.
+                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
             # The mean of LayerNorm(x) w1^T S along D, from the product that is there: no second pass over N x D.
             along = tl.sum(w1_tile.to(tl.float32) * product, axis=0) / D
 
@@ -367,7 +375,7 @@ def token_grad_kernel(
                 dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT)), dw2_tile, PRODUCT, PRECISION)
             if FIRST:
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                if BLOCK_T > 128:  # Kept in registers across the loop, so wide an operand would spill.
+                if BLOCK_T > 128:
                     w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
                 if BLOCK_N >= 64:
                     dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)

@@ -60,11 +60,13 @@ def _configs(T, product, table):
     return configs
 
 
-def mix_configs(T, N, product, x):
+def mix_configs(T, N, product, x, weight):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
     narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
+    if product == torch.float32:
+        return _configs(T, product, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
     few = {64: [(64, 64, 64, 128, 3), (64, 32, 64, 128, 2), deep], 128: [deep, narrow], 256: [narrow]}
-    if x == torch.float32 and product != x:  # Autocast on a float32 stream: wide tiles overfill gfx942.
+    if torch.float32 in (x, weight) and product != torch.float32:  # Under autocast wide tiles overfill gfx942.
         few[64] = [(32, 64, 64, 256, 2)]
     many = {64: [deep, narrow], 128: [narrow], 256: [narrow]}
     return _configs(T, product, few if N <= 512 else many)
@@ -177,7 +179,7 @@ def mix_op(
         )  # fmt: skip
 
     statistics(choose("statistics", (constants["D"], x.dtype), statistics_configs(constants["D"]), x, statistics))
-    configs = mix_configs(constants["T"], constants["N"], product, x.dtype)
+    configs = mix_configs(constants["T"], constants["N"], product, x.dtype, w1.dtype)
     mix(choose("mix", _key(x, w1, subset, product), configs, x, mix))
     return out, mean, rstd
 
