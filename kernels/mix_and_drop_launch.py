@@ -88,7 +88,7 @@ def token_launches(T, product):
     together = _configs(T, product, {64: [three, two], 128: [two, three], 256: [two]})
     if _block_t(T) <= 128 and product != torch.float32:
         return [(True, True, together)]
-    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 32, 128, 256, 1)]})
+    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 16, 128, 256, 1)]})
     return [(True, False, first), (False, True, _configs(T, product, dict.fromkeys((64, 128, 256), [one])))]
 
 
