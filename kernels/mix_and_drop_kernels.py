@@ -12,9 +12,10 @@ A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles 
 and two or three backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout, S = dA (1 + scale):
 
     hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
-                dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes H, S (T, D) and each token's sum of
-                LayerNorm(x) * dLayerNorm(x) over the tile
-    tokens      reads x, dout, H, S by (tile of N, images): dw1, dw2, db2, summed over D and a few images in registers;
+                dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes gate H and S (T, D), and each kept row's sum of
+                gate dout over the tile
+    tokens      reads x, dout, gate H, S by (tile of N, images): dw1 = S LayerNorm(x)^T first, from which follows
+                mean(LayerNorm(x) w1^T S) = sum(w1 dw1) / D; then, reading x and S again from L2, dw2, db2 and
                 dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)).
                 Two launches where T > 128
     sums        adds the partial weight gradients in a fixed order (torch.sum), so a run repeats bit for bit
@@ -385,9 +386,7 @@ def token_grad_kernel(
                     dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
                 normed = (rows - mu[:, None]) * inverse[:, None]
-                grad_x = grads.to(tl.float32) + inverse[:, None] * (
-                    dnormed - middle[:, None] - normed * along[:, None]
-                )
+                grad_x = grads.to(tl.float32) + inverse[:, None] * (dnormed - middle[:, None] - normed * along[:, None])
                 _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     if FIRST:
         dw1 += group.to(tl.int64) * T * N

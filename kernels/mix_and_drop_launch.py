@@ -68,14 +68,14 @@ def mix_configs(T, N, product, x, weight):
     few = {64: [(64, 64, 64, 128, 3), (64, 32, 64, 128, 2), deep], 128: [deep, narrow], 256: [narrow]}
     if torch.float32 in (x, weight) and product != torch.float32:  # Under autocast wide tiles overfill gfx942.
         few[64] = [(32, 64, 64, 256, 2)]
-    many = {64: [deep, narrow], 128: [narrow], 256: [narrow]}
+    many = {64: [narrow], 128: [narrow], 256: [narrow]}
     return _configs(T, product, few if N <= 512 else many)
 
 
 def hidden_configs(T, product, weight):
     small, deep, narrow = (64, 64, 32, 128, 3), (64, 128, 32, 256, 3), (64, 64, 32, 256, 2)
-    # Float32 weights under autocast: two loads in flight overfill gfx942.
-    few = [narrow] if weight == torch.float32 else [small, deep]
+    # Float32 weights under autocast: more loads in flight overfill gfx942.
+    few = [(64, 128, 32, 256, 2)] if weight == torch.float32 else [small, deep]
     return _configs(T, product, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
