@@ -43,7 +43,8 @@ class Case:
             allocator gives.
         constexprs: dict from constexpr name to value.
         num_warps, num_stages: compile options.
-        waves: num_warps on gfx942, where a warp has 64 lanes; 0 stands for num_warps.
+        waves, hip_stages: num_warps and num_stages on gfx942, where a warp has 64 lanes and shared memory 64 KiB; 0
+            stands for num_warps, num_stages.
         grid: the launch grid.
         moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
             nothing).
@@ -72,6 +73,7 @@ class Case:
     flops: int
     rows: tuple = ()
     waves: int = 0
+    hip_stages: int = 0
     cached: int = 0
     warm: int = 0
     hip_constexprs: dict = dataclasses.field(default_factory=dict)
@@ -123,7 +125,7 @@ def compile_case(case, target):
     signature, constants, attributes = specialise(case)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if TARGETS[target].backend == "hip":
-        options["num_warps"] = case.waves or case.num_warps
+        options = {"num_warps": case.waves or case.num_warps, "num_stages": case.hip_stages or case.num_stages}
         constants |= case.hip_constexprs
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=options)
@@ -142,6 +144,7 @@ def build(case, target):
         case.num_warps,
         case.waves,
         case.num_stages,
+        case.hip_stages,
         target,
         case.rows,
     )

@@ -4,8 +4,8 @@
 read again is counted apart, as `cached`, because L2 has it:
 
     the weights, a few hundred kilobytes that all programs share
-    a program's second look at the tile of x that it has just read (the kept rows in `mix`, all rows in `hidden`)
-    the hidden activations of an image in `tokens`, read by the image's programs, which run side by side
+    a program's second look at the tile of x that it has just read (the kept rows in `mix`, all rows in `tokens`)
+    the hidden activations and S of an image in `tokens`, read by the image's programs, which run side by side
 
 A test holds this to account: for every target, the tiles of all programs that are resident at a time, by the registers
 and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: `moved` plus `cached`.
@@ -52,7 +52,7 @@ def aot_cases(shapes=None, every_configuration=True):
 def _launches(shape):
     _, tokens, _, width, hidden, x, weight, product = shape
     yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
-    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x)
+    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x, weight)
     yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product, weight)
     for first, second, configs in mixer.token_launches(hidden, product):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
@@ -70,7 +70,7 @@ def _case(shape, direction, launch, kernel, config, number):
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),
     }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
-    float32 = ("mean", "rstd", "sums", "along", "dw1", "dw2", "db2")
+    float32 = ("mean", "rstd", "sums", "gated", "dw1", "dw2", "db2")
     types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"} | dict.fromkeys(("hidden", "ds"), _pointer(product))
     types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
     numbers = {
@@ -99,7 +99,7 @@ def _case(shape, direction, launch, kernel, config, number):
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
         hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=config["threads"] // 64,
-        num_stages=config["stages"], grid=(grid[0] * grid[1],),
+        num_stages=config["stages"], hip_stages=min(mixer.HIP_STAGES, config["stages"]), grid=(grid[0] * grid[1],),
         moved=moved, least=_least(shape, launch, tiles), cached=cached, warm=_warm(shape, launch), flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
@@ -123,27 +123,27 @@ def _cost(shape, launch, config, grid, tiles):
     if launch == "mix":
         moved = rows + out + statistics + index + 3 * vector + weights
         again = (grid[0] - 1) * (statistics + index) + out
-        return moved, again + _weights_again(shape, grid, 1), first + second
+        return moved, again + _weights_again(shape, grid), first + second
 
     between = 2 * B * T * D * product.itemsize  # H and S.
     if launch == "hidden":
-        partial = 4 * B * tiles * (N + 3 * T)
+        partial = 4 * B * tiles * (kept + 3 * T)
         moved = rows + out + statistics + index + 6 * vector + weights + between + partial
-        again = (grid[0] - 1) * (statistics + index) + grid[0] * statistics + rows
-        return moved, again + _weights_again(shape, grid, 2), 2 * first + second
+        again = (grid[0] - 1) * (statistics + index)
+        return moved, again + _weights_again(shape, grid), first + second
 
     blocks, groups = grid
     moved, again, flops = out + index, (blocks - 1) * index, 0
     if launch != "tokens second":
         sums, matrix = 8 * B * tiles * T, T * N * weight.itemsize
-        moved += 2 * rows + statistics + matrix + between // 2 + 4 * B * tiles * N + sums + 4 * groups * T * N
-        again += (blocks - 1) * (between // 2 + sums) + (groups - 1) * matrix
-        if mixer._block_t(T) > 128:  # w1 again in every step along D.
-            again += B * -(-D // config["BLOCK_D"]) * matrix
+        moved += 2 * rows + statistics + matrix + between // 2 + sums + 4 * groups * T * N
+        again += rows + (2 * blocks - 1) * between // 2 + (blocks - 1) * sums + (groups - 1) * matrix
+        if mixer._block_t(T) > 128:  # w1 again between the loops and in every step of the second.
+            again += B * (1 + -(-D // config["BLOCK_D"])) * matrix
         flops += 2 * first
     if launch != "tokens first":
-        moved += vector + between // 2 + 4 * groups * (T * N + N)
-        again += (blocks - 1) * (vector + between // 2)
+        moved += between // 2 + 4 * B * tiles * kept + 4 * groups * (T * N + N)
+        again += (blocks - 1) * (between // 2)
         flops += first
     return moved, again, flops
 
@@ -166,16 +166,16 @@ def _least(shape, launch, tiles):
         return tokens + mean + rstd
     if launch == "mix":  # x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset -> out
         return tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset + kept
-    along = 4 * B * N  # sums along D that dx needs, one per token
+    gated = 4 * B * (K or N)  # sums along D that db2 needs, one per kept row
     sums = 4 * B * 3 * T  # of ds and of w1's rows, three for each hidden token
     if launch == "hidden":  # and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
         inputs = kept + tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset
-        return inputs + 3 * vector + 2 * hidden + along + sums
+        return inputs + 3 * vector + 2 * hidden + gated + sums
     least = kept + subset
     if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1
-        least += 2 * tokens + mean + rstd + w1 + hidden + tiles * (along + 8 * B * T) + 4 * T * N
-    if launch != "tokens first":  # dout, gate, the activations -> dw2, db2
-        least += vector + hidden + 4 * (T * N + N)
+        least += 2 * tokens + mean + rstd + w1 + hidden + tiles * 8 * B * T + 4 * T * N
+    if launch != "tokens first":  # dout, the gated activations, the parts of db2's sums -> dw2, db2
+        least += hidden + tiles * gated + 4 * (T * N + N)
     return least
 
 
@@ -191,9 +191,9 @@ def _warm(shape, launch):
     return min(rows, WARM * rows // (rows + out))
 
 
-def _weights_again(shape, grid, passes):
+def _weights_again(shape, grid):
     """Bytes of weights that the programs of `mix` and `hidden` load beyond the first time."""
     _, N, K, _, T, _, weight, _ = shape
     kept = N if K is None else K
-    each = passes * T * N + T + kept * T + kept
+    each = T * N + T + kept * T + kept
     return (grid[0] * grid[1] * each - (2 * T * N + T + N)) * weight.itemsize

@@ -12,9 +12,10 @@ A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles 
 and two or three backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout, S = dA (1 + scale):
 
     hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
-                dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes H, S (T, D) and each token's sum of
-                LayerNorm(x) * dLayerNorm(x) over the tile
-    tokens      reads x, dout, H, S by (tile of N, images): dw1, dw2, db2, summed over D and a few images in registers;
+                dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes gate H and S (T, D), and each kept row's sum of
+                gate dout over the tile
+    tokens      reads x, dout, gate H, S by (tile of N, images): dw1 = S LayerNorm(x)^T first, from which follows
+                mean(LayerNorm(x) w1^T S) = sum(w1 dw1) / D; then, reading x and S again from L2, dw2, db2 and
                 dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)).
                 Two launches where T > 128
     sums        adds the partial weight gradients in a fixed order (torch.sum), so a run repeats bit for bit
@@ -27,37 +28,51 @@ import triton.language as tl
 
 
 @triton.jit
+def _row_piece(start, d, live, D, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(STEPS, ROWS, BLOCK_D) values of the rows from column d on, in float32, and which of them there are."""
+    offs_d = d + tl.arange(0, STEPS)[:, None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
+    inside = live[None, :, None] & (offs_d < D)
+    return tl.load(start[None, :, None] + offs_d, mask=inside, other=0.0).to(tl.float32), inside
+
+
+@triton.jit
+def _row_sums(v):
+    return tl.sum(tl.sum(v, axis=0), axis=1)
+
+
+@triton.jit
 def statistics_kernel(
     x, mean, rstd, stride_xb, stride_xn, total, N, D, eps,
-    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows per program; one pass over memory where a row fits a block (WHOLE), two otherwise."""
+    """ROWS rows per program; one pass over memory where a row fits STEPS * BLOCK_D columns (WHOLE), two otherwise.
+
+    A row is cut into STEPS of what one warp takes with 16 bytes per lane, with the rows between the steps and the
+    columns: so each warp gets rows of its own, sums need no other warp, and all loads of a row are in flight together.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < total
     start = x + (row // N) * stride_xb + (row % N) * stride_xn
-    offs_d = tl.arange(0, BLOCK_D)
-    inside = live[:, None] & (offs_d < D)[None, :]
-    v = tl.load(start[:, None] + offs_d[None, :], mask=inside, other=0.0).to(tl.float32)
+    v, inside = _row_piece(start, 0, live, D, STEPS, ROWS, BLOCK_D)
     # Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
-    first = tl.sum(tl.where(offs_d[None, :] == 0, v, 0.0), axis=1)
-    v = tl.where(inside, v - first[:, None], 0.0)
+    at_start = (tl.arange(0, STEPS)[:, None, None] == 0) & (tl.arange(0, BLOCK_D)[None, None, :] == 0)
+    first = _row_sums(tl.where(at_start, v, 0.0))
+    v = tl.where(inside, v - first[None, :, None], 0.0)
+    mu = _row_sums(v)
     if WHOLE:
-        mu = tl.sum(v, axis=1) / D
-        v = tl.where(inside, v - mu[:, None], 0.0)
-        var = tl.sum(v * v, axis=1)
+        mu = mu / D
+        v = tl.where(inside, v - mu[None, :, None], 0.0)
+        var = _row_sums(v * v)
     else:
-        mu = tl.sum(v, axis=1)
-        for d in range(BLOCK_D, D, BLOCK_D):
-            more = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
-            mu += tl.sum(tl.where(more, v - first[:, None], 0.0), axis=1)
+        for d in range(STEPS * BLOCK_D, D, STEPS * BLOCK_D):
+            v, inside = _row_piece(start, d, live, D, STEPS, ROWS, BLOCK_D)
+            mu += _row_sums(tl.where(inside, v - first[None, :, None], 0.0))
         mu = mu / D
         var = tl.zeros((ROWS,), tl.float32)
-        for d in range(0, D, BLOCK_D):
-            more = live[:, None] & (d + offs_d < D)[None, :]
-            v = tl.load(start[:, None] + (d + offs_d)[None, :], mask=more, other=0.0).to(tl.float32)
-            v = tl.where(more, v - first[:, None] - mu[:, None], 0.0)
-            var += tl.sum(v * v, axis=1)
+        for d in range(0, D, STEPS * BLOCK_D):
+            v, inside = _row_piece(start, d, live, D, STEPS, ROWS, BLOCK_D)
+            v = tl.where(inside, v - first[None, :, None] - mu[None, :, None], 0.0)
+            var += _row_sums(v * v)
     tl.store(mean + row, first + mu, mask=live)
     tl.store(rstd + row, tl.rsqrt(var / D + eps), mask=live)
 
@@ -71,6 +86,25 @@ def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
         return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _dot_vector(a, vector, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory.
+
+    Where `a` has to be converted, or split for TF32, it is in registers anyway, and is summed there.
+    """
+    if a.dtype == PRODUCT and PRODUCT != tl.float32:
+        columns = tl.broadcast_to(vector.to(PRODUCT)[:, None], (vector.shape[0], 16))
+        return _dot(a, columns, total, PRODUCT, PRECISION)
+    else:
+        return total + tl.sum(a.to(PRODUCT).to(tl.float32) * vector[None, :], axis=1)[:, None]
+
+
+@triton.jit
+def _column(columns):
+    """The vector that 16 equal columns are."""
+    return tl.sum(columns, axis=1) / 16
 
 
 @triton.jit
@@ -140,16 +174,16 @@ def _first_product(
 ):  # fmt: skip
     """Z = w1 @ LayerNorm(x) for a tile of D, and the row sums of w1."""
     z = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    w1_sum = tl.zeros((BLOCK_T,), tl.float32)
+    w1_sum = tl.zeros((BLOCK_T, 16), tl.float32)
     for n in range(0, N, BLOCK_N):
         offs_n = n + tl.arange(0, BLOCK_N)
         in_n = _inside(offs_n, N, BLOCK_N)
         rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
         normed = (rows - _load_vector(mean, offs_n, in_n)[:, None]) * _load_vector(rstd, offs_n, in_n)[:, None]
-        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n)
         z = _dot(w1_tile, normed, z, PRODUCT, PRECISION)
-        w1_sum += tl.sum(w1_tile.to(tl.float32), axis=1)
-    return z, w1_sum
+        w1_sum = _dot_vector(w1_tile, tl.full((BLOCK_N,), 1.0, tl.float32), w1_sum, PRODUCT, PRECISION)
+    return z, _column(w1_sum)
 
 
 @triton.jit
@@ -199,7 +233,7 @@ def mix_kernel(
 @triton.jit
 def hidden_grad_kernel(
     dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset,
-    dshift, dscale, dgate, hidden, ds, sums, along,
+    dshift, dscale, dgate, hidden, ds, sums, gated,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
@@ -214,36 +248,40 @@ def hidden_grad_kernel(
     in_d = _inside(offs_d, D, BLOCK_D)
     in_t = _inside(offs_t, T, BLOCK_T)
     x += b * stride_xb
-    mean += b * N
-    rstd += b * N
     dout += b * stride_gb
+    gated += part * K
     if HAS_SUBSET:
         subset += b * stride_subset
+    gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
+    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
+    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
+    bias_t = _load_vector(b1, offs_t, in_t)
 
     q = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-    dgates = tl.zeros((BLOCK_D,), tl.float32)
+    biased = tl.zeros((BLOCK_D, 16), tl.float32)
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
         in_k = offs_k < K
         kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
+        bias_k = _load_vector(b2, kept, in_k)
         grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
         w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
         q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
-        dgates += tl.sum(grads.to(tl.float32) * _load_vector(b2, kept, in_k)[:, None], axis=0)
+        biased = _dot_vector(tl.trans(grads), bias_k, biased, PRODUCT, PRECISION)
+        along_d = _dot_vector(grads, gates, tl.zeros((BLOCK_K, 16), tl.float32), PRODUCT, PRECISION)
+        tl.store(gated + offs_k, _column(along_d), mask=in_k)
 
     z, w1_sum = _first_product(
-        x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION, BLOCK_N, BLOCK_D, BLOCK_T
-    )
-    modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
-    shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
-    bias_t = _load_vector(b1, offs_t, in_t)
+        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
+        BLOCK_N, BLOCK_D, BLOCK_T,
+    )  # fmt: skip
     h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
-    dgates += tl.sum(h * q, axis=0)
+    dgates = _column(biased) + tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
     at = b * T * D + (offs_t[:, None] * D + offs_d[None, :])
-    tl.store(hidden + at, h.to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
+    tl.store(hidden + at, (h * gates[None, :]).to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
 
-    da = q * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :] * slope
+    da = q * gates[None, :] * slope
     dshifts = tl.sum(da * w1_sum[:, None], axis=0)
     tl.store(dshift + b * D + offs_d, dshifts.to(dshift.dtype.element_ty), mask=in_d)
     tl.store(dscale + b * D + offs_d, tl.sum(da * z, axis=0).to(dscale.dtype.element_ty), mask=in_d)
@@ -255,32 +293,23 @@ def hidden_grad_kernel(
     tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
-    # The second reading of x: the tile of this program, N rows of BLOCK_D elements, is still in L2.
-    along += part * N
-    for n in range(0, N, BLOCK_N):
-        offs_n = n + tl.arange(0, BLOCK_N)
-        in_n = _inside(offs_n, N, BLOCK_N)
-        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-        dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-        dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-        rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
-        product = tl.sum(dnormed * (rows - _load_vector(mean, offs_n, in_n)[:, None]), axis=1)
-        tl.store(along + offs_n, product * _load_vector(rstd, offs_n, in_n), mask=in_n)
-
 
 @triton.jit
 def token_grad_kernel(
-    dout, x, mean, rstd, gate, w1, subset, hidden, ds, sums, along, dx, dw1, dw2, db2,
-    stride_gb, stride_gk, stride_xb, stride_xn, stride_gate, stride_subset, B, K, tiles, images,
+    dout, x, mean, rstd, w1, subset, hidden, ds, sums, gated, dx, dw1, dw2, db2,
+    stride_gb, stride_gk, stride_xb, stride_xn, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of a few images; grid (groups of images * tiles of N,).
 
-    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2.
+    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2. Every product has T or BLOCK_D as
+    its rows, so that a tile of few tokens fills Hopper's matrix instructions too, and takes S and H as they arrive in
+    shared memory; dout, too, where nothing has to be converted.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    BLOCK_P: tl.constexpr = 32  # Parts of `hidden` added up at a time: their loads wait together, not one by one.
     group = tl.program_id(0) // blocks
     offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
@@ -290,10 +319,13 @@ def token_grad_kernel(
         w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
         dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if SECOND:
-        dw2_tile = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        dw2_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
         db2_tile = tl.zeros((BLOCK_N,), tl.float32)
     for image in range(0, tl.minimum(images, B - group * images)):
         b = group.to(tl.int64) * images + image
+        if FIRST:
+            mu = _load_vector(mean + b * N, offs_n, in_n)
+            inverse = _load_vector(rstd + b * N, offs_n, in_n)
         # Which kept row each token is, -1 for none: comparing is cheaper than an inverse table in memory.
         if HAS_SUBSET:
             slot = tl.full((BLOCK_N,), -1, tl.int32)
@@ -305,45 +337,61 @@ def token_grad_kernel(
         else:
             slot = offs_n
         is_kept = (slot >= 0) & in_n
-        if FIRST:
-            mu = _load_vector(mean + b * N, offs_n, in_n)
-            inverse = _load_vector(rstd + b * N, offs_n, in_n)
-            along_row = tl.zeros((BLOCK_N,), tl.float32)
-            shifted = tl.zeros((BLOCK_T,), tl.float32)
-            total = tl.zeros((BLOCK_T,), tl.float32)
-            for tile in range(0, tiles):
-                part = b * tiles + tile
-                along_row += _load_vector(along + part * N, offs_n, in_n)
-                shifted += _load_vector(sums + (part * 3 + 1) * T, offs_t, in_t)
-                total += _load_vector(sums + (part * 3 + 2) * T, offs_t, in_t)
-            along_row = along_row / D
-            middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
-            dw1_tile += shifted[:, None]
-
-        for d in range(0, D, BLOCK_D):
-            offs_d = d + tl.arange(0, BLOCK_D)
-            in_d = _inside(offs_d, D, BLOCK_D)
-            grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d).to(tl.float32)
+        shifted = tl.zeros((BLOCK_T,), tl.float32)
+        total = tl.zeros((BLOCK_T,), tl.float32)
+        for p in range(0, tiles, BLOCK_P):
+            offs_p = p + tl.arange(0, BLOCK_P)
+            in_p = offs_p < tiles
+            part = b * tiles + offs_p
             if SECOND:
-                h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                gated = grads * _load_vector(gate + b * stride_gate, offs_d, in_d)[None, :]
-                db2_tile += tl.sum(gated, axis=1)
-                dw2_tile = _dot(gated, tl.trans(h), dw2_tile, PRODUCT, PRECISION)
+                at = part[:, None] * K + slot[None, :]
+                db2_tile += tl.sum(tl.load(gated + at, mask=in_p[:, None] & is_kept[None, :], other=0.0), axis=0)
             if FIRST:
+                at = (part[:, None] * 3 + 1) * T + offs_t[None, :]
+                shifted += tl.sum(tl.load(sums + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
+                total += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
+        if FIRST:
+            middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
+            product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            for d in range(0, D, BLOCK_D):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                in_d = _inside(offs_d, D, BLOCK_D)
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
                 normed = (rows - mu[:, None]) * inverse[:, None]
-                dw1_tile = _dot(s, tl.trans(normed.to(PRODUCT)), dw1_tile, PRODUCT, PRECISION)
-                if BLOCK_T > 128:  # Kept in registers across the loop, so wide an operand would spill.
+                product = _dot(s, tl.trans(normed.to(PRODUCT)), product, PRODUCT, PRECISION)
+            dw1_tile += product + shifted[:, None]
+            if BLOCK_T > 128:  # Kept in registers across the loops, so wide an operand would spill.
+                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+            # The mean of LayerNorm(x) w1^T S along D, from the product that is there: no second pass over N x D.
+            along = tl.sum(w1_tile.to(tl.float32) * product, axis=0) / D
+
+        # The second reading of x and S: the rows of this program are still in L2.
+        for d in range(0, D, BLOCK_D):
+            offs_d = d + tl.arange(0, BLOCK_D)
+            in_d = _inside(offs_d, D, BLOCK_D)
+            grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d)
+            if SECOND:
+                h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT)), dw2_tile, PRODUCT, PRECISION)
+            if FIRST:
+                s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
+                if BLOCK_T > 128:
                     w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
-                dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
-                grad_x = grads + inverse[:, None] * (dnormed - middle[:, None] - normed * along_row[:, None])
+                if BLOCK_N >= 64:
+                    dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                    dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+                else:  # Too few rows for the matrix instructions: as its transpose.
+                    dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
+                    dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
+                rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
+                normed = (rows - mu[:, None]) * inverse[:, None]
+                grad_x = grads.to(tl.float32) + inverse[:, None] * (dnormed - middle[:, None] - normed * along[:, None])
                 _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     if FIRST:
         dw1 += group.to(tl.int64) * T * N
         tl.store(dw1 + offs_t[:, None] * N + offs_n[None, :], dw1_tile, mask=in_t[:, None] & in_n[None, :])
     if SECOND:
         dw2 += group.to(tl.int64) * T * N
-        tl.store(dw2 + offs_n[:, None] * T + offs_t[None, :], dw2_tile, mask=in_n[:, None] & in_t[None, :])
+        tl.store(dw2 + offs_n[None, :] * T + offs_t[:, None], dw2_tile, mask=in_t[:, None] & in_n[None, :])
         tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)

@@ -26,19 +26,30 @@ def _block_t(T):
 
 
 def statistics_configs(D):
-    """Whole rows up to 8192 elements; about 4096 elements a program, 16 bytes and more per thread, or half of that."""
-    block = min(8192, max(16, _power_of_two(D)))
-    threads = 256 if block > 4096 else 128
-    rows = dict.fromkeys((max(1, 4096 // block), max(1, 2048 // block)))
-    return [{"ROWS": r, "BLOCK_D": block, "threads": threads, "stages": 1, "WHOLE": D <= block} for r in rows]
+    """One row per warp, whole rows up to 8192 elements: in as many loads of 16 bytes per lane as a row takes.
+
+    A warp's 256 columns a step leave no lane without work but in the last step, and sums never leave the warp. Longer
+    rows are shared by the warps. The alternatives put fewer rows, or rows shared by all warps, into a program.
+    """
+    whole = min(8192, max(16, _power_of_two(D)))
+    if whole > 2048:  # Too many registers for one warp.
+        shared = [(1, whole, 256 if whole > 4096 else 128)]
+    else:
+        step = min(whole, 256)
+        shared = [(4, step, 128), (2, step, 64), (max(1, 2048 // whole), whole, 128)]
+    return [
+        {"ROWS": r, "STEPS": whole // b, "BLOCK_D": b, "threads": t, "stages": 1, "WHOLE": D <= whole}
+        for r, b, t in shared
+    ]
 
 
 def _configs(T, product, table):
     """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
 
-    Compiled for every target, the defaults are the widest tiles that spill nowhere and give each thread 16 bytes of a
-    row. The alternatives trade width for registers or for programs at a time, or shared memory for loads in flight.
-    Float32 operands take twice the room: a narrower tile, and no alternative.
+    Compiled for every target: nothing spills, and each thread reads 16 bytes of a row. What bounds the launches is
+    waiting, not arithmetic, so the defaults put many loads in flight: several programs to a processor, two or three
+    steps of a loop on their way, and a grid of at least a program per processor at XL/2's sizes. Wider tiles read the
+    weights less often from L2. Float32 operands take twice the room: a narrower tile, and no alternative.
     """
     width = max(64, _block_t(T))
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
@@ -49,31 +60,35 @@ def _configs(T, product, table):
     return configs
 
 
-def mix_configs(T, N, product, x):
+def mix_configs(T, N, product, x, weight):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
-    narrow, middle, wide = (64, 64, 32, 256, 2), (64, 64, 64, 256, 3), (64, 64, 128, 256, 3)
-    short, deep = (32, 64, 64, 256, 2), (64, 64, 32, 256, 3)
-    few = {64: [wide, short], 128: [middle, narrow], 256: [narrow]}
-    if x == torch.float32 and product != x:  # Autocast on a float32 stream: wide tiles overfill gfx942.
-        few[64] = [short]
-    many = {64: [narrow, deep], 128: [narrow], 256: [narrow]}
+    narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
+    if product == torch.float32:
+        return _configs(T, product, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
+    few = {64: [(64, 64, 64, 128, 3), (64, 32, 64, 128, 2), deep], 128: [deep, narrow], 256: [narrow]}
+    if torch.float32 in (x, weight) and product != torch.float32:  # Under autocast wide tiles overfill gfx942.
+        few[64] = [(32, 64, 64, 256, 2)]
+    many = {64: [narrow], 128: [narrow], 256: [narrow]}
     return _configs(T, product, few if N <= 512 else many)
 
 
 def hidden_configs(T, product, weight):
-    deep, narrow = (64, 128, 32, 256, 2), (64, 64, 32, 256, 2)
-    # Float32 weights under autocast: the narrow tile's two loads in flight overfill gfx942.
-    few = [deep] if weight == torch.float32 else [deep, narrow]
+    small, deep, narrow = (64, 64, 32, 128, 3), (64, 128, 32, 256, 3), (64, 64, 32, 256, 2)
+    # Float32 weights under autocast: more loads in flight overfill gfx942.
+    few = [(64, 128, 32, 256, 2)] if weight == torch.float32 else [small, deep]
     return _configs(T, product, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
 def token_launches(T, product):
-    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one."""
-    one, two, three = ((32, 32, 64, 256, stages) for stages in (1, 2, 3))
-    together = _configs(T, product, {64: [two, three], 128: [two, one], 256: [two]})
+    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one.
+
+    BLOCK_K is how many kept rows are compared with a tile's tokens at a time: more than 64 take AMD's scalar registers.
+    """
+    one, two, three = ((32, 64, 64, 256, stages) for stages in (1, 2, 3))
+    together = _configs(T, product, {64: [three, two], 128: [two, three], 256: [two]})
     if _block_t(T) <= 128 and product != torch.float32:
         return [(True, True, together)]
-    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 32, 128, 256, 1)]})
+    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 16, 128, 256, 1)]})
     return [(True, False, first), (False, True, _configs(T, product, dict.fromkeys((64, 128, 256), [one])))]
 
 
@@ -87,10 +102,14 @@ def images_per_program(B, blocks, T, D):
     return max(1, programs // 512, min(round(20 * T / D), programs // 128))
 
 
+HIP_STAGES = 2  # More overfill the registers or the shared memory of gfx942.
+
+
 def _options(config):
     """A configuration as the keyword arguments of a launch."""
     blocks = {k: v for k, v in config.items() if k not in ("threads", "stages")}
-    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": config["stages"]}
+    stages = min(HIP_STAGES, config["stages"]) if torch.version.hip else config["stages"]
+    return blocks | {"num_warps": config["threads"] // WARP_SIZE, "num_stages": stages}
 
 
 # ---- Launches ----------------------------------------------------------------------------------------------------
@@ -160,7 +179,7 @@ def mix_op(
         )  # fmt: skip
 
     statistics(choose("statistics", (constants["D"], x.dtype), statistics_configs(constants["D"]), x, statistics))
-    configs = mix_configs(constants["T"], constants["N"], product, x.dtype)
+    configs = mix_configs(constants["T"], constants["N"], product, x.dtype, w1.dtype)
     mix(choose("mix", _key(x, w1, subset, product), configs, x, mix))
     return out, mean, rstd
 
@@ -180,14 +199,14 @@ def mix_backward_op(
     dshift, dscale, dgate, *between = _hidden_gradients(
         dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product
     )
-    dx, dw1, dw2, db2 = _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, *between)
+    dx, dw1, dw2, db2 = _token_gradients(dout, x, w1, subset, mean, rstd, product, *between)
     db1 = between[2][:, :, 0].sum((0, 1))
     weights = ((dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
     return dx, dshift, dscale, dgate, *(grad.to(weight.dtype) for grad, weight in weights)
 
 
 def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product):
-    """dshift, dscale, dgate; the hidden activations and S; sums over tokens and over D, in parts."""
+    """dshift, dscale, dgate; the gated hidden activations and S; sums over tokens and over D, in parts."""
     B, N, D = x.shape
     T = w1.shape[0]
     dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
@@ -199,22 +218,22 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
     def launch(config):
         tiles = _cdiv(D, config["BLOCK_D"])
         sums = x.new_empty((B, tiles, 3, T), dtype=torch.float32)
-        along = x.new_empty((B, tiles, N), dtype=torch.float32)
+        gated = x.new_empty((B, tiles, dout.shape[1]), dtype=torch.float32)
         wrap_triton(hidden_grad_kernel)[(B * tiles,)](
             dout, x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, index,
-            dshift, dscale, dgate, hidden, ds, sums, along,
+            dshift, dscale, dgate, hidden, ds, sums, gated,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1),
             shift.stride(0), scale.stride(0), gate.stride(0), stride_subset, dout.shape[1],
             **constants, **_options(config),
         )  # fmt: skip
-        return sums, along
+        return sums, gated
 
     configs = hidden_configs(constants["T"], product, w1.dtype)
-    sums, along = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
-    return dshift, dscale, dgate, hidden, ds, sums, along
+    parts = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
+    return dshift, dscale, dgate, hidden, ds, *parts
 
 
-def _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, hidden, ds, sums, along):
+def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums, gated):
     """dx, and dw1, dw2, db2 in float32."""
     B, N, D = x.shape
     T = w1.shape[0]
@@ -228,8 +247,8 @@ def _token_gradients(dout, x, gate, w1, subset, mean, rstd, product, hidden, ds,
         groups = _cdiv(B, images)
         dw1, dw2, db2 = (x.new_empty((groups, *s), dtype=torch.float32) for s in ((T, N), (N, T), (N,)))
         wrap_triton(token_grad_kernel)[(groups * blocks,)](
-            dout, x, mean, rstd, gate, w1, index, hidden, ds, sums, along, dx, dw1, dw2, db2,
-            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), gate.stride(0), stride_subset,
+            dout, x, mean, rstd, w1, index, hidden, ds, sums, gated, dx, dw1, dw2, db2,
+            dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), stride_subset,
             B, dout.shape[1], sums.shape[1], images, FIRST=first, SECOND=second, **constants, **_options(config),
         )  # fmt: skip
         return dw1, dw2, db2

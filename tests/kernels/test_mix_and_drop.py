@@ -238,8 +238,13 @@ def test_what_is_read_again_is_in_l2(target, tokens, hidden):
     shape = (32, tokens, tokens // 2, 1152, hidden, BF16, BF16, BF16)
     processors, most, cache = CACHES[target]
     for case in mix_and_drop_cases.aot_cases([shape]):
-        if case.launch in ("mix", "hidden"):
+        if case.launch in ("mix", "tokens"):
             warps = case.waves if target == "gfx942" else case.num_warps
-            resident = processors * int(aot.build(case, target).occupancy * most / warps)
-            tile = tokens * case.constexprs["BLOCK_D"] * 2
-            assert min(resident, case.grid[0]) * tile <= cache, (case.launch, case.config)
+            resident = min(case.grid[0], processors * int(aot.build(case, target).occupancy * most / warps))
+            constants, shared = case.constexprs, 0
+            if case.launch == "tokens":  # Whole rows of a tile of tokens; and all of S, which an image's tiles share.
+                tile = constants["BLOCK_N"] * 1152 * 2
+                shared = -(-resident * constants["BLOCK_N"] // tokens) * hidden * 1152 * 2
+            else:
+                tile = tokens * constants["BLOCK_D"] * 2
+            assert resident * tile + shared <= cache, (case.launch, case.config)

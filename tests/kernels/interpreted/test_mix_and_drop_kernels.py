@@ -58,13 +58,13 @@ def test_any_shape(sizes, share, dtype, index, numbers, mix_case, assert_mixed, 
     assert all(torch.equal(grad, torch.zeros_like(t)) for grad, t in zip(grads, case[0], strict=True))
 
 
-@pytest.mark.parametrize("block", [128, 32])
-def test_adversarial_rows(block, mix_case, mix_truth, relative, generator, poisoned, monkeypatch):
+@pytest.mark.parametrize("block, steps", [(128, 1), (16, 8), (32, 1), (16, 2)])
+def test_adversarial_rows(block, steps, mix_case, mix_truth, relative, generator, poisoned, monkeypatch):
     """Constant rows (variance zero) small and huge, a single spike, a large offset, huge values, zero gates and scales.
 
     Once with the statistics in one pass over the row, once by the path of rows too long for that.
     """
-    config = {"ROWS": 4, "BLOCK_D": block, "threads": 128, "stages": 1, "WHOLE": block == 128}
+    config = {"ROWS": 4, "STEPS": steps, "BLOCK_D": block, "threads": 128, "stages": 1, "WHOLE": block * steps == 128}
     monkeypatch.setattr(mix_and_drop_launch, "statistics_configs", lambda width: [config])
     tensors, subset = mix_case(2, 9, 96, 7, 4)
     with torch.no_grad():
