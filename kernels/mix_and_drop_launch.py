@@ -271,6 +271,7 @@ def _setup_context(ctx, inputs, output):
     *tensors, ctx.product = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # else zeros are made for the gradients of these two, a launch each
     ctx.save_for_backward(*tensors, mean, rstd)
 
 
