@@ -98,7 +98,7 @@ def _case(shape, direction, launch, kernel, config, number):
         shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
-        hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=config["threads"] // 64,
+        hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=max(1, config["threads"] // 64),
         num_stages=config["stages"], hip_stages=min(mixer.HIP_STAGES, config["stages"]), grid=(grid[0] * grid[1],),
         moved=moved, least=_least(shape, launch, tiles), cached=cached, warm=_warm(shape, launch), flops=flops,
         rows=("x", "dout", "out", "dx"),
