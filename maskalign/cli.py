@@ -14,6 +14,9 @@ from typing import get_args, get_origin
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.neighbours import look, make_room
+
+STARTED = look()
 
 
 def overview():
@@ -49,7 +52,9 @@ def run_function(name, function, argv):
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
     argv = complete_switches(function, join_labels(argv) if name in ("sample", "evaluate") else argv)
-    function(**parser.parse_args(argv).as_dict())
+    arguments = parser.parse_args(argv).as_dict()
+    make_room(STARTED)
+    function(**arguments)
 
 
 def add_dashed_names(parser):
@@ -92,6 +97,7 @@ def run_train(argv):
     from maskalign.training.preflight import check_data
 
     manifest, facts = check_data(config)
+    make_room(STARTED)
     from maskalign.training.trainer import train
 
     train(config, manifest, facts)
