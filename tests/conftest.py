@@ -26,3 +26,14 @@ def seed(request):
         value = random.randrange(2**31) if GIVEN == "random" else int(GIVEN)
     print(f"MASKALIGN_TEST_SEED={value}  # seed of {request.node.nodeid}")
     return value
+
+
+@pytest.fixture
+def one_thread():
+    """Tiny tensors: threads would only wait for each other."""
+    import torch  # not needed by most tests of the command line
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

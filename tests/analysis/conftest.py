@@ -17,11 +17,8 @@ TEACHER = "efficientnet-lite0"
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """In every test here."""
 
 
 @pytest.fixture

@@ -11,11 +11,8 @@ from tests.training.conftest import arguments, write_data_set
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """In every test here."""
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,8 @@ TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, tor
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Many tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """In every test here."""
 
 
 @pytest.fixture

@@ -60,12 +60,8 @@ KINDS = [[], RISING, ENDING, ["--training.accumulation", "4"], ["--method.align_
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(one_thread):
+    """In every test here."""
 
 
 @pytest.fixture
