@@ -68,7 +68,7 @@ def mix_configs(T, N, product, x, weight):
     narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
     if product == torch.float32:
         return _configs(T, product, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
-    few = {64: [(64, 64, 64, 128, 3), (64, 32, 64, 128, 2), deep], 128: [deep, narrow], 256: [narrow]}
+    few = {64: [(64, 64, 64, 128, 3), (64, 128, 64, 128, 3), (64, 32, 64, 128, 2)], 128: [deep, narrow], 256: [narrow]}
     if torch.float32 in (x, weight) and product != torch.float32:  # Under autocast wide tiles overfill gfx942.
         few[64] = [(32, 64, 64, 256, 2)]
     many = {64: [narrow], 128: [narrow], 256: [narrow]}
