@@ -53,6 +53,22 @@ def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
     assert (folder / page).read_text() == after and path.with_suffix(".png").read_bytes() == plot
 
 
+def test_times_on_a_gpu_stand_beside_those_of_pytorch(copy):
+    folder, words = copy
+    path = folder / "results" / "kernels.csv"
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    first = {row["provider"]: row for row in rows[:9] if row["direction"] == "backward"}
+    first["kernel"] |= {"ms": "0.002", "of_same_copy": "0.5"}
+    first["eager"]["ms"], first["compiled"]["ms"] = "0.010", "0.003"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    assert main(words) == 0
+    assert "| 2.0 us (50%) | 5.0x | 1.5x |" in (folder / "figures.md").read_text()
+
+
 def test_a_missing_plot_is_drawn_again(copy):
     folder, words = copy
     plot = folder / "results" / "steps-SiT-S-2-fp32-b8-compiled.png"

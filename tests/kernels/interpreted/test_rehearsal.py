@@ -13,7 +13,7 @@ import torch
 import triton
 
 from benchmarks import kernel_report
-from benchmarks.kernels import cases, command
+from benchmarks.kernels import cases, command, configurations
 
 F16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 SHAPES = {
@@ -69,6 +69,27 @@ def test_benchmark(pretend_gpu, tmp_path):
         assert float(row["gb_per_s"]) == pytest.approx(float(row["bytes"]) / 2e6)
         assert 0 <= float(row["error"]) < 0.07
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_every_configuration_is_timed(pretend_gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(configurations, "copy_bandwidth", lambda device, moved=0: 1000.0)
+    asked = []
+
+    def graph_ms(run):
+        asked.append(run)
+        run()
+        return [2.0, 1.0, 3.0]
+
+    monkeypatch.setattr(configurations, "graph_ms", graph_ms)
+    assert configurations.benchmark(list(SHAPES), SHAPES, torch.device("cpu"), tmp_path) == 0
+    with open(tmp_path / "kernels-configurations.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(asked)
+    assert {row["launch"] for row in rows} == {"forward", "backward", "statistics", "mix", "hidden", "tokens"}
+    for launch in ("forward", "statistics", "mix", "tokens"):
+        shapes = [row["shape"] for row in rows if row["launch"] == launch and row["default"] == "1"]
+        assert len(shapes) == len(set(shapes)), "one default each"
+    assert all(float(row["of_same_copy"]) == pytest.approx(float(row["bytes"]) / 2e6 / 1000) for row in rows)
 
 
 def test_benchmark_times_no_wrong_result(pretend_gpu, tmp_path, monkeypatch):
