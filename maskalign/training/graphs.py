@@ -11,10 +11,8 @@ import torch
 
 log = logging.getLogger(__name__)
 
-WARM_UP = (
-    2  # steps of a kind that run kernel by kernel first: they compile, tune and allocate, which a recording may not
-)
-KEPT = 4  # graphs at a time; a schedule of the keep ratio does not come back to a number of tokens
+# Steps of a kind that run kernel by kernel first: they compile, tune and allocate, which a recording may not.
+WARM_UP = 2
 
 
 def can_record(config, placement):
@@ -33,6 +31,9 @@ def can_record(config, placement):
 class StepGraphs:
     """Calls `compute` as a graph.
 
+    A graph keeps the memory of its step for itself, so there is one at a time: it goes when another kind of step comes,
+    whose first steps then have the memory. Schedules do not come back to a kind; should one, it runs kernel by kernel.
+
     Args:
         compute: function (micro_batches, align_weight, lr) -> tuple of tensors. It may neither wait for the GPU nor
             keep anything between its calls but in tensors that stay where they are.
@@ -47,8 +48,7 @@ class StepGraphs:
         self.stream = torch.cuda.Stream(device)
         self.numbers = [torch.zeros((), dtype=torch.float32, device=device) for _ in range(2)]
         self.seen = {}  # kind of step -> steps that have run kernel by kernel
-        self.recorded = {}  # kind of step -> Recording
-        self.pool = None
+        self.kind, self.recording = None, None
         self.works = True
 
     def __call__(self, micro_batches, align_weight, lr):
@@ -58,11 +58,12 @@ class StepGraphs:
             tensor.fill_(number)
         align_weight = self.numbers[0] if align_weight > 0 else 0
         arguments = micro_batches, align_weight, self.numbers[1]
-        if kind not in self.recorded:
+        if kind != self.kind:
+            self._forget()
             self.seen[kind] = self.seen.get(kind, 0) + 1
-            if self.seen[kind] <= WARM_UP or not self.works or not self._record(kind, arguments):
+            if self.seen[kind] != WARM_UP + 1 or not self.works or not self._record(kind, arguments):
                 return self._run(arguments)
-        return self.recorded[kind].replay(micro_batches)
+        return self.recording.replay(micro_batches)
 
     def _run(self, arguments):
         """Kernel by kernel, on the stream that records: what autograd keeps between steps then belongs to it."""
@@ -73,33 +74,38 @@ class StepGraphs:
         current.wait_stream(self.stream)
         return results
 
+    def _forget(self):
+        """Give the memory of the last graph back."""
+        if self.recording is not None:
+            torch.cuda.synchronize(self.device)
+            self.kind, self.recording = None, None
+            torch.cuda.empty_cache()
+
     def _record(self, kind, arguments):
         """Record a kind of step; False where it cannot be, which is said once."""
-        while len(self.recorded) >= KEPT:
-            del self.recorded[next(iter(self.recorded))]
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # a graph has memory of its own, as much as the steps before it have left behind
+        torch.cuda.empty_cache()  # the graph takes as much memory as the steps before it have left behind
         try:
-            self.recorded[kind] = Recording(self.compute, arguments, self.stream, self.pool)
+            self.recording = Recording(self.compute, arguments, self.stream)
         except RuntimeError as error:
             self.works = False
             self.model.zero_grad(set_to_none=True)  # what there is belongs to the recording
             reason = str(error).strip().splitlines()[0]
             log.warning("training.cuda_graph: a step cannot be recorded (%s); steps run kernel by kernel", reason)
             return False
-        self.pool = self.recorded[kind].graph.pool()
+        self.kind = kind
         return True
 
 
 class Recording:
     """One kind of step as a graph, with the places of its inputs and of its results."""
 
-    def __init__(self, compute, arguments, stream, pool):
+    def __init__(self, compute, arguments, stream):
         micro_batches, *numbers = arguments
         self.micro_batches = [micro_batch.map(torch.clone) for micro_batch in micro_batches]
         self.graph = torch.cuda.CUDAGraph()
         # Other threads, of the loader and of a checkpoint being written, may go on meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
             self.results = compute(self.micro_batches, *numbers)
 
     def replay(self, micro_batches):

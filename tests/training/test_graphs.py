@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from maskalign.config import parse_config
+from maskalign.objective.draws import Draws
 from maskalign.training import graphs
 from maskalign.training.build import build_model
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import Placement
-from maskalign.training.step import TrainStep
+from maskalign.training.step import MicroBatch, TrainStep
 
 # A large eps: else Adam turns the rounding errors of gradients that are zero (keys' biases) into steps.
 SETTINGS = [
@@ -78,16 +79,13 @@ def pretended(monkeypatch):
     class Recording(graphs.Recording):
         count = 0
 
-        def __init__(self, compute, arguments, stream, pool):
+        def __init__(self, compute, arguments, stream):
             micro_batches, *numbers = arguments
             self.micro_batches = [micro_batch.map(torch.clone) for micro_batch in micro_batches]
             self.results = None
             self.graph = self
             self.again = lambda: compute(self.micro_batches, *numbers)
             Recording.count += 1
-
-        def pool(self):
-            return None
 
         def replay(self, micro_batches=None):
             if micro_batches is not None:
@@ -118,10 +116,36 @@ def test_graphs_compute_what_steps_compute(changes, pretended, seed):
     assert pretended.count == kinds and all(seen == graphs.WARM_UP + 1 for seen in step.graphs.seen.values())
 
 
-def test_old_graphs_make_room(pretended, seed, monkeypatch):
-    monkeypatch.setattr(graphs, "KEPT", 1)
-    _, _, step = train("cpu", seed, *RISING)
-    assert pretended.count == 2 and len(step.graphs.recorded) == 1
+def test_one_graph_at_a_time_and_a_kind_that_returns_runs_kernel_by_kernel(pretended, monkeypatch):
+    freed = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(1))
+    ran = []
+
+    def compute(micro_batches, align_weight, lr):
+        ran.append(float(align_weight))
+        return (micro_batches[0].x.sum() * align_weight + lr,)
+
+    steps = graphs.StepGraphs(compute, torch.nn.Linear(1, 1), torch.device("cpu"))
+    draws = Draws(*[None] * 6)
+    batches = {n: [MicroBatch(torch.full((n,), 2.0), torch.zeros(n), [], draws, 1.0, True)] for n in (3, 5)}
+
+    def step(n, weight=1.0):
+        (result,) = steps(batches[n], weight, 0.5)
+        assert float(result) == 2 * n * weight + 0.5
+
+    for _ in range(graphs.WARM_UP + 2):
+        step(3)
+    assert steps.recording is not None and len(freed) == 1
+    step(5)
+    assert steps.recording is None and len(freed) == 2, "the memory is free for the first step of another kind"
+    for _ in range(graphs.WARM_UP + 1):
+        step(5)
+    assert steps.recording is not None and pretended.count == 2
+    for _ in range(graphs.WARM_UP + 3):
+        step(3)
+    assert steps.recording is None and pretended.count == 2
+    step(5, weight=0.0)  # without alignment it is another kind
+    assert ran[-1] == 0
 
 
 def test_what_cannot_be_recorded_runs_kernel_by_kernel(pretended, seed, monkeypatch, caplog):
@@ -150,5 +174,5 @@ def test_who_records():
 def test_graphs_on_a_gpu(changes, dtype, seed, caplog):
     *expected, _ = train("cuda", seed, *changes, dtype=dtype, graphs=False)
     *found, step = train("cuda", seed, *changes, dtype=dtype)
-    assert "cannot be recorded" not in caplog.text and step.graphs.recorded
+    assert "cannot be recorded" not in caplog.text and step.graphs.recording is not None
     assert_same(found, expected, 1e-3 if dtype == torch.float32 else 5e-2)
