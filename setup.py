@@ -22,6 +22,7 @@ setup(
         "scipy>=1.11",
         "Pillow>=10.1",
         "fonttools>=4.40",
+        "uharfbuzz>=0.45",
         "jsonargparse[signatures]>=4.49",
         "webdataset>=1.0",
         "fsspec[http]>=2024.6",

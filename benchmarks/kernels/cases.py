@@ -20,6 +20,12 @@ def label(operation, shape):
     return next(iter(kernel_report.CASES[operation].aot_cases([shape], every_configuration=False))).shape
 
 
+def default_launches(operation, shape):
+    """The report's cases of the operation's launches on one of SHAPES in their default configurations."""
+    cases = kernel_report.CASES[operation].aot_cases([shape], every_configuration=False)
+    return [case for case in cases if case.operation == operation and not case.launch.startswith("gathered")]
+
+
 def alignment_setup(shape, device):
     """(arguments, differentiable ones, {provider: function}) of one of SHAPES; the student row for row."""
     images, tokens, kept, width, student, teacher = shape

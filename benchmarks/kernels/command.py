@@ -27,7 +27,16 @@ from torch._functorch import config as functorch
 
 from benchmarks import kernel_report
 from benchmarks.kernels import configurations
-from benchmarks.kernels.cases import DIRECTIONS, PROVIDERS, SETUPS, label, precision, relative_error, tolerated_error
+from benchmarks.kernels.cases import (
+    DIRECTIONS,
+    PROVIDERS,
+    SETUPS,
+    default_launches,
+    label,
+    precision,
+    relative_error,
+    tolerated_error,
+)
 from benchmarks.kernels.timing import copy_bandwidth, graph_ms, peak_memory
 from benchmarks.steps.clock import CLOCKS
 
@@ -51,10 +60,9 @@ def runners(function, arguments, leaves):
 def moved_bytes(operation, shape):
     """{direction: bytes} of the kernels' launches, in the default configuration."""
     total = dict.fromkeys(DIRECTIONS, 0)
-    for case in kernel_report.CASES[operation].aot_cases([shape], every_configuration=False):
-        if case.operation == operation and not case.launch.startswith("gathered"):
-            total[case.direction] += case.moved
-            total["both"] += case.moved
+    for case in default_launches(operation, shape):
+        total[case.direction] += case.moved
+        total["both"] += case.moved
     return total
 
 

@@ -14,7 +14,7 @@ import csv
 import torch
 
 from benchmarks import kernel_report
-from benchmarks.kernels.cases import SETUPS, label, precision
+from benchmarks.kernels.cases import SETUPS, default_launches, label, precision
 from benchmarks.kernels.timing import copy_bandwidth, graph_ms
 from maskalign_kernels import mix_and_drop_launch, subset_cosine_alignment_launch
 from maskalign_kernels.operators import triton
@@ -45,12 +45,9 @@ def launch_name(name, key):
 
 
 def default_bytes(operation, shape):
-    """{name of a launch: bytes that it moves in its default configuration}."""
-    found = {}
-    for case in kernel_report.CASES[operation].aot_cases([shape], every_configuration=False):
-        if case.operation == operation and not case.launch.startswith("gathered"):
-            found[case.direction if operation == "subset_cosine_alignment" else case.launch] = case.moved
-    return found
+    """{name of a launch: bytes that it moves in its default configuration}; the alignment has one each way."""
+    by_direction = operation == "subset_cosine_alignment"
+    return {case.direction if by_direction else case.launch: case.moved for case in default_launches(operation, shape)}
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ class Optimizer:
         self.adamw.grad_scale = divisor.float()
         self.adamw.found_inf = skipped.float()
         if isinstance(self.lr, torch.Tensor):
-            self.lr.copy_(lr) if isinstance(lr, torch.Tensor) else self.lr.fill_(lr)
+            self.lr.fill_(lr)
         else:
             for group in self.adamw.param_groups:
                 group["lr"] = lr

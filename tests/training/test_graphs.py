@@ -71,10 +71,10 @@ def pretended(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            """Everything runs in one order here."""
 
         def wait_stream(self, other):
-            pass
+            """What came before is done."""
 
     class Recording(graphs.Recording):
         count = 0
