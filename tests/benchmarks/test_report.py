@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def copy(tmp_path):
     """Both pages and the results in a folder of their own, and the words that point to them."""
-    shutil.copy(ROOT / "benchmarks.md", tmp_path / "benchmarks.md")
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "benchmarks.md")
     shutil.copy(ROOT / "docs" / "figures.md", tmp_path / "figures.md")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
     names = {"--page": "benchmarks.md", "--more": "figures.md", "--results": "results"}
