@@ -362,7 +362,7 @@ def evaluate(
         metrics: of frechet, kernel, neighbours (precision, recall, density, coverage); or none.
         teacher: whose features; several with commas. dinov2-l gives the field's FDD.
         teacher_weights: hub, random (for tests) or a file.
-        inception: torch-fidelity's weights file for Inception FID and score, or download to fetch it; else left out.
+        inception: torch-fidelity's weights file for FID, sFID and Inception score, or download; else left out.
         classes: labels, ranges or class names: compare these alone, on both sides.
         held_out: data set for the velocity loss and the alignment cosine by time; by default --data.
         held_out_images: how many of its images; 0 leaves the losses out.
