@@ -19,7 +19,8 @@ from maskalign.training.features import Features
 
 class Noised(NamedTuple):
     """One batch at one time: x_t (b, C, H, W), t (b,), labels (b,), teachers [(b, N, Dz)], subset (b, K) int64 and
-    align_subset (b, n) int64 or None."""
+    align_subset (b, n) int64 or None; class_token (b, class_dim), noised, or None for a model without one, whose
+    teachers have no row for it."""
 
     x_t: torch.Tensor
     t: torch.Tensor
@@ -27,6 +28,7 @@ class Noised(NamedTuple):
     teachers: list
     subset: torch.Tensor
     align_subset: Optional[torch.Tensor]
+    class_token: Optional[torch.Tensor] = None
 
 
 class Images:
@@ -43,6 +45,8 @@ class Images:
     Attributes:
         count: number of images.
         names: names of the teachers.
+        features: one (count, N, Dz) per teacher; (count, 1 + N, Dz), the class token first, where the model has one.
+        class_tokens: (count, class_dim) float32, or None.
 
     Raises:
         UsageError: the data set does not fit the model.
@@ -59,13 +63,22 @@ class Images:
             parallel=replace(subject.config.parallel, plan="none"),
             training=replace(subject.config.training, compile=False),
         )
-        features = Features(config, manifest, sources, model.grid, SimpleNamespace(device=self.device))
+        own = {}
+        if model.class_dim is not None:
+            self._check_class_token(path)
+            own["class_token"] = (self.names[0], "class_token" in manifest.teachers.get(self.names[0], {}))
+        features = Features(config, manifest, sources, model.grid, SimpleNamespace(device=self.device), **own)
         if tuple(features.dims) != model.teacher_dims:
             raise UsageError(
                 f"{path}: the teachers {', '.join(self.names) or '(none)'} have widths {features.dims}, the model's "
                 f"projectors {list(model.teacher_dims)}; name the teachers that it was trained with: --teacher NAME,..."
             )
-        self._read(path, features, sources, min(count, manifest.num_samples), batch_size, seed, progress)
+        if features.class_dim != model.class_dim:
+            raise UsageError(
+                f"{path}: the class token of {self.names[0]} has {features.class_dim} numbers, the model's "
+                f"{model.class_dim}; give --data the data set of its training"
+            )
+        self._read(path, features, sources, own, min(count, manifest.num_samples), batch_size, seed, progress)
 
     def _check(self, path, model, count):
         latent, manifest = self.manifest.latent, self.manifest
@@ -94,9 +107,20 @@ class Images:
             )
         return name in self.manifest.teachers
 
-    def _read(self, path, features, sources, count, batch_size, seed, progress):
-        online = any(not cached for _, cached in sources)
+    def _check_class_token(self, path):
+        """The class token is the first teacher's: read from the shards, or computed from the images."""
+        name, manifest = self.names[0] if self.names else None, self.manifest
+        if name is None or ("class_token" not in manifest.teachers.get(name, {}) and manifest.image_format is None):
+            raise UsageError(
+                f"{path}: has no class tokens of {name or 'any teacher'}, which the model denoises, and no images to "
+                f"compute them from; run maskalign data encode --data {path} --teacher {name or 'NAME'} --class-token "
+                "only where the images are"
+            )
+
+    def _read(self, path, features, sources, class_token, count, batch_size, seed, progress):
+        online = any(not cached for _, cached in [*sources, *class_token.values()])
         fields = [name for name, cached in sources if cached]
+        fields += [f"{name}.class" for name, cached in class_token.values() if cached]
         fields += ["moments"] if self.manifest.latent is not None else []
         fields += ["image"] if self.manifest.latent is None or online else []
         batch_size = min(batch_size, count)
@@ -104,12 +128,15 @@ class Images:
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
             # Copies: the stream writes later batches where this one lies.
-            parts.append([x.cpu().clone() for x in (inputs, batch["label"], *features(batch))])
+            teachers, token = features(batch)
+            row = (inputs, batch["label"], *teachers, *([] if token is None else [token]))
+            parts.append([x.cpu().clone() for x in row])
             if progress is not None:
                 progress(len(batch["label"]))
             if sum(len(part[1]) for part in parts) >= count:
                 break
         self.inputs, self.labels, *self.features = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+        self.class_tokens = self.features.pop() if class_token else None
         self.count = len(self.labels)
 
     def draws(self, subject, keep_ratio, number, rows, seed):
@@ -136,6 +163,7 @@ class Images:
             label_dropout=0.0,
             subset=method.subset,
             posterior=self.manifest.latent is not None,
+            class_dim=model.class_dim,
         )
 
     def noised(self, subject, draws, rows, time=None):
@@ -144,9 +172,12 @@ class Images:
         if self.manifest.latent is not None:
             x = sample_posterior(x, draws.posterior, self.manifest.latent["scale"], self.manifest.latent["bias"])
         t = draws.time if time is None else torch.full((len(x),), float(time))
-        x_t, _ = Interpolant(subject.config.objective.path).interpolate(x, draws.noise, t)
+        interpolant, class_t = Interpolant(subject.config.objective.path), None
+        x_t, _ = interpolant.interpolate(x, draws.noise, t)
         teachers = [z[rows].to(self.device) for z in self.features]
-        index = [None if part is None else part.to(self.device) for part in (draws.subset, draws.align_subset)]
+        if self.class_tokens is not None:
+            class_t, _ = interpolant.interpolate(self.class_tokens[rows], draws.class_noise, t)
+        index = [None if part is None else part.to(self.device) for part in (draws.subset, draws.align_subset, class_t)]
         return Noised(x_t.to(self.device), t.to(self.device), self.labels[rows].to(self.device), teachers, *index)
 
     def batches(self, size, whole=False):
