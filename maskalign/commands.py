@@ -444,7 +444,7 @@ def convert(
     """
     if not src.exists():
         raise UsageError(f"{src} does not exist; give a run folder, a checkpoint or a .pt file")
-    from maskalign.training.export import convert as convert_checkpoint
+    from maskalign.checkpoints.command import convert as convert_checkpoint
 
     print(convert_checkpoint(src, dst, to=to, weights=weights))
 

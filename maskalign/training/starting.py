@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from maskalign.checkpoints.layout import find, newest_sound
 from maskalign.config import as_schedule
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
 from maskalign.models.routing import keep_count
-from maskalign.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def find_resume(config, placement):
     if resume == "never":
         return None
     if resume != "auto":
-        return checkpoint.find(resume)
+        return find(resume)
 
     def gather(value):
         values = [value] * placement.world_size
@@ -35,7 +35,7 @@ def find_resume(config, placement):
             dist.all_gather_object(values, value)
         return values
 
-    found, passed_over = checkpoint.newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
+    found, passed_over = newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
     if passed_over and placement.is_main:
         print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
     return found
@@ -69,7 +69,7 @@ def init_from(model, path):
         model: `SiT`, spread over the ranks or not.
         path: a run, a checkpoint or a file of weights.
     """
-    from maskalign.training.export import load_weights
+    from maskalign.checkpoints.loading import load_weights
 
     weights = load_weights(path)
     own = dict(model.named_parameters())

@@ -15,18 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, find, newest_sound
+from maskalign.checkpoints.loading import load, load_model, load_tensors
 from maskalign.errors import RunError, UsageError
 from maskalign.training import saving
-from maskalign.training.checkpoint import (
-    MARKER,
-    PARTIAL,
-    complete_checkpoints,
-    damage,
-    find,
-    load_model,
-    load_tensors,
-    newest_sound,
-)
 from maskalign.training.logs import read_metrics
 from maskalign.training.saving import Saver, superfluous
 
@@ -146,7 +138,7 @@ def test_damage_is_told_where_a_model_is_loaded(run, tmp_path):
     flip(next(new.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="damaged .*another checksum"):
         load_model(new)
-    assert load_model(tmp_path / "run")[2] == 2
+    assert load(tmp_path / "run").about["step"] == 2
     flip(next(old.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="no complete checkpoint"):
         find(tmp_path / "run")
@@ -157,7 +149,7 @@ def test_checkpoints_without_checksums_are_still_read(run, tmp_path):
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     marked = json.loads((checkpoint / MARKER).read_text())
     (checkpoint / MARKER).write_text(json.dumps({name: entry["size"] for name, entry in marked.items()}))
-    assert load_model(checkpoint)[2] == 2
+    assert load(checkpoint).about["step"] == 2
 
 
 def test_which_checkpoints_stay(run, tmp_path):
@@ -320,10 +312,10 @@ def test_saved_by_two_ranks_and_continued_by_one_and_by_two(command, run, tmp_pa
     one = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "one" / "metrics.csv")}
     assert one.keys() == {4, 5, 6}
     assert all(one[step] == pytest.approx(whole[step], rel=1e-5) for step in one)
-    model, _, step = load_model(tmp_path / "whole")
-    single, _, _ = load_model(tmp_path / "one")
-    assert step == 6
-    for a, b in zip(model.parameters(), single.parameters(), strict=True):
+    whole = load(tmp_path / "whole")
+    single = load_model(tmp_path / "one")
+    assert whole.about["step"] == 6
+    for a, b in zip(whole.model.parameters(), single.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -346,7 +338,7 @@ def test_one_to_four_ranks_and_every_plan_go_on_from_each_other(command, tmp_pat
         tensors = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
         alone = next((tmp_path / "whole" / "checkpoints" / newest.name).glob("*.safetensors")).stat().st_size
         assert tensors < 1.5 * alone + 20_000 * ranks
-        assert load_model(tmp_path / "moved")[2] == 2 * number + 2
+        assert load(tmp_path / "moved").about["step"] == 2 * number + 2
     moved = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "moved" / "metrics.csv")}
     assert moved.keys() == whole.keys()
     assert all(moved[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from maskalign.checkpoints.conversion import METADATA_KEY, from_repa, to_repa
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.models.convert import METADATA_KEY, from_repa, to_repa
 from maskalign.models.presets import SIZES
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")

@@ -1,51 +1,13 @@
-"""Weights from wherever they are (a run, a checkpoint, a REPA .pt, a .safetensors file), and `maskalign convert`."""
+"""The work of `maskalign convert`."""
 
 from pathlib import Path
 
+from maskalign.checkpoints.conversion import from_repa, pick_weights, to_repa
+from maskalign.checkpoints.loading import load
+from maskalign.checkpoints.weight_files import describe, read_file, repa_checkpoint, write_repa, write_safetensors
 from maskalign.errors import UsageError
-from maskalign.models.convert import from_repa, pick_weights, to_repa
-from maskalign.models.weight_files import (
-    describe,
-    load_file,
-    read_file,
-    repa_checkpoint,
-    write_repa,
-    write_safetensors,
-)
-from maskalign.training.checkpoint import load_model
 
 LAYOUTS = {".pt": "repa", ".pth": "repa", ".safetensors": "safetensors"}
-
-
-def load_any(path, ema=True):
-    """A model to evaluate, and what is known about it.
-
-    Args:
-        path: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
-        ema: take the moving average of the weights.
-
-    Returns:
-        (SiT in eval mode, dict): name, step (None where unknown), path (of the interpolant), class_names and latent
-        (the manifest's entry; None where unknown), vae (the run's decoder of latents, or None).
-
-    Raises:
-        UsageError: nothing there that can be loaded.
-    """
-    path = Path(path)
-    facts = {"name": path.stem, "class_names": None, "latent": None, "vae": None}
-    if not path.is_dir():
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
-        model, about = load_file(path, ema)
-        return model, facts | about
-    model, config, step = load_model(path, ema)
-    facts |= {"name": Path(config.run_dir).name, "step": step, "path": config.objective.path, "vae": config.preview.vae}
-    return model, facts | {key: model.facts[key] for key in ("class_names", "latent")}
-
-
-def load_weights(path):
-    """The averaged weights at `path` (as `load_any` takes it) under our names: dict from name to tensor."""
-    return to_repa(load_any(path)[0])
 
 
 def convert(src, dst, to=None, weights="ema"):
@@ -87,8 +49,8 @@ def _read_both(src, both, weights):
     """({"model", "ema"}, about, optimiser's state or None); only the set `weights` unless `both`."""
     wanted = ("model", "ema") if both else (weights,)
     if src.is_dir():
-        loaded = {kind: load_any(src, ema=kind == "ema") for kind in wanted}
-        return {kind: model for kind, (model, _) in loaded.items()}, loaded[wanted[0]][1], None
+        loaded = {kind: load(src, ema=kind == "ema") for kind in wanted}
+        return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].about, None
     checkpoint = read_file(src)
     try:
         models = {kind: from_repa(checkpoint, weights=kind) for kind in wanted}
