@@ -20,8 +20,8 @@ def manifest(**changes):
 
 
 def test_every_recipe_is_there():
-    masked = {"maskalign", "maskalign-attention", "maskalign-loss-only", "tread", "sprint", "deferred-masking"}
-    names = {"sit", "repa", *masked}
+    masked = {"maskalign", "repa-maskalign", "maskalign-fast", "maskalign-loss-only", "tread", "sprint"}
+    names = {"sit", "repa", "reg", "deferred-masking", *masked}
     for size in ("b2", "l2", "xl2"):
         assert {path.stem for path in RECIPES if path.parent.name == size} == names
     assert (ROOT / "configs" / "quickstart.yaml") in RECIPES

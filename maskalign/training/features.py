@@ -40,9 +40,13 @@ class Features:
     def dims(self):
         return [dim for _, _, _, dim in self.sources]
 
+    @property
+    def class_dim(self):
+        return None
+
     @torch.no_grad()
     def __call__(self, batch):
-        """One (b, N, Dz) per teacher, floating or int8."""
+        """(teachers, class token): one (b, N, Dz) per teacher, floating or int8; and None."""
         out = []
         for name, teacher, grid, _ in self.sources:
             if teacher is None:
@@ -51,7 +55,7 @@ class Features:
                 z = teacher(batch["image"].to(self.device, non_blocking=True))
             # int8 rows have no common length, which a weighted mean of neighbours needs: resample before storing.
             out.append(z if grid == self.grid else resample_tokens(z.float(), grid, self.grid))
-        return out
+        return out, None
 
 
 def prepare_teacher(network, config, placement):

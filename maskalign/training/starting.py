@@ -15,7 +15,7 @@ from maskalign.models.routing import keep_count
 log = logging.getLogger(__name__)
 
 # What a plain SiT lacks: it starts at its own initial values.
-OWN_PARTS = ("mixer.", "fuse.", "projectors.")
+OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")
 
 
 def find_resume(config, placement):
@@ -47,9 +47,9 @@ def check_facts(path, there, here):
     Args:
         path: of the checkpoint; there, here: `facts` of the checkpoint and of the settings.
     """
-    for key in ("input_size", "in_channels", "num_classes", "teacher_dims"):
-        if there[key] != here[key]:
-            raise UsageError(f"{path}: was trained with {key} {there[key]}, the settings give {here[key]}")
+    for key in ("input_size", "in_channels", "num_classes", "teacher_dims", "class_dim"):
+        if there.get(key) != here[key]:  # a run from before class tokens does not name their width
+            raise UsageError(f"{path}: was trained with {key} {there.get(key)}, the settings give {here[key]}")
 
 
 def warn_of_full_subset(method, tokens):

@@ -90,6 +90,7 @@ class Trainer:
             "in_channels": facts["in_channels"],
             "num_classes": facts["num_classes"],
             "teacher_dims": self.features.dims,
+            "class_dim": self.features.class_dim,
             "teachers": [name for name, _ in facts["teachers"]],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
@@ -222,10 +223,12 @@ class Trainer:
             inputs, prepare = batch["moments"].to(self.device, non_blocking=True), self._draw_latents
         else:
             inputs, prepare = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1, None
+        teachers, class_token = self.features(batch)
         return {
             "inputs": inputs,
             "labels": batch["label"].to(self.device, non_blocking=True),
-            "teachers": self.features(batch),
+            "teachers": teachers,
+            "class_token": class_token,
             "first_slot": batch["slot"],
             "prepare": prepare,
         }
@@ -237,7 +240,7 @@ class Trainer:
     def _loop(self):
         training = self.config.training
         zeros = dict(dtype=torch.float64, device=self.device)
-        sums, healthy = torch.zeros(4, **zeros), torch.zeros((), **zeros)
+        sums, healthy = torch.zeros(5, **zeros), torch.zeros((), **zeros)
         in_a_row = torch.zeros((), **zeros)
         since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
         # Often enough to stop in time, and as seldom as logging where that is more often.
@@ -254,8 +257,8 @@ class Trainer:
             result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
             self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
             good = ~result.skipped
-            row = torch.stack([result.loss, result.velocity_loss, result.align_loss, result.grad_norm.float()]).double()
-            sums += torch.where(good, row, 0)
+            losses = [result.loss, result.velocity_loss, result.align_loss, result.class_velocity_loss]
+            sums += torch.where(good, torch.stack([*losses, result.grad_norm.float()]).double(), 0)
             healthy += good
             in_a_row = torch.where(good, 0, in_a_row + 1)
             self.step += 1
@@ -296,7 +299,8 @@ class Trainer:
         wait, memory = self.plan.most(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
         good = int(healthy)
         self.skipped_steps += steps - good
-        loss, velocity, alignment, norm = (sums / max(good, 1) if good else sums * float("nan")).tolist()
+        means = sums / max(good, 1) if good else sums * float("nan")
+        loss, velocity, alignment, class_velocity, norm = means.tolist()
         seconds = max(self.seconds - since["seconds"], 1e-9)
         row = {
             "step": self.step,
@@ -304,6 +308,7 @@ class Trainer:
             "loss": loss,
             "velocity_loss": velocity,
             "align_loss": alignment,
+            "class_velocity_loss": class_velocity,
             "grad_norm": norm,
             "lr": result.lr,
             "keep_ratio": result.keep_ratio,
