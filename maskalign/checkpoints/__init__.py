@@ -7,6 +7,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "from_repa": "conversion",
         "to_repa": "conversion",
+        "from_reg": "conversion",
+        "to_reg": "conversion",
         "load": "loading",
         "load_model": "loading",
         "load_weights": "loading",

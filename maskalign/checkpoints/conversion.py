@@ -1,7 +1,8 @@
-"""Weights in REPA's layout and back, and from official SiT checkpoints.
+"""Weights in the layouts of REPA and REG and back, and from official SiT checkpoints.
 
-Parameter names are the same on both sides, so this file reads sizes off shapes, and turns time round where a checkpoint
-runs it the other way.
+REPA's parameter names are ours. REG (arXiv 2507.01467) has other names for what embeds and predicts the class token,
+and a row of zeros for it in front of its position embedding. Sizes are read off the shapes, and time is reversed where
+a checkpoint runs it the other way.
 """
 
 import math
@@ -14,27 +15,53 @@ from maskalign.errors import UsageError
 from maskalign.models.presets import SIZES
 from maskalign.models.sit import SiT
 
-# Modules that REPA's SiT does not have.
+# Modules that neither REPA's nor REG's SiT has.
 OWN_MODULES = ("mixer.", "fuse.")
+# Our prefixes of what a class token adds, and REG's.
+REG_NAMES = {
+    "class_embedder.proj.": "cls_projectors2.",
+    "class_embedder.norm.": "wg_norm.",
+    "final_layer.class_linear.": "final_layer.linear_cls.",
+}
+CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
+# What compilation, DDP, FSDP and recomputation put into parameter names.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 METADATA_KEY = "maskalign"
 
 
-def from_repa(state_dict, *, num_heads=None, align_depth=None, mixer=None, weights="ema", layout="auto", **settings):
-    """A model with the weights of a REPA checkpoint, its sizes read off the shapes.
+def from_repa(
+    state_dict,
+    *,
+    num_heads=None,
+    align_depth=None,
+    mixer=None,
+    mixer_layers=None,
+    class_dim=None,
+    weights="ema",
+    layout="auto",
+    **settings,
+):
+    """A model with the weights of a REPA, REG or SiT checkpoint or of an export of ours, sizes read off the shapes.
 
-    What shapes do not tell comes from, in this order: the arguments, what `to_repa` noted, the checkpoint's `args`
-    (encoder_depth), the preset of that width; outside the presets heads are 64 wide, and the tap is after a third of
-    the blocks.
+    What shapes do not tell comes from, in this order: the arguments, the checkpoint's `args` (encoder_depth), what
+    `to_repa` or `to_reg` noted, the preset of that width; outside the presets heads are 64 wide, and the tap is after a
+    third of the blocks.
 
     Args:
-        state_dict: a state dict, or the whole dict of a REPA checkpoint (`model`, `ema`, `args`...).
+        state_dict: a state dict, or the whole dict of a checkpoint (`model`, `ema`, `args`...). Prefixes that
+            torch.compile, DDP and FSDP put into names are dropped.
         num_heads: attention heads.
         align_depth: the block that is aligned, counted from 1.
         mixer: kind of a mixer to add where the weights have none; a fresh one is the identity.
+        mixer_layers: layers of the mixer `attention`, by default 2 fresh ones, or as many as the weights have; further
+            ones are fresh.
+        class_dim: width of a class token to add where the weights have none. Its parts are fresh, and unlike a mixer's
+            they change what the model predicts: one more token is attended to.
         weights: `ema` or `model`, which weights of a whole checkpoint to take.
-        layout: `repa`; `sit` for official SiT checkpoints, in which t = 1 is data; `auto` takes a checkpoint that
-            predicts twice its input channels (learn_sigma) for one of SiT's.
-        settings: other arguments of `SiT`, e.g. route, restore, attention.
+        layout: `repa` (also REG's); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` takes a
+            checkpoint that predicts twice its input channels (learn_sigma) for one of SiT's.
+        settings: other arguments of `SiT`, e.g. route, restore, attention, and teacher_dims for weights that have no
+            projectors.
 
     Returns:
         SiT in the weights' dtype, in training mode as torch makes it.
@@ -44,10 +71,10 @@ def from_repa(state_dict, *, num_heads=None, align_depth=None, mixer=None, weigh
     """
     if layout not in ("auto", "repa", "sit"):
         raise ValueError(f"layout must be auto, repa or sit, got {layout!r}")
-    args = state_dict.get("args")
+    args = state_dict.get("args") if isinstance(state_dict, dict) else None
     state_dict = pick_weights(state_dict, weights)
     noted = (getattr(state_dict, "_metadata", None) or {}).get(METADATA_KEY, {})
-    state_dict, encoder_depth = _plain_names(state_dict)
+    state_dict, encoder_depth = _own_names(state_dict)
     sizes = read_sizes(state_dict)
     predicted = state_dict["final_layer.linear.weight"].shape[0] // sizes["patch_size"] ** 2
     if layout == "sit" or (layout == "auto" and predicted == 2 * sizes["in_channels"]):
@@ -60,14 +87,11 @@ def from_repa(state_dict, *, num_heads=None, align_depth=None, mixer=None, weigh
         sizes["heads"] = num_heads
     if align_depth is not None:
         sizes["align_depth"] = align_depth
-    fresh = []
-    if mixer is not None and mixer != sizes["mixer"]:
-        if sizes["mixer"] != "none":
-            raise UsageError(f"the weights have a mixer {sizes['mixer']!r}; it cannot be replaced by {mixer!r}")
-        sizes["mixer"] = mixer
-        fresh.append("mixer.")
+    fresh = _fresh_mixer(sizes, mixer, mixer_layers) + _fresh_class_token(sizes, class_dim)
     if settings.get("restore") == "fuse" and "fuse.linear.weight" not in state_dict:
         fresh.append("fuse.")
+    if not sizes["teacher_dims"]:
+        fresh.append("projectors.")  # where `settings` names teachers
     try:
         model = SiT(**{**sizes, **settings})
     except ValueError as error:
@@ -76,25 +100,106 @@ def from_repa(state_dict, *, num_heads=None, align_depth=None, mixer=None, weigh
     return model
 
 
+def from_reg(state_dict, **settings):
+    """A model with the weights of a REG checkpoint, as `from_repa` reads them; without a class token they are refused.
+
+    Args:
+        state_dict: a state dict, or the whole dict of a checkpoint.
+        settings: those of `from_repa`. With `class_dim` the weights may also be REPA's or SiT's.
+
+    Raises:
+        UsageError: weights without a class token, or what `from_repa` raises.
+    """
+    own, _ = _own_names(pick_weights(state_dict, settings.get("weights", "ema")))
+    if "class_embedder.proj.weight" not in own and settings.get("class_dim") is None:
+        raise UsageError(
+            "the weights have no class token, so they are REPA's or SiT's: use from_repa, or add a class token with "
+            "class_dim"
+        )
+    return from_repa(state_dict, **settings)
+
+
 def to_repa(model, *, strict=False):
     """A model's weights under REPA's names.
 
     Args:
         model: `SiT`.
-        strict: only what REPA's own SiT can load. Otherwise the mixer and the fusion are kept under their own names,
-            and `from_repa(to_repa(m))` is m for every model.
+        strict: only what REPA's own SiT can load. Otherwise the mixer, the fusion and the class token's parts are kept
+            under their own names, and `from_repa(to_repa(m))` is m for every model.
 
     Returns:
         OrderedDict of detached tensors that share memory with the model. Settings that shapes do not tell (heads,
         alignment depth, route) go along as its `_metadata`, which torch.save keeps and load_state_dict ignores.
 
     Raises:
-        UsageError: with strict, a mixer that does something, a fusion, or a projector that is not REPA's.
+        UsageError: with strict, a mixer that does something, a class token, a fusion, or projectors not REPA's.
     """
     source = model.state_dict()
     if strict:
-        _require_repa(model, source)
-        source = {name: value for name, value in source.items() if not name.startswith(OWN_MODULES)}
+        if model.class_dim is not None:
+            raise UsageError("REPA's layout has no place for a class token; write REG's instead (--to reg)")
+        source = _strict(model, source, "REPA")
+    return _noted(model, source)
+
+
+def to_reg(model, *, strict=False):
+    """The weights of a model with a class token under REG's names, in REG's order.
+
+    Args:
+        model: `SiT` with a class token.
+        strict: only what REG's own SiT can load. Otherwise the mixer and the fusion are kept under their own names, and
+            `from_reg(to_reg(m))` is m for every model with a class token.
+
+    Returns:
+        OrderedDict as from `to_repa`; `pos_embed` is (1, 1 + N, D) with a first row of zeros.
+
+    Raises:
+        UsageError: a model without a class token; with strict, a mixer that does something, a fusion, projectors that
+            are not REG's, or a class token of another width than the first teacher's rows.
+    """
+    if model.class_dim is None:
+        raise UsageError(
+            "REG's layout is for models with a class token, and this one has none; write REPA's (--to repa)"
+        )
+    source = model.state_dict()
+    if strict:
+        source = _strict(model, source, "REG")
+        if model.teacher_dims[:1] != (model.class_dim,):
+            raise UsageError(
+                "REG's layout has a class token as wide as the first teacher's rows, but here it has "
+                f"{model.class_dim} numbers and the teachers have {list(model.teacher_dims)}; "
+                "write safetensors instead (--to safetensors)"
+            )
+    renamed = {}
+    for name, value in source.items():
+        prefix = next((own for own in REG_NAMES if name.startswith(own)), None)
+        renamed[name if prefix is None else REG_NAMES[prefix] + name.removeprefix(prefix)] = value
+    position = renamed["pos_embed"]
+    renamed["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+    # REG's own order, by which the state of its optimizer counts.
+    last = ("projectors.", "final_layer.", "cls_projectors2.", "wg_norm.", *OWN_MODULES)
+
+    def place(name):
+        return next((number for number, prefix in enumerate(last, 1) if name.startswith(prefix)), 0)
+
+    return _noted(model, {name: renamed[name] for name in sorted(renamed, key=place)})
+
+
+def _strict(model, source, layout):
+    """The part of a state dict that REPA's or REG's own code can load."""
+    if not is_identity(model.mixer):
+        raise UsageError(
+            f"{layout}'s layout has no place for a trained mixer; write safetensors instead (--to safetensors)"
+        )
+    if model.restore == "fuse":
+        raise UsageError(f"{layout}'s layout has no place for the fusion of restore=fuse; write safetensors instead")
+    if "projectors.0.conv.weight" in source:
+        raise UsageError(f"{layout}'s layout has MLP projectors only; write safetensors instead")
+    return {name: value for name, value in source.items() if not name.startswith(OWN_MODULES)}
+
+
+def _noted(model, source):
+    """Detached weights, with the settings that shapes do not tell."""
     out = OrderedDict((name, value.detach()) for name, value in source.items())
     noted = {
         "heads": model.heads,
@@ -103,8 +208,6 @@ def to_repa(model, *, strict=False):
         "restore": model.restore,
         "attention": model.blocks[0].attn.implementation,
     }
-    if strict:
-        noted["restore"] = "none" if model.restore == "fuse" else model.restore
     out._metadata = {METADATA_KEY: noted}
     return out
 
@@ -145,7 +248,7 @@ def read_sizes(state_dict):
         raise UsageError(f"the weights are for {positions.shape[1]} tokens, which is not a square grid")
     depth = _count(state_dict, r"blocks\.(\d+)\.")
     if depth == 0:
-        raise UsageError("the weights have no blocks: not a SiT or REPA checkpoint")
+        raise UsageError("the weights have no blocks: not a SiT, REPA or REG checkpoint")
     hidden = _tensor(state_dict, "blocks.0.mlp.fc1.weight", 2).shape[0]
     preset = next((size for size in SIZES.values() if size["width"] == width), None)
     sizes = dict(
@@ -163,7 +266,7 @@ def read_sizes(state_dict):
         restore="fuse" if "fuse.linear.weight" in state_dict else "none",
     )
     _tensor(state_dict, "final_layer.linear.weight", 2)
-    return {**sizes, **_projector_sizes(state_dict), **_mixer_sizes(state_dict)}
+    return {**sizes, **_projector_sizes(state_dict), **_mixer_sizes(state_dict), **_class_sizes(state_dict)}
 
 
 def _projector_sizes(state_dict):
@@ -181,23 +284,83 @@ def _mixer_sizes(state_dict):
         return {"mixer": "token_mlp", "mixer_hidden": _tensor(state_dict, "mixer.fc1.weight", 2).shape[0]}
     if "mixer.conv.weight" in state_dict:
         return {"mixer": "depthwise_conv"}
-    return {"mixer": "attention" if "mixer.block.attn.qkv.weight" in state_dict else "none"}
+    layers = _count(state_dict, r"mixer\.layers\.(\d+)\.")
+    return {"mixer": "attention", "mixer_layers": layers} if layers else {"mixer": "none"}
 
 
-def _plain_names(state_dict):
-    """A state dict without wrappers' prefixes and REPA's early names; and the alignment depth those names tell.
+def _class_sizes(state_dict):
+    if "class_embedder.proj.weight" not in state_dict:
+        return {"class_dim": None}
+    return {"class_dim": _tensor(state_dict, "class_embedder.proj.weight", 2).shape[1]}
 
-    REPA's first checkpoints call the blocks after the tap `decoder_blocks`.
+
+def _fresh_mixer(sizes, mixer, layers):
+    """Enter a mixer that was asked for into `sizes`; prefixes of parameters that the weights may then lack."""
+    there = sizes["mixer"]
+    if mixer is not None and there not in ("none", mixer):
+        raise UsageError(f"the weights have a mixer {there!r}; it cannot be replaced by {mixer!r}")
+    sizes["mixer"] = mixer or there
+    if layers is None:
+        return ["mixer."] if sizes["mixer"] != there else []
+    if sizes["mixer"] != "attention":
+        raise UsageError(f"mixer_layers goes with the mixer attention, and here the mixer is {sizes['mixer']!r}")
+    known = sizes.get("mixer_layers", 0)
+    if layers < known:
+        raise UsageError(f"the weights have {known} mixing layers, which cannot become {layers}")
+    sizes["mixer_layers"] = layers
+    return [f"mixer.layers.{number}." for number in range(known, layers)]
+
+
+def _fresh_class_token(sizes, class_dim):
+    """The same for a class token."""
+    there = sizes["class_dim"]
+    if class_dim is None or class_dim == there:
+        return []
+    if there is not None:
+        raise UsageError(f"the weights have a class token of {there} numbers, which cannot become {class_dim}")
+    sizes["class_dim"] = class_dim
+    return list(CLASS_PARTS)
+
+
+def _own_names(state_dict):
+    """A state dict under our names, and the alignment depth that REPA's early names tell.
+
+    REPA's first checkpoints call the blocks after the tap `decoder_blocks`; ours once had a single mixing layer, called
+    `mixer.block`.
     """
-    plain = {name.removeprefix("module."): value for name, value in state_dict.items()}
-    if not any(name.startswith("decoder_blocks.") for name in plain):
-        return plain, None
-    encoder_depth = _count(plain, r"blocks\.(\d+)\.")
+    own = {WRAPPERS.sub("", name) if isinstance(name, str) else name: value for name, value in state_dict.items()}
+    own = {own_name(name) if isinstance(name, str) else name: value for name, value in own.items()}
+    if "class_embedder.proj.weight" in own:
+        own["pos_embed"] = _without_class_row(own)
+    encoder_depth = None
+    if any(isinstance(name, str) and name.startswith("decoder_blocks.") for name in own):
+        encoder_depth = depth = _count(own, r"blocks\.(\d+)\.")
+        own = {
+            re.sub(r"^decoder_blocks\.(\d+)\.", lambda match: f"blocks.{int(match.group(1)) + depth}.", name): value
+            for name, value in own.items()
+        }
+    return own, encoder_depth
 
-    def later(match):
-        return f"blocks.{int(match.group(1)) + encoder_depth}."
 
-    return {re.sub(r"^decoder_blocks\.(\d+)\.", later, name): value for name, value in plain.items()}, encoder_depth
+def own_name(name):
+    """Our name of a parameter that REG, or an earlier version of ours, calls otherwise; others stay as they are."""
+    for own, other in (*REG_NAMES.items(), ("mixer.layers.0.", "mixer.block.")):
+        if name.startswith(other):
+            return own + name.removeprefix(other)
+    return name
+
+
+def _without_class_row(state_dict):
+    """The position embedding of the patches alone, (1, N, D): REG's has a row of zeros for the class token in front."""
+    position = _tensor(state_dict, "pos_embed", 3)
+    if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:
+        return position
+    if not position.is_meta and position[:, 0].any():
+        raise UsageError(
+            "the weights' pos_embed has a first row that is not zero, but REG's class token has no position: this is "
+            "another model"
+        )
+    return position[:, 1:]
 
 
 def _turn_time(state_dict, sizes):
@@ -241,19 +404,10 @@ def _load(model, state_dict, fresh):
     model.load_state_dict(state_dict, strict=False)
 
 
-def _require_repa(model, state_dict):
-    if not is_identity(model.mixer):
-        raise UsageError("REPA's layout has no place for a trained mixer; write safetensors instead (--to safetensors)")
-    if model.restore == "fuse":
-        raise UsageError("REPA's layout has no place for the fusion of restore=fuse; write safetensors instead")
-    if "projectors.0.conv.weight" in state_dict:
-        raise UsageError("REPA's layout has MLP projectors only; write safetensors instead")
-
-
 def _tensor(state_dict, name, rank):
     value = state_dict.get(name)
     if not isinstance(value, torch.Tensor) or value.dim() != rank:
-        raise UsageError(f"the weights have no {name} of {rank} dimensions: not a SiT or REPA checkpoint")
+        raise UsageError(f"the weights have no {name} of {rank} dimensions: not a SiT, REPA or REG checkpoint")
     return value
 
 

@@ -1,5 +1,6 @@
 """Models out of runs, checkpoints and weight files, and a checkpoint's tensors into those of a training run."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
 
 from maskalign.checkpoints.build import build_model
-from maskalign.checkpoints.conversion import to_repa
+from maskalign.checkpoints.conversion import own_name, to_repa
 from maskalign.checkpoints.layout import find, read_state
 from maskalign.checkpoints.weight_files import load_file
 from maskalign.config import Config, load_config
@@ -68,7 +69,7 @@ def load(path, ema=True):
         unknown = {"class_names": None, "latent": None, "vae": None, "teachers": []}
         return Loaded(model, "file", path, None, None, {"name": path.stem, "ema": ema} | unknown | about)
     checkpoint = find(path)
-    config = load_config(checkpoint / "config.yaml")
+    config = read_config(checkpoint)
     state = read_state(checkpoint)
     facts = state["facts"]
     model = build_model(config, facts)
@@ -79,6 +80,22 @@ def load(path, ema=True):
     about |= {key: facts[key] for key in ("class_names", "latent", "teachers")} | {"vae": config.preview.vae}
     kind = "run" if checkpoint != path else "checkpoint"
     return Loaded(model.eval().requires_grad_(False), kind, checkpoint, run, config, about)
+
+
+def read_config(checkpoint):
+    """The settings that a checkpoint was trained with.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    import yaml
+
+    path = Path(checkpoint, "config.yaml")
+    config = load_config(path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "mixer_layers" not in (written.get("model") or {}):
+        config.model.mixer_layers = 1  # all that the attention mixer had before there was a choice
+    return config
 
 
 def load_model(path, ema=True, device="cpu"):
@@ -112,20 +129,35 @@ def load_tensors(checkpoint, tensors):
         RunError: the files cannot be read.
     """
     there = tensor_shapes(checkpoint)
+    # Names in the checkpoint, by ours: an earlier version had other ones.
+    parts = (full.rpartition("/") for full in there)
+    stored = {f"{kind}{slash}{own_name(name)}": f"{kind}{slash}{name}" for kind, slash, name in parts}
     for name, tensor in tensors.items():
-        if name not in there:
-            raise UsageError(f"{checkpoint}: has no tensor {name}; it was saved with other model settings")
-        if tuple(there[name]) != tuple(tensor.shape):
+        if name not in stored:
             raise UsageError(
-                f"{checkpoint}: {name} has shape {tuple(there[name])}, the model's is {tuple(tensor.shape)}; "
+                f"{checkpoint}: has no tensor {name}; it was saved with other model settings{_of_mixer(name, stored)}"
+            )
+        shape = tuple(there[stored[name]])
+        if shape != tuple(tensor.shape):
+            raise UsageError(
+                f"{checkpoint}: {name} has shape {shape}, the model's is {tuple(tensor.shape)}; "
                 "it was saved with other model settings"
             )
+    tensors = {stored[name]: tensor for name, tensor in tensors.items()}
     try:
         with quiet():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:  # a BaseException, which nobody else would catch
         reason = next(iter(error.failures.values()))[0]
         raise RunError(f"{checkpoint}: its tensors cannot be read ({reason}); choose another checkpoint") from None
+
+
+def _of_mixer(name, stored):
+    """A word on the number of mixing layers, where that is what differs."""
+    found = re.match(r"(\w+/mixer\.layers\.)\d", name)
+    numbers = [re.match(rf"{re.escape(found.group(1))}(\d+)", other) for other in stored] if found else []
+    layers = max((int(number.group(1)) + 1 for number in numbers if number), default=0)
+    return f" (model.mixer_layers {layers})" if layers else ""
 
 
 def tensor_shapes(checkpoint):

@@ -63,11 +63,17 @@ def warn_of_full_subset(method, tokens):
 
 
 def init_from(model, path):
-    """Start from the weights of a file (`training.init_from`): what it lacks beside `OWN_PARTS` is an error.
+    """Start from the weights of a file (`training.init_from`). Only `OWN_PARTS` may be missing, or left unused.
 
     Args:
         model: `SiT`, spread over the ranks or not.
         path: a run, a checkpoint or a file of weights.
+
+    Returns:
+        A line that says what was loaded, what starts fresh and what of the file is not used.
+
+    Raises:
+        UsageError: the file cannot be read, or holds another architecture.
     """
     from maskalign.checkpoints.loading import load_weights
 
@@ -82,6 +88,23 @@ def init_from(model, path):
     missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
     if missing:
         raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
+    there = own.keys() | dict(model.named_buffers()).keys()
+    unused = [name for name in weights if name not in there]
+    foreign = [name for name in unused if not name.startswith(OWN_PARTS)]
+    if foreign:
+        raise UsageError(
+            f"training.init_from: {path} has {foreign[0]} ({len(foreign)} such), which the model has not; "
+            "its model.depth or other sizes differ"
+        )
     for name, parameter in own.items():
         if name in weights:
             assign(parameter, weights[name])
+    line = f"training.init_from: {len(own.keys() & weights.keys())} tensors of {path}"
+    fresh = _parts(name for name in own if name not in weights)
+    line += f"; starting fresh: {fresh}" if fresh else ""
+    return line + (f"; not used: {_parts(unused)}" if unused else "")
+
+
+def _parts(names):
+    """The `OWN_PARTS` that names belong to, as text."""
+    return ", ".join(dict.fromkeys(next(p for p in OWN_PARTS if name.startswith(p)).rstrip(".") for name in names))

@@ -101,7 +101,7 @@ class Trainer:
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
-            init_from(self.model, config.training.init_from)
+            self._say(init_from(self.model, config.training.init_from))
         self.optimizer = Optimizer(
             self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )

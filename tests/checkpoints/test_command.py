@@ -68,7 +68,9 @@ def test_a_run_as_safetensors_is_the_same_model(run, tmp_path, seed):
     path, model, _ = run
     assert "step 2" in convert(path, tmp_path / "a.safetensors")
     ours, (again, about) = load_model(path), load_file(tmp_path / "a.safetensors")
-    assert about == {"step": 2, "path": "cosine"}
+    facts = {"class_names": FACTS["class_names"], "teachers": FACTS["teachers"]}
+    assert about == {"step": 2, "path": "cosine", **facts}
+    assert load(tmp_path / "a.safetensors").about == {**load(path).about, "name": "a"}
     assert repr(ours) == repr(again) and again.heads == 3 and again.align_depth == 3
     x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
     assert torch.equal(ours(x, t, labels).velocity, again(x, t, labels).velocity)
