@@ -5,10 +5,10 @@ import contextlib
 import pytest
 import torch
 
+from maskalign.checkpoints.build import build_model
 from maskalign.config import parse_config
 from maskalign.objective.draws import Draws
 from maskalign.training import graphs
-from maskalign.training.build import build_model
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import Placement
 from maskalign.training.step import MicroBatch, TrainStep
