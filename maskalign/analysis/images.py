@@ -14,6 +14,7 @@ from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.objective.interpolant import Interpolant
+from maskalign.teachers.names import no_class_tokens
 from maskalign.training.features import Features
 
 
@@ -63,11 +64,12 @@ class Images:
             parallel=replace(subject.config.parallel, plan="none"),
             training=replace(subject.config.training, compile=False),
         )
-        own = {}
-        if model.class_dim is not None:
-            self._check_class_token(path)
-            own["class_token"] = (self.names[0], "class_token" in manifest.teachers.get(self.names[0], {}))
-        features = Features(config, manifest, sources, model.grid, SimpleNamespace(device=self.device), **own)
+        class_token = None
+        if model.class_dim is not None and sources:
+            class_token = sources[0]
+            config.model = replace(config.model, class_token_dim=self._components(path, subject, sources))
+        placement = SimpleNamespace(device=self.device)
+        features = Features(config, manifest, sources, model.grid, placement, class_token=class_token)
         if tuple(features.dims) != model.teacher_dims:
             raise UsageError(
                 f"{path}: the teachers {', '.join(self.names) or '(none)'} have widths {features.dims}, the model's "
@@ -78,7 +80,7 @@ class Images:
                 f"{path}: the class token of {self.names[0]} has {features.class_dim} numbers, the model's "
                 f"{model.class_dim}; give --data the data set of its training"
             )
-        self._read(path, features, sources, own, min(count, manifest.num_samples), batch_size, seed, progress)
+        self._read(path, features, min(count, manifest.num_samples), batch_size, seed, progress)
 
     def _check(self, path, model, count):
         latent, manifest = self.manifest.latent, self.manifest
@@ -107,22 +109,32 @@ class Images:
             )
         return name in self.manifest.teachers
 
-    def _check_class_token(self, path):
-        """The class token is the first teacher's: read from the shards, or computed from the images."""
-        name, manifest = self.names[0] if self.names else None, self.manifest
-        if name is None or ("class_token" not in manifest.teachers.get(name, {}) and manifest.image_format is None):
-            raise UsageError(
-                f"{path}: has no class tokens of {name or 'any teacher'}, which the model denoises, and no images to "
-                f"compute them from; run maskalign data encode --data {path} --teacher {name or 'NAME'} --class-token "
-                "only where the images are"
-            )
+    def _components(self, path, subject, sources):
+        """How many principal components of the class token the model denoises; None where it is the token as it is.
 
-    def _read(self, path, features, sources, class_token, count, batch_size, seed, progress):
-        online = any(not cached for _, cached in [*sources, *class_token.values()])
-        fields = [name for name, cached in sources if cached]
-        fields += [f"{name}.class" for name, cached in class_token.values() if cached]
+        Raises:
+            UsageError: rows without class tokens, or fewer components than the model takes.
+        """
+        for name, cached in sources:
+            if cached and "class_token" not in self.manifest.teachers[name]:
+                raise UsageError(f"{path}: {no_class_tokens(name, path)}")
+        name, wanted = sources[0][0], subject.model.class_dim
+        entry = self.manifest.teachers.get(name, {}).get("class_token", {})
+        # A file of weights does not name its settings: a narrower class token tells of components.
+        if subject.config.model.class_token_dim is None and entry.get("dim", wanted) == wanted:
+            return None
+        stored = len(entry.get("components", {}).get("basis", ()))
+        if stored < wanted:
+            raise UsageError(
+                f"{path}: the model denoises {wanted} principal components of the class token of {name!r}, and the "
+                f"data set has {stored}; give --data the data set of its training"
+            )
+        return wanted
+
+    def _read(self, path, features, count, batch_size, seed, progress):
+        fields = list(features.fields)
         fields += ["moments"] if self.manifest.latent is not None else []
-        fields += ["image"] if self.manifest.latent is None or online else []
+        fields += ["image"] if self.manifest.latent is None or features.needs_images else []
         batch_size = min(batch_size, count)
         parts = []
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
@@ -136,7 +148,7 @@ class Images:
             if sum(len(part[1]) for part in parts) >= count:
                 break
         self.inputs, self.labels, *self.features = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
-        self.class_tokens = self.features.pop() if class_token else None
+        self.class_tokens = self.features.pop() if features.class_dim is not None else None
         self.count = len(self.labels)
 
     def draws(self, subject, keep_ratio, number, rows, seed):

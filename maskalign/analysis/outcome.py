@@ -81,8 +81,8 @@ def _papers(tables, about):
         lines += [
             f"*Stability gap* G_r, mask ratio {one['mask_ratio']:g}: the alignment loss where all blocks see "
             f"{_seen(about)}{one['kept']} of {one['patches']} patches, dropped after the mixing layers, minus the loss "
-            f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} images; "
-            f"the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets.",
+            f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
+            f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets.",
             "",
         ]
         head += ["loss on all tokens", "G_r", "spread over subsets"]
