@@ -28,7 +28,7 @@ def make_model():
     def make(seed=0, **settings):
         sizes = dict(
             input_size=8, patch_size=2, in_channels=3, num_classes=3, depth=3, width=16, heads=2, teacher_dims=(5,),
-            align_depth=2, projector_dim=8, mixer_hidden=6,
+            align_depth=2, projector_dim=8, mixer="token_mlp", mixer_hidden=6,
         )  # fmt: skip
         model = SiT(**{**sizes, **settings})
         generator = torch.Generator().manual_seed(seed)
@@ -96,9 +96,11 @@ def train_run(data, run_dir, **changes):
         "model.width": 16,
         "model.heads": 2,
         "model.patch_size": 4,
+        "model.mixer": "token_mlp",
         "model.mixer_hidden": 4,
         "model.projector_dim": 8,
         "method.align_depth": 2,
+        "method.keep_ratio": 0.5,
         "optimizer.lr": 0.01,
         "training.max_steps": 4,
         "training.batch_size": 8,
