@@ -1,6 +1,6 @@
-"""The figures in README.md and docs/figures.md, from the CSVs in benchmarks/results.
+"""The figures in docs/benchmarks.md and docs/figures.md, from the CSVs in benchmarks/results.
 
-    python -m benchmarks.report [--check] [--readme README.md] [--more docs/figures.md] [--results benchmarks/results]
+    python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results benchmarks/results]
 
 Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
 whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
@@ -45,12 +45,12 @@ def markdown_table(head, lines):
 
 
 def paragraph(text):
-    """Text in lines of the README's length."""
+    """Text in lines of the pages' length."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def step_name(case):
-    """What a case of `benchmarks.steps` is called in the README."""
+    """What a case of `benchmarks.steps` is called on the pages."""
     recipe, _, keep = case.partition("@")
     if recipe.startswith("reference"):
         return f"{STEP_NAMES['reference']}, {recipe.removeprefix('reference-')}"
@@ -146,7 +146,7 @@ def convergence_section(path, note):
         paragraph(f"{what} {note['conditions']} {key}"),
         f"`{about['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
-        f"![{alt}](benchmarks/results/{path.stem}.png)",
+        f"![{alt}](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def cpu_kernels_section(path, note):
         paragraph(f"{what} {note['conditions']}"),
         f"`{note['command']}`",
         markdown_table(head, lines),
-        f"![Forward and backward on a CPU](benchmarks/results/{path.stem}.png)",
+        f"![Forward and backward on a CPU](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
 
 
@@ -234,8 +234,8 @@ SECTIONS = (
 )
 
 
-def figures(results, page="readme"):
-    """The figures of one page (`readme` or `more`) as Markdown; paths are those from the README."""
+def figures(results, page="main"):
+    """The figures of one page (`main` or `more`) as Markdown; paths are those from the folder docs/."""
     path = results / "notes.json"
     notes = json.loads(path.read_text()) if path.is_file() else {}
     parts = []
@@ -244,7 +244,7 @@ def figures(results, page="readme"):
         missing = [path.stem for path in found if path.stem not in notes]
         if missing:
             raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
-        found = [path for path in found if notes[path.stem].get("page", "readme") == page]
+        found = [path for path in found if notes[path.stem].get("page", "main") == page]
         parts += [title, *(section(path, notes[path.stem]) for path in found)] if found else []
     return "\n\n".join(parts)
 
@@ -256,7 +256,7 @@ def rewritten(text, new):
         UsageError: the markers are not there, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise UsageError(f"README and docs/figures.md need the markers {BEGIN} and {END}, once each")
+        raise UsageError(f"docs/benchmarks.md and docs/figures.md need the markers {BEGIN} and {END}, once each")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     return f"{before}{BEGIN}\n\n{new}\n\n{END}{after}"
 
@@ -296,15 +296,11 @@ def main(argv=None):
     root = Path(__file__).resolve().parent.parent
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where something differs")
-    parser.add_argument("--readme", type=Path, default=root / "README.md")
+    parser.add_argument("--page", type=Path, default=root / "docs" / "benchmarks.md")
     parser.add_argument("--more", type=Path, default=root / "docs" / "figures.md")
     parser.add_argument("--results", type=Path, default=root / "benchmarks" / "results")
     options = parser.parse_args(argv)
-    pages = {
-        options.readme: figures(options.results),
-        # One folder further down than the README.
-        options.more: figures(options.results, "more").replace("](benchmarks/", "](../benchmarks/"),
-    }
+    pages = {options.page: figures(options.results), options.more: figures(options.results, "more")}
     texts = {path: rewritten(path.read_text(), new) for path, new in pages.items()}
     texts = {path: text for path, text in texts.items() if text != path.read_text()}
     stale = stale_plots(options.results)

@@ -437,20 +437,20 @@ def evaluate(
 def convert(
     src: Path,
     dst: Path,
-    to: Optional[Literal["repa", "safetensors"]] = None,
+    to: Optional[Literal["repa", "reg", "safetensors"]] = None,
     weights: Literal["ema", "model"] = "ema",
 ):
-    """Convert checkpoints: REPA's and SiT's .pt, ours, safetensors.
+    """Convert checkpoints: REPA's, REG's and SiT's .pt, ours, safetensors.
 
     Args:
         src: the checkpoint to read: a run or checkpoint folder, a .pt or a .safetensors file.
         dst: the file to write.
-        to: the layout to write; taken from the ending of dst where it is left out.
-        weights: the set of weights that safetensors holds, averaged (ema) or not (model); REPA's layout holds both.
+        to: the layout to write; by default that of dst's ending, with .pt REG's for a model with a class token.
+        weights: the set of weights that safetensors holds, averaged (ema) or not (model); a .pt holds both.
     """
     if not src.exists():
         raise UsageError(f"{src} does not exist; give a run folder, a checkpoint or a .pt file")
-    from maskalign.training.export import convert as convert_checkpoint
+    from maskalign.checkpoints.command import convert as convert_checkpoint
 
     print(convert_checkpoint(src, dst, to=to, weights=weights))
 
@@ -529,5 +529,5 @@ SUMMARIES = {
     "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
     "evaluate": "compare samples with real images, and measure held-out losses",
     "plan": "estimate memory, time and energy of a run without its hardware",
-    "convert": "convert checkpoints from and to REPA's layout",
+    "convert": "convert checkpoints from and to the layouts of REPA and REG",
 }

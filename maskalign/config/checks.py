@@ -46,8 +46,8 @@ def validate(config):
     at_least = {
         "method.keep_multiple": 1,
         "model.mixer_hidden": 1,
+        "model.mixer_layers": 1,
         "model.projector_dim": 1,
-        "model.class_token_dim": 1,
         "training.max_steps": 1,
         "training.batch_size": 1,
         "training.accumulation": 1,
@@ -64,6 +64,7 @@ def validate(config):
         "optimizer.warmup_steps": 0,
         "optimizer.grad_clip": 0,
         "optimizer.weight_decay": 0,
+        "method.class_weight": 0,
         "preview.classes": 1,
         "preview.per_class": 1,
         "preview.steps": 1,
@@ -77,13 +78,17 @@ def validate(config):
     }
     for key, low in at_least.items():
         value = _get(config, key)
-        _require(value is None or value >= low, key, value, f"must be at least {low}")
+        _require(value >= low, key, value, f"must be at least {low}")
     for key in ("optimizer.lr", "optimizer.eps", "model.mlp_ratio"):
         _require(_get(config, key) > 0, key, _get(config, key), "must be above 0")
     for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout", "parallel.memory_budget"):
         _require(0 <= _get(config, key) <= 1, key, _get(config, key), "must be in [0, 1]")
     for key in ("optimizer.ema_decay",):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
+    class_dim = config.model.class_token_dim
+    _require(class_dim is None or class_dim >= 1, "model.class_token_dim", class_dim, "must be at least 1")
+    if class_dim is not None and not config.model.class_token:
+        raise UsageError("model.class_token_dim: there is no class token; set model.class_token true, or leave it out")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
     device = config.training.device

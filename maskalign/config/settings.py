@@ -84,14 +84,16 @@ class ModelConfig:
     """LayerNorm on queries and keys."""
     attention: Literal["auto", "sdpa", "math", "flash_attn"] = "auto"
     """Attention: torch's fused kernel, plain operations, the faster of these, or the package flash-attn (GPUs)."""
-    mixer: Literal["token_mlp", "depthwise_conv", "attention", "none"] = "token_mlp"
+    class_token: bool = False
+    """Denoise the first teacher's class token together with the image, as one more token (REG, MaskAlign)."""
+    class_token_dim: Optional[int] = None
+    """Denoise this many leading principal components of the class token; for models narrower than the teacher."""
+    mixer: Literal["token_mlp", "depthwise_conv", "attention", "none"] = "attention"
     """What shares information across all tokens before some are dropped."""
+    mixer_layers: int = 2
+    """SiT blocks of the attention mixer."""
     mixer_hidden: int = 64
     """Hidden number of tokens T of the token_mlp mixer."""
-    class_token: bool = False
-    """Denoise the first teacher's class token too, as one more token."""
-    class_token_dim: Optional[int] = None
-    """Only this many whitened principal components of the class token; by default the class token as it is."""
     projector: Literal["mlp", "conv"] = "mlp"
     """Projector to the teacher: REPA's MLP, or iREPA's 3x3 convolution (needs all tokens at the tap)."""
     projector_dim: int = 2048
@@ -102,10 +104,12 @@ class ModelConfig:
 class MethodConfig:
     """Which tokens are computed and which are aligned."""
 
-    keep_ratio: Scheduled = 0.5
-    """Share of tokens that take the route: a number in (0, 1] or a schedule."""
+    keep_ratio: Scheduled = 0.75
+    """Share of patch tokens that take the route: a number in (0, 1] or a schedule."""
     align_weight: Scheduled = 0.5
     """Weight of the alignment loss: a number or a schedule; 0 turns the alignment off."""
+    class_weight: float = 0.03
+    """Weight of the class token's velocity loss."""
     align_depth: Optional[int] = None
     """Block whose output is aligned, counted from 1; by default the preset's (B 4, L and XL 8), else a third."""
     align_ratio: Optional[Scheduled] = None

@@ -8,6 +8,7 @@ from torch import nn
 
 from maskalign.models.flash import flash_function
 from maskalign.models.gelu import gelu
+from maskalign.models.routing import gather_tokens
 
 ATTENTIONS = ("auto", "sdpa", "math", "flash_attn")
 
@@ -105,6 +106,22 @@ class LabelEmbedder(nn.Module):
         return labels if labels.is_floating_point() else self.embedding_table(labels)
 
 
+class ClassEmbedder(nn.Module):
+    """The noised class token as one more token: Linear, then LayerNorm with affine parameters (REG, arXiv 2507.01467).
+
+    Its position embedding is zero, so none is added.
+    """
+
+    def __init__(self, class_dim, width):
+        super().__init__()
+        self.proj = nn.Linear(class_dim, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, class_token):
+        """class_token (B, class_dim) -> (B, 1, D)."""
+        return self.norm(self.proj(class_token)).unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with qkv bias.
 
@@ -130,9 +147,18 @@ class Attention(nn.Module):
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
-        """x (B, N, D) -> (B, N, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    def forward(self, x, subset=None):
+        """Attention of x (B, N, D) to itself.
+
+        Args:
+            x: (B, N, D).
+            subset: (B, K) int64, the rows to compute an output for; keys and values are always those of all N rows.
+                None computes all of them.
+
+        Returns:
+            (B, N, D), or (B, K, D) with a subset.
+        """
+        q, k, v = self._heads_of(x, subset)
         q, k = self.q_norm(q), self.k_norm(k)
         plain = self.implementation == "math" or (
             self.implementation == "auto" and x.device.type == "cpu" and x.shape[1] <= 512
@@ -146,6 +172,17 @@ class Attention(nn.Module):
         else:
             out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
+
+    def _heads_of(self, x, subset):
+        """Queries (B, heads, N or K, d), keys and values (B, heads, N, d)."""
+        if subset is None:
+            return self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        width = x.shape[-1]
+        # The backward of a split is one concatenation; of two slices it would be two full-size tensors of zeros.
+        (w_q, w_kv), (b_q, b_kv) = (p.split([width, 2 * width]) for p in (self.qkv.weight, self.qkv.bias))
+        q = F.linear(gather_tokens(x, subset), w_q, b_q).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
+        k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
 
 
 def fits_flash(x):
@@ -187,22 +224,45 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = AdaLN(width, 6)
 
-    def forward(self, x, c):
-        """x (B, n, D) for any number of tokens n, condition c (B, D)."""
+    def forward(self, x, c, subset=None):
+        """Run the block, for all rows or for some.
+
+        Args:
+            x: (B, n, D) for any number of tokens n.
+            c: (B, D) condition.
+            subset: (B, K) int64, the rows whose output is needed. All n rows are attended to, but queries, output
+                projection and MLP are computed for these rows only. None computes all rows.
+
+        Returns:
+            (B, n, D), or (B, K, D): exactly the rows `subset` of what the block gives without one.
+        """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
-        x = torch.addcmul(x, gate_attn.unsqueeze(1), self.attn(modulate(self.norm1(x), shift_attn, scale_attn)))
+        attended = self.attn(modulate(self.norm1(x), shift_attn, scale_attn), subset)
+        x = x if subset is None else gather_tokens(x, subset)
+        x = torch.addcmul(x, gate_attn.unsqueeze(1), attended)
         return torch.addcmul(x, gate_mlp.unsqueeze(1), self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, zero at the start."""
+    """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, zero at the start.
 
-    def __init__(self, width, patch_size, out_channels):
+    Args:
+        class_dim: width of the class token; token 0 then goes through a linear of its own, zero at the start as well
+            (REG, arXiv 2507.01467). None: every token is a patch.
+    """
+
+    def __init__(self, width, patch_size, out_channels, class_dim=None):
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.class_linear = nn.Linear(width, class_dim) if class_dim else None
         self.adaLN_modulation = AdaLN(width, 2)
 
     def forward(self, x, c):
+        """x (B, n, D), c (B, D) -> velocities of the patches (B, n, p*p*C) and None; with a class token in row 0
+        (B, n - 1, p*p*C) and (B, class_dim)."""
         shift, scale = self.adaLN_modulation(c)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        x = modulate(self.norm_final(x), shift, scale)
+        if self.class_linear is None:
+            return self.linear(x), None
+        return self.linear(x[:, 1:]), self.class_linear(x[:, 0])

@@ -1,7 +1,10 @@
-"""Token mixers: `X <- X + gate(c) * M(LN(X) * (1 + scale(c)) + shift(c))`, where M acts along the token axis.
+"""Token mixers: what shares information across all tokens before some of them are dropped.
 
-The adaLN linear starts at zero, so a fresh mixer is the identity and any SiT or REPA checkpoint can be continued with
-one. The form of M is a setting because the MaskAlign abstract leaves it open (DESIGN, section 2).
+`attention` is the paper's (MaskAlign, arXiv 2606.08788): SiT blocks over the class token and all patches. The others
+are lighter and mix patches only: `X <- X + gate(c) * M(LN(X) * (1 + scale(c)) + shift(c))`, where M acts along the
+token axis. Every adaLN linear starts at zero, so a fresh mixer is the identity and any SiT, REPA or REG checkpoint can
+be continued with one. Mixing and dropping are one operation: a mixer is given the rows that stay and returns only
+those.
 """
 
 import torch
@@ -20,6 +23,8 @@ class TokenMLPMixer(nn.Module):
     `fc1` holds W1 (T, N) and b1, `fc2` holds W2 (N, T) and b2.
     """
 
+    needs_grid = True
+
     def __init__(self, width, tokens, hidden=64):
         super().__init__()
         self.fc1 = nn.Linear(tokens, hidden)
@@ -36,6 +41,8 @@ class TokenMLPMixer(nn.Module):
 
 class DepthwiseConvMixer(nn.Module):
     """M = depthwise 7x7 convolution over the token grid, as ConvNeXt mixes (arXiv 2201.03545); any resolution."""
+
+    needs_grid = True
 
     def __init__(self, width, grid, kernel_size=7):
         super().__init__()
@@ -54,32 +61,52 @@ class DepthwiseConvMixer(nn.Module):
 
 
 class AttentionMixer(nn.Module):
-    """M = one SiT block on all tokens; the block's own adaLN-Zero gates make it the identity at the start."""
+    """SiT blocks on all tokens, the class token included; their adaLN-Zero gates make them the identity at the start.
 
-    def __init__(self, width, heads, mlp_ratio=4.0, qk_norm=False, attention="auto"):
+    The last layer reads all tokens, but computes queries, output projection and MLP for the rows that stay only:
+    nothing ever uses what it would make of the others.
+    """
+
+    needs_grid = False
+
+    def __init__(self, width, heads, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto"):
         super().__init__()
-        self.block = Block(width, heads, mlp_ratio, qk_norm, attention)
+        if layers < 1:
+            raise ValueError(f"mixer_layers must be at least 1, got {layers}; choose the mixer none for no mixing")
+        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, attention) for _ in range(layers))
 
     def forward(self, x, c, subset=None):
-        x = self.block(x, c)
-        return x if subset is None else gather_tokens(x, subset)
+        """Rows `subset` (B, K) of the mixed x (B, n, D), all n rows where it is None."""
+        for layer in self.layers[:-1]:
+            x = layer(x, c)
+        return self.layers[-1](x, c, subset)
 
 
 class NoMixer(nn.Module):
     """Drops tokens without mixing them first."""
 
+    needs_grid = False
+
     def forward(self, x, c, subset=None):
         return x if subset is None else gather_tokens(x, subset)
 
 
-def make_mixer(kind, width, grid, heads, *, hidden=64, mlp_ratio=4.0, qk_norm=False, attention="auto"):
-    """A mixer by name; `kind` is one of `MIXERS`, grid the (rows, columns) of the token grid."""
+def make_mixer(kind, width, grid, heads, *, hidden=64, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto"):
+    """A mixer by name.
+
+    Args:
+        kind: one of `MIXERS`.
+        width, heads, mlp_ratio, qk_norm, attention: those of the model's blocks, for the layers of `attention`.
+        grid: (rows, columns) of the token grid.
+        hidden: T of `token_mlp`.
+        layers: number of layers of `attention`.
+    """
     if kind == "token_mlp":
         return TokenMLPMixer(width, grid[0] * grid[1], hidden)
     if kind == "depthwise_conv":
         return DepthwiseConvMixer(width, grid)
     if kind == "attention":
-        return AttentionMixer(width, heads, mlp_ratio, qk_norm, attention)
+        return AttentionMixer(width, heads, layers, mlp_ratio, qk_norm, attention)
     if kind == "none":
         return NoMixer()
     raise ValueError(f"mixer must be one of {MIXERS}, got {kind!r}")

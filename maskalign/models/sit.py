@@ -1,7 +1,8 @@
 """SiT with a token mixer, a route for a subset of its tokens and a tap for representation alignment.
 
 The forward pass is, in order: embed, mix, drop, route, tap, restore, predict. With `mixer="none"` and no subset it is
-SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), weight for weight.
+SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), and with `class_dim` it is REG (arXiv 2507.01467),
+weight for weight. With two mixing layers and a subset of the patches it is MaskAlign (arXiv 2606.08788).
 """
 
 from typing import List, NamedTuple, Optional
@@ -12,6 +13,7 @@ from torch import nn
 from maskalign.models.initial import initialise
 from maskalign.models.layers import (
     Block,
+    ClassEmbedder,
     FinalLayer,
     LabelEmbedder,
     PatchEmbed,
@@ -31,13 +33,17 @@ class SiTOutput(NamedTuple):
     """What one forward pass gives.
 
     velocity: (B, C, H, W), or (B, K, p*p*C) for the kept tokens where the route ends without restoring them.
-    aligned: one (B, n, Dz) per teacher, the projected tokens at the tap; empty for a model without teachers.
-    aligned_index: (B, n) int64, which of the N tokens they are; None for all of them in order.
+    aligned: one (B, n, Dz) per teacher, the projected tokens at the tap, the class token first where there is one;
+        empty for a model without teachers.
+    aligned_index: (B, n) int64, which of the N tokens they are; None for all of them in order. In a model with a class
+        token these are places in [class token, patches], where the class token is 0 and patch i is 1 + i.
+    class_velocity: (B, class_dim), or None for a model without a class token.
     """
 
     velocity: torch.Tensor
     aligned: List[torch.Tensor]
     aligned_index: Optional[torch.Tensor]
+    class_velocity: Optional[torch.Tensor] = None
 
 
 class SiT(nn.Module):
@@ -52,15 +58,20 @@ class SiT(nn.Module):
         mlp_ratio: hidden width of a block's MLP over D.
         qk_norm: LayerNorm on queries and keys.
         teacher_dims: width Dz of every teacher; () builds no projector.
+        class_dim: width of the class token that is denoised together with the image (REG); None for none.
         align_depth: the tap is the output of this block, counted from 1.
         projector: `mlp` (REPA's) or `conv` (iREPA's 3x3, needs all tokens at the tap).
         projector_dim: hidden width of the MLP projector.
         mixer: `token_mlp`, `depthwise_conv`, `attention` or `none`.
         mixer_hidden: T, the hidden number of tokens of `token_mlp`.
+        mixer_layers: number of SiT blocks of `attention`.
         route: `all`, `none` or (start, end): blocks [start, end) see only the subset. With `none` the subset chooses
             only which tokens are aligned (loss-only masking).
         restore: what returns at `end`: `none`, `bypass` (TREAD) or `fuse` (SPRINT).
-        attention: `auto`, `sdpa` or `math`.
+        attention: `auto`, `sdpa`, `math` or `flash_attn`, see `layers.Attention`.
+
+    Attributes:
+        num_tokens: N, the number of patch tokens; the class token is not counted.
     """
 
     def __init__(
@@ -76,11 +87,13 @@ class SiT(nn.Module):
         mlp_ratio=4.0,
         qk_norm=False,
         teacher_dims=(768,),
+        class_dim=None,
         align_depth=8,
         projector="mlp",
         projector_dim=2048,
-        mixer="token_mlp",
+        mixer="attention",
         mixer_hidden=64,
+        mixer_layers=2,
         route="all",
         restore="none",
         attention="auto",
@@ -103,6 +116,7 @@ class SiT(nn.Module):
         self.heads = heads
         self.align_depth = align_depth
         self.teacher_dims = tuple(teacher_dims)
+        self.class_dim = class_dim or None
         self.grid = (input_size // patch_size,) * 2
         self.num_tokens = self.grid[0] * self.grid[1]
         self.route = resolve_route(route, depth)
@@ -112,8 +126,9 @@ class SiT(nn.Module):
         self.register_buffer("pos_embed", sincos_position_embedding(width, self.grid))
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
+        self.class_embedder = ClassEmbedder(class_dim, width) if class_dim else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, attention) for _ in range(depth))
-        self.final_layer = FinalLayer(width, patch_size, in_channels)
+        self.final_layer = FinalLayer(width, patch_size, in_channels, class_dim)
         self.projectors = nn.ModuleList(
             make_projector(projector, width, projector_dim, dim, self.grid) for dim in self.teacher_dims
         )
@@ -123,6 +138,7 @@ class SiT(nn.Module):
             self.grid,
             heads,
             hidden=mixer_hidden,
+            layers=mixer_layers,
             mlp_ratio=mlp_ratio,
             qk_norm=qk_norm,
             attention=attention,
@@ -130,6 +146,17 @@ class SiT(nn.Module):
         self.fuse = Fuse(width) if restore == "fuse" else None
         if not self.pos_embed.is_meta:
             self.reset_parameters()
+
+    @property
+    def mixing_layers(self):
+        """The SiT blocks of an `attention` mixer, in order; empty for any other mixer."""
+        return list(getattr(self.mixer, "layers", ()))
+
+    @property
+    def all_blocks(self):
+        """Every SiT block in the order in which they run, mixing layers included: what is compiled and sharded."""
+        start = self.route[0] if self.route else 0
+        return [*self.blocks[:start], *self.mixing_layers, *self.blocks[start:]]
 
     @property
     def tap_sees_subset(self):
@@ -158,75 +185,109 @@ class SiT(nn.Module):
             self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
         initialise(self, seed)
 
-    def forward(self, x, t, labels, subset=None, align_subset=None, align=True):
+    def forward(self, x, t, labels, subset=None, align_subset=None, align=True, class_token=None):
         """Predict the velocity, on all tokens or on a subset of them.
 
         Args:
             x: (B, C, H, W) noised input.
             t: (B,) time in [0, 1], 1 is noise.
             labels: (B,) int64 in [0, num_classes]; `num_classes` means "no class". Or (B, D) class embeddings.
-            subset: (B, K) int64, ascending: the tokens that take the route. None: all tokens (evaluation).
-            align_subset: (B, n) int64: which of the tokens present at the tap are aligned, by their position among
-                those. None: all that are present (with `route="none"`: those of `subset`).
+            subset: (B, K) int64, ascending: the patch tokens that take the route; the class token always takes it.
+                None: all tokens (evaluation).
+            align_subset: (B, n) int64: which of the patch tokens present at the tap are aligned, by their position
+                among those. None: all that are present (with `route="none"`: those of `subset`).
             align: False leaves the projectors out, for steps without an alignment loss.
+            class_token: (B, class_dim) the noised class token, for a model that has one.
 
         Returns:
             SiTOutput.
 
         Raises:
-            ValueError: x of another shape than the model's.
+            ValueError: x of another shape than the model's; a class token missing, or given to a model without one.
         """
         expected = (self.in_channels, self.input_size, self.input_size)
         if tuple(x.shape[1:]) != expected:
             raise ValueError(f"x is of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))})")
         tokens = self.x_embedder(x) + self.pos_embed.to(x.dtype)
+        tokens = self._with_class_token(tokens, class_token)
         c = self.t_embedder(t) + self.y_embedder(labels)
 
         start, end = self.route or (0, 0)
         dropping = subset is not None and self.route is not None
-        before = None  # all tokens as they were at `start`, where some of them are to return
+        rows = self._rows(subset) if dropping else None
+        before = None  # all tokens as they were at `start`, where the dropped ones return after the route
         aligned, aligned_index = [], None
         for depth, block in enumerate(self.blocks):
             if depth == start:
                 if dropping and self.restore == "none":
-                    tokens = self.mixer(tokens, c, subset)  # mixed and dropped in one operation
+                    tokens = self._mix(tokens, c, subset, rows)  # mixed and dropped in one operation
                 else:
-                    tokens = self.mixer(tokens, c)
+                    tokens = self._mix(tokens, c)
                     if self.restore != "none":
                         before = tokens
                     if dropping:
-                        tokens = gather_tokens(tokens, subset)
+                        tokens = gather_tokens(tokens, rows)
             tokens = block(tokens, c)
             if align and depth + 1 == self.align_depth and self.projectors:
                 present = subset if dropping and self.tap_sees_subset else None
                 aligned, aligned_index = self._tap(tokens, present, subset, align_subset)
             if depth + 1 == end and self.restore != "none":
-                tokens = self._restore(tokens, before, subset if dropping else None)
+                tokens = self._restore(tokens, before, rows)
                 before = None
 
-        velocity = self.final_layer(tokens, c)
+        velocity, class_velocity = self.final_layer(tokens, c)
         if velocity.shape[1] == self.num_tokens:
             velocity = unpatchify(velocity, self.patch_size, self.grid)
-        return SiTOutput(velocity, aligned, aligned_index)
+        return SiTOutput(velocity, aligned, aligned_index, class_velocity)
+
+    def _with_class_token(self, tokens, class_token):
+        """The class token in front of the patches, where the model has one."""
+        if (class_token is None) != (self.class_embedder is None):
+            has = "has none" if self.class_embedder is None else f"needs one of {self.class_dim} numbers"
+            raise ValueError(f"class_token is {'missing' if class_token is None else 'given'}; this model {has}")
+        if class_token is None:
+            return tokens
+        if class_token.shape != (len(tokens), self.class_dim):
+            raise ValueError(
+                f"class_token is of shape {tuple(class_token.shape)}, not ({len(tokens)}, {self.class_dim})"
+            )
+        return torch.cat([self.class_embedder(class_token).to(tokens.dtype), tokens], dim=1)
+
+    def _rows(self, patches):
+        """Patch indices (B, n) as places in the sequence: the class token's 0 in front, and the patches after it."""
+        if self.class_embedder is None or patches is None:
+            return patches
+        return torch.cat([torch.zeros_like(patches[:, :1]), patches + 1], dim=1)
+
+    def _mix(self, tokens, c, subset=None, rows=None):
+        """Mix all tokens and keep some: `subset` counts patches, `rows` counts places in the sequence."""
+        if self.class_embedder is None or not self.mixer.needs_grid:
+            return self.mixer(tokens, c, rows)
+        # A mixer along the token grid has no place for the class token, which goes around it.
+        return torch.cat([tokens[:, :1], self.mixer(tokens[:, 1:], c, subset)], dim=1)
 
     def _tap(self, tokens, present, subset, align_subset):
-        """Project the tokens to align; `present` says which of the N tokens these are (None: all)."""
+        """Project the tokens to align; `present` says which of the N patches these are (None: all)."""
         if align_subset is None and self.route is None:
             align_subset = subset
         index = present
         if align_subset is not None:
             index = align_subset if present is None else present.gather(1, align_subset)
-        outputs = []
-        for projector in self.projectors:
-            # A pointwise projector commutes with the gather, and then works on fewer rows.
-            rows = tokens
-            if align_subset is not None and not projector.needs_grid:
-                rows = gather_tokens(tokens, align_subset)
-            z = projector(rows)
-            if align_subset is not None and projector.needs_grid:
-                z = gather_tokens(z, align_subset)
-            outputs.append(z)
-        return outputs, index
+        if self.projectors[0].needs_grid:
+            return self._tap_on_grid(tokens, index, align_subset)
+        # A pointwise projector commutes with the gather, and then works on fewer rows.
+        rows = tokens if align_subset is None else gather_tokens(tokens, self._rows(align_subset))
+        return [projector(rows) for projector in self.projectors], self._rows(index)
+
+    def _tap_on_grid(self, tokens, index, align_subset):
+        """The tap of projectors along the token grid, which leave the class token out."""
+        shift = 0 if self.class_embedder is None else 1
+        outputs = [projector(tokens[:, shift:]) for projector in self.projectors]
+        if align_subset is not None:
+            outputs = [gather_tokens(z, align_subset) for z in outputs]
+        if shift and index is None:
+            index = torch.arange(self.num_tokens, device=tokens.device).expand(len(tokens), -1)
+        return outputs, index if index is None else index + shift
 
     def _restore(self, tokens, before, subset):
         if self.restore == "fuse":

@@ -29,6 +29,7 @@ class Draws(NamedTuple):
     subset: (b, K) int64, ascending; None: all tokens.
     align_subset: (b, n) int64, positions among the tokens present at the tap; None: all of those.
     posterior: (b, C, H, W) float32, the draw from the VAE's posterior; None for pixels.
+    class_noise: (b, class_dim) float32, noise of the class token; None for a model without one.
     """
 
     time: torch.Tensor
@@ -37,6 +38,7 @@ class Draws(NamedTuple):
     subset: Optional[torch.Tensor]
     align_subset: Optional[torch.Tensor]
     posterior: Optional[torch.Tensor]
+    class_noise: Optional[torch.Tensor] = None
 
 
 def group_seed(seed, step, group):
@@ -64,6 +66,7 @@ def draw(
     label_dropout=0.1,
     subset="uniform",
     posterior=False,
+    class_dim=None,
     device="cpu",
 ):
     """Draw for the slots [first_slot, first_slot + count) of the global batch of a step.
@@ -78,6 +81,7 @@ def draw(
         label_dropout: share of labels to drop.
         subset: sampler of the subset (`routing.SUBSET_SAMPLERS`).
         posterior: draw noise for the VAE's posterior as well.
+        class_dim: width of the class token to draw noise for; None for none.
 
     Returns:
         Draws on `device`. Draws on a CPU and on a GPU differ, as torch's generators do.
@@ -99,8 +103,9 @@ def draw(
             chosen = draw_subset(count, grid, keep, subset, uniform=numbers.uniform)
         if align is not None:
             aligned = draw_subset(count, (1, present), align, uniform=numbers.uniform)
+        class_noise = numbers.normal(count, class_dim) if class_dim else None
         t = lognormal_time(normal, path) if time == "lognormal" else t
-        return t, noise, drop_label, chosen, aligned, eps
+        return t, noise, drop_label, chosen, aligned, eps, class_noise
 
     if has_keyed_numbers(device):
         return Draws(*rows(KeyedNumbers(seed, step, first_slot, device), count))

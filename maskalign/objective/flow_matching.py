@@ -1,4 +1,8 @@
-"""The training loss: L = L_velocity + align_weight * L_align (DESIGN section 2; SiT and REPA are special cases)."""
+"""The training loss: L = L_velocity + class_weight * L_class_velocity + align_weight * L_align.
+
+This is MaskAlign's loss (arXiv 2606.08788), of which REG's (all patches are kept), REPA's (no class token) and SiT's
+(no alignment) are special cases.
+"""
 
 from typing import NamedTuple
 
@@ -11,11 +15,15 @@ from maskalign.objective.interpolant import Interpolant
 
 
 class Losses(NamedTuple):
-    """0-d float32 tensors: `total` is differentiated; `velocity` and `alignment` are its parts, unweighted."""
+    """0-d float32 tensors: `total` is differentiated, the others are its parts, unweighted.
+
+    `class_velocity` is zero for a model without a class token.
+    """
 
     total: torch.Tensor
     velocity: torch.Tensor
     alignment: torch.Tensor
+    class_velocity: torch.Tensor
 
 
 def sample_posterior(moments, draw, scale=1.0, bias=0.0):
@@ -32,33 +40,60 @@ def sample_posterior(moments, draw, scale=1.0, bias=0.0):
     return (mean + std * draw) * scale + bias
 
 
-def training_loss(model, x, labels, teachers, draws, *, align_weight=0.5, path="linear", dtype=None):
-    """Velocity loss and alignment loss of one micro-batch.
+def training_loss(
+    model,
+    x,
+    labels,
+    teachers,
+    draws,
+    *,
+    align_weight=0.5,
+    path="linear",
+    dtype=None,
+    class_token=None,
+    class_weight=0.03,
+):
+    """The loss of one micro-batch and its parts.
 
     Args:
         model: a `SiT`, or anything that is called like one.
         x: (B, C, H, W) clean latents or pixels, float32 (or float64).
         labels: (B,) int64.
-        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid; () for none.
+        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid; () for none. For a model
+            with a class token (B, 1 + N, Dz), with the teacher's class token as row 0.
         draws: `Draws` for these B images.
-        align_weight: weight of the alignment loss, a number; at 0 the projectors are not run. Or a 0-d tensor, of which
-            nobody asks whether it is 0.
+        align_weight: weight of the alignment loss, a number; at 0 the projectors are not run. A 0-d tensor is never
+            compared with 0, which would synchronize with the device.
         path: the interpolant's path.
         dtype: the dtype of the model's input; x's own by default. The loss itself is computed in x's dtype.
+        class_token: (B, class_dim) clean class tokens, for a model that has one; noised with the image's own time.
+        class_weight: weight of the class token's velocity loss (REG's beta, arXiv 2507.01467).
 
     Returns:
-        Losses. The velocity loss is the mean squared error over all elements of the tokens that were predicted.
+        Losses. The velocity loss is the mean squared error over all elements of the patches that were predicted, that
+        of the class token the mean over its numbers; the alignment is a mean over the class token and the patches
+        present.
     """
     noise, t = draws.noise.to(x.dtype), draws.time.to(x.dtype)
-    x_t, target = Interpolant(path).interpolate(x, noise, t)
+    interpolant = Interpolant(path)
+    x_t, target = interpolant.interpolate(x, noise, t)
     labels = torch.where(draws.drop_label, model.num_classes, labels)
     dtype = dtype or x.dtype
+    extra = {}
+    if class_token is not None:
+        clean, class_noise = class_token.to(x.dtype), draws.class_noise.to(x.dtype)
+        class_t, class_target = interpolant.interpolate(clean, class_noise, t)
+        extra["class_token"] = class_t.to(dtype)
     # Time goes in at full precision: bf16 would round it to 256 steps.
     align = len(teachers) > 0 and (isinstance(align_weight, torch.Tensor) or align_weight > 0)
-    out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align)
+    out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align, **extra)
     if out.velocity.dim() == 3:
         target = gather_tokens(patchify(target, model.patch_size), draws.subset)
     velocity = (out.velocity.to(x.dtype) - target).square().mean()
-    alignment = alignment_loss(out.aligned, teachers, out.aligned_index) if align else velocity.new_zeros(())
+    zero = velocity.new_zeros(())
+    alignment = alignment_loss(out.aligned, teachers, out.aligned_index) if align else zero
     total = velocity + align_weight * alignment
-    return Losses(total, velocity, alignment)
+    if class_token is None:
+        return Losses(total, velocity, alignment, zero)
+    class_velocity = (out.class_velocity.to(x.dtype) - class_target).square().mean()
+    return Losses(total + class_weight * class_velocity, velocity, alignment, class_velocity)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from PIL import Image
 from tqdm import tqdm
 
+from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
 from maskalign.outputs import make_folder
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
@@ -15,7 +16,6 @@ from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
 from maskalign.sampling.ranks import torchrun_ranks
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes
-from maskalign.training.export import load_any
 from maskalign.training.parallel import find_device
 
 
@@ -59,7 +59,9 @@ def sample(
     settings = settings or Sampling()
     _check_numbers(npz, per_class, frames, interpolation, strip, animation)
     with torchrun_ranks() as ranks:
-        model, about = load(run, ema)
+        loaded = load(run, ema)
+        model, about = loaded.model, {**loaded.about, "name": loaded.label}
+        del loaded
         settings = replace(settings, path=about["path"])
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network has a copy
@@ -151,28 +153,12 @@ def _save(sheet, pictures, labels, out):
     return out / "grid.png"
 
 
-def load(run, ema=True):
-    """A model to draw from, and what is known about it.
-
-    Args:
-        run: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
-        ema: take the moving average of the weights.
-
-    Returns:
-        (model, dict): name, step, ema, path, class_names (None where unknown), latent (the manifest's entry), vae.
-    """
-    model, facts = load_any(run, ema)
-    step = facts["step"]
-    name = facts["name"] if step is None else f"{facts['name']}, step {step}"
-    return model, {**facts, "name": name, "ema": ema}
-
-
 def decoder_for(network, about, vae):
     """What makes pictures of a model's latents; None where it draws pixels.
 
     Args:
         network: the model as `pictures` draws with it.
-        about: dict as `load` returns it.
+        about: what is known of the model, see `checkpoints.loading.Loaded`.
         vae: name or folder of an AutoencoderKL; None takes the data set's.
 
     Raises:

@@ -24,9 +24,9 @@ def prepare_blocks(model, config):
     if compiled:
         compile_model(model, config.method.keep_ratio, budget)
     if not compiled or parallel.recompute == "block":
-        recomputed = spread(round((1 - budget) * model.depth), model.depth)
-        for number in recomputed:
-            recompute(model.blocks[number])
+        blocks = model.all_blocks
+        for number in spread(round((1 - budget) * len(blocks)), len(blocks)):
+            recompute(blocks[number])
 
 
 def compile_model(model, keep=None, budget=1.0):
@@ -43,9 +43,13 @@ def compile_model(model, keep=None, budget=1.0):
     varying = len(set(keep.ends)) > 1
     torch._functorch.config.activation_memory_budget = budget
     torch._dynamo.config.optimize_ddp = False  # blocks are smaller than DDP's buckets: nothing to cut
-    for block in model.blocks:
-        block.forward = _compiled_block(block.forward, varying)
-    model.mixer.forward = _compiled_mixer(model.mixer.forward, varying, keep.start)
+    # Of the mixing layers only the last one drops tokens; the others are blocks like all others.
+    dropping = model.mixing_layers[-1:] or [model.mixer]
+    for block in model.all_blocks:
+        if block not in dropping:
+            block.forward = _compiled_block(block.forward, varying)
+    for module in dropping:
+        module.forward = _compiled_mixer(module.forward, varying, keep.start)
 
 
 def compile_units(modules):
@@ -87,10 +91,11 @@ def recompute(block):
     """Keep only a block's inputs for its backward; the forward has no random draws to repeat."""
     inner = block.forward
 
-    def forward(x, c):
+    def forward(x, c, subset=None):
+        inputs = (x, c) if subset is None else (x, c, subset)
         if not torch.is_grad_enabled():
-            return inner(x, c)
-        return checkpoint(inner, x, c, use_reentrant=False, preserve_rng_state=False)
+            return inner(*inputs)
+        return checkpoint(inner, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     block.forward = forward
 

@@ -13,6 +13,7 @@ COLUMNS = [
     "loss",
     "velocity_loss",
     "align_loss",
+    "class_velocity_loss",
     "grad_norm",
     "lr",
     "keep_ratio",
@@ -27,6 +28,9 @@ COLUMNS = [
     "skipped_steps",
     "bad_samples",
 ]
+
+# Written with all digits, since a test or a restart compares them: losses are float32.
+EXACT = ("loss", "velocity_loss", "align_loss", "class_velocity_loss", "grad_norm", "time")
 
 
 def peak_memory_mib(device):
@@ -53,8 +57,7 @@ class MetricsFile:
 
     def write(self, row):
         formatted = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-        # Exact where a test or a restart compares: losses are float32.
-        formatted |= {key: f"{row[key]:.9g}" for key in ("loss", "velocity_loss", "align_loss", "grad_norm", "time")}
+        formatted |= {key: f"{row[key]:.9g}" for key in EXACT}
         self.writer.writerow({key: formatted[key] for key in COLUMNS})
         self.file.flush()
 

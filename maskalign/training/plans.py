@@ -135,11 +135,11 @@ def shard_model(model, mesh, dtype, parallel):
         reduce_dtype=torch.float32 if low else None,
         cast_forward_inputs=False,  # time stays in float32, see flow_matching.training_loss
     )
-    for block in model.blocks:
-        reshard = parallel.reshard_after_forward and block is not model.blocks[-1]
+    blocks = model.all_blocks
+    for block in blocks:
+        reshard = parallel.reshard_after_forward and block is not blocks[-1]
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    blocks = list(model.blocks)
     for number, block in enumerate(blocks):
         ahead, behind = blocks[number + 1 :], blocks[:number][::-1]
         block.set_modules_to_forward_prefetch(ahead[: parallel.prefetch])

@@ -15,7 +15,7 @@ class Previews:
 
     Args:
         config: `Config`; its `preview` section and the interpolant's path are used.
-        facts: the model's facts, see `checkpoint.load_model`.
+        facts: the model's facts, as a checkpoint holds them, see `Trainer`.
         device: where the model is.
         precision: `fp32` or `bf16`.
     """

@@ -1,6 +1,6 @@
 """One training step: draws, forward, backward, clip, AdamW, EMA. The trainer and the benchmarks both run this one."""
 
-from typing import List, NamedTuple
+from typing import List, NamedTuple, Optional
 
 import torch
 
@@ -18,6 +18,7 @@ class StepResult(NamedTuple):
     loss: torch.Tensor
     velocity_loss: torch.Tensor
     align_loss: torch.Tensor
+    class_velocity_loss: torch.Tensor
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     lr: float
@@ -28,8 +29,9 @@ class StepResult(NamedTuple):
 class MicroBatch(NamedTuple):
     """What one forward and backward is given.
 
-    x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: one (b, N, Dz) each; draws: `Draws` for these
-    b images; share: of the rank's images, a number; last: whether the optimiser's step comes next.
+    x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: one (b, N, Dz) each, (b, 1 + N, Dz) with a
+    class token; draws: `Draws` for these b images; share: of the rank's images, a number; last: whether the optimiser's
+    step comes next; class_token: (b, class_dim) clean class tokens, or None.
     """
 
     x: torch.Tensor
@@ -38,16 +40,21 @@ class MicroBatch(NamedTuple):
     draws: Draws
     share: float
     last: bool
+    class_token: Optional[torch.Tensor] = None
 
     def tensors(self):
         """All tensors, in one order."""
-        return [self.x, self.labels, *self.teachers, *(tensor for tensor in self.draws if tensor is not None)]
+        optional = [*self.draws, self.class_token]
+        return [self.x, self.labels, *self.teachers, *(tensor for tensor in optional if tensor is not None)]
 
     def map(self, function):
         """The same with function(tensor) for every tensor."""
         draws = Draws(*(None if tensor is None else function(tensor) for tensor in self.draws))
         teachers = [function(z) for z in self.teachers]
-        return self._replace(x=function(self.x), labels=function(self.labels), teachers=teachers, draws=draws)
+        class_token = None if self.class_token is None else function(self.class_token)
+        return self._replace(
+            x=function(self.x), labels=function(self.labels), teachers=teachers, draws=draws, class_token=class_token
+        )
 
 
 class TrainStep:
@@ -91,10 +98,11 @@ class TrainStep:
             label_dropout=config.objective.label_dropout,
             subset=config.method.subset,
             posterior=posterior,
+            class_dim=model.class_dim,
             device=self.placement.device,
         )
 
-    def __call__(self, step, progress, inputs, labels, teachers, first_slot=0, prepare=None):
+    def __call__(self, step, progress, inputs, labels, teachers, first_slot=0, prepare=None, class_token=None):
         """One optimiser step on this rank's share of the batch.
 
         Args:
@@ -105,6 +113,7 @@ class TrainStep:
             teachers: one (b, N, Dz) per teacher, floating or int8.
             first_slot: slot of the first image in the global batch.
             prepare: function (inputs, posterior draw) -> clean latents, for stored moments; None for ready inputs.
+            class_token: (b, class_dim) clean class tokens, for a model that has one.
 
         Returns:
             StepResult.
@@ -117,7 +126,7 @@ class TrainStep:
             align_ratio = schedule_value(align_ratio, progress)
         lr = learning_rate(config.optimizer, step, progress)
         micro_batches = self._micro_batches(
-            step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare
+            step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare, class_token
         )
         if self.graphs is None:
             losses, norm, skipped = self.compute(micro_batches, align_weight, lr)
@@ -125,7 +134,7 @@ class TrainStep:
             losses, norm, skipped = self.graphs(list(micro_batches), align_weight, lr)
         return StepResult(*losses.unbind(), norm, skipped, lr, keep_ratio, align_weight)
 
-    def _micro_batches(self, step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare):
+    def _micro_batches(self, step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare, class_token):
         """Yield the parts of the batch, each with its draws."""
         size = labels.shape[0]
         parts = self.config.training.accumulation
@@ -135,7 +144,9 @@ class TrainStep:
             x = inputs[low:high] if prepare is None else prepare(inputs[low:high], draws.posterior)
             draws = draws._replace(posterior=None)  # it is in x
             teachers_of = [z[low:high] for z in teachers]
-            yield MicroBatch(x, labels[low:high], teachers_of, draws, (high - low) / size, part == parts - 1)
+            class_of = None if class_token is None else class_token[low:high]
+            share, last = (high - low) / size, part == parts - 1
+            yield MicroBatch(x, labels[low:high], teachers_of, draws, share, last, class_of)
 
     def compute(self, micro_batches, align_weight, lr):
         """Forward and backward of every micro-batch, then the optimiser's step.
@@ -146,10 +157,10 @@ class TrainStep:
             lr: a number, or a 0-d tensor.
 
         Returns:
-            (losses, norm, skipped): total, velocity and alignment loss, (3,) float32, means over the global batch; as
-            the optimiser gives them, the gradient norm and whether the step was skipped.
+            (losses, norm, skipped): total, velocity, alignment and class velocity loss, (4,) float32, means over the
+            global batch; as the optimiser gives them, the gradient norm and whether the step was skipped.
         """
-        sums = torch.zeros(3, device=self.placement.device)
+        sums = torch.zeros(4, device=self.placement.device)
         for batch in micro_batches:
             with self.plan.micro_batch(last=batch.last):
                 losses = training_loss(
@@ -161,6 +172,8 @@ class TrainStep:
                     align_weight=align_weight,
                     path=self.config.objective.path,
                     dtype=self.placement.dtype,
+                    class_token=batch.class_token,
+                    class_weight=self.config.method.class_weight,
                 )
                 (losses.total * batch.share).backward()
             sums += torch.stack([loss.detach().float() for loss in losses]) * batch.share

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.layout import FOLDER, read_state
+from maskalign.checkpoints.loading import load_tensors
 from maskalign.config import dump_config, model_sizes
 from maskalign.data.position import merge_states
 from maskalign.data.stream import ShardStream
@@ -14,8 +17,6 @@ from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.training import checkpoint
-from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.features import Features
@@ -80,7 +81,7 @@ class Trainer:
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
         resume = find_resume(config, self.placement)
-        state = checkpoint.read_state(resume) if resume else None
+        state = read_state(resume) if resume else None
 
         grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
         self.features = Features(
@@ -91,6 +92,7 @@ class Trainer:
             "in_channels": facts["in_channels"],
             "num_classes": facts["num_classes"],
             "teacher_dims": self.features.dims,
+            "class_dim": self.features.class_dim,
             "teachers": [name for name, _ in facts["teachers"]],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
@@ -101,7 +103,7 @@ class Trainer:
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
-            init_from(self.model, config.training.init_from)
+            self._say(init_from(self.model, config.training.init_from))
         self.optimizer = Optimizer(
             self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
@@ -149,7 +151,7 @@ class Trainer:
 
     def _resume(self, path, state):
         check_facts(path, state["facts"], self.facts)
-        checkpoint.load_tensors(path, self.optimizer.tensors())
+        load_tensors(path, self.optimizer.tensors())
         self.optimizer.after_load()
         self.step = state["step"]
         self.seconds = state["seconds"]
@@ -180,9 +182,7 @@ class Trainer:
         else:
             if self.stop.wants_requeue and self.placement.is_main:
                 mark_requeue(self.run_dir, self.step)
-            saved = (
-                f"at step {self.step}, saved in {self.run_dir / checkpoint.FOLDER}" if self.step else "before step 1"
-            )
+            saved = f"at step {self.step}, saved in {self.run_dir / FOLDER}" if self.step else "before step 1"
             self._say(f"stopped {saved}; with training.resume auto the same command goes on")
         return self._result(finished)
 
@@ -224,10 +224,12 @@ class Trainer:
             inputs, prepare = batch["moments"].to(self.device, non_blocking=True), self._draw_latents
         else:
             inputs, prepare = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1, None
+        teachers, class_token = self.features(batch)
         return {
             "inputs": inputs,
             "labels": batch["label"].to(self.device, non_blocking=True),
-            "teachers": self.features(batch)[0],
+            "teachers": teachers,
+            "class_token": class_token,
             "first_slot": batch["slot"],
             "prepare": prepare,
         }
@@ -239,7 +241,7 @@ class Trainer:
     def _loop(self):
         training = self.config.training
         zeros = dict(dtype=torch.float64, device=self.device)
-        sums, healthy = torch.zeros(4, **zeros), torch.zeros((), **zeros)
+        sums, healthy = torch.zeros(5, **zeros), torch.zeros((), **zeros)
         in_a_row = torch.zeros((), **zeros)
         since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
         # Often enough to stop in time, and as seldom as logging where that is more often.
@@ -256,8 +258,8 @@ class Trainer:
             result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
             self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
             good = ~result.skipped
-            row = torch.stack([result.loss, result.velocity_loss, result.align_loss, result.grad_norm.float()]).double()
-            sums += torch.where(good, row, 0)
+            losses = [result.loss, result.velocity_loss, result.align_loss, result.class_velocity_loss]
+            sums += torch.where(good, torch.stack([*losses, result.grad_norm.float()]).double(), 0)
             healthy += good
             in_a_row = torch.where(good, 0, in_a_row + 1)
             self.step += 1
@@ -298,7 +300,8 @@ class Trainer:
         wait, memory = self.plan.most(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
         good = int(healthy)
         self.skipped_steps += steps - good
-        loss, velocity, alignment, norm = (sums / max(good, 1) if good else sums * float("nan")).tolist()
+        means = sums / max(good, 1) if good else sums * float("nan")
+        loss, velocity, alignment, class_velocity, norm = means.tolist()
         seconds = max(self.seconds - since["seconds"], 1e-9)
         row = {
             "step": self.step,
@@ -306,6 +309,7 @@ class Trainer:
             "loss": loss,
             "velocity_loss": velocity,
             "align_loss": alignment,
+            "class_velocity_loss": class_velocity,
             "grad_norm": norm,
             "lr": result.lr,
             "keep_ratio": result.keep_ratio,

@@ -1,4 +1,4 @@
-"""The README's figures are those of the CSVs, and a change of either is noticed."""
+"""The figures on the pages are those of the CSVs, and a change of either is noticed."""
 
 import csv
 import json
@@ -17,19 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def copy(tmp_path):
     """Both pages and the results in a folder of their own, and the words that point to them."""
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copy(ROOT / "docs" / "benchmarks.md", tmp_path / "benchmarks.md")
     shutil.copy(ROOT / "docs" / "figures.md", tmp_path / "figures.md")
     shutil.copytree(ROOT / "benchmarks" / "results", tmp_path / "results")
-    names = {"--readme": "README.md", "--more": "figures.md", "--results": "results"}
+    names = {"--page": "benchmarks.md", "--more": "figures.md", "--results": "results"}
     return tmp_path, [word for key, name in names.items() for word in (key, str(tmp_path / name))]
 
 
-def test_readme_and_plots_fit_the_csvs(capsys):
+def test_pages_and_plots_fit_the_csvs(capsys):
     assert main(["--check"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "page, stem", [("README.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8-compiled")]
+    "page, stem", [("benchmarks.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8-compiled")]
 )
 def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
     folder, words = copy

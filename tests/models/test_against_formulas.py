@@ -268,7 +268,7 @@ def test_loss_and_gradients(dtype, path, time, seed):
     leaves = {name: value.clone().requires_grad_() for name, value in weights_of(model).items()}
     total, denoising, alignment, *_ = loss_of(leaves, SIZES, truth, path)
     total.backward()
-    for ours, theirs in zip(losses, (total, denoising, alignment), strict=True):
+    for ours, theirs in zip(losses[:3], (total, denoising, alignment), strict=True):
         assert abs(ours.item() - theirs.item()) <= TOLERANCE[dtype] * abs(total.item())
     for name, parameter in model.named_parameters():
         scale = leaves[name].grad.norm()

@@ -127,7 +127,7 @@ def test_dropping_without_mixer_is_the_model_on_those_tokens_alone():
         rows = block(rows, c)
         if depth == 1:
             aligned = model.projectors[0](rows)
-    torch.testing.assert_close(out.velocity, model.final_layer(rows, c))
+    torch.testing.assert_close(out.velocity, model.final_layer(rows, c)[0])
     torch.testing.assert_close(out.aligned[0], aligned)
     assert torch.equal(out.aligned_index, subset)
 
@@ -168,7 +168,7 @@ def test_bypass_returns_dropped_tokens_as_they_were():
     tokens = tokens.clone()
     for b in range(3):
         tokens[b, subset[b]] = rows[b]
-    tokens = model.final_layer(model.blocks[3](tokens, c), c)
+    tokens, _ = model.final_layer(model.blocks[3](tokens, c), c)
     torch.testing.assert_close(out, unpatchify(tokens, 2, (4, 4)))
 
 

@@ -5,7 +5,7 @@ import torch
 
 from maskalign.objective.draws import SLOT_GROUP, draw, group_seed
 
-SETTINGS = dict(shape=(2, 4, 4), grid=(4, 4), keep=8, align=4, posterior=True)
+SETTINGS = dict(shape=(2, 4, 4), grid=(4, 4), keep=8, align=4, posterior=True, class_dim=5)
 
 
 def equal(a, b):

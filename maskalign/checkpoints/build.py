@@ -10,7 +10,8 @@ def build_model(config, facts):
 
     Args:
         config: `Config`.
-        facts: dict with input_size, in_channels, num_classes and teacher_dims (one int per teacher).
+        facts: dict with input_size, in_channels, num_classes, teacher_dims (one int per teacher) and class_dim (of the
+            class token, None for none; runs from before class tokens lack it).
 
     Returns:
         SiT in float32 with fresh weights from torch's global generator.
@@ -24,6 +25,7 @@ def build_model(config, facts):
         in_channels=facts["in_channels"],
         num_classes=facts["num_classes"],
         teacher_dims=facts["teacher_dims"],
+        class_dim=facts.get("class_dim"),
         **sizes,
         mlp_ratio=model.mlp_ratio,
         qk_norm=model.qk_norm,
@@ -31,6 +33,7 @@ def build_model(config, facts):
         projector_dim=model.projector_dim,
         mixer=model.mixer,
         mixer_hidden=model.mixer_hidden,
+        mixer_layers=model.mixer_layers,
         route=method.route if isinstance(method.route, str) else tuple(method.route),
         restore=method.restore,
         attention=attention,
