@@ -1,4 +1,4 @@
-"""Packaging: two import names, `maskalign` (the training stack) and `maskalign_kernels` (the folder kernels/)."""
+"""Packaging: `maskalign` (the training stack), `maskalign_kernels` (kernels/) and `maskalign_configs` (configs/)."""
 
 from setuptools import find_packages, setup
 
@@ -6,13 +6,17 @@ stack = find_packages(include=["maskalign", "maskalign.*"])
 
 setup(
     name="maskalign",
-    version="0.1.0",
+    version="0.2.0",
     description="Train diffusion transformers with representation alignment on random token subsets",
     python_requires=">=3.11",
     # A widely used package owns the import name `kernels`, so the folder is installed under another one.
-    packages=stack + ["maskalign_kernels"],
-    package_dir={"maskalign_kernels": "kernels"},
+    packages=stack + ["maskalign_kernels", "maskalign_configs"],
+    package_dir={"maskalign_kernels": "kernels", "maskalign_configs": "configs"},
+    license="Apache-2.0",
     package_data={
+        "maskalign": ["py.typed"],
+        "maskalign_kernels": ["py.typed"],
+        "maskalign_configs": ["*.yaml", "imagenet256/*/*.yaml", "slurm/*.sbatch"],
         "maskalign.reporting": ["page.html", "page.css", "page.js"],
         "maskalign.training": ["fused_update.c"],
     },

@@ -1,3 +1,3 @@
 """MaskAlign: diffusion transformers trained with representation alignment on random token subsets."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

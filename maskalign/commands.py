@@ -158,6 +158,7 @@ def sample(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: Optional[float] = None,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     npz: Optional[int] = None,
     interpolate: Literal["none", "noise", "class", "both"] = "none",
@@ -183,6 +184,7 @@ def sample(
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none; by default 2 for a sheet and 1 for --npz.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         npz: draw this many images into OUT/samples_N.npz, as ADM's evaluator reads it; run again to go on after a stop.
         interpolate: also write interpolation.png, rows from one noise, class or both to another.
@@ -204,6 +206,7 @@ def sample(
         sampler=sampler,
         steps=steps,
         cfg_scale=(2.0 if npz is None else 1.0) if cfg_scale is None else cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -343,6 +346,7 @@ def evaluate(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: float = 1.0,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     seed: int = 0,
     batch_size: int = 64,
@@ -376,6 +380,7 @@ def evaluate(
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         seed: seed of the samples.
         batch_size: pictures at a time.
@@ -404,6 +409,7 @@ def evaluate(
         sampler=sampler,
         steps=steps,
         cfg_scale=cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -437,20 +443,20 @@ def evaluate(
 def convert(
     src: Path,
     dst: Path,
-    to: Optional[Literal["repa", "safetensors"]] = None,
+    to: Optional[Literal["repa", "reg", "safetensors"]] = None,
     weights: Literal["ema", "model"] = "ema",
 ):
-    """Convert checkpoints: REPA's and SiT's .pt, ours, safetensors.
+    """Convert checkpoints: REPA's, REG's and SiT's .pt, ours, safetensors.
 
     Args:
         src: the checkpoint to read: a run or checkpoint folder, a .pt or a .safetensors file.
         dst: the file to write.
-        to: the layout to write; taken from the ending of dst where it is left out.
-        weights: the set of weights that safetensors holds, averaged (ema) or not (model); REPA's layout holds both.
+        to: the layout to write; by default that of dst's ending, with .pt REG's for a model with a class token.
+        weights: the set of weights that safetensors holds, averaged (ema) or not (model); a .pt holds both.
     """
     if not src.exists():
         raise UsageError(f"{src} does not exist; give a run folder, a checkpoint or a .pt file")
-    from maskalign.training.export import convert as convert_checkpoint
+    from maskalign.checkpoints.command import convert as convert_checkpoint
 
     print(convert_checkpoint(src, dst, to=to, weights=weights))
 
@@ -529,5 +535,5 @@ SUMMARIES = {
     "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
     "evaluate": "compare samples with real images, and measure held-out losses",
     "plan": "estimate memory, time and energy of a run without its hardware",
-    "convert": "convert checkpoints from and to REPA's layout",
+    "convert": "convert checkpoints from and to the layouts of REPA and REG",
 }

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from maskalign.config import Config, Schedule, all_keys, dump_config, load_config, parse_config, validate_with_data
+from maskalign.config import (
+    Config,
+    Schedule,
+    all_keys,
+    dump_config,
+    load_config,
+    model_sizes,
+    parse_config,
+    validate_with_data,
+)
 from maskalign.data.manifest import Manifest, Shard
 from maskalign.errors import UsageError
 from maskalign.training.schedules import schedule_value
@@ -171,3 +180,48 @@ def test_every_setting_has_help(capsys):
         line = source.split(f"    {name}:")[1].split('"""')[1]
         assert line.strip().endswith("."), (cls, name)
         assert " ".join(line.split())[:40] in text, (cls, name)
+
+
+def test_packaged_recipes_are_found_by_name(tmp_path, monkeypatch):
+    """From any folder, with and without the ending; a file of that path wins."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("imagenet256/b2/maskalign", "imagenet256/b2/maskalign.yaml", "configs/imagenet256/b2/maskalign.yaml"):
+        config = load_config(name)
+        assert config.model.preset == "SiT-B/2" and config.model.class_token and config.method.keep_ratio == 0.75
+    (tmp_path / "quickstart.yaml").write_text("model: {preset: SiT-L/2}\n")
+    assert load_config("quickstart.yaml").model.preset == "SiT-L/2"
+    with pytest.raises(UsageError, match="--config: imagenet256/b2/maskaling does not exist; did you mean"):
+        load_config("imagenet256/b2/maskaling")
+    with pytest.raises(UsageError, match="--config: no file is given"):
+        parse_config(["--config"])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_options_win_over_files_wherever_they_stand(place, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("model: {preset: SiT-S/2}\ntraining: {max_steps: 6000}\nseed: 5\n")
+    words = [["--training.max_steps", "3"], ["--seed=7"]]
+    words.insert(place, ["--config", str(path)])
+    config = parse_config([word for part in words for word in part])
+    assert (config.training.max_steps, config.seed, config.model.preset) == (3, 7, "SiT-S/2")
+
+
+@pytest.mark.parametrize("size", ["b2", "l2", "xl2"])
+def test_the_papers_recipes_are_the_papers(size):
+    """PAPER.md, to the digit; nothing else is set."""
+    paper = {
+        "reg": dict(token=True, mixer="none", keep=1.0),
+        "maskalign": dict(token=True, mixer="attention", keep=0.75),
+        "repa-maskalign": dict(token=False, mixer="attention", keep=0.75),
+        "repa": dict(token=False, mixer="none", keep=1.0),
+    }
+    for name, expected in paper.items():
+        config = load_config(f"imagenet256/{size}/{name}")
+        assert (config.model.class_token, config.model.mixer) == (expected["token"], expected["mixer"]), name
+        assert config.method.keep_ratio == expected["keep"] and config.model.mixer_layers == 2
+        assert config.method.align_weight == 0.5 and config.method.class_weight == 0.03
+        assert config.method.route == "all" and config.method.restore == "none" and config.method.subset == "uniform"
+        assert model_sizes(config)["align_depth"] == (4 if size == "b2" else 8)
+        o = config.optimizer
+        assert (o.lr, tuple(o.betas), o.weight_decay, o.decay, o.grad_clip) == (1e-4, (0.9, 0.999), 0, "constant", 1.0)
+        assert (o.ema_decay, config.training.batch_size, config.objective.path) == (0.9999, 256, "linear")

@@ -2,9 +2,9 @@
 
 import torch
 
+from maskalign.checkpoints.build import build_model
 from maskalign.config import as_schedule
 from maskalign.models.flops import step_flops
-from maskalign.training.build import build_model
 
 
 def step_tflop(config, facts, manifest, phase):

@@ -1,6 +1,8 @@
 """The tree of settings from YAML and the command line, and back to YAML."""
 
 import os
+from difflib import get_close_matches
+from pathlib import Path
 
 from maskalign.config.checks import validate
 from maskalign.config.messages import plain_message, with_suggestion
@@ -16,26 +18,71 @@ def make_config_parser(**kwargs):
 
     class ConfigParser(ArgumentParser):
         def parse_args(self, args=None, **kwargs):
-            for word, following in zip(args or [], [*(args or [])[1:], ""], strict=False):
-                if word == "--config" or word.startswith("--config="):
-                    check_yaml(word[len("--config=") :] or following)
-            return super().parse_args(args, **kwargs)
+            return super().parse_args(files_first(args or []), **kwargs)
 
         def error(self, message, ex=None):
             raise UsageError(with_suggestion(plain_message(message), all_keys()))
 
     parser = ConfigParser(allow_abbrev=False, **kwargs)
-    parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
+    parser.add_argument(
+        "--config",
+        action="config",
+        help="YAML file of settings, or a packaged recipe by name, e.g. imagenet256/b2/maskalign; options override it.",
+    )
     parser.add_class_arguments(Config, as_group=False)
     return parser
 
 
+def files_first(argv):
+    """A command line with its `--config` files in front, found and checked, so that options win wherever they stand."""
+    files, options = [], []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            path = next(words, None)
+            if path is None:
+                raise UsageError("--config: no file is given; name a YAML file, or a recipe such as quickstart")
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+        else:
+            options.append(word)
+            continue
+        path = find_config(path)
+        check_yaml(path)
+        files += ["--config", path]
+    return files + options
+
+
+def find_config(path):
+    """The path of a file of settings: as it is given, or that of a packaged recipe of this name, with or without .yaml.
+
+    Raises:
+        UsageError: no such file or recipe.
+    """
+    expanded = os.path.expanduser(path)
+    if os.path.exists(expanded) or set("{\n") & set(path):
+        return expanded
+    recipes = packaged_recipes()
+    name = path.removesuffix(".yaml").removeprefix("configs/")
+    if name in recipes:
+        return str(recipes[name])
+    near = get_close_matches(name, recipes, n=1, cutoff=0.7)
+    hint = f"did you mean {near[0]}?" if near else f"recipes by name are {', '.join(sorted(recipes)[:3])}, ..."
+    raise UsageError(f"--config: {path} does not exist; {hint}")
+
+
+def packaged_recipes():
+    """{name: path} of the recipes that are installed with the package, e.g. `imagenet256/b2/maskalign`."""
+    import maskalign_configs
+
+    root = Path(maskalign_configs.__file__).parent
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
+
+
 def check_yaml(path):
-    """Raise a UsageError where a file of settings is missing or no YAML mapping; what is in it is checked later."""
+    """Raise a UsageError where a file of settings is no YAML mapping; what is in it is checked later."""
     import yaml
 
-    if not os.path.exists(path) and not set("{\n") & set(path):
-        raise UsageError(f"--config: {path} does not exist; configs/ holds one per recipe and size")
     if not os.path.isfile(path):
         return
     try:
@@ -59,7 +106,8 @@ def parse_config(argv, **kwargs):
     """Read a command line into a checked `Config`.
 
     Args:
-        argv: `--config FILE.yaml` and `--section.key value`, in any order; later ones win.
+        argv: `--config FILE.yaml` and `--section.key value`, in any order: options win over files, and later ones over
+            earlier ones.
         kwargs: those of jsonargparse's ArgumentParser.
 
     Raises:
@@ -73,7 +121,7 @@ def parse_config(argv, **kwargs):
 
 
 def load_config(path):
-    """A checked `Config` from a YAML file."""
+    """A checked `Config` from a YAML file, or from a packaged recipe by its name (`imagenet256/b2/maskalign`)."""
     return parse_config(["--config", str(path)])
 
 

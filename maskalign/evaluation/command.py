@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import numpy as np
 from tqdm import tqdm
 
+from maskalign.checkpoints.loading import load
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
@@ -18,7 +19,7 @@ from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import data_fingerprint, load_reference
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
-from maskalign.evaluation.subject import is_model, load_subject, open_pictures
+from maskalign.evaluation.subject import is_model, open_pictures
 from maskalign.outputs import make_folder
 from maskalign.sampling.settings import Sampling, parse_classes
 from maskalign.teachers.names import parse_teachers
@@ -86,7 +87,7 @@ def evaluate(
     out = None if out is None else make_folder(out)
     subject = pictures = None
     if is_model(source):
-        subject = load_subject(source, ema)
+        subject = load(source, ema)
         _check_shape(subject, manifest, source, data)
         subject.model.to(device)
         kind = subject.kind
@@ -124,7 +125,8 @@ def evaluate(
         _add_losses(report, subject, manifest, held_out or data, settings, device, progress)
     folder = out or (subject.folder if subject else None)
     if folder is not None:
-        stem = "evaluation" if out or not subject else subject.stem
+        of_one = subject and not out and subject.kind == "checkpoint"
+        stem = f"evaluation-{subject.source.resolve().name}" if of_one else "evaluation"
         write_report(report, folder / f"{stem}.json")
     return report
 
@@ -226,7 +228,7 @@ def _add_losses(report, subject, manifest, held_out, settings, device, progress)
         path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
         with suppress(UsageError, OSError):  # it was trained elsewhere
             training = Manifest.load(path)
-    teachers = choose_teachers(about.get("teachers") or [], training, there, device=device, **own)
+    teachers = choose_teachers(about["teachers"], training, there, device=device, **own)
     images = HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size)
     with _bar(images.count, "held-out losses", progress) as bar:
         found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)

@@ -24,7 +24,7 @@ class PeriodicEvaluation:
 
     Args:
         config: `Config`; its `evaluate` section and the interpolant's path are used.
-        facts: the model's facts, see `checkpoint.load_model`.
+        facts: the model's facts, as a checkpoint holds them, see `Trainer`.
         manifest: of the training data.
         device: where the model is.
         precision: of the samples, `fp32` or `bf16`.

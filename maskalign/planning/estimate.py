@@ -5,6 +5,7 @@ from typing import List
 
 import torch
 
+from maskalign.checkpoints.build import build_model
 from maskalign.config import shard_ranks
 from maskalign.errors import UsageError
 from maskalign.planning.communication import step_collectives
@@ -19,7 +20,6 @@ from maskalign.planning.work import (
     teacher_facts,
     vae_encoder_flops,
 )
-from maskalign.training.build import build_model
 
 # Plans to compare on the asked ranks: what they send. Settings of `ParallelConfig`.
 ALTERNATIVES = {

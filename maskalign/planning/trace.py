@@ -22,9 +22,9 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 
+from maskalign.checkpoints.build import build_model
 from maskalign.objective.draws import Draws
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import Placement

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from benchmarks.steps.clock import saved_bytes
+from maskalign.checkpoints.build import build_model
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.planning.communication import step_collectives
 from maskalign.planning.memory import Memory, shard_bytes
 from maskalign.planning.trace import trace_step
 from maskalign.planning.work import Phase, schedule_phases
-from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import Placement

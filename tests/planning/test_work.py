@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskalign.checkpoints.build import build_model
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import training_loss
 from maskalign.planning.work import (
@@ -15,7 +16,6 @@ from maskalign.planning.work import (
     teacher_facts,
     vae_encoder_flops,
 )
-from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 
 CASES = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskalign.models.weight_files import repa_checkpoint, write_repa
+from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
