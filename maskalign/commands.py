@@ -72,13 +72,15 @@ def data_encode(
     normalize: Literal["none", "spatial", "mean"] = "none",
     grid: Optional[int] = None,
     hflip: bool = False,
+    class_token: Literal["both", "only", "none"] = "both",
+    class_components: int = 64,
     weights: Optional[str] = None,
     batch_size: Optional[int] = None,
     workers: Optional[int] = None,
     device: str = "auto",
     dry_run: bool = False,
 ):
-    """Add teacher features or VAE moments to the shards of a data set.
+    """Add teacher features, rows and class tokens, or VAE moments to the shards of a data set.
 
     ImageNet (1,281,167 images) with DINOv2-B takes 252 GB as int8 and 504 GB as float16. The command can be stopped at
     any moment and run again: it goes on. Under torchrun the ranks share the shards.
@@ -92,6 +94,8 @@ def data_encode(
         normalize: none, spatial (iREPA, per image over its tokens) or mean (minus the data set's mean token).
         grid: side of the token grid to resample features to; by default the teacher's own.
         hflip: store features of the mirrored images too; training draws one of the two.
+        class_token: both stores rows and class tokens, only adds class tokens to rows that are there, none omits them.
+        class_components: principal components of the class tokens in the manifest, for model.class_token_dim; 0: none.
         weights: hub, random or a file, one for all teachers or one each with commas; by default the hub.
         batch_size: images at a time; by default 8 on CPUs and 64 on GPUs.
         workers: processes; by default one per GPU, or one that uses all CPU cores.
@@ -109,6 +113,8 @@ def data_encode(
         normalize=normalize,
         grid=grid,
         hflip=hflip,
+        class_token=class_token,
+        class_components=class_components,
         weights=weights,
         batch_size=batch_size,
         workers=workers,

@@ -104,7 +104,7 @@ class Images:
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
             # Copies: the stream writes later batches where this one lies.
-            parts.append([x.cpu().clone() for x in (inputs, batch["label"], *features(batch))])
+            parts.append([x.cpu().clone() for x in (inputs, batch["label"], *features(batch)[0])])
             if progress is not None:
                 progress(len(batch["label"]))
             if sum(len(part[1]) for part in parts) >= count:

@@ -94,6 +94,10 @@ class ModelConfig:
     """SiT blocks of the attention mixer."""
     mixer_hidden: int = 64
     """Hidden number of tokens T of the token_mlp mixer."""
+    class_token: bool = False
+    """Denoise the first teacher's class token too, as one more token."""
+    class_token_dim: Optional[int] = None
+    """Only this many whitened principal components of the class token; by default the class token as it is."""
     projector: Literal["mlp", "conv"] = "mlp"
     """Projector to the teacher: REPA's MLP, or iREPA's 3x3 convolution (needs all tokens at the tap)."""
     projector_dim: int = 2048
