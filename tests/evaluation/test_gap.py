@@ -178,3 +178,51 @@ def test_subsets_belong_to_their_images():
 def test_which_models_have_a_gap():
     assert can_mask(make_model()) and not can_mask(make_model(teacher_dims=()))
     assert not can_mask(make_model(projector="conv", route="none", mixer="none"))
+
+
+def test_the_held_out_gap_is_the_definition(data):
+    """Image by image: the subset's loss minus that of all tokens, at the times and with the noise of the losses."""
+    from maskalign.evaluation.gap import held_out_gap
+    from maskalign.evaluation.heldout import HeldOut, TeacherTokens, losses_by_time
+    from tests.training.conftest import TEACHER
+
+    model = make_model(input_size=16, patch_size=4, teacher_dims=(6,)).float()
+    held_out = HeldOut(data, 7, [TeacherTokens(TEACHER, None, (4, 4))], batch_size=7)
+    seen, plain = [], model.forward
+    model.forward = lambda *given, **own: seen.append(given) or plain(*given, **own)
+    losses = losses_by_time(model, held_out, bins=2)
+    noised = [given[:3] for given in seen]
+    del model.forward
+    ((_, _, _, ((rows, _),)),) = held_out.batches()
+    gaps = []
+    for index, (x, t, labels) in enumerate(noised):
+        subset = keyed_subsets(f"held out/20260608/{index}", range(7), 16, 12)
+        with torch.no_grad():
+            masked, full = (loss_by_layers(model, x, t, labels, [rows.float()], chosen) for chosen in (subset, None))
+        assert float(full.mean()) == pytest.approx(-losses["cosine"][index], rel=1e-5)
+        gaps.append((masked - full).double().numpy())
+    gaps = np.mean(gaps, axis=0)
+    found = held_out_gap(model, held_out)
+    assert found["stability_gap"] == pytest.approx(gaps.mean(), rel=1e-4)
+    assert found["stability_gap_error"] == pytest.approx(gaps.std(ddof=1) / 7**0.5, rel=1e-4)
+    held_out.batch_size = 3
+    assert held_out_gap(model.train(), held_out) == pytest.approx(found, rel=1e-4) and model.training
+    assert held_out_gap(model, HeldOut(data, 7)) == {} and len(model.blocks) == 4
+
+
+def test_a_compiled_model_is_not_compiled_again_for_subsets(data):
+    from maskalign.evaluation.gap import held_out_gap
+    from maskalign.evaluation.heldout import HeldOut, TeacherTokens
+    from tests.training.conftest import TEACHER
+
+    model = make_model(input_size=16, patch_size=4, teacher_dims=(6,)).float()
+    held_out = HeldOut(data, 6, [TeacherTokens(TEACHER, None, (4, 4))])
+    expected, calls = held_out_gap(model, held_out), []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph
+
+    for block in model.all_blocks:
+        block.forward = torch.compile(block.forward, backend=backend, fullgraph=True, dynamic=False)
+    assert held_out_gap(model, held_out) == pytest.approx(expected) and not calls
