@@ -48,7 +48,6 @@ def validate(config):
         "model.mixer_hidden": 1,
         "model.mixer_layers": 1,
         "model.projector_dim": 1,
-        "model.class_token_dim": 1,
         "training.max_steps": 1,
         "training.batch_size": 1,
         "training.accumulation": 1,
@@ -79,7 +78,7 @@ def validate(config):
     }
     for key, low in at_least.items():
         value = _get(config, key)
-        _require(value is None or value >= low, key, value, f"must be at least {low}")
+        _require(value >= low, key, value, f"must be at least {low}")
     for key in ("optimizer.lr", "optimizer.eps", "model.mlp_ratio"):
         _require(_get(config, key) > 0, key, _get(config, key), "must be above 0")
     for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout", "parallel.memory_budget"):
@@ -88,6 +87,11 @@ def validate(config):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
     if config.model.class_token_dim is not None and not config.model.class_token:
         raise UsageError("model.class_token_dim: there is no class token; set model.class_token true, or leave it out")
+    for key in ("preview.cls_cfg_scale", "evaluate.cls_cfg_scale"):
+        scale = _get(config, key)
+        _require(scale is None or scale >= 0, key, scale, "must be at least 0")
+        if scale is not None and not config.model.class_token:
+            raise UsageError(f"{key}: there is no class token to guide; set model.class_token true, or leave it out")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
     device = config.training.device

@@ -94,10 +94,6 @@ class ModelConfig:
     """SiT blocks of the attention mixer."""
     mixer_hidden: int = 64
     """Hidden number of tokens T of the token_mlp mixer."""
-    class_token: bool = False
-    """Denoise the first teacher's class token too, as one more token."""
-    class_token_dim: Optional[int] = None
-    """Only this many whitened principal components of the class token; by default the class token as it is."""
     projector: Literal["mlp", "conv"] = "mlp"
     """Projector to the teacher: REPA's MLP, or iREPA's 3x3 convolution (needs all tokens at the tap)."""
     projector_dim: int = 2048
@@ -222,6 +218,8 @@ class PreviewConfig:
     """Sampler steps."""
     cfg_scale: float = 2.0
     """Classifier-free guidance scale; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the class token, where there is one; by default the image's, 0 is none."""
     sampler: Literal["ode", "heun", "sde"] = "ode"
     """Sampler."""
     vae: Optional[str] = None
@@ -248,6 +246,8 @@ class EvaluateConfig:
     """Sampler steps."""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale of the samples; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the samples' class token, where there is one; by default the image's, 0 is none."""
 
 
 @dataclass
