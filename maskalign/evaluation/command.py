@@ -12,9 +12,10 @@ from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
+from maskalign.evaluation.gap import MASK_RATIO, held_out_gap
 from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
-from maskalign.evaluation.measures import bias_note, distances
+from maskalign.evaluation.measures import bias_note, distances, held_out_measures
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import data_fingerprint, load_references
 from maskalign.evaluation.report import write_report
@@ -285,8 +286,10 @@ def _add_losses(report, subject, images, training, settings, progress):
         found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)
     bins = bin_names(settings.bins)
     report["held_out"] = {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}
-    report["metrics"] |= {f"held_out_{name}": float(np.mean(values)) for name, values in found.items()}
+    gap = held_out_gap(subject.model, images, path=about["path"])
+    report["metrics"] |= held_out_measures(found, gap)
     seen = training is not None and (training.digest(), training.source) == (there.digest(), there.source)
+    report["settings"] |= {"mask_ratio": MASK_RATIO} if gap else {}
     facts = {"held_out_data": str(images.path), "held_out_images": images.count, "held_out_was_trained_on": seen}
     report["settings"] |= facts
     if subject.model.class_dim is not None:

@@ -48,16 +48,29 @@ def velocity_and_cosine(model, x, noise, t, labels, teachers, interpolant, class
         extra["class_token"], class_velocity = interpolant.interpolate(class_token, class_noise, t)
     out = model(noised, t, labels, **extra)
     cosines = []
-    for aligned, (tokens, grid, *row) in zip(out.aligned or (), teachers, strict=False):
-        z = resample_tokens(tokens.float(), grid, model.grid)
-        if row:
-            z = torch.cat([row[0].float().unsqueeze(1), z], dim=1)
-            z = z if out.aligned_index is None else gather_tokens(z, out.aligned_index)
+    for aligned, teacher in zip(out.aligned or (), teachers, strict=False):
+        z = teacher_rows(teacher, model.grid)
+        if len(teacher) > 2 and out.aligned_index is not None:
+            z = gather_tokens(z, out.aligned_index)
         cosines.append(torch.cosine_similarity(aligned.double(), z.double(), dim=-1).mean(dim=1))
     losses = ImageLosses(_squared_error(out.velocity, velocity), cosines)
     if class_token is None:
         return losses
     return losses._replace(class_velocity_loss=_squared_error(out.class_velocity, class_velocity))
+
+
+def teacher_rows(teacher, grid):
+    """A teacher's rows on a student's grid.
+
+    Args:
+        teacher: (tokens, their grid) or (tokens, their grid, class token (b, Dz)).
+
+    Returns:
+        (b, N, Dz) float32; (b, 1 + N, Dz), the class token first, where it is given.
+    """
+    tokens, own_grid, *row = teacher
+    z = resample_tokens(tokens.float(), own_grid, grid)
+    return torch.cat([row[0].float().unsqueeze(1), z], dim=1) if row else z
 
 
 def _squared_error(found, target):

@@ -8,8 +8,9 @@ from maskalign.data.manifest import Manifest
 from maskalign.evaluation.distances import enough_for_covariance
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
+from maskalign.evaluation.gap import held_out_gap
 from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
-from maskalign.evaluation.measures import distances
+from maskalign.evaluation.measures import distances, held_out_measures
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import load_reference
 from maskalign.sampling.settings import Sampling
@@ -68,7 +69,7 @@ class PeriodicEvaluation:
         row = {}
         if self.held_out is not None:
             by_time = losses_by_time(model, self.held_out, bins=BINS, path=self.path)
-            row = {f"held_out_{name}": float(np.mean(values)) for name, values in by_time.items()}
+            row = held_out_measures(by_time, held_out_gap(model, self.held_out, path=self.path))
             for name, values in by_time.items():
                 row |= {f"{name}[{place}]": value for place, value in zip(bin_names(BINS), values, strict=True)}
         if self.network is not None:

@@ -65,6 +65,14 @@ def table(report):
         metrics = report["metrics"]
         means = [f"{metrics[f'held_out_{key}']:>{width}.{digits}f}" for key, _, width, digits in columns]
         lines.append(f"{'mean':<12}{''.join(means)}")
+        if "held_out_stability_gap" in metrics:
+            gap, error = metrics["held_out_stability_gap"], metrics["held_out_stability_gap_error"]
+            left = 1 - report["settings"]["mask_ratio"]
+            lines += [
+                "",
+                f"alignment loss on all tokens {metrics['held_out_align_loss']:+.4f}; stability gap {gap:+.5f} +- "
+                f"{error:.5f}: by so much it is higher where the model sees a random {left:.0%} of the patches",
+            ]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 
