@@ -326,6 +326,7 @@ class Benchmark:
             "clock": self.calibration.entries["clock"],
             "wall_over_cpu": self.calibration.entries.get("wall_over_cpu"),
             "images": self.manifest.num_samples,
+            "samples": options.samples,
             **self._about_classifier(),
             "recipes": self.recipes,
             "step_seconds": {
