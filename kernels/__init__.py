@@ -6,6 +6,7 @@ nothing of `maskalign`.
 """
 
 from .keyed_random import keyed_random
+from .adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from .mix_and_drop import mix_and_drop
 from .subset_cosine_alignment import subset_cosine_alignment, subset_cosine_alignment_loss
 
