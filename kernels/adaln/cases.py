@@ -57,7 +57,7 @@ def launches(operation, shape):
     _, _, kept, width, x, branch = shape
     narrow = min(x.itemsize, branch.itemsize)
     flags = _flags(operation)
-    yield "forward", "forward", adaln.forward_configs(width, narrow)
+    yield "forward", "forward", adaln.forward_configs(width, narrow, max(x.itemsize, branch.itemsize))
     yield "backward", "backward", adaln.backward_configs(width, narrow, _vectors(**flags), kept is not None)
     yield "backward", "sums", [adaln.SUMS]
 
@@ -95,7 +95,9 @@ def _case(operation, shape, direction, launch, config, number):
     kernel = kernel[launch]
     stream, other = _pointer(x), _pointer(branch)
     types = dict.fromkeys(("mean", "rstd", "parts"), "*fp32") | {"subset": "*i64" if K else stream}
-    types |= dict.fromkeys(("branch", "gate", "shift", "scale", "dbranch", "u", "du", "first", "second", "third"), other)
+    types |= dict.fromkeys(
+        ("branch", "gate", "shift", "scale", "dbranch", "u", "du", "first", "second", "third"), other
+    )
     types |= dict.fromkeys(("x", "y", "dx", "dy"), stream)
     numbers = {"stride_xb": N * D, "stride_xn": D, "N": N, "K": rows, "groups": groups, "eps": adaln.EPS}
     numbers |= {"stride_yb": (rows if residual else N) * D, "stride_yn": D}

@@ -44,7 +44,7 @@ def _load_rows(base, at, live, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_vector(base, live, D: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr):
-    """BLOCK columns of one vector for every row: each warp loads what it needs, from L1 after the first; no exchange."""
+    """BLOCK columns of one vector, for every row: each warp loads what it needs, after the first from L1."""
     cols = START + tl.arange(0, BLOCK)
     mask = live[:, None] & _inside(cols, D, BLOCK, START)[None, :]
     at = tl.zeros((live.shape[0], 1), tl.int32) + cols[None, :]

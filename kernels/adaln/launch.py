@@ -32,38 +32,48 @@ def _tiles(width, itemsize, most, threads):
     return max(1, threads * per_lane // block), block, threads
 
 
-def forward_configs(width, itemsize):
-    """A row to a warp, 8 warps to a program: two thirds of the traffic with L2 is then rows, one third at most is the
-    modulation, which a program's warps share in L1.
+def forward_configs(width, narrow, wide):
+    """A row to a warp, 8 rows to a program: of its traffic with L2 an eighth is the modulation, the rest are rows.
 
     Args:
         width: D.
-        itemsize: bytes of an element of the narrowest of the tensors of rows.
+        narrow, wide: bytes of an element of the narrowest and of the widest of the tensors of rows.
     """
-    configs = []
-    for threads in (256, 128):
-        rows, block, threads = _tiles(width, itemsize, 8 * 16 // itemsize, threads)
-        configs += [{"ROWS": rows, "BLOCK": block, "threads": threads}]
-    configs += [{**configs[0], "ROWS": 2 * configs[0]["ROWS"]}]
-    return [config for i, config in enumerate(configs) if config not in configs[:i]]
+    most = 8 * 16 // narrow
+    rows, block, threads = _tiles(width, narrow, most, 256)
+    default = {"ROWS": rows, "BLOCK": block, "threads": threads}
+    if (
+        narrow != wide
+    ):  # Stored as they are not computed: with another number of rows the exchange between lanes spills.
+        return [default]
+    rows, block, threads = _tiles(width, narrow, most, 128)
+    small = {"ROWS": rows, "BLOCK": block, "threads": threads}
+    return _distinct([default, small, {**default, "ROWS": 2 * default["ROWS"]}])
 
 
 def backward_configs(width, itemsize, vectors, has_subset):
     """Two warps to a row of 1152, one to a row of 768: its numbers and its sums then fit the registers of the lanes.
 
-    Few warps are resident, so the next rows are loaded (into shared memory) while these are computed. A program's rows
-    leave one part of each sum: as many rows as let writing the parts and reading them again add about a tenth to the
-    bytes of the rows. More would leave too few programs for a GPU.
+    Few warps are resident, so the next rows are loaded (into shared memory) while these are computed; with a subset,
+    where it takes a search to know which rows are next, that is not possible. A program's rows leave one part of each
+    sum: as many rows as let writing the parts and reading them again add about a tenth to the bytes of the rows. More
+    would leave too few programs for a GPU.
 
     Args:
+        itemsize: bytes of an element of the narrowest of the tensors of rows.
         vectors: how many sums over the rows there are: 1 without the normalization, 2 without the residual, or 3.
         has_subset: then some of a program's rows are only zeros to be written, and it takes twice as many.
     """
     configs = []
-    for most, stages, more in ((24, 2, 1), (24, 1, 1), (16, 2, 1), (24, 2, 2)):
+    stages = 1 if has_subset else 2
+    for most, ahead, more in ((24, stages, 1), (24, 1, 1), (16, 1, 1), (24, stages, 2)):
         tile, block, threads = _tiles(width, itemsize, most, 128)
         rows = max(16 if vectors != 2 and not has_subset else 32, tile)
-        configs.append({"ROWS": more * rows, "TILE": tile, "BLOCK": block, "threads": threads, "STAGES": stages})
+        configs.append({"ROWS": more * rows, "TILE": tile, "BLOCK": block, "threads": threads, "STAGES": ahead})
+    return _distinct(configs)
+
+
+def _distinct(configs):
     return [config for i, config in enumerate(configs) if config not in configs[:i]]
 
 
@@ -86,8 +96,10 @@ def _options(config):
     return blocks | {"num_warps": max(1, config["threads"] // WARP_SIZE), "num_stages": 1}
 
 
-def _itemsize(*tensors):
-    return min(t.dtype.itemsize for t in tensors if t is not None)
+def _itemsizes(*tensors):
+    """Of the narrowest and of the widest of them."""
+    sizes = [t.dtype.itemsize for t in tensors if t is not None]
+    return min(sizes), max(sizes)
 
 
 def _cdiv(a, b):
@@ -123,7 +135,7 @@ def _forward(x, branch, gate, shift, scale, subset, dtype):
             D=int(D), HAS_SUBSET=subset is not None, RESIDUAL=residual, NORM=norm, **_options(config),
         )  # fmt: skip
 
-    configs = forward_configs(int(D), _itemsize(x, branch, u))
+    configs = forward_configs(int(D), *_itemsizes(x, branch, u))
     key = (int(D), x.dtype, residual, norm, subset is not None)
     launch(choose("adaln_forward", key, configs, x, launch))
     return y, u, mean, rstd
@@ -158,7 +170,7 @@ def _backward(dy, du, y, branch, gate, shift, scale, subset, mean, rstd, tokens)
         )  # fmt: skip
         return parts
 
-    configs = backward_configs(int(D), _itemsize(dy, du, y, branch), len(sums), subset is not None)
+    configs = backward_configs(int(D), _itemsizes(dy, du, y, branch)[0], len(sums), subset is not None)
     key = (int(D), grads.dtype, residual, norm, subset is not None, dy is not None)
     parts = launch(choose("adaln_backward", key, configs, grads, launch))
     wrap_triton(sums_kernel)[(B * len(sums) * _cdiv(D, SUMS["BLOCK"]),)](
@@ -204,9 +216,7 @@ modulate_op.register_autograd(_modulate_grad, setup_context=_modulate_setup)
 
 
 @kernel_op("maskalign_kernels::gated_residual")
-def residual_op(
-    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, subset: torch.Tensor | None
-) -> torch.Tensor:
+def residual_op(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, subset: torch.Tensor | None) -> torch.Tensor:
     return _forward(x, branch, gate, None, None, subset, None)[0]
 
 

@@ -47,7 +47,7 @@ def test_branch_and_vectors_of_another_dtype(operation, tokens, others, adaln_ca
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     operation=st.sampled_from(OPERATIONS),
-    sizes=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(8, 70)),  # two numbers normalize to +-1: no slope
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 40), st.integers(8, 70)),  # of few numbers gradients cancel
     share=st.one_of(st.none(), st.floats(0, 1)), dtype=st.sampled_from([F32, F16, BF16]),
     index=st.sampled_from([torch.int32, torch.int64]), numbers=st.integers(0, 2**32),
 )  # fmt: skip
@@ -68,7 +68,7 @@ def test_keeping_nothing(operation, adaln_case, poisoned):
 
 
 def test_adversarial_rows(adaln_case, adaln_truth, relative, generator, poisoned):
-    """Constant rows (variance zero) small and huge, a single spike, a large offset, huge and tiny values, a scale of -1;
+    """Constant rows (variance zero) small and huge, a single spike, a large offset, huge and tiny values, scales of -1;
     row by row, as the huge ones would hide the others.
     """
     (x, shift, scale), _ = adaln_case("adaln_modulate", 2, 6, 96, None)
@@ -193,7 +193,7 @@ def test_operators_pass_opcheck(operation, adaln_case):
 @every_operation
 @pytest.mark.parametrize("kept", [16, None])
 def test_launches_load_and_store_what_the_report_counts(operation, kept, adaln_case, counted_bytes):
-    """The count of the compile report plus the re-reads that it says a cache serves is what the programs really move."""
+    """The count of the compile report plus the re-reads that it says a cache serves is what the programs move."""
     from maskalign_kernels.adaln import cases
 
     B, N, D = 2, 32, 128  # Whole tiles: of a masked tile of indices all lanes are compared.
