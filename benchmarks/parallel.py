@@ -35,8 +35,8 @@ class Case:
         import torch
 
         from benchmarks.steps.cases import recipe_settings
+        from maskalign.checkpoints.build import build_model
         from maskalign.config import parse_config
-        from maskalign.training.build import build_model
         from maskalign.training.compiling import prepare_blocks
         from maskalign.training.optimizer import Optimizer
         from maskalign.training.parallel import place

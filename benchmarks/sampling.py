@@ -24,9 +24,9 @@ import torch
 
 from benchmarks.steps.clock import matmul_peak
 from benchmarks.steps.report import machine
+from maskalign.checkpoints import load_model
 from maskalign.errors import UsageError
 from maskalign.models import SiT
-from maskalign.sampling.command import load
 from maskalign.sampling.drawing import generate, sheet_labels
 from maskalign.sampling.network import Network
 from maskalign.sampling.pictures import to_uint8
@@ -185,7 +185,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     if min(options.images, options.preset_images, options.steps, options.picture_steps, options.rounds) < 1:
         raise UsageError("--images, --preset-images, --steps, --picture-steps and --rounds must be at least 1")
-    subjects = [(run.resolve().name, load(run)[0].eval().requires_grad_(False), True) for run in options.runs]
+    subjects = [(run.resolve().name, load_model(run), True) for run in options.runs]
     subjects += [(name, preset_model(name), False) for name in filter(None, options.presets.split(","))]
     rows = []
     for name, model, trained in subjects:

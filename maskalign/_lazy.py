@@ -8,7 +8,7 @@ def lazy_exports(package, exports):
 
     Args:
         package: the package's `__name__`.
-        exports: dict from public name to the submodule that defines it.
+        exports: dict from public name to the submodule that defines it, or `.package.module` beside this package.
 
     Returns:
         `(__getattr__, __dir__, __all__)` for the package to bind.
@@ -17,7 +17,7 @@ def lazy_exports(package, exports):
     def __getattr__(name):
         if name not in exports:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{exports[name]}"), name)
+        return getattr(import_module(f".{exports[name]}", package), name)
 
     def __dir__():
         return sorted(exports)

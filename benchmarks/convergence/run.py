@@ -64,24 +64,24 @@ def work(run_dir):
     """Do what is left of a run; returns whether it is finished (False: a signal asked it to stop)."""
     import torch
 
+    from maskalign.checkpoints.layout import complete_checkpoints
     from maskalign.config import parse_config
-    from maskalign.training import checkpoint
     from maskalign.training.preflight import check_data
     from maskalign.training.trainer import train
 
     job = read_job(run_dir)
     torch.set_num_threads(job["threads"])
     config = parse_config(job["arguments"])
-    there = {path.name: path for path in checkpoint.complete_checkpoints(run_dir)}
+    there = {path.name: path for path in complete_checkpoints(run_dir)}
     if f"step_{job['steps']:08d}" not in there and not train(config, *check_data(config))["finished"]:
         return False
     from benchmarks.convergence.quality import Heldout
 
-    heldout = Heldout(*job["data"])
+    heldout = Heldout(*job["data"], job.get("classifier"))
     for step in job["points"]:
         if not quality_path(run_dir, step).is_file():
             measure(run_dir, step, job, config, heldout)
-    for path in checkpoint.complete_checkpoints(run_dir)[:-1]:
+    for path in complete_checkpoints(run_dir)[:-1]:
         if not job["keep"]:
             shutil.rmtree(path)
     return True
@@ -90,16 +90,21 @@ def work(run_dir):
 def measure(run_dir, step, job, config, heldout):
     """Write the quality file of one point: averaged weights, and the velocity loss of the weights themselves."""
     from benchmarks.convergence.quality import heldout_losses, sample_distances
-    from maskalign.training.checkpoint import load_model
+    from maskalign.checkpoints import load_model
 
     folder, path = Path(run_dir, "checkpoints", f"step_{step:08d}"), config.objective.path
-    model, _, _ = load_model(folder, ema=False)
+    model = load_model(folder, ema=False)
     found = heldout_losses(model, heldout, job["times"], path)
-    rows = [["raw_velocity_loss", at, value] for (metric, at), value in found.items() if metric == "velocity_loss"]
-    model, _, _ = load_model(folder)
+    rows = [[f"raw_{metric}", at, value] for (metric, at), value in found.items() if metric.startswith("velocity")]
+    model = load_model(folder)
     rows += [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
     if step in job["sample_points"]:
         found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path, precision_of(config))
+        rows += [[metric, "", value] for metric, value in found.items()]
+    if step == job["steps"] and job.get("gap_images"):
+        from benchmarks.convergence.papers import paper_measures
+
+        found = paper_measures(model, heldout, job["gap_images"], path)
         rows += [[metric, "", value] for metric, value in found.items()]
     write_atomically(str(quality_path(run_dir, step)), json.dumps(rows).encode())
 

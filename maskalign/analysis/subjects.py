@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from maskalign.checkpoints.layout import complete_checkpoints, find
+from maskalign.checkpoints.loading import load
+from maskalign.checkpoints.weight_files import ENDINGS
 from maskalign.config import Config, as_schedule
 from maskalign.errors import UsageError
 from maskalign.models.mixer import NoMixer
 from maskalign.models.routing import keep_count
-from maskalign.models.weight_files import ENDINGS, load_file
-from maskalign.training import checkpoint
 
 DEFAULT_KEEP = 0.5  # of a run that keeps all tokens, and of files that do not say
 
@@ -78,8 +79,8 @@ def find_checkpoints(paths, most=8):
     series = {}
     for path in map(Path, paths):
         if path.is_dir():
-            found = checkpoint.complete_checkpoints(path)
-            found = _spread(found, most) if found else [checkpoint.find(path)]
+            found = complete_checkpoints(path)
+            found = _spread(found, most) if found else [find(path)]
             run = found[0].parent.parent
         elif not path.exists():
             raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
@@ -104,13 +105,11 @@ def load_subject(entry, ema=True):
     Raises:
         UsageError: it cannot be read, or has no projectors, so that there is no alignment loss to look at.
     """
-    if entry.path.is_dir():
-        model, config, step = checkpoint.load_model(entry.path, ema)
-        teachers = tuple(model.facts["teachers"])
-    else:
-        model, about = load_file(entry.path, ema)
-        config, step, teachers = Config(), about["step"], ()
-        config.objective.path = about["path"]
+    loaded = load(entry.path, ema)
+    model, config = loaded.model, loaded.config
+    if config is None:
+        config = Config()
+        config.objective.path = loaded.about["path"]
         if isinstance(model.mixer, NoMixer):  # a file does not say how it was trained: a mixer tells of subsets
             config.method.keep_ratio = 1.0
     if not model.projectors:
@@ -118,7 +117,7 @@ def load_subject(entry, ema=True):
             f"{entry.path}: has no projectors, so there is no alignment to analyse; it is a SiT, or was trained with "
             "method.align_weight 0"
         )
-    return Subject(model, config, entry.run, step, teachers)
+    return Subject(model, config, entry.run, loaded.about["step"], tuple(loaded.about["teachers"]))
 
 
 def _spread(items, most):

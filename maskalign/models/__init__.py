@@ -1,4 +1,4 @@
-"""The student: SiT backbone, token mixers, routing of token subsets, projectors, and conversion of checkpoints."""
+"""The student: SiT backbone, token mixers, routing of token subsets, and projectors."""
 
 from maskalign._lazy import lazy_exports
 
@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "PRESETS": "presets",
         "draw_subset": "routing",
         "keep_count": "routing",
-        "from_repa": "convert",
-        "to_repa": "convert",
+        "from_repa": ".checkpoints.conversion",
+        "to_repa": ".checkpoints.conversion",
     },
 )

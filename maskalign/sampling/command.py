@@ -5,17 +5,17 @@ from dataclasses import replace
 from PIL import Image
 from tqdm import tqdm
 
+from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
 from maskalign.outputs import make_folder
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
-from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet
+from maskalign.sampling.drawing import INDICES_PER_CLASS, check_class_guidance, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
 from maskalign.sampling.network import Network
 from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
 from maskalign.sampling.ranks import torchrun_ranks
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes
-from maskalign.training.export import load_any
 from maskalign.training.parallel import find_device
 
 
@@ -59,10 +59,13 @@ def sample(
     settings = settings or Sampling()
     _check_numbers(npz, per_class, frames, interpolation, strip, animation)
     with torchrun_ranks() as ranks:
-        model, about = load(run, ema)
+        loaded = load(run, ema)
+        model, about = loaded.model, {**loaded.about, "name": loaded.label}
+        del loaded
         settings = replace(settings, path=about["path"])
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network has a copy
+        check_class_guidance(network, settings)
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
         decoder = decoder_for(network, about, vae)
@@ -151,28 +154,12 @@ def _save(sheet, pictures, labels, out):
     return out / "grid.png"
 
 
-def load(run, ema=True):
-    """A model to draw from, and what is known about it.
-
-    Args:
-        run: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
-        ema: take the moving average of the weights.
-
-    Returns:
-        (model, dict): name, step, ema, path, class_names (None where unknown), latent (the manifest's entry), vae.
-    """
-    model, facts = load_any(run, ema)
-    step = facts["step"]
-    name = facts["name"] if step is None else f"{facts['name']}, step {step}"
-    return model, {**facts, "name": name, "ema": ema}
-
-
 def decoder_for(network, about, vae):
     """What makes pictures of a model's latents; None where it draws pixels.
 
     Args:
         network: the model as `pictures` draws with it.
-        about: dict as `load` returns it.
+        about: what is known of the model, see `checkpoints.loading.Loaded`.
         vae: name or folder of an AutoencoderKL; None takes the data set's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Token grids: resampled to the student's, normalised, rounded to int8."""
+"""Token grids: resampled to the student's, normalised, rounded to int8; class tokens standardized."""
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,59 @@ def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
     raise UsageError(f"normalize is {mode!r}, not one of none, spatial, mean")
 
 
-def quantise_rows(z):
+def standardize_class_token(values, mean, std):
+    """Standardize class tokens per channel with a data set's statistics.
+
+    Args:
+        values: (B, D) floating.
+        mean, std: (D,) each, a tensor or a list of numbers; std has no zeros.
+
+    Returns:
+        (B, D) float32.
+    """
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=values.device) for v in (mean, std))
+    return (values.float() - mean) / std
+
+
+def class_projection(entry, count):
+    """The projection of a class token to its leading principal components, for `(values - mean) @ matrix`.
+
+    Args:
+        entry: a manifest's `class_token` entry with `components`.
+        count: how many of them.
+
+    Returns:
+        (mean (D,), matrix (D, count)), float32.
+
+    Raises:
+        ValueError: the entry has fewer components.
+    """
+    components = entry.get("components") or {"basis": []}
+    if len(components["basis"]) < count:
+        raise ValueError(f"{count} principal components were asked for, and {len(components['basis'])} are there")
+    mean, basis, scale = (torch.tensor(components[key], dtype=torch.float64) for key in ("mean", "basis", "scale"))
+    return mean.float(), (basis[:count] / scale[:count, None]).T.float()
+
+
+def project_class_token(values, entry, count=None):
+    """Stored class tokens as a model denoises them.
+
+    Args:
+        values: (B, D), any floating dtype, as they are stored or as `Teacher.tokens_and_class` gives them.
+        entry: the `class_token` entry of the training data's manifest, whose `components` are used.
+        count: `model.class_token_dim`: the number of principal components; None for the class token as it is.
+
+    Returns:
+        (B, count or D) float32.
+    """
+    values = values.float()
+    if count is None:
+        return values
+    mean, matrix = (part.to(values.device) for part in class_projection(entry, count))
+    return (values - mean) @ matrix
+
+
+def quantise_rows(z, check=True):
     """Round every token to int8 by its own largest magnitude: that one becomes +-127.
 
     The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.
@@ -72,12 +124,13 @@ def quantise_rows(z):
 
     Args:
         z: (..., D) floating, finite.
+        check: refuse entries that are not finite; on a GPU this waits for all work before it.
 
     Returns:
         (..., D) int8 in [-127, 127].
     """
     largest = z.abs().amax(dim=-1, keepdim=True)
-    if not torch.isfinite(largest).all():
+    if check and not torch.isfinite(largest).all():
         raise ValueError("z has entries that are not finite, they cannot be rounded to int8")
     # Divide first: 127 / largest would overflow for rows of subnormal numbers.
     return torch.round(z / torch.where(largest > 0, largest, 1) * 127).to(torch.int8)

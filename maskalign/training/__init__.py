@@ -6,7 +6,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "train": "trainer",
-        "load_model": "checkpoint",
         "TrainStep": "step",
         "Optimizer": "optimizer",
     },

@@ -15,7 +15,7 @@ class Previews:
 
     Args:
         config: `Config`; its `preview` section and the interpolant's path are used.
-        facts: the model's facts, see `checkpoint.load_model`.
+        facts: the model's facts, as a checkpoint holds them, see `Trainer`.
         device: where the model is.
         precision: `fp32` or `bf16`.
     """
@@ -29,6 +29,7 @@ class Previews:
             sampler=preview.sampler,
             steps=preview.steps,
             cfg_scale=preview.cfg_scale,
+            cls_cfg_scale=preview.cls_cfg_scale,
             path=config.objective.path,
             precision=precision,
         )

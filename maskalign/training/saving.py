@@ -17,9 +17,18 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from maskalign.checkpoints.layout import (
+    ASIDE,
+    FOLDER,
+    MARKER,
+    PARTIAL,
+    complete_checkpoints,
+    digest_of,
+    is_complete,
+)
+from maskalign.checkpoints.loading import quiet
+from maskalign.checkpoints.shard_files import ShardWriter
 from maskalign.errors import RunError
-from maskalign.training.checkpoint import ASIDE, FOLDER, MARKER, PARTIAL, complete_checkpoints, is_complete, quiet
-from maskalign.training.shard_files import ShardWriter, digest_of
 
 PATIENCE = timedelta(hours=2)  # for the slowest disk of all ranks; a rank that dies is noticed at once
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from maskalign.checkpoints.layout import find, newest_sound
 from maskalign.config import as_schedule
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
 from maskalign.models.routing import keep_count
-from maskalign.training import checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def find_resume(config, placement):
     if resume == "never":
         return None
     if resume != "auto":
-        return checkpoint.find(resume)
+        return find(resume)
 
     def gather(value):
         values = [value] * placement.world_size
@@ -35,7 +35,7 @@ def find_resume(config, placement):
             dist.all_gather_object(values, value)
         return values
 
-    found, passed_over = checkpoint.newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
+    found, passed_over = newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
     if passed_over and placement.is_main:
         print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
     return found
@@ -63,13 +63,19 @@ def warn_of_full_subset(method, tokens):
 
 
 def init_from(model, path):
-    """Start from the weights of a file (`training.init_from`): what it lacks beside `OWN_PARTS` is an error.
+    """Start from the weights of a file (`training.init_from`). Only `OWN_PARTS` may be missing, or left unused.
 
     Args:
         model: `SiT`, spread over the ranks or not.
         path: a run, a checkpoint or a file of weights.
+
+    Returns:
+        A line that says what was loaded, what starts fresh and what of the file is not used.
+
+    Raises:
+        UsageError: the file cannot be read, or holds another architecture.
     """
-    from maskalign.training.export import load_weights
+    from maskalign.checkpoints.loading import load_weights
 
     weights = load_weights(path)
     own = dict(model.named_parameters())
@@ -82,6 +88,23 @@ def init_from(model, path):
     missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
     if missing:
         raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
+    there = own.keys() | dict(model.named_buffers()).keys()
+    unused = [name for name in weights if name not in there]
+    foreign = [name for name in unused if not name.startswith(OWN_PARTS)]
+    if foreign:
+        raise UsageError(
+            f"training.init_from: {path} has {foreign[0]} ({len(foreign)} such), which the model has not; "
+            "its model.depth or other sizes differ"
+        )
     for name, parameter in own.items():
         if name in weights:
             assign(parameter, weights[name])
+    line = f"training.init_from: {len(own.keys() & weights.keys())} tensors of {path}"
+    fresh = _parts(name for name in own if name not in weights)
+    line += f"; starting fresh: {fresh}" if fresh else ""
+    return line + (f"; not used: {_parts(unused)}" if unused else "")
+
+
+def _parts(names):
+    """The `OWN_PARTS` that names belong to, as text."""
+    return ", ".join(dict.fromkeys(next(p for p in OWN_PARTS if name.startswith(p)).rstrip(".") for name in names))

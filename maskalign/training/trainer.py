@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.layout import FOLDER, read_state
+from maskalign.checkpoints.loading import load_tensors
 from maskalign.config import dump_config, model_sizes
 from maskalign.data.position import merge_states
 from maskalign.data.stream import ShardStream
@@ -14,8 +17,6 @@ from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.training import checkpoint
-from maskalign.training.build import build_model
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.features import Features
@@ -80,10 +81,12 @@ class Trainer:
         tune_host(self.device)
         self.run_dir = Path(config.run_dir)
         resume = find_resume(config, self.placement)
-        state = checkpoint.read_state(resume) if resume else None
+        state = read_state(resume) if resume else None
 
         grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
-        self.features = Features(config, manifest, facts["teachers"], grid, self.placement)
+        self.features = Features(
+            config, manifest, facts["teachers"], grid, self.placement, class_token=facts["class_token"]
+        )
         self.facts = {
             "input_size": facts["input_size"],
             "in_channels": facts["in_channels"],
@@ -100,7 +103,7 @@ class Trainer:
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         if config.training.init_from and not resume:
-            init_from(self.model, config.training.init_from)
+            self._say(init_from(self.model, config.training.init_from))
         self.optimizer = Optimizer(
             self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
@@ -139,17 +142,16 @@ class Trainer:
 
     def _fields(self):
         """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
-        online = any(teacher is not None for _, teacher, _, _ in self.features.sources)
-        fields = [name for name, teacher, _, _ in self.features.sources if teacher is None]
+        fields = self.features.fields
         if self.manifest.latent is not None:
             fields.append("moments")
-        if self.manifest.latent is None or online:
+        if self.manifest.latent is None or self.features.needs_images:
             fields.append("image")
         return fields
 
     def _resume(self, path, state):
         check_facts(path, state["facts"], self.facts)
-        checkpoint.load_tensors(path, self.optimizer.tensors())
+        load_tensors(path, self.optimizer.tensors())
         self.optimizer.after_load()
         self.step = state["step"]
         self.seconds = state["seconds"]
@@ -180,9 +182,7 @@ class Trainer:
         else:
             if self.stop.wants_requeue and self.placement.is_main:
                 mark_requeue(self.run_dir, self.step)
-            saved = (
-                f"at step {self.step}, saved in {self.run_dir / checkpoint.FOLDER}" if self.step else "before step 1"
-            )
+            saved = f"at step {self.step}, saved in {self.run_dir / FOLDER}" if self.step else "before step 1"
             self._say(f"stopped {saved}; with training.resume auto the same command goes on")
         return self._result(finished)
 

@@ -10,9 +10,9 @@ from maskalign.analysis.command import analyze
 from maskalign.analysis.outcome import judge
 from maskalign.analysis.settings import AnalysisSettings, parse_times
 from maskalign.analysis.subjects import find_checkpoints
+from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
-from maskalign.models.weight_files import repa_checkpoint, write_repa
 
 TEACHER = "efficientnet-lite0"
 SMALL = ["--images", "12", "--times", "0.3,0.7", "--draws", "2", "--permutations", "50", "--progress", "false"]
@@ -35,8 +35,16 @@ def test_two_runs(masked_run, full_run, data_set, tmp_path, capsys):
     assert status_of([*argv, "--out", str(tmp_path / "one")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "outcome.md")
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    tables = {"positions.csv", "stability.csv", "concentration.csv", "agreement.csv"}
-    pictures = {"maps-masked.png", "maps-full.png", "training-masked.png", "training-full.png", "curves.png"}
+    tables = {"shares.csv", "gap.csv", "positions.csv", "stability.csv", "concentration.csv", "agreement.csv"}
+    pictures = {
+        "shares.png",
+        "gap.png",
+        "maps-masked.png",
+        "maps-full.png",
+        "training-masked.png",
+        "training-full.png",
+        "curves.png",
+    }
     assert names == tables | pictures | {"outcome.md"}
 
     positions = rows_of(tmp_path / "one" / "positions.csv")
@@ -74,9 +82,9 @@ def test_raw_weights_are_others(masked_run, data_set, tmp_path):
 
 
 def test_a_repa_file_takes_its_teacher_from_the_data(full_run, data_set, tmp_path):
-    from maskalign.training.checkpoint import load_model
+    from maskalign.checkpoints import load_model
 
-    model = load_model(full_run)[0]
+    model = load_model(full_run)
     write_repa(tmp_path / "model.pt", repa_checkpoint(model, model, steps=4))
     analyze([tmp_path / "model.pt"], data_set, tmp_path / "file", settings=FEW, progress=False)
     analyze([full_run], data_set, tmp_path / "run", settings=FEW, most=1, progress=False)
@@ -146,9 +154,9 @@ def test_data_of_another_shape_is_refused(masked_run, make_data, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_named(full_run, data_set, tmp_path):
-    from maskalign.training.checkpoint import load_model
+    from maskalign.checkpoints import load_model
 
-    model = load_model(full_run)[0]
+    model = load_model(full_run)
     model.blocks[0].mlp.fc1.weight[0, 0] = float("nan")
     write_repa(tmp_path / "broken.pt", repa_checkpoint(model, model))
     with pytest.raises(RunError, match="not finite"):

@@ -100,7 +100,7 @@ def test_a_budget_of_seconds_is_the_sum_over_steps():
 def test_tflop_are_those_that_torch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from maskalign.training.build import build_model
+    from maskalign.checkpoints.build import build_model
 
     settings = {"model.attention": "math", "training.batch_size": 2, **RECIPES[recipe]}
     config = recipe_config(settings)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import sampling
+from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 from maskalign.models import SiT
-from maskalign.models.weight_files import repa_checkpoint, write_repa
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
+from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
 from maskalign.models import SiT
-from maskalign.models.weight_files import repa_checkpoint, write_repa
 from maskalign.sampling import Sampling, class_sheet, generate
 from maskalign.sampling.command import sample
 from maskalign.sampling.network import Network
@@ -144,7 +144,7 @@ def test_sample_writes_a_set(checkpoint, tmp_path):
     (path,) = sample(checkpoint, tmp_path / "out", settings=settings, npz=10, progress=False)
     images = np.load(path)["arr_0"]
     assert images.shape == (10, 8, 8, 3) and images.dtype == np.uint8
-    from maskalign.models.weight_files import load_file
+    from maskalign.checkpoints.weight_files import load_file
 
     model = load_file(checkpoint)[0]
     labels = image_labels(0, range(10), 4)

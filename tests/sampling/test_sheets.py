@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 from maskalign.errors import UsageError
-from maskalign.models.weight_files import repa_checkpoint, write_repa
 from maskalign.sampling import Sampling, class_sheet, generate
 from maskalign.sampling.command import sample
 from maskalign.sampling.denoising import Trajectory, denoising_strip, save_animation

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -12,21 +13,14 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, digest_of, find, newest_sound
+from maskalign.checkpoints.loading import load, load_model, load_tensors
 from maskalign.errors import RunError, UsageError
 from maskalign.training import saving
-from maskalign.training.checkpoint import (
-    MARKER,
-    PARTIAL,
-    complete_checkpoints,
-    damage,
-    find,
-    load_model,
-    load_tensors,
-    newest_sound,
-)
 from maskalign.training.logs import read_metrics
 from maskalign.training.saving import Saver, superfluous
 
@@ -146,7 +140,7 @@ def test_damage_is_told_where_a_model_is_loaded(run, tmp_path):
     flip(next(new.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="damaged .*another checksum"):
         load_model(new)
-    assert load_model(tmp_path / "run")[2] == 2
+    assert load(tmp_path / "run").about["step"] == 2
     flip(next(old.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="no complete checkpoint"):
         find(tmp_path / "run")
@@ -157,7 +151,7 @@ def test_checkpoints_without_checksums_are_still_read(run, tmp_path):
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     marked = json.loads((checkpoint / MARKER).read_text())
     (checkpoint / MARKER).write_text(json.dumps({name: entry["size"] for name, entry in marked.items()}))
-    assert load_model(checkpoint)[2] == 2
+    assert load(checkpoint).about["step"] == 2
 
 
 def test_which_checkpoints_stay(run, tmp_path):
@@ -285,6 +279,94 @@ def test_killed_in_the_middle_of_a_save(command, run, tmp_path, capsys):
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
 
+def age(checkpoint):
+    """Make a checkpoint what it was before mixing layers could be counted and a class token could be denoised."""
+    for path in checkpoint.glob("*.safetensors"):
+        data = path.read_bytes()
+        (size,) = struct.unpack("<Q", data[:8])
+        header = data[8 : 8 + size].rstrip(b" ").replace(b"mixer.layers.0.", b"mixer.block.")
+        header += b" " * (-len(header) % 8)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    for name in ("class_token", "class_token_dim", "mixer_layers"):
+        del config["model"][name]
+    del config["method"]["class_weight"]
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["facts"].pop("class_dim")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    files = {name: digest_of(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
+    (checkpoint / MARKER).write_text(json.dumps(files))
+
+
+def test_runs_of_one_unnamed_mixing_layer_are_loaded_and_continued(run, tmp_path):
+    own = dict(model__mixer="attention", model__mixer_layers=1, training__checkpoint_every=3)
+    run("whole", **own, training__max_steps=6)
+    run(**own, training__max_steps=3)
+    (checkpoint,) = complete_checkpoints(tmp_path / "run")
+    before = load_model(checkpoint)
+    age(checkpoint)
+    with safe_open(next(checkpoint.glob("*.safetensors")), "pt") as file:
+        assert "exp_avg/mixer.block.attn.qkv.weight" in file.keys()
+    assert "mixer_layers" not in (checkpoint / "config.yaml").read_text()
+    loaded = load(checkpoint)
+    assert loaded.config.model.mixer_layers == 1 and len(loaded.model.mixing_layers) == 1
+    assert repr(loaded.model) == repr(before)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(UsageError, match=r"mixer.layers.1\S+; it was saved with other .*\(model.mixer_layers 1\)"):
+        run(**own | dict(model__mixer_layers=2), training__max_steps=6)
+    # The state of the optimizer comes back, too: the run ends like an undisturbed one.
+    assert run(**own, training__max_steps=6)["step"] == 6
+    whole, run_model = load_model(tmp_path / "whole"), load_model(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), run_model.parameters(), strict=True))
+
+
+def test_starting_from_other_weights_says_what_is_fresh_and_what_is_unused(run, tmp_path, capsys):
+    from maskalign.checkpoints import to_repa
+
+    repa = dict(model__mixer="none", training__max_steps=2)
+    run("repa", **repa)
+    capsys.readouterr()
+    run("more", training__init_from=tmp_path / "repa", model__mixer="attention", training__max_steps=1)
+    assert "starting fresh: mixer\n" in capsys.readouterr().out
+    run("less", training__init_from=tmp_path / "more", **repa)
+    assert "not used: mixer\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"has blocks.1\S+ \(\d+ such\), which the model has not"):
+        run("shallow", training__init_from=tmp_path / "repa", model__depth=1, **repa)
+    wider = {
+        name.replace("mixer.", "mixer._orig_mod."): w for name, w in to_repa(load_model(tmp_path / "more")).items()
+    }
+    torch.save({"module." + name: value for name, value in wider.items()}, tmp_path / "wrapped.pt")
+    run("again", training__init_from=tmp_path / "wrapped.pt", model__mixer="attention", training__max_steps=1)
+    assert "fresh" not in capsys.readouterr().out
+
+
+def test_a_run_with_a_class_token_becomes_regs_file_and_starts_another_run(run, data_set_of, tmp_path, capsys):
+    from maskalign.checkpoints import convert, to_reg
+    from maskalign.checkpoints.weight_files import read_file
+
+    data_set_of("classes", class_token=True)
+    own = dict(data__path=tmp_path / "classes", model__class_token="true", model__mixer="none", training__max_steps=2)
+    run("reg", **own)
+    assert ": reg," in convert(tmp_path / "reg", tmp_path / "reg.pt")
+    whole = read_file(tmp_path / "reg.pt")
+    for kind, ema in (("ema", True), ("model", False)):
+        expected = to_reg(load_model(tmp_path / "reg", ema=ema))
+        assert whole[kind].keys() == expected.keys() and whole["steps"] == 2
+        assert all(torch.equal(whole[kind][name], value) for name, value in expected.items())
+    capsys.readouterr()
+    maskalign = own | dict(model__mixer="attention", training__max_steps=1)
+    for source in ("reg", "reg.pt"):
+        run(f"from_{source}", training__init_from=tmp_path / source, **maskalign)
+        assert "starting fresh: mixer\n" in capsys.readouterr().out
+    # A class token is added to REPA's weights, and left out again.
+    run("repa", model__mixer="none", training__max_steps=1)
+    run("added", training__init_from=tmp_path / "repa", **own)
+    assert "starting fresh: class_embedder, final_layer.class_linear\n" in capsys.readouterr().out
+    run("removed", training__init_from=tmp_path / "reg.pt", model__mixer="none", training__max_steps=1)
+    assert "not used: class_embedder, final_layer.class_linear\n" in capsys.readouterr().out
+
+
 def launch(argv, ranks):
     if ranks == 1:
         command = [sys.executable, "-m", "maskalign"]
@@ -320,10 +402,10 @@ def test_saved_by_two_ranks_and_continued_by_one_and_by_two(command, run, tmp_pa
     one = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "one" / "metrics.csv")}
     assert one.keys() == {4, 5, 6}
     assert all(one[step] == pytest.approx(whole[step], rel=1e-5) for step in one)
-    model, _, step = load_model(tmp_path / "whole")
-    single, _, _ = load_model(tmp_path / "one")
-    assert step == 6
-    for a, b in zip(model.parameters(), single.parameters(), strict=True):
+    whole = load(tmp_path / "whole")
+    single = load_model(tmp_path / "one")
+    assert whole.about["step"] == 6
+    for a, b in zip(whole.model.parameters(), single.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
@@ -346,7 +428,7 @@ def test_one_to_four_ranks_and_every_plan_go_on_from_each_other(command, tmp_pat
         tensors = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
         alone = next((tmp_path / "whole" / "checkpoints" / newest.name).glob("*.safetensors")).stat().st_size
         assert tensors < 1.5 * alone + 20_000 * ranks
-        assert load_model(tmp_path / "moved")[2] == 2 * number + 2
+        assert load(tmp_path / "moved").about["step"] == 2 * number + 2
     moved = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "moved" / "metrics.csv")}
     assert moved.keys() == whole.keys()
     assert all(moved[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)

@@ -6,9 +6,9 @@ import time
 
 import pytest
 
+from maskalign.checkpoints.layout import complete_checkpoints
 from maskalign.errors import RunError, UsageError
 from maskalign.training import trainer
-from maskalign.training.checkpoint import complete_checkpoints
 from maskalign.training.logs import read_metrics
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from maskalign.training.checkpoint import complete_checkpoints, read_state
+from maskalign.checkpoints.layout import complete_checkpoints, read_state
 from maskalign.training.failures import REQUEUE, Stop
 from maskalign.training.logs import read_metrics
 

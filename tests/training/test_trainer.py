@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from maskalign.checkpoints import load, load_model
+from maskalign.checkpoints.layout import complete_checkpoints
 from maskalign.errors import RunError, UsageError
-from maskalign.training.checkpoint import complete_checkpoints, load_model
 from maskalign.training.logs import read_metrics
 
 
@@ -126,26 +127,27 @@ def test_a_multiple_that_keeps_all_tokens_is_said(run, caplog, multiple, said):
 def test_latents_and_features_on_another_grid(run, data_set_of, tmp_path):
     data_set_of("latents", latent=True, grid=(3, 3))
     assert run(data__path=tmp_path / "latents", model__patch_size=2)["finished"]
-    model, _, _ = load_model(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert (model.in_channels, model.input_size, model.num_tokens) == (4, 8, 16)
 
 
 def test_online_features_equal_cached_ones_in_kind(run, tmp_path):
     run(teacher__names="[timm:vit_tiny_patch16_224]", teacher__weights="random", training__max_steps=2)
-    model, _, _ = load_model(tmp_path / "run")
+    model = load_model(tmp_path / "run")
     assert model.teacher_dims == (192,)
 
 
 def test_checkpoints_give_the_model_back(run, tmp_path):
     run()
-    model, config, step = load_model(tmp_path / "run")
-    assert step == 6 and not model.training and config.training.max_steps == 6
+    loaded = load(tmp_path / "run")
+    model, config = loaded.model, loaded.config
+    assert loaded.about["step"] == 6 and not model.training and config.training.max_steps == 6
     stored = tensors(tmp_path / "run")
     for name, p in model.named_parameters():
         assert torch.equal(p, stored[f"ema/{name}"]) and not p.requires_grad
-    raw, _, _ = load_model(complete_checkpoints(tmp_path / "run")[0], ema=False)
+    raw = load_model(complete_checkpoints(tmp_path / "run")[0], ema=False)
     assert all(torch.equal(p, stored[f"model/{name}"]) for name, p in raw.named_parameters())
-    assert model.facts["class_names"] == ["ant", "bee", "cat"]
+    assert loaded.about["class_names"] == ["ant", "bee", "cat"]
 
 
 def test_time_limited_runs_end_with_their_schedules_complete(run, tmp_path):
@@ -271,13 +273,13 @@ def test_killed_at_random_moments_a_run_ends_like_an_undisturbed_one(command, ru
 
 
 def test_a_failing_write_keeps_the_checkpoints_before(run, tmp_path, monkeypatch):
-    from maskalign.training import checkpoint
+    from maskalign.training import saving
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     run(training__max_steps=2)
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(saving.dcp, "save", full)
     with pytest.raises(RunError, match="No space left"):
         run(training__max_steps=4)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]

@@ -8,11 +8,11 @@ import zipfile
 import pytest
 import torch
 
+from maskalign.checkpoints import convert, from_repa, load, load_weights, to_repa
+from maskalign.checkpoints.weight_files import load_file, read_file, repa_checkpoint, write_repa, write_safetensors
 from maskalign.errors import UsageError
-from maskalign.models import SiT, from_repa, to_repa
+from maskalign.models import SiT
 from maskalign.models.presets import SIZES
-from maskalign.models.weight_files import load_file, read_file, repa_checkpoint, write_repa, write_safetensors
-from maskalign.training.export import convert, load_any, load_weights
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, num_classes=5, depth=4, width=24, heads=3, teacher_dims=(7, 9),
@@ -229,9 +229,9 @@ def test_convert_round_trip_through_every_layout(tmp_path, seed):
     convert(tmp_path / "c.pt", tmp_path / "d.bin", to="safetensors")
     os.rename(tmp_path / "d.bin", tmp_path / "d.safetensors")
     for name in ("b.safetensors", "c.pt", "d.safetensors"):
-        loaded, facts = load_any(tmp_path / name)
-        assert_same_model(ema, loaded)
-        assert facts["step"] == 1234 and facts["path"] == "cosine"
+        loaded = load(tmp_path / name)
+        assert_same_model(ema, loaded.model)
+        assert loaded.about["step"] == 1234 and loaded.about["path"] == "cosine"
     weights = load_weights(tmp_path / "b.safetensors")
     assert torch.equal(weights["pos_embed"], ema.pos_embed)
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is in one, which are whole, and how tensors come back. Writing them is saving.py.
+"""The folder of a checkpoint: what is in one, and which are complete. loading.py reads them, training/saving.py writes.
 
     RUN/checkpoints/step_00000100/
         shard-*.safetensors   tensors by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; a file per rank
@@ -10,19 +10,12 @@ Tensors go through torch.distributed.checkpoint in safetensors files, everything
 unpickled. A folder without a matching COMPLETE is never read; a crash while saving leaves the one before as the newest.
 """
 
+import hashlib
 import json
 import logging
-import warnings
 from pathlib import Path
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
-
-from maskalign.config import load_config
-from maskalign.errors import RunError, UsageError
-from maskalign.training.build import build_model
-from maskalign.training.shard_files import digest_of
+from maskalign.errors import UsageError
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +23,7 @@ FOLDER = "checkpoints"
 MARKER = "COMPLETE"
 PARTIAL = ".partial_"  # of a save that goes on, or that was cut off
 ASIDE = "aside_"  # damaged, or of later steps than the one a run went on from
+PIECE = 16 * 2**20  # bytes that are hashed or written at a time; both release the interpreter lock
 
 
 def complete_checkpoints(run_dir):
@@ -165,67 +159,11 @@ def read_state(checkpoint):
         raise UsageError(f"{checkpoint}: state.json cannot be read ({error}); choose another checkpoint") from None
 
 
-def load_tensors(checkpoint, tensors):
-    """Fill a flat dict of tensors in place; under FSDP they are DTensors, and each rank reads its shards.
-
-    The number of ranks and the plan may be others than when it was saved. No rank waits for another one.
-
-    Raises:
-        UsageError: a tensor is missing or has another shape: the settings are not those of the checkpoint.
-        RunError: the files cannot be read.
-    """
-    there = tensor_shapes(checkpoint)
-    for name, tensor in tensors.items():
-        if name not in there:
-            raise UsageError(f"{checkpoint}: has no tensor {name}; it was saved with other model settings")
-        if tuple(there[name]) != tuple(tensor.shape):
-            raise UsageError(
-                f"{checkpoint}: {name} has shape {tuple(there[name])}, the model's is {tuple(tensor.shape)}; "
-                "it was saved with other model settings"
-            )
-    try:
-        with quiet():
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    except CheckpointException as error:  # a BaseException, which nobody else would catch
-        reason = next(iter(error.failures.values()))[0]
-        raise RunError(f"{checkpoint}: its tensors cannot be read ({reason}); choose another checkpoint") from None
-
-
-def tensor_shapes(checkpoint):
-    """dict from tensor name to shape, read off the headers alone."""
-    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
-    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
-
-
-def load_model(run_or_checkpoint, ema=True, device="cpu"):
-    """A trained model, ready to evaluate.
-
-    Args:
-        run_or_checkpoint: a run's folder (its newest checkpoint) or a checkpoint's, of any plan and number of ranks.
-        ema: take the moving average of the weights instead of the weights.
-        device: where to put it.
-
-    Returns:
-        (model, config, step): SiT in eval mode in float32, `Config`, and the number of steps trained. The model has an
-        attribute `facts`: input_size, in_channels, num_classes, teacher_dims, teachers, class_names, latent.
-
-    Raises:
-        UsageError: no complete checkpoint there, or one that does not fit its settings.
-    """
-    checkpoint = find(run_or_checkpoint)
-    config = load_config(checkpoint / "config.yaml")
-    state = read_state(checkpoint)
-    model = build_model(config, state["facts"])
-    kind = "ema" if ema else "model"
-    load_tensors(checkpoint, {f"{kind}/{name}": p.detach() for name, p in model.named_parameters()})
-    model.facts = state["facts"]
-    return model.to(device).eval().requires_grad_(False), config, state["step"]
-
-
-class quiet(warnings.catch_warnings):
-    """DCP warns that no process group is there, which is what one process means."""
-
-    def __enter__(self):
-        super().__enter__()
-        warnings.simplefilter("ignore")
-        torch.set_warn_always(False)
+def digest_of(path):
+    """dict with a file's size in bytes and its sha256 as hexadecimal digits."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+            size += len(piece)
+    return {"size": size, "sha256": digest.hexdigest()}

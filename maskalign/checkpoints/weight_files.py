@@ -1,4 +1,4 @@
-"""Files of weights: REPA's .pt layout and safetensors. Reading one never runs code that it holds."""
+"""Files of weights: the .pt layouts of REPA and REG, and safetensors. Reading one never runs code that it holds."""
 
 import argparse
 import json
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
+from maskalign.checkpoints.conversion import METADATA_KEY, from_repa, to_reg, to_repa
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.models.convert import METADATA_KEY, from_repa, to_repa
 from maskalign.models.presets import SIZES
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
@@ -81,6 +81,7 @@ def _read_safetensors(path):
         noted = {}
     model_notes = noted.pop("model", None)
     checkpoint = {"ema": NotedDict(state_dict), "steps": noted.get("steps"), "path": noted.get("path", "linear")}
+    checkpoint["facts"] = noted.get("facts")
     if isinstance(model_notes, dict):
         checkpoint["ema"]._metadata = {METADATA_KEY: model_notes}
     return checkpoint
@@ -91,23 +92,42 @@ class NotedDict(dict):
 
 
 def describe(checkpoint):
-    """Steps trained and the interpolant's path of what `read_file` gave: dict with step (None: unknown) and path."""
+    """What is known of the model in what `read_file` gave.
+
+    Returns:
+        dict with step (None where unknown), path (of the interpolant) and, where our own export tells them,
+        class_names, latent, vae and teachers.
+    """
     args = checkpoint.get("args")
     steps = checkpoint.get("steps")
     path = checkpoint.get("path") or getattr(args, "path_type", None) or "linear"
     path = path if path in PATHS else "linear"
-    return {"step": steps if isinstance(steps, int) else None, "path": path}
+    return {"step": steps if isinstance(steps, int) else None, "path": path, **_known_facts(checkpoint.get("facts"))}
+
+
+def _known_facts(facts):
+    """Those of a file's notes that are of the right kind; a file from elsewhere may hold anything."""
+
+    def texts(value):
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+
+    def latent(value):
+        return isinstance(value, dict) and all(isinstance(value.get(key), (int, float)) for key in ("scale", "bias"))
+
+    kinds = {"class_names": texts, "teachers": texts, "latent": latent, "vae": lambda value: isinstance(value, str)}
+    facts = facts if isinstance(facts, dict) else {}
+    return {key: facts[key] for key, is_kind in kinds.items() if key in facts and is_kind(facts[key])}
 
 
 def load_file(path, ema=True, **settings):
-    """The model in a REPA .pt, a SiT .pt or a .safetensors file.
+    """The model in a .pt of REPA, REG or SiT, or in a .safetensors file.
 
     Args:
         ema: the moving average of the weights; a file with one set of weights gives that one.
         settings: those of `from_repa`.
 
     Returns:
-        (SiT in eval mode, dict with step and path).
+        (SiT in eval mode, dict as from `describe`).
 
     Raises:
         UsageError: not such a file.
@@ -125,14 +145,23 @@ def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
 
     Args:
         model, ema: `SiT`s whose weights they are.
-        steps: optimiser steps done.
+        steps: optimizer steps done.
         path: the interpolant's path, for `args`.
-        opt: state of REPA's AdamW; by default a fresh one, with which REPA's code can go on.
+        opt: state of REPA's AdamW; by default a fresh one, with which REPA's code can continue.
 
     Raises:
         UsageError: REPA's layout cannot hold the model.
     """
-    weights, averaged = to_repa(model, strict=True), to_repa(ema, strict=True)
+    return _whole_checkpoint(to_repa, model, ema, steps, path, opt)
+
+
+def reg_checkpoint(model, ema, steps=0, path="linear", opt=None):
+    """The dict that REG's train.py saves and resumes from; arguments and errors are those of `repa_checkpoint`."""
+    return _whole_checkpoint(to_reg, model, ema, steps, path, opt)
+
+
+def _whole_checkpoint(layout, model, ema, steps, path, opt):
+    weights, averaged = layout(model, strict=True), layout(ema, strict=True)
     if opt is None:
         group = dict(
             lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, amsgrad=False, foreach=None, maximize=False,
@@ -154,16 +183,25 @@ def _size_name(model):
 
 
 def write_repa(path, checkpoint):
-    """Write what `repa_checkpoint` gave to a .pt file, whole or not at all."""
+    """Write what `repa_checkpoint` or `reg_checkpoint` gave to a .pt file, completely or not at all."""
     _write(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-def write_safetensors(path, model, steps=None, interpolant="linear"):
-    """Write one set of weights, mixer and all, to a .safetensors file that `load_file` reads; whole or not at all."""
+def write_safetensors(path, model, steps=None, interpolant="linear", facts=None):
+    """Write one set of weights under our names to a .safetensors file that `load_file` reads; completely or not at all.
+
+    Args:
+        path: the file.
+        model: `SiT`.
+        steps: optimizer steps done; None where unknown.
+        interpolant: the interpolant's path.
+        facts: dict with class_names, latent, vae and teachers, as far as they are known.
+    """
     from safetensors.torch import save_file
 
     weights = to_repa(model)
     notes = {"steps": steps, "path": interpolant, "model": weights._metadata[METADATA_KEY]}
+    notes["facts"] = _known_facts(facts)
     tensors = {name: value.contiguous() for name, value in weights.items()}
     _write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", METADATA_KEY: json.dumps(notes)}))
 

@@ -20,8 +20,9 @@ from torch.distributed.checkpoint._hf_utils import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from maskalign.checkpoints.layout import PIECE
+
 NAMES = {dtype: name for name, dtype in DTYPE_MAP.items()}
-PIECE = 16 * 2**20  # bytes hashed and written at a time; both release the interpreter lock
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -104,13 +105,3 @@ def write_file(path, tensors, offsets):
 
 def _bytes(tensor):
     return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def digest_of(path):
-    """Size in bytes and sha256 of a file, as `write_file` returns them."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            size += len(piece)
-    return {"size": size, "sha256": digest.hexdigest()}

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
+from maskalign.checkpoints import build_model, convert, load, load_model, load_weights
+from maskalign.checkpoints.weight_files import load_file, read_file
 from maskalign.config import dump_config, parse_config
 from maskalign.errors import UsageError
-from maskalign.models.weight_files import load_file, read_file
 from maskalign.sampling import Sampling
-from maskalign.sampling.command import load, sample
+from maskalign.sampling.command import sample
 from maskalign.training import saving
-from maskalign.training.build import build_model
-from maskalign.training.export import convert, load_any, load_weights
 from maskalign.training.optimizer import Optimizer
 
 FACTS = {
@@ -47,16 +46,19 @@ def run(tmp_path, seed):
 
 def test_a_run_gives_its_model_and_facts(run):
     path, model, averaged = run
-    for where in (path, path / "checkpoints" / "step_00000002"):
-        loaded, facts = load_any(where)
-        assert facts == {
-            "name": "run", "class_names": FACTS["class_names"], "latent": None, "vae": None,
-            "step": 2, "path": "cosine",
+    checkpoint = path / "checkpoints" / "step_00000002"
+    for where in (path, checkpoint):
+        loaded = load(where)
+        assert loaded.about == {
+            "name": "run", "class_names": FACTS["class_names"], "latent": None, "vae": None, "ema": True,
+            "step": 2, "path": "cosine", "teachers": FACTS["teachers"],
         }  # fmt: skip
-        assert not loaded.training
-        for name, parameter in loaded.named_parameters():
-            assert torch.equal(parameter, averaged[name])
-    raw, _ = load_any(path, ema=False)
+        assert loaded.kind == ("run" if where == path else "checkpoint") and loaded.label == "run, step 2"
+        assert (loaded.source, loaded.folder) == (checkpoint, path) and loaded.config.objective.path == "cosine"
+        assert not loaded.model.training
+        for name, parameter in loaded.model.named_parameters():
+            assert torch.equal(parameter, averaged[name]) and not parameter.requires_grad
+    raw = load_model(path, ema=False)
     assert all(torch.equal(a, b) for a, b in zip(raw.parameters(), model.parameters(), strict=True))
     weights = load_weights(path)
     assert all(torch.equal(weights[name], value) for name, value in averaged.items())
@@ -65,8 +67,10 @@ def test_a_run_gives_its_model_and_facts(run):
 def test_a_run_as_safetensors_is_the_same_model(run, tmp_path, seed):
     path, model, _ = run
     assert "step 2" in convert(path, tmp_path / "a.safetensors")
-    ours, (again, about) = load_any(path)[0], load_file(tmp_path / "a.safetensors")
-    assert about == {"step": 2, "path": "cosine"}
+    ours, (again, about) = load_model(path), load_file(tmp_path / "a.safetensors")
+    facts = {"class_names": FACTS["class_names"], "teachers": FACTS["teachers"]}
+    assert about == {"step": 2, "path": "cosine", **facts}
+    assert load(tmp_path / "a.safetensors").about == {**load(path).about, "name": "a"}
     assert repr(ours) == repr(again) and again.heads == 3 and again.align_depth == 3
     x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
     assert torch.equal(ours(x, t, labels).velocity, again(x, t, labels).velocity)
@@ -94,8 +98,6 @@ def test_a_trained_mixer_does_not_fit_repas_layout(run, tmp_path):
 
 
 def test_a_sheet_knows_the_runs_classes_and_path(run, tmp_path):
-    model, about = load(run[0])
-    assert about["class_names"] == FACTS["class_names"] and about["name"] == "run, step 2" and about["path"] == "cosine"
     written = sample(
         run[0], tmp_path / "out", settings=Sampling("sde", steps=2), classes="dogs,flags", per_class=2, progress=False
     )

@@ -1,0 +1,86 @@
+"""The work of `maskalign convert`."""
+
+from pathlib import Path
+
+from maskalign.checkpoints.conversion import from_repa, pick_weights, to_reg, to_repa
+from maskalign.checkpoints.loading import load
+from maskalign.checkpoints.weight_files import (
+    describe,
+    read_file,
+    reg_checkpoint,
+    repa_checkpoint,
+    write_repa,
+    write_safetensors,
+)
+from maskalign.errors import UsageError
+
+LAYOUTS = ("repa", "reg", "safetensors")
+# With .pt the layout follows from the model: REG's with a class token, else REPA's.
+ENDINGS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
+
+
+def convert(src, dst, to=None, weights="ema"):
+    """Convert a checkpoint.
+
+    Args:
+        src: a run or checkpoint of ours, a .pt in the layout of REPA, REG or SiT, or a .safetensors file.
+        dst: the file to write.
+        to: `repa`, `reg` or `safetensors`. None: by the ending of dst, and for .pt REG's layout where the model has a
+            class token, else REPA's.
+        weights: `ema` or `model`, the set that safetensors holds; the layouts of REPA and REG hold both.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        UsageError: src cannot be read, or the layout cannot hold it. RunError: dst cannot be written.
+    """
+    src, dst = Path(src), Path(dst)
+    to = to or ENDINGS.get(dst.suffix)
+    if to not in (*LAYOUTS, "pt"):
+        raise UsageError(f"{dst}: cannot tell the layout from its ending; add --to repa, --to reg or --to safetensors")
+    if dst.is_dir():
+        raise UsageError(f"{dst} is a folder; name the file to write")
+    if src.exists() and dst.exists() and src.samefile(dst):
+        raise UsageError(f"{dst} is the file to read; write another one")
+    models, about, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,))
+    chosen = models[weights]
+    if to == "pt":
+        to = "repa" if chosen.class_dim is None else "reg"
+    if to == "safetensors":
+        write_safetensors(dst, chosen, about["step"], about["path"], about)
+    else:
+        names, whole = (to_reg, reg_checkpoint) if to == "reg" else (to_repa, repa_checkpoint)
+        step, opt = about["step"] or 0, _optimizer(raw, models, names)
+        write_repa(dst, whole(models["model"], models["ema"], step, about["path"], opt))
+    million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
+    sizes = f"depth {chosen.depth}, width {chosen.width}, patch {chosen.patch_size}, {million:.1f} M parameters"
+    return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}")
+
+
+def _read(src, wanted):
+    """({kind: model} for the wanted of `model` and `ema`, what is known, the file's dict or None for a run)."""
+    if src.is_dir():
+        loaded = {kind: load(src, ema=kind == "ema") for kind in wanted}
+        return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].about, None
+    checkpoint = read_file(src)
+    try:
+        models = {kind: from_repa(checkpoint, weights=kind) for kind in wanted}
+    except UsageError as error:
+        raise UsageError(f"{src}: {error}") from None
+    return models, describe(checkpoint), checkpoint
+
+
+def _optimizer(checkpoint, models, names):
+    """The optimizer's state of a file, where it is of the very parameters that are written; else None.
+
+    It is of no use to other ones, such as those of a SiT checkpoint whose time was reversed.
+    """
+    if checkpoint is None:
+        return None
+    for kind, model in models.items():
+        theirs = pick_weights(checkpoint, kind)
+        ours = names(model)
+        if ours.keys() != theirs.keys() or any(ours[name].shape != theirs[name].shape for name in ours):
+            return None
+    return checkpoint.get("opt")

@@ -1,0 +1,175 @@
+"""Models out of runs, checkpoints and weight files, and a checkpoint's tensors into those of a training run."""
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader
+
+from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.conversion import own_name, to_repa
+from maskalign.checkpoints.layout import find, read_state
+from maskalign.checkpoints.weight_files import load_file
+from maskalign.config import Config, load_config
+from maskalign.errors import RunError, UsageError
+
+
+@dataclass
+class Loaded:
+    """A model, and what is known about it.
+
+    Attributes:
+        model: `SiT` in eval mode, on the CPU, without gradients.
+        kind: `run`, `checkpoint` or `file`.
+        source: Path of the checkpoint's folder or of the file.
+        folder: Path of the run; None for a file.
+        config: the run's `Config`; None for a file.
+        about: dict with name (of the run or the file), step (None where unknown), ema, path (of the interpolant), and,
+            where they are known, class_names, latent (the manifest's entry), vae (the run's decoder of latents) and
+            teachers (names, else an empty list).
+    """
+
+    model: object
+    kind: str
+    source: Path
+    folder: Optional[Path]
+    config: Optional[Config]
+    about: dict
+
+    @property
+    def label(self):
+        """The name, with the step where it is known."""
+        name, step = self.about["name"], self.about["step"]
+        return name if step is None else f"{name}, step {step}"
+
+
+def load(path, ema=True):
+    """A trained model, and what is known about it.
+
+    Args:
+        path: a run folder (its newest complete checkpoint), a checkpoint folder, saved under any plan and number of
+            ranks, or a file of weights (.pt of REPA, REG or SiT, .safetensors).
+        ema: take the moving average of the weights instead of the weights. A file with one set of weights gives that.
+
+    Returns:
+        Loaded.
+
+    Raises:
+        UsageError: there is nothing that can be loaded, or it does not fit its settings.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
+        model, about = load_file(path, ema)
+        unknown = {"class_names": None, "latent": None, "vae": None, "teachers": []}
+        return Loaded(model, "file", path, None, None, {"name": path.stem, "ema": ema} | unknown | about)
+    checkpoint = find(path)
+    config = read_config(checkpoint)
+    state = read_state(checkpoint)
+    facts = state["facts"]
+    model = build_model(config, facts)
+    kind = "ema" if ema else "model"
+    load_tensors(checkpoint, {f"{kind}/{name}": p.detach() for name, p in model.named_parameters()})
+    run = path if checkpoint != path else path.resolve().parent.parent
+    about = {"name": run.resolve().name or path.name, "step": state["step"], "ema": ema, "path": config.objective.path}
+    about |= {key: facts[key] for key in ("class_names", "latent", "teachers")} | {"vae": config.preview.vae}
+    kind = "run" if checkpoint != path else "checkpoint"
+    return Loaded(model.eval().requires_grad_(False), kind, checkpoint, run, config, about)
+
+
+def read_config(checkpoint):
+    """The settings that a checkpoint was trained with.
+
+    Raises:
+        UsageError: they cannot be read.
+    """
+    import yaml
+
+    path = Path(checkpoint, "config.yaml")
+    config = load_config(path)
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "mixer_layers" not in (written.get("model") or {}):
+        config.model.mixer_layers = 1  # all that the attention mixer had before there was a choice
+    return config
+
+
+def load_model(path, ema=True, device="cpu"):
+    """The model of a run, a checkpoint or a file of weights, ready to sample.
+
+    Args:
+        path, ema: as for `load`.
+        device: where to put it.
+
+    Returns:
+        SiT in eval mode, without gradients.
+
+    Raises:
+        UsageError: there is nothing that can be loaded, or it does not fit its settings.
+    """
+    return load(path, ema).model.to(device)
+
+
+def load_weights(path):
+    """The averaged weights at `path` (as `load` takes it) under our names: dict from name to tensor."""
+    return to_repa(load_model(path))
+
+
+def load_tensors(checkpoint, tensors):
+    """Fill a flat dict of tensors in place; under FSDP they are DTensors, and each rank reads its shards.
+
+    The number of ranks and the plan may be others than when it was saved. No rank waits for another one.
+
+    Raises:
+        UsageError: a tensor is missing or has another shape: the settings are not those of the checkpoint.
+        RunError: the files cannot be read.
+    """
+    there = tensor_shapes(checkpoint)
+    # Names in the checkpoint, by ours: an earlier version had other ones.
+    parts = (full.rpartition("/") for full in there)
+    stored = {f"{kind}{slash}{own_name(name)}": f"{kind}{slash}{name}" for kind, slash, name in parts}
+    for name, tensor in tensors.items():
+        if name not in stored:
+            raise UsageError(
+                f"{checkpoint}: has no tensor {name}; it was saved with other model settings{_of_mixer(name, stored)}"
+            )
+        shape = tuple(there[stored[name]])
+        if shape != tuple(tensor.shape):
+            raise UsageError(
+                f"{checkpoint}: {name} has shape {shape}, the model's is {tuple(tensor.shape)}; "
+                "it was saved with other model settings"
+            )
+    tensors = {stored[name]: tensor for name, tensor in tensors.items()}
+    try:
+        with quiet():
+            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    except CheckpointException as error:  # a BaseException, which nobody else would catch
+        reason = next(iter(error.failures.values()))[0]
+        raise RunError(f"{checkpoint}: its tensors cannot be read ({reason}); choose another checkpoint") from None
+
+
+def _of_mixer(name, stored):
+    """A word on the number of mixing layers, where that is what differs."""
+    found = re.match(r"(\w+/mixer\.layers\.)\d", name)
+    numbers = [re.match(rf"{re.escape(found.group(1))}(\d+)", other) for other in stored] if found else []
+    layers = max((int(number.group(1)) + 1 for number in numbers if number), default=0)
+    return f" (model.mixer_layers {layers})" if layers else ""
+
+
+def tensor_shapes(checkpoint):
+    """dict from tensor name to shape, read off the headers alone."""
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
+
+
+class quiet(warnings.catch_warnings):
+    """DCP warns that no process group is there, which is what one process means."""
+
+    def __enter__(self):
+        super().__enter__()
+        warnings.simplefilter("ignore")
+        torch.set_warn_always(False)
