@@ -245,3 +245,24 @@ def test_float64_is_refused_on_the_triton_path(adaln_case):
     tensors, subset = adaln_case("gated_residual", 1, 4, 8, 2, torch.float64)
     with pytest.raises(ValueError, match=r"gated_residual: x is .*float64"):
         gated_residual(*tensors, subset)
+
+
+@pytest.mark.parametrize("kept", [7, None])
+def test_a_block_of_the_model(kept, relative, generator, poisoned):
+    """The kernels where the model uses them, with the vectors cut from one adaLN output and attention in between."""
+    from maskalign.models.layers import Block
+
+    plain, fused = (Block(24, 3, fused_adaln=flag) for flag in (False, True))
+    for parameter in plain.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 5)
+    fused.load_state_dict(plain.state_dict())
+    plain.double()
+    x, c = torch.randn(2, 17, 24, generator=generator), torch.randn(2, 24, generator=generator)
+    subset = None if kept is None else torch.rand(2, 17, generator=generator).argsort(1)[:, :kept].sort(1).values
+    results = []
+    for block, dtype in ((plain, torch.float64), (fused, F32)):
+        leaves = [x.to(dtype).requires_grad_(), c.to(dtype).requires_grad_()]
+        out = block(*leaves, subset)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [*leaves, *block.parameters()])])
+    for true, found in zip(*results, strict=True):
+        assert relative(found, true) < 2e-6
