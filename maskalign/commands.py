@@ -184,7 +184,8 @@ def sample(
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt file.
         out: folder for the pictures.
-        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags; by default up to ten classes, with --npz all.
+        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags (name:2 or label:2 where a word could be either); by
+            default up to ten classes, with --npz all.
         per_class: pictures per class on the sheet.
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
