@@ -184,7 +184,7 @@ def sample(
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt file.
         out: folder for the pictures.
-        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags (name:2 or label:2 where a word could be either); by
+        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags (name:2, label:2 where it could be either); by
             default up to ten classes, with --npz all.
         per_class: pictures per class on the sheet.
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).

@@ -58,7 +58,7 @@ def group_by_class(name, listing, reader, *, subset=None, where, class_folders=N
     stem = stem or os.path.basename(os.path.abspath(where))
     if class_folders == "none" or not images:
         items = sorted(Item(path, 0, place) for path, _, place in images + flat)
-        how = "no class folders" if not images else "--class-folders none"
+        how = "a flat folder" if not images else "--class-folders none"
         found = Source(name, [wanted[-1] if wanted else stem], items, reader, rejected=sorted(rejected), how=how)
         if items and not images:
             found.notes.append("no picture lies in a folder of a class: all are one class, without labels to learn")

@@ -1,12 +1,14 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 
 import numpy as np
 from tqdm import tqdm
 
+from maskalign.data.listing import tell_passed
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
@@ -94,6 +96,8 @@ def evaluate(
             pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
     elif real:
         kind, pictures = open_pictures(source)
+        if kind == "folder" and pictures.passed:
+            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
