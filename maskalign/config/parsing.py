@@ -6,6 +6,7 @@ from maskalign.config.checks import validate
 from maskalign.config.messages import plain_message, with_suggestion
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
+from maskalign.home import expand_home
 
 
 def make_config_parser(**kwargs):
@@ -16,7 +17,8 @@ def make_config_parser(**kwargs):
 
     class ConfigParser(ArgumentParser):
         def parse_args(self, args=None, **kwargs):
-            for word, following in zip(args or [], [*(args or [])[1:], ""], strict=False):
+            args = expand_config_paths(args or [])
+            for word, following in zip(args, [*args[1:], ""], strict=False):
                 if word == "--config" or word.startswith("--config="):
                     check_yaml(word[len("--config=") :] or following)
             return super().parse_args(args, **kwargs)
@@ -28,6 +30,19 @@ def make_config_parser(**kwargs):
     parser.add_argument("--config", action="config", help="YAML file of settings; later options override it.")
     parser.add_class_arguments(Config, as_group=False)
     return parser
+
+
+def expand_config_paths(argv):
+    """A command line with the home folder put into `--config ~/x.yaml` and `--config=~/x.yaml`."""
+    expanded, before = [], None
+    for word in argv:
+        if before == "--config":
+            word = expand_home(word)
+        elif word.startswith("--config="):
+            word = "--config=" + expand_home(word.removeprefix("--config="))
+        expanded.append(word)
+        before = word
+    return expanded
 
 
 def check_yaml(path):
@@ -68,6 +83,7 @@ def parse_config(argv, **kwargs):
     parser = make_config_parser(**kwargs)
     config = parser.instantiate(parser.parse_args(argv))
     config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
+    config = expand_home(config)  # of all settings only paths begin with ~
     validate(config)
     return config
 
