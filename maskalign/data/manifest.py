@@ -25,6 +25,7 @@ from pathlib import Path
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.home import expand_home
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -213,7 +214,7 @@ class Manifest:
             UsageError: nothing there, or not a valid manifest.
             RunError: a server that does not answer after a few tries.
         """
-        path = os.fspath(path)
+        path = expand_home(os.fspath(path))
         if path.startswith("pipe:"):
             raise UsageError(f"data set {path!r}: pipe: commands are refused; give a folder or a URL")
         root = path.removesuffix(FILE_NAME) if os.path.basename(path) == FILE_NAME else path

@@ -1,6 +1,7 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -8,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
+from maskalign.data.listing import tell_passed
 from maskalign.data.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
@@ -98,6 +100,8 @@ def evaluate(
             pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
     elif real:
         kind, pictures = open_pictures(source)
+        if kind == "folder" and pictures.passed:
+            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
