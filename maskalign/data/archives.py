@@ -14,8 +14,8 @@ import zipfile
 from functools import lru_cache
 
 from maskalign.data.images import MAX_BYTES, BadImage
-from maskalign.data.manifest import sync_folder
 from maskalign.errors import RunError, UsageError
+from maskalign.runtime.files import sync_file, sync_folder
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 
@@ -56,8 +56,7 @@ def decompress(path, target):
     try:
         with opener(path, "rb") as packed, open(temporary, "wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
-            plain.flush()
-            os.fsync(plain.fileno())
+            sync_file(plain)
         os.replace(temporary, target)
     except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError) as error:
         if os.path.exists(temporary):
