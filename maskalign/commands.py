@@ -72,13 +72,15 @@ def data_encode(
     normalize: Literal["none", "spatial", "mean"] = "none",
     grid: Optional[int] = None,
     hflip: bool = False,
+    class_token: Literal["both", "only", "none"] = "both",
+    class_components: int = 64,
     weights: Optional[str] = None,
     batch_size: Optional[int] = None,
     workers: Optional[int] = None,
     device: str = "auto",
     dry_run: bool = False,
 ):
-    """Add teacher features or VAE moments to the shards of a data set.
+    """Add teacher features, rows and class tokens, or VAE moments to the shards of a data set.
 
     ImageNet (1,281,167 images) with DINOv2-B takes 252 GB as int8 and 504 GB as float16. The command can be stopped at
     any moment and run again: it goes on. Under torchrun the ranks share the shards.
@@ -92,6 +94,8 @@ def data_encode(
         normalize: none, spatial (iREPA, per image over its tokens) or mean (minus the data set's mean token).
         grid: side of the token grid to resample features to; by default the teacher's own.
         hflip: store features of the mirrored images too; training draws one of the two.
+        class_token: both stores rows and class tokens, only adds class tokens to rows that are there, none omits them.
+        class_components: principal components of the class tokens in the manifest, for model.class_token_dim; 0: none.
         weights: hub, random or a file, one for all teachers or one each with commas; by default the hub.
         batch_size: images at a time; by default 8 on CPUs and 64 on GPUs.
         workers: processes; by default one per GPU, or one that uses all CPU cores.
@@ -109,6 +113,8 @@ def data_encode(
         normalize=normalize,
         grid=grid,
         hflip=hflip,
+        class_token=class_token,
+        class_components=class_components,
         weights=weights,
         batch_size=batch_size,
         workers=workers,
@@ -152,6 +158,7 @@ def sample(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: Optional[float] = None,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     npz: Optional[int] = None,
     interpolate: Literal["none", "noise", "class", "both"] = "none",
@@ -177,6 +184,7 @@ def sample(
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none; by default 2 for a sheet and 1 for --npz.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         npz: draw this many images into OUT/samples_N.npz, as ADM's evaluator reads it; run again to go on after a stop.
         interpolate: also write interpolation.png, rows from one noise, class or both to another.
@@ -198,6 +206,7 @@ def sample(
         sampler=sampler,
         steps=steps,
         cfg_scale=(2.0 if npz is None else 1.0) if cfg_scale is None else cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -238,13 +247,15 @@ def analyze(
     teacher: Optional[str] = None,
     batch_size: int = 32,
     permutations: int = 1000,
+    mask_ratio: float = 0.25,
+    subsets: int = 4,
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
 ):
-    """Measure where the alignment loss pulls on the tokens, how stable that is, and how well subsets agree.
+    """Measure where the alignment loss pulls on the patches, how stable that is, and the stability gap of subsets.
 
-    Writes outcome.md, tables (positions, stability, concentration, agreement .csv) and pictures.
+    Writes outcome.md, tables (shares, gap, positions, stability, concentration, agreement .csv) and pictures.
 
     Args:
         checkpoints: run folders (all their kept checkpoints), single checkpoints or REPA .pt files, one or several.
@@ -260,6 +271,8 @@ def analyze(
         teacher: teachers with commas between them, for files that do not name their own.
         batch_size: images at a time, and images behind one gradient of the trunk.
         permutations: random permutations behind an interval of chance.
+        mask_ratio: share of the patches that is dropped for the stability gap.
+        subsets: random subsets of every image behind the stability gap.
         seed: of the order of the images, of noise, subsets and permutations.
         device: auto, cpu or cuda.
         progress: show progress bars.
@@ -280,6 +293,8 @@ def analyze(
         batch_size=batch_size,
         seed=seed,
         permutations=permutations,
+        mask_ratio=mask_ratio,
+        subsets=subsets,
     )
     from maskalign.teachers.names import parse_teachers
 
@@ -337,6 +352,7 @@ def evaluate(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: float = 1.0,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     seed: int = 0,
     batch_size: int = 64,
@@ -362,7 +378,7 @@ def evaluate(
         metrics: of frechet, kernel, neighbours (precision, recall, density, coverage); or none.
         teacher: whose features; several with commas. dinov2-l gives the field's FDD.
         teacher_weights: hub, random (for tests) or a file.
-        inception: torch-fidelity's weights file for Inception FID and score, or download to fetch it; else left out.
+        inception: torch-fidelity's weights file for FID, sFID and Inception score, or download; else left out.
         classes: labels, ranges or class names: compare these alone, on both sides.
         held_out: data set for the velocity loss and the alignment cosine by time; by default --data.
         held_out_images: how many of its images; 0 leaves the losses out.
@@ -370,6 +386,7 @@ def evaluate(
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         seed: seed of the samples.
         batch_size: pictures at a time.
@@ -398,6 +415,7 @@ def evaluate(
         sampler=sampler,
         steps=steps,
         cfg_scale=cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -520,7 +538,7 @@ SUMMARIES = {
     "train": "train a model, or go on with a run",
     "sample": "draw pictures from a run or a checkpoint",
     "report": "compare runs on one HTML page",
-    "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
+    "analyze": "measure where the alignment loss pulls on the patches, and how stable that is",
     "evaluate": "compare samples with real images, and measure held-out losses",
     "plan": "estimate memory, time and energy of a run without its hardware",
     "convert": "convert checkpoints from and to the layouts of REPA and REG",

@@ -137,7 +137,7 @@ def test_broken_yaml(content, words, tmp_path):
 def test_the_data_set_decides_what_the_model_sees():
     config = parse_config([*BASE, "--training.batch_size", "8", "--method.align_weight", "0"])
     facts = validate_with_data(config, manifest())
-    assert facts == dict(input_size=32, in_channels=3, num_classes=3, teachers=[])
+    assert facts == dict(input_size=32, in_channels=3, num_classes=3, teachers=[], class_token=None)
     latent = dict(shape=[8, 16, 16], scale=0.18215, bias=0.0, dtype="float16", name="vae")
     facts = validate_with_data(config, manifest(resolution=128, latent=latent))
     assert facts["input_size"] == 16 and facts["in_channels"] == 4

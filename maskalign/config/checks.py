@@ -6,7 +6,7 @@ mistake is found before torch is loaded.
 
 from maskalign.config.settings import as_schedule, model_sizes
 from maskalign.errors import UsageError
-from maskalign.teachers.names import check_teacher_name, parse_teachers
+from maskalign.teachers.names import check_teacher_name, class_kind_of, no_class_tokens, parse_teachers
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -85,10 +85,13 @@ def validate(config):
         _require(0 <= _get(config, key) <= 1, key, _get(config, key), "must be in [0, 1]")
     for key in ("optimizer.ema_decay",):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
-    class_dim = config.model.class_token_dim
-    _require(class_dim is None or class_dim >= 1, "model.class_token_dim", class_dim, "must be at least 1")
-    if class_dim is not None and not config.model.class_token:
+    if config.model.class_token_dim is not None and not config.model.class_token:
         raise UsageError("model.class_token_dim: there is no class token; set model.class_token true, or leave it out")
+    for key in ("preview.cls_cfg_scale", "evaluate.cls_cfg_scale"):
+        scale = _get(config, key)
+        _require(scale is None or scale >= 0, key, scale, "must be at least 0")
+        if scale is not None and not config.model.class_token:
+            raise UsageError(f"{key}: there is no class token to guide; set model.class_token true, or leave it out")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
     device = config.training.device
@@ -144,8 +147,8 @@ def validate_with_data(config, manifest, num_samples=None):
         num_samples: of all data sets together; by default the manifest's.
 
     Returns:
-        dict with what the model takes from the data: input_size, in_channels, num_classes, and `teachers`, a list of
-        (name, cached) pairs.
+        dict with what the model takes from the data: input_size, in_channels, num_classes; `teachers`, a list of
+        (name, cached) pairs; `class_token`, such a pair for the class token that is denoised too, or None.
     """
     sizes = model_sizes(config)
     if manifest.latent is not None:
@@ -163,31 +166,82 @@ def validate_with_data(config, manifest, num_samples=None):
         batch,
         f"is larger than the {num_samples} samples of {config.data.path}",
     )
-    teachers = []
-    if max(as_schedule(config.method.align_weight).ends) > 0:
-        names = parse_teachers(config.teacher.names or None)
-        if not names:
-            raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
-        for name in names:
-            cached = name in manifest.teachers
-            if config.teacher.mode == "cached" and not cached:
-                there = ", ".join(manifest.teachers) or "none"
-                raise UsageError(
-                    f"teacher.names: {config.data.path} has no features of {name!r} (it has {there}); run maskalign "
-                    f"data encode --data {config.data.path} --teacher {name}, or set teacher.mode online"
-                )
-            cached = cached and config.teacher.mode != "online"
-            if not cached and manifest.image_format is None:
-                raise UsageError(
-                    f"teacher.names: {name!r} needs images, and {config.data.path} has none; encode its features first"
-                )
-            teachers.append((name, cached))
+    aligned = max(as_schedule(config.method.align_weight).ends) > 0
+    with_class = config.model.class_token
+    names = parse_teachers(config.teacher.names or None) if aligned or with_class else []
+    if aligned and not names:
+        raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
+    if with_class and not names:
+        raise UsageError("teacher.names: model.class_token needs a teacher; name one, or set model.class_token false")
+    # The class token is denoised whether or not anything is aligned.
+    needed = names if aligned else names[:1] if with_class else []
+    sources = [(name, _is_cached(config, manifest, name)) for name in needed]
+    if with_class:
+        for name, cached in sources:
+            _check_class_token(config, manifest, name, cached)
+        _check_class_token_dim(config, manifest, names[0])
     return {
         "input_size": input_size,
         "in_channels": in_channels,
         "num_classes": len(manifest.class_names),
-        "teachers": teachers,
+        "teachers": sources if aligned else [],
+        "class_token": sources[0] if with_class else None,
     }
+
+
+def _is_cached(config, manifest, name):
+    """Whether a teacher's features are read from the shards, not computed; a UsageError where neither can be."""
+    cached = name in manifest.teachers
+    if config.teacher.mode == "cached" and not cached:
+        there = ", ".join(manifest.teachers) or "none"
+        raise UsageError(
+            f"teacher.names: {config.data.path} has no features of {name!r} (it has {there}); run maskalign "
+            f"data encode --data {config.data.path} --teacher {name}, or set teacher.mode online"
+        )
+    cached = cached and config.teacher.mode != "online"
+    if not cached and manifest.image_format is None:
+        raise UsageError(
+            f"teacher.names: {name!r} needs images, and {config.data.path} has none; encode its features first"
+        )
+    return cached
+
+
+def _check_class_token(config, manifest, name, cached):
+    """A teacher's class token must be in the shards where its rows are read from them, or one that can be computed."""
+    path, entry = config.data.path, manifest.teachers.get(name)
+    if entry is not None and "class_token" in entry:
+        return
+    if cached:
+        raise UsageError(f"model.class_token: {path}: {no_class_tokens(name, path)}")
+    if class_kind_of(name) == "mean":
+        add = " --class-token only" if entry is not None else ""
+        raise UsageError(
+            f"model.class_token: the class token of {name!r} is standardized with statistics of the data set, which "
+            f"{path} does not have; run maskalign data encode --data {path} --teacher {name}{add}"
+        )
+
+
+def _check_class_token_dim(config, manifest, name):
+    """The principal components that model.class_token_dim asks for must be in the manifest."""
+    wanted, path = config.model.class_token_dim, config.data.path
+    if wanted is None:
+        return
+    class_token = manifest.teachers.get(name, {}).get("class_token", {})
+    stored = len(class_token.get("components", {}).get("basis", ()))
+    if wanted <= stored:
+        return
+    most = class_token.get("dim")
+    if most is not None and wanted > most:
+        mend = f"the class token has {most} numbers; leave model.class_token_dim out, or set it lower"
+    else:
+        mend = (
+            f"run maskalign data encode --data {path} --teacher {name} --class-components {wanted}"
+            f"{' --class-token only' if name in manifest.teachers else ''}, or set it lower"
+        )
+    raise UsageError(
+        f"model.class_token_dim: {wanted}, but {path} has {stored} principal components of the class tokens of "
+        f"{name!r}; {mend}"
+    )
 
 
 def _get(config, key):

@@ -218,6 +218,8 @@ class PreviewConfig:
     """Sampler steps."""
     cfg_scale: float = 2.0
     """Classifier-free guidance scale; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the class token, where there is one; by default the image's, 0 is none."""
     sampler: Literal["ode", "heun", "sde"] = "ode"
     """Sampler."""
     vae: Optional[str] = None
@@ -244,6 +246,8 @@ class EvaluateConfig:
     """Sampler steps."""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale of the samples; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the samples' class token, where there is one; by default the image's, 0 is none."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Checked are the file's presence, size and SHA-256, that the tar can be read, the number of samples, and of each sample
 the label and every member that the manifest promises: an image of the right size, features of the right shape and
-dtype. Nothing is unpickled: of a .npy only the header is parsed.
+dtype. Nothing is unpickled: of a .npy only the header is parsed, and the numbers of class tokens.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import closing
 from typing import NamedTuple
 
-from maskalign.data.manifest import Manifest, is_url, member_name
+from maskalign.data.manifest import Manifest, class_member, is_url, member_name
 from maskalign.data.pool import available_cores, in_processes
 
 SHOWN_PER_SHARD = 20
@@ -71,12 +71,17 @@ def check(path, *, workers=None, decode=False, quiet=False):
 
 
 def _expected(manifest):
-    """What each sample must hold: {"classes", "image": (ending, side) or None, "arrays": {member: (shape, dtype)}}."""
+    """What each sample must hold: {"classes", "image": (ending, side) or None, "arrays"}.
+
+    Arrays are {member: (shape, dtype, whether its numbers must be finite)}.
+    """
     arrays = {}
     if manifest.latent is not None:
-        arrays["moments.npy"] = (tuple(manifest.latent["shape"]), manifest.latent["dtype"])
+        arrays["moments.npy"] = (tuple(manifest.latent["shape"]), manifest.latent["dtype"], False)
     for name, entry in manifest.teachers.items():
-        arrays[f"{member_name(name)}.npy"] = ((entry["tokens"], entry["dim"]), entry["dtype"])
+        arrays[f"{member_name(name)}.npy"] = ((entry["tokens"], entry["dim"]), entry["dtype"], False)
+        if (class_token := entry.get("class_token")) is not None:
+            arrays[class_member(name)] = ((class_token["dim"],), class_token["dtype"], True)
     if manifest.hflip:
         arrays |= {f"flip.{member}": form for member, form in arrays.items()}
     image = None if manifest.image_format is None else (manifest.image_format, manifest.resolution)
@@ -143,8 +148,8 @@ def _check_sample(members, expected, decode):
     if expected["image"] is not None:
         yield from _check_image(members, *expected["image"], decode)
     if expected["arrays"]:
-        from maskalign.data.npy import npy_header
-    for member, (shape, dtype) in expected["arrays"].items():
+        from maskalign.data.npy import all_finite, npy_header
+    for member, (shape, dtype, finite) in expected["arrays"].items():
         if member not in members:
             yield f"has no {member}"
             continue
@@ -155,6 +160,8 @@ def _check_sample(members, expected, decode):
             continue
         if found != (shape, dtype):
             yield f"{member} has shape {found[0]} and dtype {found[1]}, the manifest says {shape} and {dtype}"
+        elif finite and not all_finite(members[member]):
+            yield f"{member} holds numbers that are not finite"
 
 
 def _check_image(members, ending, side, decode):

@@ -6,8 +6,12 @@ that folder (from here on the change can only go forwards), the shards are renam
 is written. A shard depends on nothing but the settings and its old bytes: any number of processes, on any number of
 machines that share the folder, killed and started again as often as you like, write the same bytes.
 
+A teacher's rows and its class token come from one pass of its network. A first pass over a few hundred images estimates
+what has to be known before: mean tokens, and the statistics of class tokens that are averages of tokens. The principal
+components of class tokens are computed at the end, from the stored ones.
+
 What features take: ImageNet (1,281,167 images) with DINOv2-B, 256 tokens of 768 numbers, is 252 GB as int8 and 504 GB
-as float16. In place, the old and the new shards are both there until the end.
+as float16; class tokens, always float16, add 3 GB. In place, the old and the new shards are both there until the end.
 """
 
 import hashlib
@@ -20,13 +24,14 @@ from dataclasses import asdict, replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
 from maskalign.data.pool import Say, in_processes, wait_for
-from maskalign.data.recipe import Recipe, check_vae, entry_bytes, weights_label
+from maskalign.data.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.staging import Staging, finish_commits, read_json
 from maskalign.errors import RunError, UsageError
 from maskalign.teachers.hub import check_weights
 from maskalign.teachers.names import check_normalisation, parse_teachers
 
 IMAGENET_IMAGES = 1_281_167
+CLASS_TOKEN = ("both", "only", "none")
 
 
 def encode(
@@ -41,6 +46,8 @@ def encode(
     batch_size=None,
     workers=None,
     hflip=False,
+    class_token="both",
+    class_components=64,
     weights=None,
     device="auto",
     dry_run=False,
@@ -64,6 +71,11 @@ def encode(
         batch_size: images at a time; by default 8 on CPUs and 64 on GPUs.
         workers: processes; by default one per GPU, or one on CPUs, which uses all cores by itself.
         hflip: store the features of the mirrored images too; training draws one of the two.
+        class_token: "both" stores the teachers' rows and class tokens; "only" adds class tokens to a data set that has
+            the rows, which stay as they are; "none" leaves class tokens out. Where a data set has the rows already, in
+            these settings, "both" adds the class tokens alone too.
+        class_components: leading principal components of the class tokens to keep in the manifest, for
+            `model.class_token_dim`; 0 for none. A class token of fewer numbers, or fewer images, give fewer.
         weights: hub, random, or a file, one for all teachers or a comma separated one for each; by default the hub
             (efficientnet-lite0: the installed weights).
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -84,6 +96,12 @@ def encode(
     say = Say(quiet or rank > 0)
     names = parse_teachers(teacher)
     grid = _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device)
+    if class_token not in CLASS_TOKEN:
+        raise UsageError(f"class_token is {class_token!r}; give {', '.join(CLASS_TOKEN[:-1])} or {CLASS_TOKEN[-1]}")
+    if class_token == "only" and not names:
+        raise UsageError("class_token only: whose class tokens? give --teacher NAME")
+    if class_components < 0:
+        raise UsageError(f"class_components is {class_components}; give a number of at least 0")
     files = _weights_of(names, weights)
     target = os.path.abspath(out) if out is not None else None
     if target is None and is_url(os.fspath(data)):
@@ -92,7 +110,17 @@ def encode(
     try:
         if rank == 0:
             finish_commits(target)
-        job = _plan(data, target, names, files, latents, dtype, grid, normalize, batch_size, hflip, say)
+        recipe = Recipe(
+            tuple(map(Wanted, names, files)),
+            str(latents) if latents else None,
+            dtype,
+            grid,
+            normalize,
+            hflip,
+            batch_size,
+            class_components,
+        )
+        job = _plan(data, target, recipe, class_token, dry_run or rank > 0, say)
         if job is None:
             return Manifest.load(target)
         with ExitStack() as stack:
@@ -136,74 +164,140 @@ def _weights_of(names, weights):
 # The plan
 
 
-def _plan(data, target, names, files, latents, dtype, grid, normalize, batch_size, hflip, say):
-    """Compare what is wanted with what is there; returns a `Staging`, or None where all of it is there already."""
+def _plan(data, target, recipe, class_token, only_look, say):
+    """Compare what is wanted with what is there.
+
+    Args:
+        recipe: all that is wanted.
+        class_token: "both", "only" or "none".
+        only_look: change nothing, where only the manifest has to change.
+
+    Returns:
+        A `Staging` with a recipe of what is missing, or None where all of it is there already.
+    """
     manifest = Manifest.load(data)
     in_place = not is_url(manifest.root) and os.path.realpath(manifest.root) == os.path.realpath(target)
     if manifest.image_format is None:
         raise UsageError(f"data set {data} holds no images to encode")
     there = Manifest.load(target) if in_place or os.path.exists(os.path.join(target, FILE_NAME)) else None
-    kept = [name for name in manifest.teachers if name not in names]
-    kept += ["latents"] if manifest.latent and not latents else []
-    if kept and manifest.hflip and not hflip:
+    if class_token == "only":
+        _check_rows(there or manifest, recipe.teachers, data)
+    kept = _kept(manifest, recipe, class_token == "only")
+    if kept and manifest.hflip and not recipe.hflip:
         say("the data set has mirrored features already: the new ones are stored mirrored too")
-        hflip = True
-    settings = {"dtype": dtype, "normalize": normalize, "grid": list(grid) if grid else None, "hflip": hflip}
-
-    def done(name, file):
-        entry = there.teachers.get(name)
-        if entry is None:
-            return False
-        old = {key: entry.get(key, "none") for key in ("dtype", "normalize")} | {"hflip": there.hflip}
-        old["grid"] = entry["grid"] if entry.get("resampled") else None
-        return old == settings and entry.get("weights", "default") == weights_label(file)
-
+        recipe = replace(recipe, hflip=True)
+    latents, renew = recipe.latents, []
     if there is not None:
-        todo = [(name, file) for name, file in zip(names, files, strict=True) if not done(name, file)]
-        latent_done = latents and there.latent and there.latent.get("name") == str(latents) and there.hflip == hflip
-        new_latents = None if latent_done else latents
-        if not todo and not new_latents:
-            what = ", ".join([*names, *([str(latents)] if latents else [])])
+        wanted, renew = _missing(there, recipe, class_token)
+        latent_done = latents and there.latent and there.latent.get("name") == latents and there.hflip == recipe.hflip
+        latents = None if latent_done else latents
+        if not wanted and not latents and not renew:
+            what = ", ".join([*[name for name, *_ in recipe.teachers], *([recipe.latents] if recipe.latents else [])])
             say(f"{target} has {what} in these settings already: nothing to do")
             return None
         if not in_place:
             raise UsageError(f"{target} holds another data set; encode that in place, or choose another --out")
-        for name, _ in todo:
-            if name in there.teachers:
-                say(f"the features of {name} are replaced: they were encoded with other settings")
-        names, files = [name for name, _ in todo], [file for _, file in todo]
-        latents = new_latents
-        kept = [name for name in manifest.teachers if name not in names]
-        kept += ["latents"] if manifest.latent and not latents else []
-    if hflip and kept and not manifest.hflip:
+        if not wanted and not latents:
+            if only_look:
+                say(f"{target}: only principal components of class tokens are missing, which takes no encoding")
+            else:
+                _renew_components(there, target, renew, recipe.class_components, say)
+            return None
+        for teacher in wanted:
+            if teacher.rows and teacher.name in there.teachers:
+                say(f"the features of {teacher.name} are replaced: they were encoded with other settings")
+    else:
+        rows, tokens = class_token != "only", class_token != "none"
+        wanted = [teacher._replace(rows=rows, class_token=tokens) for teacher in recipe.teachers]
+    recipe = replace(recipe, teachers=tuple(wanted), latents=latents)
+    kept = _kept(manifest, recipe, False)
+    if recipe.hflip and kept and not manifest.hflip:
         raise UsageError(
             f"hflip: {', '.join(kept)} of {data} were encoded without the mirrored images; name them in the same call, "
             "so that every feature has its mirrored twin"
         )
-    recipe = Recipe(
-        tuple(zip(names, files, strict=True)),
-        str(latents) if latents else None,
-        dtype,
-        grid,
-        normalize,
-        hflip,
-        batch_size,
-    )
     state = {"shards": [asdict(shard) for shard in manifest.shards], "recipe": asdict(replace(recipe, batch_size=None))}
     fingerprint = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
-    for name, file in recipe.teachers:
-        check_weights(name, file)
+    for teacher in recipe.teachers:
+        check_weights(teacher.name, teacher.weights)
     if recipe.latents:
         check_vae(recipe.latents)
     job = Staging(manifest, target, recipe, fingerprint)
+    job.renew = renew
     for folder in job.strangers():
         say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
     return job
 
 
+def _kept(manifest, recipe, all_rows):
+    """What the data set has and keeps: teachers whose rows are not written anew, and "latents"."""
+    new = [] if all_rows else [teacher.name for teacher in recipe.teachers if teacher.rows]
+    kept = [name for name in manifest.teachers if name not in new]
+    return kept + (["latents"] if manifest.latent and not recipe.latents else [])
+
+
+def _check_rows(manifest, teachers, data):
+    """Class tokens alone are for teachers whose rows are there, and come from the same weights."""
+    for name, weights, *_ in teachers:
+        entry = manifest.teachers.get(name)
+        if entry is None:
+            raise UsageError(f"class_token only: {data} has no rows of {name!r} yet; leave --class-token out")
+        label = entry.get("weights", "default")
+        if label != weights_label(weights):
+            raise UsageError(
+                f"class_token only: the rows of {name!r} were encoded with the weights {label}, these are "
+                f"{weights_label(weights)}; give the same --weights"
+            )
+
+
+def _missing(there, recipe, class_token):
+    """What of a recipe a data set does not have.
+
+    Returns:
+        (the `Wanted` of teachers that have to be run, names of teachers whose class tokens only lack components).
+    """
+    wanted, renew = [], []
+    for teacher in recipe.teachers:
+        entry = there.teachers.get(teacher.name)
+        rows = class_token != "only" and not _same_rows(entry, teacher.weights, there.hflip, recipe)
+        stored = None if rows else entry.get("class_token")
+        tokens = class_token != "none" and stored is None
+        if rows or tokens:
+            wanted.append(teacher._replace(rows=rows, class_token=tokens))
+        elif class_token != "none":
+            components = stored.get("components") or {}
+            asked = components.get("requested", len(components.get("basis", ())))
+            renew += [teacher.name] if asked < recipe.class_components else []
+    return wanted, renew
+
+
+def _same_rows(entry, weights, hflip, recipe):
+    """Whether rows of a data set are those that a recipe asks for."""
+    if entry is None:
+        return False
+    old = {key: entry.get(key, "none") for key in ("dtype", "normalize")} | {"hflip": hflip}
+    old["grid"] = entry["grid"] if entry.get("resampled") else None
+    grid = list(recipe.grid) if recipe.grid else None
+    new = {"dtype": recipe.dtype, "normalize": recipe.normalize, "hflip": recipe.hflip, "grid": grid}
+    return old == new and entry.get("weights", "default") == weights_label(weights)
+
+
+def _renew_components(manifest, target, names, most, say):
+    """More principal components of class tokens that are stored: only the manifest changes."""
+    teachers = manifest.teachers | _with_components(manifest, manifest.shard_path, names, most, say)
+    replace(manifest, teachers=teachers).save(target)
+    say(f"{target}: principal components of the class tokens of {', '.join(names)}; nothing else to do")
+
+
 def estimate_bytes(manifest, recipe, latent, teachers):
     """Bytes of the new tar members for all samples."""
-    each = sum(entry_bytes(entry) for entry in [*teachers.values(), *([latent] if latent else [])])
+    new = [latent] if latent else []
+    for wanted in recipe.teachers:
+        entry = teachers[wanted.name]
+        new += [entry] if wanted.rows else []
+        if wanted.class_token:
+            new.append({"shape": [entry["class_token"]["dim"]], "dtype": entry["class_token"]["dtype"]})
+    each = sum(map(entry_bytes, new))
     return manifest.num_samples * each * (2 if recipe.hflip else 1)
 
 
@@ -235,8 +329,8 @@ def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
         _check_space(job, size)
     total = sum(job.manifest.shards[number].num_samples for number in todo)
     with _progress(total, say, "encode") as advance:
-        if job.recipe.normalize == "mean" and job.recipe.teachers:
-            maker.means = _means(job, maker, rank, wait_seconds, say)
+        if maker.in_need():
+            maker.statistics = _statistics(job, maker, rank, wait_seconds, say)
             latent, teachers = maker.entries()
         workers = min(workers, max(1, len(todo)))
         if workers == 1:
@@ -244,13 +338,16 @@ def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
                 for number in todo:
                     _encode_shard(job, maker, number, advance)
         else:
-            means, maker = maker.means, None
-            _in_processes(job, todo, workers, devices, threads, means, advance)
+            statistics, maker = maker.statistics, None
+            _in_processes(job, todo, workers, devices, threads, statistics, advance)
     seconds = max(time.monotonic() - started, 1e-9)
     if rank > 0:
         wait_for(job.finished, wait_seconds, "rank 0 to put the result in place")
         return Manifest.load(job.target)
-    manifest = job.commit(latent, teachers, wait_seconds)
+    new = replace(job.wait(wait_seconds), teachers=job.manifest.teachers | teachers)
+    with_class = [wanted.name for wanted in job.recipe.teachers if wanted.class_token] + list(job.renew)
+    teachers |= _with_components(new, job.path, with_class, job.recipe.class_components, say)
+    manifest = job.commit(latent, teachers)
     say(
         f"{job.target}: {total:,} images encoded in {seconds:,.1f} s, {total / seconds:,.1f} images/s; "
         f"{manifest.bytes:,} bytes in {len(manifest.shards):,} shards"
@@ -283,7 +380,12 @@ def _layout(device, workers):
 
 def _say_size(say, job, latent, teachers, size):
     manifest, twice = job.manifest, " and mirrored" if job.recipe.hflip else ""
-    parts = [f"{name} {e['tokens']}x{e['dim']} {e['dtype']}" for name, e in teachers.items()]
+    parts = []
+    for wanted in job.recipe.teachers:
+        entry = teachers[wanted.name]
+        rows = f"{entry['tokens']}x{entry['dim']} {entry['dtype']}" if wanted.rows else ""
+        class_token = f"class token {entry['class_token']['dim']} float16" if wanted.class_token else ""
+        parts.append(f"{wanted.name} {rows}{' and ' if rows and class_token else ''}{class_token}")
     parts += [f"moments {'x'.join(map(str, latent['shape']))} {latent['dtype']}"] if latent else []
     each = size // max(1, manifest.num_samples)
     say(
@@ -303,18 +405,34 @@ def _check_space(job, size):
         )
 
 
-def _means(job, maker, rank, wait_seconds, say):
-    """The mean token of every teacher: rank 0 estimates them, everybody reads them from the same file."""
+def _statistics(job, maker, rank, wait_seconds, say):
+    """What a first pass has to tell of the teachers: rank 0 estimates it, everybody reads it from the same file."""
     from maskalign.data.features import mean_sample
 
-    path = os.path.join(job.work, "means.json")
+    path = os.path.join(job.work, "statistics.json")
     if rank == 0 and read_json(path) is None:
         count = sum(len(positions) for positions in mean_sample(job.manifest).values())
         if not count:
-            raise UsageError(f"{job.target} has no samples to estimate a mean token from")
-        with _progress(count, say, "mean token") as advance, maker:
-            write_atomically(path, json.dumps(maker.estimate_means(advance)).encode())
-    return wait_for(lambda: read_json(path), wait_seconds, "rank 0 to estimate the mean token")
+            raise UsageError(f"{job.target} has no samples to estimate statistics of its features from")
+        with _progress(count, say, "statistics") as advance, maker:
+            write_atomically(path, json.dumps(maker.estimate_statistics(advance)).encode())
+    return wait_for(lambda: read_json(path), wait_seconds, "rank 0 to estimate statistics of the features")
+
+
+def _with_components(manifest, path_of, names, most, say):
+    """{teacher: manifest entry} with the principal components of the class tokens in some shards."""
+    from maskalign.data.class_tokens import add_components, read_class_tokens
+
+    entries = {}
+    for name in names:
+        entry, values = manifest.teachers[name], read_class_tokens(manifest, path_of, name)
+        class_token = add_components(entry["class_token"], values, most)
+        entries[name] = entry | {"class_token": class_token}
+        there = len(class_token.get("components", {}).get("basis", ()))
+        if there < most:
+            images, dim = values.shape
+            say(f"{name}: {images:,} class tokens of {dim} numbers have {there} principal components, not {most}")
+    return entries
 
 
 def _encode_shard(job, maker, number, advance):
@@ -328,14 +446,14 @@ def _encode_shard(job, maker, number, advance):
 _worker = {}
 
 
-def _set_up(job, devices, threads, means, counter, numbers):
+def _set_up(job, devices, threads, statistics, counter, numbers):
     from maskalign.data.features import FeatureMaker
 
     with numbers.get_lock():
         device = devices[numbers.value % len(devices)]
         numbers.value += 1
     maker = FeatureMaker(job.recipe, job.manifest, device, threads)
-    maker.means = means
+    maker.statistics = statistics
     _worker.update(job=job, counter=counter, maker=maker.__enter__())
 
 
@@ -347,7 +465,7 @@ def _work(number):
     _encode_shard(_worker["job"], _worker["maker"], number, advance)
 
 
-def _in_processes(job, todo, workers, devices, threads, means, advance):
+def _in_processes(job, todo, workers, devices, threads, statistics, advance):
     import multiprocessing
 
     context = multiprocessing.get_context("spawn")  # as the pool's
@@ -360,7 +478,7 @@ def _in_processes(job, todo, workers, devices, threads, means, advance):
         advance(seen - shown)
         shown = seen
 
-    shared = (job, devices, threads, means, counter, numbers)
+    shared = (job, devices, threads, statistics, counter, numbers)
     tasks = ((number,) for number in todo)
     with closing(in_processes(_work, tasks, workers, set_up=_set_up, shared=shared, meanwhile=show)) as done:
         for _ in done:

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from maskalign.data.images import BadImage, decode_image
-from maskalign.data.manifest import is_url, member_name
+from maskalign.data.manifest import class_member, is_url, member_name
 from maskalign.data.recipe import weights_label
 from maskalign.data.shards import HashingReader, read_shard
 from maskalign.data.vae import latent_entry, load_vae, vae_moments
 from maskalign.errors import RunError, one_line
-from maskalign.teachers import load_teacher, quantise_rows
+from maskalign.teachers import load_teacher, quantise_rows, standardize_class_token
 from maskalign.teachers.tokens import normalise_tokens
 
 MEAN_IMAGES = 256
@@ -32,10 +32,10 @@ class FeatureMaker:
     def __init__(self, recipe, manifest, device, threads):
         self.recipe, self.manifest, self.device = recipe, manifest, torch.device(device)
         own = {"image_size": manifest.resolution, "grid": recipe.grid, "device": self.device}
-        # Normalised here, since the mean token is only known after a first pass.
-        self.teachers = [load_teacher(name, weights=weights, **own) for name, weights in recipe.teachers]
+        # Normalised and standardized here, since the statistics are only known after a first pass.
+        self.teachers = [load_teacher(wanted.name, weights=wanted.weights, **own) for wanted in recipe.teachers]
         self.vae = load_vae(recipe.latents, device=self.device) if recipe.latents else None
-        self.means = {}
+        self.statistics = {}
         self.threads = max(1, threads)
 
     def __enter__(self):
@@ -55,31 +55,66 @@ class FeatureMaker:
         recipe = self.recipe
         latent = latent_entry(self.vae, recipe.latents, self.manifest.resolution) if self.vae else None
         teachers = {}
-        for teacher, (name, weights) in zip(self.teachers, recipe.teachers, strict=True):
-            entry = {"tokens": teacher.tokens, "dim": teacher.dim, "grid": list(teacher.grid), "dtype": recipe.dtype}
-            entry |= {"normalize": recipe.normalize, "weights": weights_label(weights)}
-            if recipe.grid is not None:
-                entry["resampled"] = True
-            if name in self.means:
-                entry["mean"] = self.means[name]
-            teachers[name] = entry
+        for teacher, wanted in zip(self.teachers, recipe.teachers, strict=True):
+            found = self.statistics.get(wanted.name, {})
+            if wanted.rows:
+                entry = {"tokens": teacher.tokens, "dim": teacher.dim, "grid": list(teacher.grid)}
+                entry |= {"dtype": recipe.dtype, "normalize": recipe.normalize}
+                entry["weights"] = weights_label(wanted.weights)
+                if recipe.grid is not None:
+                    entry["resampled"] = True
+                if recipe.normalize == "mean" and found:
+                    entry["mean"] = found["mean"]
+            else:
+                entry = dict(self.manifest.teachers[wanted.name])
+            if wanted.class_token:
+                own = {"dim": teacher.class_dim, "dtype": "float16", "kind": teacher.class_kind}
+                if teacher.class_kind == "mean" and found:
+                    own |= {"mean": found["class_mean"], "std": found["class_std"]}
+                entry["class_token"] = own
+            teachers[wanted.name] = entry
         return latent, teachers
 
-    def estimate_means(self, advance):
-        """{teacher: mean token} over a fixed sample of the data set, as floats that are float32 values."""
+    def in_need(self):
+        """The teachers for which there has to be a first pass: their mean token or class statistics are needed."""
+        return [
+            teacher
+            for teacher, wanted in zip(self.teachers, self.recipe.teachers, strict=True)
+            if (wanted.rows and self.recipe.normalize == "mean")
+            or (wanted.class_token and teacher.class_kind == "mean")
+        ]
+
+    def estimate_statistics(self, advance):
+        """Statistics over a fixed sample of the data set, for the teachers in need of them.
+
+        Returns:
+            {teacher: {"mean", "class_mean", "class_std"}}: the mean token, and mean and standard deviation of the class
+            token's channels; lists of floats that are float32 values.
+        """
+        from maskalign.data.class_tokens import channel_statistics, plain_floats
+
         sums, count = None, 0
         for number, wanted in mean_sample(self.manifest).items():
             samples = (sample for i, sample in enumerate(open_samples(self.manifest, number)) if i in wanted)
-            for keys, found in self._computed(islice(samples, len(wanted)), number, self._mean_tokens):
+            for keys, found in self._computed(islice(samples, len(wanted)), number, self._sums):
                 sums = found if sums is None else [a + b for a, b in zip(sums, found, strict=True)]
                 count += len(keys)
                 advance(len(keys))
-        names = [name for name, _ in self.recipe.teachers]
-        # The shortest decimals that are the float32 again.
-        return {n: [float(str(np.float32(v))) for v in s / count] for n, s in zip(names, sums, strict=True)}
+        found = {}
+        for place, teacher in enumerate(self.in_need()):
+            tokens, total, squares = sums[3 * place : 3 * place + 3]
+            mean, std = channel_statistics(total, squares, count)
+            found[teacher.name] = {"mean": plain_floats(tokens / count), "class_mean": mean, "class_std": std}
+        return found
 
-    def _mean_tokens(self, images):
-        return [teacher(images).double().mean(dim=1).sum(dim=0).cpu().numpy() for teacher in self.teachers]
+    def _sums(self, images):
+        """Over some images, for each teacher in need: sum of mean tokens, of class tokens, and of their squares."""
+        sums = []
+        for teacher in self.in_need():
+            tokens, values = teacher.encode(images)
+            mean, values = teacher.finish(tokens).double().mean(dim=1), values.double()
+            sums += [part.sum(dim=0).cpu().numpy() for part in (mean, values, values**2)]
+        return sums
 
     def samples(self, number, advance):
         """The samples of a shard with their new members, as (key, {ending: bytes}), in order."""
@@ -143,16 +178,26 @@ class FeatureMaker:
         recipe, found = self.recipe, {}
         if self.vae is not None:
             found["moments.npy"] = to_float16(vae_moments(self.vae, images), f"vae {recipe.latents}")
-        for teacher in self.teachers:
-            mean = self.means.get(teacher.name)
-            mean = torch.tensor(mean, dtype=torch.float32) if mean is not None else None
-            z = normalise_tokens(teacher(images), recipe.normalize, mean)
-            try:
-                z = quantise_rows(z) if recipe.dtype == "int8" else to_float16(z, f"teacher {teacher.name}")
-            except ValueError as error:
-                raise RunError(f"teacher {teacher.name}: {error}; are its weights damaged?") from None
-            found[f"{member_name(teacher.name)}.npy"] = z
+        for teacher, wanted in zip(self.teachers, recipe.teachers, strict=True):
+            tokens, values = teacher.encode(images)
+            if wanted.rows:
+                found[f"{member_name(teacher.name)}.npy"] = self._rows(teacher, tokens)
+            if wanted.class_token:
+                if teacher.class_kind == "mean":
+                    own = self.statistics[teacher.name]
+                    values = standardize_class_token(values, own["class_mean"], own["class_std"])
+                found[class_member(teacher.name)] = to_float16(values, f"teacher {teacher.name}")
         return {ending: tensor.cpu().numpy() for ending, tensor in found.items()}
+
+    def _rows(self, teacher, tokens):
+        recipe, mean = self.recipe, None
+        if recipe.normalize == "mean":
+            mean = torch.tensor(self.statistics[teacher.name]["mean"], dtype=torch.float32)
+        z = normalise_tokens(teacher.finish(tokens), recipe.normalize, mean)
+        try:
+            return quantise_rows(z) if recipe.dtype == "int8" else to_float16(z, f"teacher {teacher.name}")
+        except ValueError as error:
+            raise RunError(f"teacher {teacher.name}: {error}; are its weights damaged?") from None
 
 
 MEND = "; look for damage with: maskalign data check"
@@ -183,7 +228,7 @@ def _open(path):
 
 
 def mean_sample(manifest, images=MEAN_IMAGES, shards=MEAN_SHARDS):
-    """Which samples the mean token is estimated from: {shard number: set of positions in it}, a fixed choice.
+    """Which samples statistics are estimated from: {shard number: set of positions in it}, a fixed choice.
 
     Up to `shards` shards, evenly spaced, and evenly spaced samples of each, so that it holds for sorted data too.
     """

@@ -7,11 +7,13 @@ folder with a manifest is complete. A sample KEY has these members in its shard:
     KEY.png | KEY.jpg | KEY.webp the image, resolution x resolution RGB
     KEY.moments.npy              VAE moments (2C, h, w), mean then standard deviation
     KEY.<teacher>.npy            teacher tokens (tokens, dim), int8 or float16; name as `member_name` makes it
+    KEY.<teacher>.class.npy      its class token (dim,), float16: a regression target, whose length counts
     KEY.flip.<member>            with hflip: the same of the mirrored image, for moments and teachers
 """
 
 import hashlib
 import json
+import math
 import os
 import re
 import time
@@ -50,7 +52,11 @@ class Manifest:
         shards: the shards in the order of their names.
         image_format: "png", "jpg", "webp", or None where the shards hold no images.
         latent: None, or {"scale", "bias", "shape" [2C, h, w], "dtype", "name"}.
-        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; others are kept.
+        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; others are kept. With class
+            tokens also "class_token": {"dim", "dtype" "float16", "kind" "prefix" or "mean", "mean" [dim], "std" [dim],
+            "components"}: per-channel statistics, which class tokens of the kind "mean" have been standardized with,
+            and, where there are, leading principal components of the stored class tokens: {"mean" [dim],
+            "basis" [M][dim], "scale" [M], ...}, such that ((r - mean) @ basis.T) / scale is white.
         hflip: the members of mirrored images are there too.
         license: licence and attribution of the images, None where unknown.
         source: what the data set was built from.
@@ -176,6 +182,9 @@ class Manifest:
                 f"teacher {name} would share its file name with {taken.get(member)}",
             )
             taken[member] = f"teacher {name}"
+            if "class_token" in entry:
+                message = class_token_fault(entry["class_token"], entry["dim"])
+                _require(message is None, where, f"teacher {name}: class_token {message}")
 
     def to_json(self):
         """The text of manifest.json: keys in a fixed order, so equal data sets give equal bytes."""
@@ -251,6 +260,44 @@ def member_name(teacher):
     return re.sub(r"[^A-Za-z0-9_-]", "-", teacher)
 
 
+def class_member(teacher):
+    """Ending of the member that holds a teacher's class token."""
+    return f"{member_name(teacher)}.class.npy"
+
+
+def class_field(teacher):
+    """Name of a teacher's class token in a batch, and in the `fields` of a stream."""
+    return f"{teacher}.class"
+
+
+def class_token_fault(entry, dim):
+    """What is wrong with a manifest's `class_token` entry of a teacher whose rows have `dim` numbers; None if nothing.
+
+    The model aligns the class token like a row, hence the same width.
+    """
+    if not isinstance(entry, dict):
+        return "is not an object"
+    if entry.get("dim") != dim or isinstance(entry.get("dim"), bool):
+        return f"has dim {entry.get('dim')!r}, the rows have {dim}"
+    if entry.get("dtype") != "float16":
+        return f"has dtype {entry.get('dtype')!r}, not float16"
+    if entry.get("kind") not in ("prefix", "mean"):
+        return f"has kind {entry.get('kind')!r}, not prefix or mean"
+    for key in ("mean", "std"):
+        if (key in entry or entry["kind"] == "mean") and not _numbers(entry.get(key), dim, positive=key == "std"):
+            return f"has no usable {key} of {dim} numbers"
+    components = entry.get("components")
+    if components is None:
+        return None
+    if not isinstance(components, dict):
+        return "has components that are not an object"
+    basis = components.get("basis")
+    fine = isinstance(basis, list) and 1 <= len(basis) <= dim and all(_numbers(row, dim) for row in basis)
+    fine = fine and _numbers(components.get("mean"), dim)
+    fine = fine and _numbers(components.get("scale"), len(basis), positive=True)
+    return None if fine else f"has components that are not mean [{dim}], basis [M][{dim}] and scale [M]"
+
+
 def is_url(path):
     """Whether a path names a remote object (http://, s3://, gs://, memory://...) and not a local file."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
@@ -263,6 +310,16 @@ def _require(fine, where, message, mend="build the data set again, or mend the f
 
 def _count(value, least=0):
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _numbers(value, count, positive=False):
+    """Whether this is a list of so many finite numbers."""
+    return (
+        isinstance(value, list)
+        and len(value) == count
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in value)
+        and (not positive or min(value, default=1) > 0)
+    )
 
 
 def _shape(value, rank):

@@ -6,6 +6,7 @@ from math import gcd, lcm
 from maskalign.data.opening import Opener
 from maskalign.data.samples import columns_of
 from maskalign.errors import UsageError
+from maskalign.teachers.names import no_class_tokens
 
 LONGEST = 65536  # draws in a cycle; weights that need a longer one are rounded to 1/65536
 
@@ -55,6 +56,30 @@ def open_data_sets(path, **settings):
             if here != there:
                 raise UsageError(f"{opener.root} and {openers[0].root} cannot be mixed: other {what}")
     return [weight for _, weight in pairs], openers, manifests
+
+
+def check_class_tokens(roots, manifests, names):
+    """Refuse a mixture whose data sets have other class tokens; of the teachers `names`, which are to be read.
+
+    Principal components may differ: those of the first data set serve all of them.
+
+    Args:
+        roots: folder or URL of each data set, for messages.
+        manifests: of the data sets.
+    """
+    for name in names:
+        first = manifests[0].teachers[name]["class_token"]
+        for root, manifest in zip(roots, manifests, strict=True):
+            entry = manifest.teachers[name].get("class_token")
+            if entry is None:
+                raise UsageError(f"{root}: {no_class_tokens(name, root)}")
+            keys = ("dim", "dtype", "kind", *(("mean", "std") if first["kind"] == "mean" else ()))
+            unlike = [key for key in keys if entry[key] != first[key]]
+            if unlike:
+                raise UsageError(
+                    f"{root} and {roots[0]} cannot be mixed: other class tokens of {name!r} ({', '.join(unlike)}); "
+                    "train without model.class_token, or build and encode them as one data set"
+                )
 
 
 def _token_kinds(manifest):

@@ -24,6 +24,11 @@ def load_npy(data):
     return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
 
 
+def all_finite(data):
+    """Whether a .npy file's bytes hold neither infinity nor NaN; ValueError as from `npy_header`."""
+    return bool(np.isfinite(load_npy(data)).all())
+
+
 def _parse(data):
     file = io.BytesIO(data)
     try:

@@ -4,10 +4,20 @@ import math
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
-from maskalign.data.manifest import member_name
+from maskalign.data.manifest import class_member, member_name
 from maskalign.errors import UsageError
 from maskalign.teachers.hub import check_hub
+
+
+class Wanted(NamedTuple):
+    """What to add of one teacher: its name, weights as for `load_teacher`, and whether rows and class tokens."""
+
+    name: str
+    weights: str | None
+    rows: bool = True
+    class_token: bool = True
 
 
 @dataclass(frozen=True)
@@ -15,13 +25,14 @@ class Recipe:
     """What to add to every sample.
 
     Attributes:
-        teachers: ((name, weights), ...), weights as for `load_teacher`.
+        teachers: a `Wanted` for each.
         latents: VAE name or folder, or None.
         dtype: "int8" or "float16" of teacher tokens; moments are float16.
         grid: (gh, gw) to resample tokens to, or None.
         normalize: "none", "spatial" or "mean".
         hflip: the mirrored images as well.
         batch_size: images at a time.
+        class_components: principal components of the class tokens to keep, 0 for none.
     """
 
     teachers: tuple
@@ -31,17 +42,21 @@ class Recipe:
     normalize: str
     hflip: bool
     batch_size: int
+    class_components: int = 64
 
     @property
     def endings(self):
         """Endings of the members to add, in the order in which they are written."""
         plain = ["moments.npy"] if self.latents else []
-        plain += [f"{member_name(name)}.npy" for name, _ in self.teachers]
+        for teacher in self.teachers:
+            plain += [f"{member_name(teacher.name)}.npy"] if teacher.rows else []
+            plain += [class_member(teacher.name)] if teacher.class_token else []
         return plain + [f"flip.{ending}" for ending in plain] if self.hflip else plain
 
     def replaces(self, ending):
-        """Whether an old member gives way: one of ours, or the mirrored twin of one of ours."""
-        return ending.removeprefix("flip.") in self.endings
+        """Whether an old member gives way: one of ours, its mirrored twin, or a class token that loses its rows."""
+        plain = ending.removeprefix("flip.")
+        return plain in self.endings or plain in [class_member(t.name) for t in self.teachers if t.rows]
 
 
 def weights_label(weights):
@@ -50,7 +65,11 @@ def weights_label(weights):
 
 
 def entry_bytes(entry):
-    """Bytes that one more feature of a sample takes in a tar: header, .npy header, data, filled up to 512."""
+    """Bytes that one more feature of a sample takes in a tar: header, .npy header, data, filled up to 512.
+
+    Args:
+        entry: a latent or teacher entry of the manifest (a teacher's rows alone), or {"shape", "dtype"}.
+    """
     shape = entry.get("shape") or [entry["tokens"], entry["dim"]]
     size = 128 + math.prod(shape) * {"int8": 1, "float16": 2}[entry["dtype"]]
     return 512 + -(-size // 512) * 512

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from maskalign.data.decode import BadSample, decode_image, decode_label
-from maskalign.data.manifest import member_name
+from maskalign.data.manifest import class_field, class_member, member_name
 from maskalign.data.members import KEY, KIND
 from maskalign.data.order import FLIP, Cursor, drawn_by, hash_key
 from maskalign.data.shard_file import BadShard, ShardFile
@@ -24,16 +24,20 @@ LARGE_SAMPLE = 2**17  # bytes from which single samples are read as fast as a wh
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor of a batch: its name there, the ending of its member, and shape and dtype of one sample."""
+    """One tensor of a batch: its name there, the ending of its member, and shape and dtype of one sample.
+
+    With `finite` a sample with an infinity or a NaN in it is a bad one.
+    """
 
     name: str
     ending: str
     shape: tuple
     dtype: str
+    finite: bool = False
 
 
 def columns_of(manifest, fields=None):
-    """The columns that a data set can give (only those named in `fields`, where that is not None)."""
+    """The columns that a data set can give: those named in `fields`, or all but class tokens where that is None."""
     columns = []
     if manifest.image_format:
         side = manifest.resolution
@@ -44,6 +48,10 @@ def columns_of(manifest, fields=None):
     for name, entry in manifest.teachers.items():
         shape = (entry["tokens"], entry["dim"])
         columns.append(Column(name, f"{member_name(name)}.npy".lower(), shape, entry["dtype"]))
+        class_token = entry.get("class_token")
+        if fields is not None and class_token is not None:
+            ending, shape = class_member(name).lower(), (class_token["dim"],)
+            columns.append(Column(class_field(name), ending, shape, class_token["dtype"], finite=True))
     return [column for column in columns if fields is None or column.name in fields]
 
 
@@ -286,7 +294,10 @@ class SampleReader:
                 pixels = decode_image(shard.read(sample, ending), source.manifest.resolution)
                 out[:] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
             else:
-                shard.read_array(sample, f"flip.{ending}" if flip else ending, out, proven)
+                ending = f"flip.{ending}" if flip else ending
+                shard.read_array(sample, ending, out, proven)
+                if column.finite and not np.isfinite(out).all():
+                    raise BadSample(f".{ending} holds numbers that are not finite")
         shard.proven[sample] |= variant
         return key.decode("utf-8", "replace")
 

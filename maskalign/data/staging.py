@@ -28,11 +28,13 @@ class Staging:
         manifest: of the old data set.
         target: folder of the new one: the same, or another.
         recipe: what is added to the samples.
+        renew: teachers whose stored class tokens get principal components anew.
         work: folder for the new shards, named after `fingerprint`, which stands for the recipe and the old shards.
     """
 
     def __init__(self, manifest, target, recipe, fingerprint):
         self.manifest, self.target, self.recipe, self.fingerprint = manifest, target, recipe, fingerprint
+        self.renew = []
         self.work = os.path.join(target, PREFIX + fingerprint)
 
     def path(self, shard):
@@ -76,11 +78,17 @@ class Staging:
                 print(f"{self.work}: this file system has no locks ({error.strerror}); do not encode twice at once")
             yield
 
-    def commit(self, latent, teachers, wait_seconds):
-        """Wait for all shards, then put them and the new manifest in place of the old ones; returns it."""
+    def wait(self, wait_seconds):
+        """Wait until all shards are whole, those of other ranks too; returns the new manifest but for the features."""
+        shards = []
+        for shard in self.manifest.shards:
+            what = f"{shard.name} of another rank"
+            shards.append(wait_for(lambda shard=shard: self.record(shard), wait_seconds, what))
+        return replace(self.manifest, shards=shards)
+
+    def commit(self, latent, teachers):
+        """Put the new shards, which are all there, and the new manifest in place of the old ones; returns it."""
         old = self.manifest
-        for shard in old.shards:
-            wait_for(lambda shard=shard: self.record(shard), wait_seconds, f"{shard.name} of another rank")
         if Manifest.load(old.root).to_json() != old.to_json():
             raise RunError(f"{old.root} was changed while it was encoded; run the same command again")
         manifest = replace(

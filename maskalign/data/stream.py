@@ -13,12 +13,14 @@ import torch
 
 from maskalign.data.bad_samples import BadSamples
 from maskalign.data.buffers import Layout, Pool
-from maskalign.data.mixture import Mixture, open_data_sets
+from maskalign.data.manifest import class_field
+from maskalign.data.mixture import Mixture, check_class_tokens, open_data_sets
 from maskalign.data.order import Order, default_group, default_streams, drawn_by
 from maskalign.data.position import MOST_BAD_IN_STATE, STATE_VERSION, parse_state
 from maskalign.data.samples import SampleReader, Share, Source, columns_of
 from maskalign.data.workers import InProcess, WorkerPool
 from maskalign.errors import UsageError
+from maskalign.teachers.names import no_class_tokens
 
 
 class ShardStream:
@@ -29,6 +31,7 @@ class ShardStream:
     - "key": list of b strings; "label": (b,) int64; "epoch": (b,) int64, the pass over the data set.
     - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), a (b, tokens, dim) per teacher under its name,
       each where the data set has it, in the dtype of the manifest.
+    - "TEACHER.class": its class token (b, dim) float16, only where `fields` names it.
     - "slot": place of the first sample in the step's global batch; the others follow it.
     - "bad": bad samples met for the first time since the batch before.
 
@@ -49,7 +52,8 @@ class ShardStream:
         streams: logical streams that the data are dealt to, a divisor of `batch_size`; by default derived
             from it. Best a multiple of ranks x workers, so that each owns whole ones.
         group: shards that a stream permutes together; by default so many that 32 or more mix at any time.
-        fields: names of the tensors wanted ("image", "moments", teachers), None for all.
+        fields: names of the tensors wanted ("image", "moments", teachers, "TEACHER.class"), None for all but class
+            tokens.
         max_bad_fraction: share of bad samples in the whole data set (as far as this rank and the loaded state
             know them) above which a RunError stops the run.
         hflip: where the data set stores mirrored variants, draw one of the two by (seed, epoch, key).
@@ -125,7 +129,12 @@ class ShardStream:
         self.columns = columns_of(self.manifest, fields)
         if fields is not None and (missing := set(fields) - {column.name for column in self.columns}):
             there = ", ".join(sorted(column.name for column in columns_of(self.manifest)))
-            raise UsageError(f"{self.openers[0].root}: there is no {sorted(missing)[0]!r}; it has {there}")
+            name, root = sorted(missing)[0], self.openers[0].root
+            if name in map(class_field, self.manifest.teachers):
+                raise UsageError(f"{root}: {no_class_tokens(name.removesuffix('.class'), root)}")
+            raise UsageError(f"{root}: there is no {name!r}; it has {there}")
+        class_tokens = [name for name in self.manifest.teachers if fields is not None and class_field(name) in fields]
+        check_class_tokens([opener.root for opener in self.openers], self.manifests, class_tokens)
         self.num_samples = sum(manifest.num_samples for manifest in self.manifests)
 
         self.wait_seconds = 0.0

@@ -16,7 +16,7 @@ from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, lo
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
 from maskalign.evaluation.measures import bias_note, distances
 from maskalign.evaluation.pictures import PictureDataSet
-from maskalign.evaluation.reference import data_fingerprint, load_reference
+from maskalign.evaluation.reference import data_fingerprint, load_references
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, open_pictures
@@ -179,38 +179,58 @@ def _add_distances(report, pictures, real, networks, settings, progress):
     """Compare pictures with real ones in the features of all networks."""
     count, references = pictures.count, {}
     for network in networks:
+        kinds = _kinds(network, settings)
         with _bar(real.count, f"reference, {network.name}", progress) as bar:
-            found = load_reference(real, network, batch_size=settings.batch_size, on_images=bar.update)
-        references[network.name], labels = found.features, found.labels
+            found = load_references(
+                real, kinds, lambda batch, network=network: _kinds_of(network, batch, settings)[0],
+                batch_size=settings.batch_size, on_images=bar.update,
+            )  # fmt: skip
+        references |= {kind.name: reference.features for kind, reference in zip(kinds, found, strict=True)}
+        labels = found[0].labels
         settings.check_counts(count, len(labels), network.name, network.dim)
     with _bar(count, "samples", progress) as bar:
         on_images = bar.update
         if isinstance(pictures, DrawnPictures):  # drawing is what takes the time
             pictures.labels, pictures.on_images, on_images = labels_like(labels, count), bar.update, None
             report["settings"] |= asdict(pictures.settings)
-        features, logits = _features(pictures, networks, settings.batch_size, on_images)
+        features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
-        reference = references[network.name]
-        report["metrics"] |= distances(features[network.name], reference, network.name, settings.metrics)
-        note = bias_note(count, len(reference), network.name, network.dim)
-        report["notes"] += [note] if note and "frechet" in settings.metrics else []
+        for kind in _kinds(network, settings):
+            # The spatial features are made for sFID, a Frechet distance, and for nothing else.
+            metrics = settings.metrics if kind is network else ("frechet",)
+            reference = references[kind.name]
+            report["metrics"] |= distances(features[kind.name], reference, kind.name, metrics)
+            note = bias_note(count, len(reference), kind.name, kind.dim)
+            report["notes"] += [note] if note and "frechet" in metrics else []
     if logits is not None:
         mean, deviation = inception_score(logits, min(10, count))
         report["metrics"] |= {"inception_score": mean, "inception_score_std": deviation}
     report |= {"samples": count, "reference": len(labels)}
 
 
-def _features(pictures, networks, batch_size, on_images):
-    """dict from network to (n, D) float32 features, and Inception's logits (None without it)."""
-    parts, logits = {network.name: [] for network in networks}, []
-    for batch in pictures.batches(batch_size):
+def _kinds(network, settings):
+    """The kinds of features that a network gives: its own, and Inception's spatial ones where sFID is measured."""
+    spatial = isinstance(network, InceptionFeatures) and "frechet" in settings.metrics
+    return [network, network.spatial] if spatial else [network]
+
+
+def _kinds_of(network, batch, settings):
+    """(features of a batch for each of `_kinds`, Inception's logits or None)."""
+    if not isinstance(network, InceptionFeatures):
+        return [network(batch)], None
+    out = network.outputs(batch)
+    return [out.pooled, out.spatial][: len(_kinds(network, settings))], out.logits
+
+
+def _features(pictures, networks, settings, on_images):
+    """dict from the name of a kind to (n, D) float32 features, and Inception's logits (None without it)."""
+    parts, logits = {}, []
+    for batch in pictures.batches(settings.batch_size):
         for network in networks:
-            if isinstance(network, InceptionFeatures):
-                found, scores = network.both(batch)
-                logits.append(scores)
-            else:
-                found = network(batch)
-            parts[network.name].append(found.numpy())
+            found, scores = _kinds_of(network, batch, settings)
+            logits += [] if scores is None else [scores]
+            for kind, features in zip(_kinds(network, settings), found, strict=True):
+                parts.setdefault(kind.name, []).append(features.numpy())
         if on_images:
             on_images(len(batch))
     stacked = {name: np.concatenate(found) for name, found in parts.items()}

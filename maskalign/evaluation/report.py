@@ -68,9 +68,9 @@ def rows(metrics):
         name, _, features = key.removesuffix("]").partition("[")
         if name not in TITLES:
             continue
-        # The field's own names for these two.
+        # The field's own names for these three.
         title = "FDD, " if name == "frechet" and features.startswith("dinov2") else ""
-        title = "FID, " if name == "frechet" and features == "inception" else title
+        title = {"inception": "FID, ", "inception-spatial": "sFID, "}.get(features, title) if name == "frechet" else ""
         title += TITLES[name] + (f" ({features})" if features else "")
         deviation = metrics.get(key.replace(name, f"{name}_std", 1))
         scale = 1000 if name == "kernel" else 1

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Optional
 
 from maskalign.errors import UsageError
 
@@ -14,7 +15,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class Sampling:
     """Settings of a sampler.
 
-    REPA's published evaluation is `Sampling("sde", 250, 1.8, (0.0, 0.7))` on 50,000 images.
+    On 50,000 images, REPA's published evaluation is `Sampling("sde", 250, 1.8, (0.0, 0.7))` and REG's is
+    `Sampling("sde", 250, 2.3, (0.0, 0.85))`.
 
     Attributes:
         sampler: `ode` (Euler), `heun`, or `sde` (Euler-Maruyama).
@@ -25,6 +27,8 @@ class Sampling:
         seed: seed of the set; an image's noise depends on this and its index alone.
         batch_size: images drawn at once.
         precision: `fp32`, `bf16`, or `auto` (bf16 where the processor has it); the sampler's state stays float64.
+        cls_cfg_scale: guidance of the class token in the same interval, for a model that denoises one: None guides it
+            as the image, 0 (or 1) not at all.
     """
 
     sampler: str = "ode"
@@ -35,12 +39,16 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     precision: str = "fp32"
+    cls_cfg_scale: Optional[float] = None
 
     def __post_init__(self):
         _require(self.sampler in SAMPLERS, "--sampler", self.sampler, f"is not one of {', '.join(SAMPLERS)}")
         _require(self.steps >= 1, "--steps", self.steps, "must be at least 1")
-        finite = self.cfg_scale == self.cfg_scale and 0 <= self.cfg_scale < float("inf")
-        _require(finite, "--cfg-scale", self.cfg_scale, "must be a number of at least 0 (1 is no guidance)")
+        rule = "must be a number of at least 0 (1 is no guidance)"
+        _require(0 <= self.cfg_scale < float("inf"), "--cfg-scale", self.cfg_scale, rule)
+        if self.cls_cfg_scale is not None:
+            rule = "must be a number of at least 0 (0 is no guidance of the class token)"
+            _require(0 <= self.cls_cfg_scale < float("inf"), "--cls-cfg-scale", self.cls_cfg_scale, rule)
         low, high = self.cfg_interval
         ordered = 0 <= low <= high <= 1
         _require(ordered, "--cfg-interval", f"{low},{high}", "must satisfy 0 <= low <= high <= 1")
@@ -49,13 +57,30 @@ class Sampling:
         _require(self.precision in PRECISIONS, "--precision", self.precision, f"is not one of {', '.join(PRECISIONS)}")
 
     def describe(self):
-        """A few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`."""
+        """A few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`.
+
+        Guidance of the class token is named where it differs from the image's: `guidance 1.8 (class token 0)`.
+        """
         words = f"{self.sampler}, {self.steps} steps"
-        if self.cfg_scale != 1:
+        class_scale = class_token_scale(self.cfg_scale, self.cls_cfg_scale)
+        if self.cfg_scale != 1 or class_scale != 1:
             words += f", guidance {self.cfg_scale:g}"
+            if class_scale != self.cfg_scale:
+                words += f" (class token {self.cls_cfg_scale:g})"
             if tuple(self.cfg_interval) != (0.0, 1.0):
                 words += " on [{:g}, {:g}]".format(*self.cfg_interval)
         return words
+
+
+def class_token_scale(scale, class_scale):
+    """The factor by which a class token is guided, where the image is guided by `scale`; 1 is no guidance.
+
+    Args:
+        class_scale: None for the image's; 0 for the conditional velocity alone, as REG's sampler takes it; else itself.
+    """
+    if class_scale is None:
+        return scale
+    return class_scale or 1.0
 
 
 def parse_interval(text):

@@ -2,6 +2,7 @@
 
 teacher = load_teacher("efficientnet-lite0")    # or dinov2-b, timm:MODEL; several: load_teachers("a,b")
 z = teacher(images)                             # (B, 3, H, W) uint8 -> (B, tokens, dim) float32
+z, r = teacher.tokens_and_class(images)         # and the class token (B, class_dim) float32
 """
 
 from maskalign._lazy import lazy_exports
@@ -17,5 +18,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "resample_tokens": "tokens",
         "normalise_tokens": "tokens",
         "quantise_rows": "tokens",
+        "standardize_class_token": "tokens",
     },
 )

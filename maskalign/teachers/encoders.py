@@ -1,7 +1,9 @@
 """The networks behind the teachers, each with its own preprocessing.
 
 Every encoder is a module with `dim`, `grid` (gh, gw) and `forward(images)`: (B, 3, H, W) uint8 to
-(B, gh * gw, dim), tokens in row-major order, in the dtype of its weights.
+(B, gh * gw, dim), tokens in row-major order, in the dtype of its weights. `tokens_and_class(images)` gives the same
+tokens and, from the same pass, the class token (B, class_dim) in float32. `class_kind` says what that is: "prefix", the
+network's own class token after its last norm, or "mean", the average of the tokens where a network has none.
 """
 
 import math
@@ -22,6 +24,8 @@ MODES = ("bilinear", "bicubic", "nearest")
 
 class Encoder(nn.Module):
     """A network and the mean and standard deviation of its input (for images in [0, 1])."""
+
+    class_kind = "mean"
 
     def __init__(self, network, mean, std):
         super().__init__()
@@ -44,13 +48,26 @@ class Encoder(nn.Module):
     def dtype(self):
         return next(self.network.parameters()).dtype
 
+    @property
+    def class_dim(self):
+        """Numbers of the class token."""
+        return self.dim
+
+    def tokens_and_class(self, images):
+        """Tokens as `forward` gives them, and the class token (B, class_dim) float32, in one pass."""
+        tokens = self(images)
+        return tokens, tokens.float().mean(dim=1)
+
 
 class Dinov2(Encoder):
     """DINOv2 ViT/14 without registers, as REPA feeds it (arXiv 2410.06940, its train.py).
 
     images / 255, ImageNet normalisation, and only then bicubic to 224 (448 for 512 px) **without** antialias;
-    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalised patch tokens.
+    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalised patch tokens. Class
+    token: the normalised prefix token, as REG takes it (arXiv 2507.01467).
     """
+
+    class_kind = "prefix"
 
     def __init__(self, teacher, weights, image_size):
         side = 16 * max(1, image_size // 256)
@@ -71,7 +88,11 @@ class Dinov2(Encoder):
         return F.interpolate(self.normalised(images), size=14 * self.grid[0], mode="bicubic")
 
     def forward(self, images):
-        return self.network.forward_features(self.preprocess(images).to(self.dtype))[:, 1:]
+        return self.tokens_and_class(images)[0]
+
+    def tokens_and_class(self, images):
+        z = self.network.forward_features(self.preprocess(images).to(self.dtype))
+        return z[:, 1:], z[:, 0].float()
 
 
 class EfficientNetLite0(Encoder):
@@ -179,7 +200,8 @@ class TimmEncoder(Encoder):
     """Any timm model with a grid of features: patch tokens of a ViT, the last feature map of a CNN.
 
     timm's own data config gives size, interpolation, mean and std. The whole picture is resized (no centre
-    crop), so that the tokens cover what the student sees.
+    crop), so that the tokens cover what the student sees. The class token is a ViT's first prefix token as
+    `forward_features` gives it, after the last norm; the average of the tokens where the model has no such token.
     """
 
     def __init__(self, model, weights, teacher):
@@ -191,9 +213,12 @@ class TimmEncoder(Encoder):
         self.input_size = tuple(config["input_size"][-2:])
         self.interpolation = config["interpolation"] if config["interpolation"] in MODES else "bicubic"
         self.prefix = getattr(network, "num_prefix_tokens", 0)
+        # Registers are prefix tokens too, and a ViT may have those alone.
+        if self.prefix and getattr(network, "cls_token", None) is not None:
+            self.class_kind = "prefix"
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
         with torch.inference_mode():
-            tokens, self.grid = self._features(torch.zeros(1, 3, *self.input_size), teacher)
+            tokens, self.grid, _ = self._features(torch.zeros(1, 3, *self.input_size), teacher)
         self.dim = tokens.shape[-1]
 
     def preprocess(self, images):
@@ -202,17 +227,22 @@ class TimmEncoder(Encoder):
     def forward(self, images):
         return self._features(self.preprocess(images).to(self.dtype))[0]
 
+    def tokens_and_class(self, images):
+        tokens, _, first = self._features(self.preprocess(images).to(self.dtype))
+        return tokens, tokens.float().mean(dim=1) if self.class_kind == "mean" else first.float()
+
     def _features(self, x, teacher=""):
+        """(tokens, grid, first prefix token or None) of preprocessed images."""
         out = self.network.forward_features(x)
         if isinstance(out, torch.Tensor) and out.ndim == 4:
             maps = out if self.channels_last else out.permute(0, 2, 3, 1)
-            return maps.flatten(1, 2), tuple(maps.shape[1:3])
+            return maps.flatten(1, 2), tuple(maps.shape[1:3]), None
         if isinstance(out, torch.Tensor) and out.ndim == 3:
             tokens = out[:, self.prefix :]
             grid = getattr(getattr(self.network, "patch_embed", None), "grid_size", None)
             side = math.isqrt(tokens.shape[1])
             grid = tuple(grid) if grid and math.prod(grid) == tokens.shape[1] else (side, side)
             if math.prod(grid) == tokens.shape[1]:
-                return tokens, grid
+                return tokens, grid, out[:, 0] if self.prefix else None
         shape = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise UsageError(f"teacher {teacher}: its features {shape} are no grid of tokens; take another model")

@@ -18,6 +18,21 @@ def check_teacher_name(name):
     raise UsageError(f"no teacher is called {name!r}; {hint}names are {', '.join(PLAIN_NAMES)} and timm:MODEL")
 
 
+def class_kind_of(name):
+    """ "prefix" or "mean" as `Encoder.class_kind`; None for timm models, which have to be built to tell."""
+    if name.startswith("timm:"):
+        return None
+    return "prefix" if name.startswith("dinov2-") else "mean"
+
+
+def no_class_tokens(teacher, path):
+    """The line about a data set whose rows were encoded without class tokens, and how to add them."""
+    return (
+        f"it has rows of {teacher!r}, but no class tokens; add them, the rows stay as they are: "
+        f"maskalign data encode --data {path} --teacher {teacher} --class-token only"
+    )
+
+
 def check_normalisation(mode):
     """Return `mode` if it is a normalisation of teacher tokens, else raise a UsageError."""
     if mode not in NORMALISATIONS:

@@ -1,4 +1,4 @@
-"""Token grids: resampled to the student's, normalised, rounded to int8."""
+"""Token grids: resampled to the student's, normalised, rounded to int8; class tokens standardized."""
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,21 @@ def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
     raise UsageError(f"normalize is {mode!r}, not one of none, spatial, mean")
 
 
-def quantise_rows(z):
+def standardize_class_token(values, mean, std):
+    """Standardize class tokens per channel with a data set's statistics.
+
+    Args:
+        values: (B, D) floating.
+        mean, std: (D,) each, a tensor or a list of numbers; std has no zeros.
+
+    Returns:
+        (B, D) float32.
+    """
+    mean, std = (torch.as_tensor(v, dtype=torch.float32, device=values.device) for v in (mean, std))
+    return (values.float() - mean) / std
+
+
+def quantise_rows(z, check=True):
     """Round every token to int8 by its own largest magnitude: that one becomes +-127.
 
     The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.
@@ -72,12 +86,13 @@ def quantise_rows(z):
 
     Args:
         z: (..., D) floating, finite.
+        check: refuse entries that are not finite; on a GPU this waits for all work before it.
 
     Returns:
         (..., D) int8 in [-127, 127].
     """
     largest = z.abs().amax(dim=-1, keepdim=True)
-    if not torch.isfinite(largest).all():
+    if check and not torch.isfinite(largest).all():
         raise ValueError("z has entries that are not finite, they cannot be rounded to int8")
     # Divide first: 127 / largest would overflow for rows of subnormal numbers.
     return torch.round(z / torch.where(largest > 0, largest, 1) * 127).to(torch.int8)

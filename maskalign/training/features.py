@@ -1,10 +1,22 @@
 """The teachers' features of a batch: read from the shards, or computed by frozen encoders, compiled and sharded."""
 
+from typing import NamedTuple
+
 import torch
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from maskalign.teachers import load_teacher, load_teacher_like, resample_tokens
+from maskalign.data.manifest import class_field
+from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows, resample_tokens
 from maskalign.training.compiling import compile_units
+
+
+class Source(NamedTuple):
+    """Where the features of one teacher come from: its network, or the shards where that is None."""
+
+    name: str
+    teacher: object
+    grid: tuple
+    dim: int
 
 
 class Features:
@@ -15,47 +27,110 @@ class Features:
         teachers: list of (name, cached).
         grid: (rows, columns) of the student's tokens.
         placement: `parallel.Placement`.
+        class_token: None, or (name, cached) of the teacher whose class token the model denoises: the first of
+            `teachers` where there are some.
+
+    Attributes:
+        sources: a `Source` per teacher; with a class token and no alignment the one that gives it.
+        class_dim: numbers of the class token that the model sees, None where it sees none.
+
+    Raises:
+        UsageError: a class token that cannot be computed without statistics of the data set.
     """
 
-    def __init__(self, config, manifest, teachers, grid, placement):
+    def __init__(self, config, manifest, teachers, grid, placement, class_token=None):
         self.grid = grid
         self.device = device = placement.device
+        self.aligned = bool(teachers)
+        self.with_class = class_token is not None
         self.sources = []
         weights = config.teacher.weights
-        for name, cached in teachers:
+        for name, cached in teachers or ([class_token] if self.with_class else []):
+            entry = manifest.teachers.get(name)
             if cached:
-                self.sources.append(
-                    (name, None, tuple(manifest.teachers[name]["grid"]), manifest.teachers[name]["dim"])
-                )
+                self.sources.append(Source(name, None, tuple(entry["grid"]), entry["dim"]))
                 continue
             own = dict(weights=weights, image_size=manifest.resolution, device=device)
-            if name in manifest.teachers:
-                teacher = load_teacher_like(name, manifest.teachers[name], **own)
+            if entry is not None:
+                teacher = load_teacher_like(name, entry, **own)
             else:
                 teacher = load_teacher(name, normalize=config.teacher.normalize, **own)
+            if self.with_class:
+                teacher.check_class_statistics()
             prepare_teacher(teacher.encoder.network, config, placement)
-            self.sources.append((name, teacher, teacher.grid, teacher.dim))
+            self.sources.append(Source(name, teacher, teacher.grid, teacher.dim))
+        self._projection = None
+        self.class_dim = self._class_dim(config, manifest) if self.with_class else None
+
+    def _class_dim(self, config, manifest):
+        """Numbers of the class token that the model sees; makes the projection to principal components."""
+        source, count = self.sources[0], config.model.class_token_dim
+        class_token = manifest.teachers.get(source.name, {}).get("class_token", {})
+        if count is None:
+            return class_token["dim"] if source.teacher is None else source.teacher.class_dim
+        mean, basis, scale = (
+            torch.tensor(class_token["components"][key], dtype=torch.float64) for key in ("mean", "basis", "scale")
+        )
+        matrix = (basis[:count] / scale[:count, None]).T
+        self._projection = tuple(t.float().to(self.device) for t in (mean, matrix))
+        return count
 
     @property
     def dims(self):
-        return [dim for _, _, _, dim in self.sources]
+        """Width of each aligned teacher's rows."""
+        return [source.dim for source in self.sources] if self.aligned else []
 
     @property
-    def class_dim(self):
-        return None
+    def fields(self):
+        """What the stream has to read for the features, images left out."""
+        cached = [source.name for source in self.sources if source.teacher is None]
+        fields = cached if self.aligned else []
+        return fields + [class_field(name) for name in cached if self.with_class]
+
+    @property
+    def needs_images(self):
+        """Whether some features are computed from the images of a batch."""
+        return any(source.teacher is not None for source in self.sources)
 
     @torch.no_grad()
     def __call__(self, batch):
-        """(teachers, class token): one (b, N, Dz) per teacher, floating or int8; and None."""
-        out = []
-        for name, teacher, grid, _ in self.sources:
-            if teacher is None:
-                z = batch[name].to(self.device, non_blocking=True)
-            else:
-                z = teacher(batch["image"].to(self.device, non_blocking=True))
+        """Features of a batch of the stream.
+
+        Returns:
+            (teachers, class_token): one (b, N, Dz) per aligned teacher, floating or int8, and with a class token one
+            (b, 1 + N, Dz), the class token first; the class token that the model denoises, (b, class_dim) float32 on
+            the device, or None.
+        """
+        teachers, first = [], None
+        for source in self.sources:
+            z, values = self._of(source, batch)
+            first = values if first is None else first
+            if not self.aligned:
+                continue
             # int8 rows have no common length, which a weighted mean of neighbours needs: resample before storing.
-            out.append(z if grid == self.grid else resample_tokens(z.float(), grid, self.grid))
-        return out, None
+            z = z if source.grid == self.grid else resample_tokens(z.float(), source.grid, self.grid)
+            if values is not None:
+                # A cosine ignores the length of a row. Cached class tokens are known to be finite.
+                row = quantise_rows(values, check=False) if z.dtype == torch.int8 else values.to(z.dtype)
+                z = torch.cat([row.unsqueeze(1), z], dim=1)
+            teachers.append(z)
+        if self._projection is not None:
+            mean, matrix = self._projection
+            first = (first - mean) @ matrix
+        return teachers, first
+
+    def _of(self, source, batch):
+        """(rows or None, class token (b, Dz) float32 or None) of one teacher, as they are stored or computed."""
+        if source.teacher is None:
+            fields = [source.name if self.aligned else None, class_field(source.name) if self.with_class else None]
+            z, values = (None if field is None else batch[field].to(self.device, non_blocking=True) for field in fields)
+            return z, values if values is None else values.float()
+        images = batch["image"].to(self.device, non_blocking=True)
+        if not self.with_class:
+            return source.teacher(images), None
+        if not self.aligned:
+            return None, source.teacher.class_token(images)
+        return source.teacher.tokens_and_class(images)
 
 
 def prepare_teacher(network, config, placement):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.manifest import Manifest
-from maskalign.data.mixture import open_data_sets
+from maskalign.data.mixture import check_class_tokens, open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
 from maskalign.teachers.hub import check_weights
@@ -24,11 +24,15 @@ def check_data(config):
     validate_with_ranks(config, world_size, local and int(local))
     if config.model.attention == "flash_attn":
         check_flash(config.training.device, config.training.precision)
-    _, _, manifests = open_data_sets(
+    _, openers, manifests = open_data_sets(
         config.data.path, cache_dir=config.data.cache_dir, allow_pipe=config.data.allow_pipe
     )
     manifest = manifests[0]
     facts = validate_with_data(config, manifest, sum(other.num_samples for other in manifests))
+    sources = dict(facts["teachers"] + ([facts["class_token"]] if facts["class_token"] else []))
+    if facts["class_token"]:
+        roots = [opener.root for opener in openers]
+        check_class_tokens(roots, manifests, [name for name, cached in sources.items() if cached])
     run_dir, resume = Path(config.run_dir), config.training.resume
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"run_dir: {run_dir} is a file; choose a folder")
@@ -38,7 +42,7 @@ def check_data(config):
         )
     if resume not in ("auto", "never"):
         _check_resume(Path(resume))
-    for name, cached in facts["teachers"]:
+    for name, cached in sources.items():
         if not cached:
             check_weights(name, config.teacher.weights)
     if config.evaluate.every:

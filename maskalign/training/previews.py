@@ -30,6 +30,7 @@ class Previews:
             sampler=preview.sampler,
             steps=preview.steps,
             cfg_scale=preview.cfg_scale,
+            cls_cfg_scale=preview.cls_cfg_scale,
             path=config.objective.path,
             precision=precision,
         )

@@ -84,7 +84,9 @@ class Trainer:
         state = read_state(resume) if resume else None
 
         grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
-        self.features = Features(config, manifest, facts["teachers"], grid, self.placement)
+        self.features = Features(
+            config, manifest, facts["teachers"], grid, self.placement, class_token=facts["class_token"]
+        )
         self.facts = {
             "input_size": facts["input_size"],
             "in_channels": facts["in_channels"],
@@ -140,11 +142,10 @@ class Trainer:
 
     def _fields(self):
         """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
-        online = any(teacher is not None for _, teacher, _, _ in self.features.sources)
-        fields = [name for name, teacher, _, _ in self.features.sources if teacher is None]
+        fields = self.features.fields
         if self.manifest.latent is not None:
             fields.append("moments")
-        if self.manifest.latent is None or online:
+        if self.manifest.latent is None or self.features.needs_images:
             fields.append("image")
         return fields
 

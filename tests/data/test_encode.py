@@ -95,7 +95,7 @@ def test_features_are_added_and_nothing_else_changes(data, vit):
     after = read_all(data)
     assert list(after) == list(before)
     for key, members in after.items():
-        assert list(members) == ["cls", "png", "timm-test_vit.npy"]
+        assert list(members) == ["cls", "png", "timm-test_vit.npy", "timm-test_vit.class.npy"]
         assert all(members[ending] == old for ending, old in before[key].items())
         q = array(members, "timm-test_vit.npy")
         want = quantise_rows(vit(picture(members)))[0].numpy()
@@ -179,7 +179,8 @@ def test_mirrored_features_are_those_of_the_mirrored_image(data, vit):
     manifest = quiet(data, hflip=True, dtype="float16")
     assert manifest.hflip
     for members in read_all(data).values():
-        assert list(members)[-2:] == ["timm-test_vit.npy", "flip.timm-test_vit.npy"]
+        plain = ["timm-test_vit.npy", "timm-test_vit.class.npy"]
+        assert list(members)[-4:] == plain + [f"flip.{ending}" for ending in plain]
         want = vit(picture(members).flip(-1))[0].half().numpy()
         assert np.allclose(array(members, "flip.timm-test_vit.npy"), want, rtol=2e-3, atol=2e-3)
         assert not np.allclose(array(members, "timm-test_vit.npy"), want, rtol=0.05)
@@ -292,7 +293,7 @@ def test_under_torchrun(data, tmp_path):
 
 def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
     from maskalign.data.encode import estimate_bytes
-    from maskalign.data.recipe import Recipe
+    from maskalign.data.recipe import Recipe, Wanted
 
     old = Manifest.load(data)
     new = quiet(data, hflip=True, dry_run=True, quiet=False)
@@ -301,7 +302,7 @@ def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
         ["manifest.json"] + [s.name for s in old.shards]
     )
     new = quiet(data, hflip=True)
-    recipe = Recipe(((VIT, "random"),), None, "int8", None, "none", True, 8)
+    recipe = Recipe((Wanted(VIT, "random"),), None, "int8", None, "none", True, 8)
     estimate = estimate_bytes(old, recipe, None, new.teachers)
     assert f"{estimate // 12:,} bytes an image" in said
     assert abs(new.bytes - old.bytes - estimate) < 10240 * len(old.shards)  # tar fills up to its block
@@ -587,6 +588,8 @@ def test_the_command_hands_every_option_on(monkeypatch):
     given = {"data": "d", "teacher": "a,b", "hflip": True, "dtype": "float16", "normalize": "mean", "grid": 8}
     assert seen == given | {"batch_size": 4, "dry_run": True} | {
         "latents": None,
+        "class_token": "both",
+        "class_components": 64,
         "out": None,
         "weights": None,
         "workers": None,

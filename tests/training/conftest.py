@@ -14,9 +14,11 @@ from maskalign.data.manifest import Manifest, Shard
 TEACHER = "efficientnet-lite0"
 
 
-def write_data_set(folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=6, latent=False, seed=0):
-    """Random images of three classes with int8 features (and latents); returns the sorted keys."""
-    rng = np.random.default_rng(seed)
+def write_data_set(
+    folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=6, latent=False, class_token=False, seed=0
+):
+    """Random images of three classes with int8 features (latents, class tokens); returns the sorted keys."""
+    rng, class_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     folder.mkdir(parents=True)
     shards, keys = [], []
     for first in range(0, samples, shard_size):
@@ -32,6 +34,10 @@ def write_data_set(folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=
                 np.save(features, rng.integers(-127, 128, (grid[0] * grid[1], dim), dtype=np.int8))
                 members = {"cls": str(number % 3).encode(), "png": image.getvalue()}
                 members[f"{TEACHER}.npy"] = features.getvalue()
+                if class_token:
+                    token = io.BytesIO()
+                    np.save(token, class_rng.normal(size=dim).astype(np.float16))
+                    members[f"{TEACHER}.class.npy"] = token.getvalue()
                 if latent:
                     moments = io.BytesIO()
                     np.save(moments, np.abs(rng.normal(size=(8, size // 2, size // 2))).astype(np.float16))
@@ -43,6 +49,11 @@ def write_data_set(folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=
         data = path.read_bytes()
         shards.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
     teacher = dict(tokens=grid[0] * grid[1], dim=dim, grid=list(grid), dtype="int8", normalize="none")
+    if class_token:
+        basis = np.eye(dim)[:4].tolist()
+        components = dict(mean=[0.5] * dim, basis=basis, scale=[2.0] * 4)
+        statistics = dict(mean=[0.0] * dim, std=[1.0] * dim)
+        teacher["class_token"] = dict(dim=dim, dtype="float16", kind="mean", **statistics, components=components)
     moments = dict(scale=0.18215, bias=0.0, shape=[8, size // 2, size // 2], dtype="float16", name="none")
     Manifest(
         num_samples=samples,

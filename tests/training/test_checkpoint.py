@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -12,10 +13,11 @@ import time
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, find, newest_sound
+from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, digest_of, find, newest_sound
 from maskalign.checkpoints.loading import load, load_model, load_tensors
 from maskalign.errors import RunError, UsageError
 from maskalign.training import saving
@@ -275,6 +277,68 @@ def test_killed_in_the_middle_of_a_save(command, run, tmp_path, capsys):
     assert "the save of step_00000004 was cut off; going on from step_00000002" in err
     assert names(tmp_path / "run") == ["step_00000002", "step_00000005"]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def age(checkpoint):
+    """Make a checkpoint what it was before mixing layers could be counted and a class token could be denoised."""
+    for path in checkpoint.glob("*.safetensors"):
+        data = path.read_bytes()
+        (size,) = struct.unpack("<Q", data[:8])
+        header = data[8 : 8 + size].rstrip(b" ").replace(b"mixer.layers.0.", b"mixer.block.")
+        header += b" " * (-len(header) % 8)
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    for name in ("class_token", "class_token_dim", "mixer_layers"):
+        del config["model"][name]
+    del config["method"]["class_weight"]
+    (checkpoint / "config.yaml").write_text(yaml.safe_dump(config))
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["facts"].pop("class_dim")
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    files = {name: digest_of(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
+    (checkpoint / MARKER).write_text(json.dumps(files))
+
+
+def test_runs_of_one_unnamed_mixing_layer_are_loaded_and_continued(run, tmp_path):
+    own = dict(model__mixer="attention", model__mixer_layers=1, training__checkpoint_every=3)
+    run("whole", **own, training__max_steps=6)
+    run(**own, training__max_steps=3)
+    (checkpoint,) = complete_checkpoints(tmp_path / "run")
+    before = load_model(checkpoint)
+    age(checkpoint)
+    with safe_open(next(checkpoint.glob("*.safetensors")), "pt") as file:
+        assert "exp_avg/mixer.block.attn.qkv.weight" in file.keys()
+    assert "mixer_layers" not in (checkpoint / "config.yaml").read_text()
+    loaded = load(checkpoint)
+    assert loaded.config.model.mixer_layers == 1 and len(loaded.model.mixing_layers) == 1
+    assert repr(loaded.model) == repr(before)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), before.parameters(), strict=True))
+    with pytest.raises(UsageError, match=r"mixer.layers.1\S+; it was saved with other .*\(model.mixer_layers 1\)"):
+        run(**own | dict(model__mixer_layers=2), training__max_steps=6)
+    # The state of the optimizer comes back, too: the run ends like an undisturbed one.
+    assert run(**own, training__max_steps=6)["step"] == 6
+    whole, run_model = load_model(tmp_path / "whole"), load_model(tmp_path / "run")
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), run_model.parameters(), strict=True))
+
+
+def test_starting_from_other_weights_says_what_is_fresh_and_what_is_unused(run, tmp_path, capsys):
+    from maskalign.checkpoints import to_repa
+
+    repa = dict(model__mixer="none", training__max_steps=2)
+    run("repa", **repa)
+    capsys.readouterr()
+    run("more", training__init_from=tmp_path / "repa", model__mixer="attention", training__max_steps=1)
+    assert "starting fresh: mixer\n" in capsys.readouterr().out
+    run("less", training__init_from=tmp_path / "more", **repa)
+    assert "not used: mixer\n" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"has blocks.1\S+ \(\d+ such\), which the model has not"):
+        run("shallow", training__init_from=tmp_path / "repa", model__depth=1, **repa)
+    wider = {
+        name.replace("mixer.", "mixer._orig_mod."): w for name, w in to_repa(load_model(tmp_path / "more")).items()
+    }
+    torch.save({"module." + name: value for name, value in wider.items()}, tmp_path / "wrapped.pt")
+    run("again", training__init_from=tmp_path / "wrapped.pt", model__mixer="attention", training__max_steps=1)
+    assert "fresh" not in capsys.readouterr().out
 
 
 def launch(argv, ranks):

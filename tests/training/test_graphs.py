@@ -26,7 +26,9 @@ def train(device, seed, *changes, dtype=torch.float32, graphs=True):
     """Losses, gradient norms and weights of a short run on other images every step, and its `TrainStep`."""
     config = parse_config([*SETTINGS, *changes, "--training.cuda_graph", str(graphs).lower()])
     torch.manual_seed(seed)
-    model = build_model(config, {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6]})
+    class_dim = 7 if config.model.class_token else None
+    sizes = {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6], "class_dim": class_dim}
+    model = build_model(config, sizes)
     model.reset_parameters(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -39,11 +41,12 @@ def train(device, seed, *changes, dtype=torch.float32, graphs=True):
     for number in range(STEPS):
         inputs = torch.randn(8, 3, 8, 8, generator=generator).to(device)
         labels = torch.randint(0, 5, (8,), generator=generator).to(device)
-        teachers = [torch.randn(8, 16, 6, generator=generator).to(device)]
+        teachers = [torch.randn(8, 16 + bool(class_dim), 6, generator=generator).to(device)]
+        class_token = torch.randn(8, class_dim, generator=generator).to(device) if class_dim else None
         if number == 4:
             inputs[0, 0, 0, 0] = float("nan")
-        found.append(step(number, number / STEPS, inputs, labels, teachers))
-    rows = torch.stack([torch.stack([*r[:3], r.grad_norm, r.skipped.float()]) for r in found]).cpu()
+        found.append(step(number, number / STEPS, inputs, labels, teachers, class_token=class_token))
+    rows = torch.stack([torch.stack([*r[:4], r.grad_norm, r.skipped.float()]) for r in found]).cpu()
     return rows, [p.detach().float().cpu() for p in optimizer.masters + optimizer.ema], step
 
 
@@ -57,7 +60,9 @@ def assert_same(found, expected, tolerance=1e-4):
 
 RISING = ["--method.keep_ratio", "{kind: step, start: 0.5, end: 1.0, begin: 0.5}"]
 ENDING = ["--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.5}"]
+PAPER = ["--model.class_token", "true", "--method.keep_ratio", "0.75"]
 KINDS = [[], RISING, ENDING, ["--training.accumulation", "4"], ["--method.align_ratio", "0.5"]]
+KINDS += [PAPER, [*PAPER, *RISING[:1], RISING[1], *ENDING, "--training.accumulation", "2"]]
 
 
 @pytest.fixture(autouse=True)
@@ -110,9 +115,9 @@ def test_graphs_compute_what_steps_compute(changes, pretended, seed):
     *expected, _ = train("cpu", seed, *changes, graphs=False)
     *found, step = train("cpu", seed, *changes)
     assert_same(found, expected)
-    skipped = expected[0][:, 4]
+    skipped = expected[0][:, -1]
     assert skipped[4] == 1 and skipped.sum() == 1, "one step had a NaN"
-    kinds = 2 if changes in (RISING, ENDING) else 1
+    kinds = 2 if RISING[1] in changes or ENDING[1] in changes else 1
     assert pretended.count == kinds and all(seen == graphs.WARM_UP + 1 for seen in step.graphs.seen.values())
 
 
@@ -126,7 +131,7 @@ def test_one_graph_at_a_time_and_a_kind_that_returns_runs_kernel_by_kernel(prete
         return (micro_batches[0].x.sum() * align_weight + lr,)
 
     steps = graphs.StepGraphs(compute, torch.nn.Linear(1, 1), torch.device("cpu"))
-    draws = Draws(*[None] * 6)
+    draws = Draws(*[None] * len(Draws._fields))
     batches = {n: [MicroBatch(torch.full((n,), 2.0), torch.zeros(n), [], draws, 1.0, True)] for n in (3, 5)}
 
     def step(n, weight=1.0):

@@ -32,6 +32,16 @@ PLANS = {
     "hsdp-accumulated": dict(parallel__plan="hsdp", parallel__shard_size=2, training__accumulation=4, **ZERO2),
 }
 COMPILED = dict(training__compile="true")
+# The paper's model: a class token, two mixing layers that drop inside, alignment to the end.
+PAPER = dict(
+    training__max_steps=STEPS,
+    training__batch_size=16,
+    training__checkpoint_every=1000,
+    model__class_token="true",
+    model__mixer="attention",
+    method__keep_multiple=2,
+    method__keep_ratio=0.75,
+)
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def rows(path):
 def assert_same(reference, other, what):
     assert reference.keys() == other.keys() and len(reference) == STEPS, what
     for step, row in reference.items():
-        for key in ("loss", "velocity_loss", "align_loss"):
+        for key in ("loss", "velocity_loss", "align_loss", "class_velocity_loss"):
             same = math.isclose(row[key], other[step][key], rel_tol=1e-5, abs_tol=1e-6 if key == "align_loss" else 0)
             assert same, (what, step, key, row[key], other[step][key])
         assert math.isclose(row["grad_norm"], other[step]["grad_norm"], rel_tol=1e-4), (what, step)
@@ -133,3 +143,17 @@ def test_a_compiled_and_sharded_teacher_gives_the_losses_of_a_whole_one(run, lau
     one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
     for step in (1, 2, 3):
         assert math.isclose(one[step]["loss"], two[step]["loss"], rel_tol=1e-5), step
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_papers_model_the_losses_of_one(run, launch, data_set_of, tmp_path):
+    data_set_of("classes", class_token=True)
+    paper = PAPER | dict(data__path=tmp_path / "classes")
+    run("one", **paper)
+    cases = {name: PLANS[name] for name in ("ddp", "fsdp", "hsdp-accumulated")}
+    cases |= {"recomputed": PLANS["fsdp"] | dict(parallel__recompute="block"), "compiled": PLANS["fsdp"] | COMPILED}
+    launch(2, {name: paper | plan for name, plan in cases.items()})
+    reference = rows(tmp_path / "one")
+    assert all(row["class_velocity_loss"] > 0 for row in reference.values())
+    for name in cases:
+        assert_same(reference, rows(tmp_path / name), name)
