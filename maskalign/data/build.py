@@ -14,7 +14,7 @@ import os
 import random
 import shutil
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
@@ -22,6 +22,8 @@ from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.data.pool import Say, available_cores, in_processes, wait_for
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import is_run
+from maskalign.runtime.lock import locked
 
 WORK = ".build"
 BAD_LIST = "bad.csv"
@@ -87,7 +89,12 @@ def build(
         raise UsageError(f"{out} is a file; give a folder as --out")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
         raise UsageError(f"source and output folder are the same: {out}; choose another --out")
+    if is_run(out):
+        raise UsageError(f"--out: {out} is the folder of a run; choose another one for the data set")
+    lock = ExitStack()
     try:
+        if rank == 0:
+            lock.enter_context(locked(out, "maskalign data build"))
         os.makedirs(os.path.join(out, WORK), exist_ok=True)
         job = _plan(
             source, out, rank, wait_seconds,
@@ -109,6 +116,8 @@ def build(
         raise
     except OSError as error:
         raise RunError(f"cannot build {out}: {error.strerror or error} ({error.filename or out})") from error
+    finally:
+        lock.close()
     say(f"{out}: {_summary(manifest)}, {rate}")
     if bad:
         say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")

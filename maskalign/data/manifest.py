@@ -255,6 +255,17 @@ class Manifest:
 KEYS = tuple(item.name for item in fields(Manifest) if item.name not in ("version", "extra", "root"))
 
 
+def other_classes(names, others):
+    """How two lists of class names differ, in a few words; None where they are the same, or one is not known (None)."""
+    if names is None or others is None or names == others:
+        return None
+    if len(names) != len(others):
+        return f"{len(names)} and {len(others)} classes"
+    label = next(number for number, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
+    order = "the same names in another order, " if sorted(names) == sorted(others) else ""
+    return f"{order}label {label} is {names[label]!r} and {others[label]!r}"
+
+
 def member_name(teacher):
     """The part of a member's file name that stands for a teacher: dots, colons, slashes become "-"."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", teacher)

@@ -8,7 +8,6 @@ failures of its own ranks, so the counts differ as soon as one of two nodes has 
 import os
 import time
 import uuid
-from datetime import timedelta
 
 import torch.distributed as dist
 

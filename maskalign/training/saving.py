@@ -96,6 +96,11 @@ class Saver:
             self.thread = None
         self.raise_error()
 
+    def settle(self):
+        """Wait until nothing is being written; an error is kept for `wait`."""
+        if self.thread is not None:
+            self.thread.join()
+
     def raise_error(self):
         error, self.error = self.error, None
         if error is not None:

@@ -1,3 +1,4 @@
+# ruff: noqa: F401, F811 (fixtures are imported)
 """Nodes that lose a rank: the next start of the job works, whichever node it was and whatever the nodes count."""
 
 import os
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from maskalign.errors import RunError
 from maskalign.runtime.rounds import agree
 from maskalign.training.logs import read_metrics
-from tests.training.conftest import command, data_set, run  # noqa: F401
+from tests.training.conftest import command, data_set, run
 
 PATIENCE = timedelta(seconds=60)
 
@@ -104,7 +105,7 @@ def last_step(path):
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("victims", [[0], [1], [1, 0]], ids=lambda victims: "then".join(map(str, victims)))
-def test_two_nodes_start_again_after_the_rank_of_either_is_killed(command, tmp_path, victims):  # noqa: F811
+def test_two_nodes_start_again_after_the_rank_of_either_is_killed(command, tmp_path, victims):
     own = dict(training__max_steps=1_000_000, training__checkpoint_every=10, parallel__plan="ddp")
     argv, port = command(**own, training__max_seconds=100_000), free_port()
     agents = [agent(number, port, argv) for number in range(2)]
