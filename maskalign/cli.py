@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import get_args, get_origin
 
@@ -16,6 +17,7 @@ from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
 from maskalign.errors import RunError, UsageError, one_line
 from maskalign.home import expand_home
 from maskalign.neighbours import look, make_room
+from maskalign.runtime.files import disk_reason, is_disk_error
 
 STARTED = look()
 
@@ -179,13 +181,20 @@ def main(argv=None):
     except RunError as error:
         status = 1
         complain("failed", error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone (`maskalign ... | head`): say no more.
+            status = 0
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif is_disk_error(error):
+            status = 1
+            with suppress(OSError):  # the log may be on the same disk
+                complain("failed", f"{disk_reason(error)}; free space, or write elsewhere")
+        else:
+            raise
     except KeyboardInterrupt:
         status = 130
         print("maskalign: stopped", file=sys.stderr)
-    except BrokenPipeError:
-        # The reader of our output has gone (`maskalign ... | head`): say no more.
-        status = 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         status = 0
     sys.exit(status)

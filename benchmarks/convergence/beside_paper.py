@@ -10,7 +10,7 @@ from benchmarks.convergence.report import finals, spread
 
 # FID without guidance by iterations, then what the paper says beside it.
 PUBLISHED = (
-    ("MaskAlign", "XL/2", {"50K": 22.36, "110K": 6.34, "200K": 3.98, "400K": 2.84, "600K": 2.67, "1M": 2.38, "2.4M": 2.1}),
+    ("MaskAlign", "XL/2", {"50K": 22.36, "110K": 6.34, "200K": 3.98, "400K": 2.84, "600K": 2.67, "1M": 2.38, "2.4M": 2.1}),  # noqa: E501
     ("REG", "XL/2", {"200K": 5.0, "400K": 3.4, "600K": 3.01, "1M": 2.7, "2.4M": 2.2}),
     ("REPA", "XL/2", {"150K": 13.6}),
     ("REPA + MaskAlign", "XL/2", {"150K": 10.8}),
@@ -167,7 +167,9 @@ def _finding(rows):
         here += f": {ours / base:.0%}"
     apart = abs(base - ours) > 2 * (ours_error**2 + base_error**2) ** 0.5
     sure = ("yes" if ours < base else "no") if apart else "not told apart"
-    lines.append(("the stability gap G_r of `maskalign` is smaller than that of `reg`", "13.8 % of it (200K)", here, sure))
+    lines.append(
+        ("the stability gap G_r of `maskalign` is smaller than that of `reg`", "13.8 % of it (200K)", here, sure)
+    )
     losses = ends["full_align_loss"]
     here = f"{_mean(losses['maskalign']):.4f} against {_mean(losses['reg']):.4f}"
     what = "its alignment loss on all tokens is lower"

@@ -18,8 +18,8 @@ from functools import lru_cache
 
 from maskalign.data.images import MAX_BYTES, BadImage
 from maskalign.data.listing import Listing, clean_name, has_image_ending
-from maskalign.data.manifest import sync_folder
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.runtime.files import sync_file, sync_folder
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 MAX_LINKS = 8  # a link to a link to a link ... that is followed
@@ -61,8 +61,7 @@ def decompress(path, target):
     try:
         with opener(path, "rb") as packed, open(temporary, "wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
-            plain.flush()
-            os.fsync(plain.fileno())
+            sync_file(plain)
         os.replace(temporary, target)
     except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
         if os.path.exists(temporary):

@@ -15,7 +15,7 @@ import random
 import shutil
 import time
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 
 from maskalign.data.labels import check_names
 from maskalign.data.listing import tell_passed
@@ -26,6 +26,8 @@ from maskalign.data.pool import Say, available_cores, in_processes, wait_for
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
 from maskalign.home import expand_home
+from maskalign.outputs import is_run
+from maskalign.runtime.lock import locked
 
 WORK = ".build"
 BAD_LIST = "bad.csv"
@@ -98,7 +100,12 @@ def build(
         raise UsageError(f"{out} is a file; give a folder as --out")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
         raise UsageError(f"source and output folder are the same: {out}; choose another --out")
+    if is_run(out):
+        raise UsageError(f"--out: {out} is the folder of a run; choose another one for the data set")
+    lock = ExitStack()
     try:
+        if rank == 0:
+            lock.enter_context(locked(out, "maskalign data build"))
         os.makedirs(os.path.join(out, WORK), exist_ok=True)
         job = _plan(
             source, out, rank, wait_seconds,
@@ -128,6 +135,8 @@ def build(
     except (RunError, KeyboardInterrupt):
         _write_bad_so_far(job)
         raise
+    finally:
+        lock.close()
     say(f"{out}: {_summary(manifest)}, {rate}")
     if bad:
         say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")
