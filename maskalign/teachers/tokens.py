@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from maskalign.errors import UsageError
 
+MOST_DEVIATIONS = 100.0
+
 
 def resample_tokens(z, grid, new_grid):
     """Resample a grid of tokens to another grid: area means where an axis shrinks, bilinear where it grows.
@@ -61,6 +63,9 @@ def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
 def standardize_class_token(values, mean, std):
     """Standardize class tokens per channel with a data set's statistics.
 
+    The statistics come from a sample, in which a channel may hardly vary that does so elsewhere: values beyond 100
+    standard deviations are set to that, so that none of them rules the loss or leaves float16.
+
     Args:
         values: (B, D) floating.
         mean, std: (D,) each, a tensor or a list of numbers; std has no zeros.
@@ -69,7 +74,7 @@ def standardize_class_token(values, mean, std):
         (B, D) float32.
     """
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=values.device) for v in (mean, std))
-    return (values.float() - mean) / std
+    return ((values.float() - mean) / std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
 def class_projection(entry, count):
