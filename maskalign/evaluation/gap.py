@@ -132,6 +132,12 @@ def alignment_by_token(model, x_t, t, labels, teachers, *, class_token=None, sub
     return torch.stack(losses).mean(dim=0)
 
 
+def alignment_by_image(model, x_t, t, labels, teachers, *, class_token=None, subset=None):
+    """The alignment loss of every image, (B,) float64: the mean over tokens of `alignment_by_token`, whose arguments
+    it takes."""
+    return alignment_by_token(model, x_t, t, labels, teachers, class_token=class_token, subset=subset).mean(dim=1)
+
+
 @torch.no_grad()
 def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=2):
     """The stability gap of a model on held-out images, cheaply: every image meets one subset at each of a few times.

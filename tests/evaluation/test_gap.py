@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from maskalign.evaluation.gap import (
+    alignment_by_image,
     alignment_by_token,
     can_mask,
     ending_at_tap,
@@ -17,10 +18,6 @@ from maskalign.evaluation.gap import (
 )
 from maskalign.models import SiT
 from maskalign.models.routing import gather_tokens
-
-
-def alignment_by_image(*given, **own):
-    return alignment_by_token(*given, **own).mean(dim=1)
 
 
 def make_model(seed=0, **settings):
