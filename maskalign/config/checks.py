@@ -48,7 +48,6 @@ def validate(config):
         "model.mixer_hidden": 1,
         "model.mixer_layers": 1,
         "model.projector_dim": 1,
-        "model.class_token_dim": 1,
         "training.max_steps": 1,
         "training.batch_size": 1,
         "training.accumulation": 1,
@@ -79,7 +78,7 @@ def validate(config):
     }
     for key, low in at_least.items():
         value = _get(config, key)
-        _require(value is None or value >= low, key, value, f"must be at least {low}")
+        _require(value >= low, key, value, f"must be at least {low}")
     for key in ("optimizer.lr", "optimizer.eps", "model.mlp_ratio"):
         _require(_get(config, key) > 0, key, _get(config, key), "must be above 0")
     for key in ("data.max_bad_fraction", "optimizer.decay_from", "objective.label_dropout", "parallel.memory_budget"):

@@ -11,9 +11,14 @@ from contextlib import contextmanager
 
 import torch
 
+from maskalign.evaluation.heldout import SEED
+from maskalign.evaluation.losses import teacher_rows
 from maskalign.models.mixer import NoMixer
 from maskalign.models.routing import gather_tokens
 from maskalign.objective.draws import group_seed
+from maskalign.objective.interpolant import Interpolant
+from maskalign.sampling.drawing import evaluating
+from maskalign.sampling.noise import ImageNoise
 
 MASK_RATIO = 0.25  # the paper's r
 
@@ -89,3 +94,52 @@ def alignment_by_image(model, x_t, t, labels, teachers, *, class_token=None, sub
         wanted = teacher if out.aligned_index is None else gather_tokens(teacher, out.aligned_index)
         losses.append(-torch.cosine_similarity(rows.double(), wanted.double(), dim=-1).mean(dim=1))
     return torch.stack(losses).mean(dim=0)
+
+
+@torch.no_grad()
+def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=2):
+    """The stability gap of a model on held-out images, cheaply: every image meets one subset at each of a few times.
+
+    Noise and times are those of `losses_by_time` with as many bins, so images that are counted twice differ in nothing
+    but the subset. Both passes end at the tap.
+
+    Args:
+        model: a `SiT`, with the weights to measure.
+        held_out: `HeldOut`.
+        mask_ratio: share of the patches that is dropped.
+        path: the interpolant's path.
+        bins: equal bins of the time in [0, 1], each with one time of every image.
+
+    Returns:
+        dict: `stability_gap`, and `stability_gap_error`, its standard error over images. {} for a model without
+        alignment, one whose projectors need the whole grid, so few patches that none is dropped, or a single image.
+    """
+    if not can_mask(model) or not held_out.teachers or held_out.count < 2:
+        return {}
+    kept = kept_patches(mask_ratio, model.num_tokens)
+    if kept >= model.num_tokens:
+        return {}
+    device, interpolant, gaps = next(model.parameters()).device, Interpolant(path), []
+    # Compiled blocks would be compiled anew for the length of a subset, which takes longer than these few passes.
+    with evaluating(model), ending_at_tap(model), torch.compiler.set_stance("force_eager"):
+        for first, x, labels, teachers in held_out.batches(device):
+            numbers = range(first, first + len(x))
+            noise = ImageNoise(SEED, numbers, x.shape[1:], device).draw()
+            normal = ImageNoise(SEED + 1, numbers, (1,)).draw(torch.float64).flatten()
+            place = torch.special.ndtr(normal).to(device)  # uniform in (0, 1)
+            class_token = held_out.class_token(teachers)
+            if class_token is not None:
+                class_noise = ImageNoise(SEED + 3, numbers, class_token.shape[1:], device).draw()
+            rows, found = [teacher_rows(teacher, model.grid) for teacher in teachers], []
+            for index in range(bins):
+                t, own = ((index + place) / bins).float(), {}
+                if class_token is not None:
+                    own["class_token"], _ = interpolant.interpolate(class_token, class_noise, t)
+                inputs = (model, interpolant.interpolate(x, noise, t)[0], t, labels, rows)
+                subset = keyed_subsets(f"held out/{SEED}/{index}", numbers, model.num_tokens, kept).to(device)
+                masked = alignment_by_image(*inputs, **own, subset=subset)
+                found.append(masked - alignment_by_image(*inputs, **own))
+            gaps.append(torch.stack(found).mean(dim=0))
+    gaps = torch.cat(gaps)
+    error = gaps.std() / len(gaps) ** 0.5
+    return {"stability_gap": float(gaps.mean()), "stability_gap_error": float(error)}

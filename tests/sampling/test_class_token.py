@@ -4,12 +4,14 @@ import json
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from maskalign.checkpoints import Loaded
 from maskalign.cli import main
 from maskalign.config import parse_config
 from maskalign.errors import RunError, UsageError
@@ -407,9 +409,14 @@ def test_words_for_a_title():
             Sampling(cls_cfg_scale=wrong)
 
 
+def loaded(model, about):
+    """What `checkpoints.load` would give of a run with this model."""
+    return Loaded(model, "run", Path("run"), Path("run"), None, about | {"vae": None})
+
+
 def test_the_command_draws_all_of_it(model, tmp_path, monkeypatch, capfd):
-    about = {"path": "linear", "name": "a run, step 3", "step": 3, "ema": True, "class_names": NAMES, "latent": None}
-    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: (model, about | {"vae": None}))
+    about = {"path": "linear", "name": "a run", "step": 3, "ema": True, "class_names": NAMES, "latent": None}
+    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model, about))
     words = ["sample", str(tmp_path), "--steps", "2", "--precision", "fp32", "--cls-cfg-scale", "0"]
     with pytest.raises(SystemExit) as end:
         main([*words, "--out", str(tmp_path / "a"), "--per-class", "2", "--interpolate", "both", "--strip",
@@ -433,7 +440,7 @@ def test_guidance_of_a_class_token_that_is_not_there(random_model, tmp_path, mon
     with pytest.raises(UsageError, match="--cls-cfg-scale: 1.5, but the model has no class token"):
         generate(model, [0], Sampling(steps=1, cls_cfg_scale=1.5))
     about = {"path": "linear", "name": "a run", "step": 3, "ema": True, "class_names": NAMES, "latent": None}
-    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: (model, about | {"vae": None}))
+    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model, about))
     with pytest.raises(UsageError, match="no class token"):
         sample(tmp_path, tmp_path / "out", settings=Sampling(cls_cfg_scale=0.0), npz=4, progress=False)
     assert not (tmp_path / "out").exists(), "found before anything is written"
