@@ -162,6 +162,29 @@ def test_a_class_token_of_principal_components(class_data, make_run, tmp_path):
     assert np.isfinite(measure_gap(subject, images, settings).subset).all()
 
 
+def test_class_tokens_of_other_statistics_are_computed_anew(class_run, class_data, make_data, tmp_path, monkeypatch):
+    """Averages of rows are standardized with the statistics of the training, whichever data set is looked at."""
+    from maskalign.data.manifest import Manifest
+    from maskalign.training import features
+
+    other = make_data(tmp_path / "other", class_token=True)
+    manifest = Manifest.load(str(other))
+    manifest.teachers["efficientnet-lite0"]["class_token"]["std"] = [2.0] * 6
+    manifest.save(other)
+    asked = []
+
+    def load_teacher_like(name, entry, **own):
+        asked.append(entry["class_token"]["std"])
+        raise UsageError("stop here")
+
+    monkeypatch.setattr(features, "load_teacher_like", load_teacher_like)
+    with pytest.raises(UsageError, match="stop here"):
+        load(class_run, other)
+    assert asked == [[1.0] * 6]
+    load(class_run, class_data)
+    assert len(asked) == 1
+
+
 def test_data_without_class_tokens_is_refused(class_run, data_set):
     with pytest.raises(UsageError, match="--class-token only"):
         load(class_run, data_set)
