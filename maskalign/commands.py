@@ -21,7 +21,10 @@ def data_build(
     workers: Optional[int] = None,
     seed: int = 0,
     max_bad_fraction: float = 0.01,
+    class_folders: Optional[Literal["top", "leaf", "path", "none"]] = None,
     class_names: Optional[Path] = None,
+    holes: Optional[Literal["keep", "close"]] = None,
+    exif: Literal["apply", "ignore"] = "apply",
     license: Optional[str] = None,
     root: Optional[Path] = None,
 ):
@@ -30,7 +33,8 @@ def data_build(
     Stopped at any moment and started again, it goes on; under torchrun the ranks share the work.
 
     Args:
-        source: openmoji, a folder or .zip/.tar of images (folder name = class), webdataset shards, torchvision:NAME.
+        source: openmoji, a folder or .zip/.tar of images (top folder = class, or dataset.json has the labels),
+            webdataset shards, torchvision:NAME.
         out: the folder for the shards and manifest.json.
         size: side of the stored square images in pixels.
         crop: adm is ADM's centre crop (as REPA), resize squeezes the whole image into the square.
@@ -40,7 +44,12 @@ def data_build(
         workers: processes; by default one per CPU core, and this one alone for few images.
         seed: of the order of the samples.
         max_bad_fraction: share of unusable images that is accepted; they are listed in bad.csv.
-        class_names: text file with a class name per line, for webdataset shards with integer labels.
+        class_folders: an image's class is its top folder (top, as torchvision), the folder it lies in (leaf), all its
+            folders (path), or there is only one (none); by default the labels in dataset.json, else top.
+        class_names: text file with a class name per line, for webdataset shards or dataset.json with integer labels.
+        holes: keep numbers of classes that no image has as classes, or close the holes; without it such labels are
+            refused, unless names tell what they are.
+        exif: apply turns photos as their cameras say, ignore takes them as they are stored (ADM, REPA).
         license: licence of the images, for the manifest.
         root: folder where torchvision has, or puts, its files.
     """
@@ -57,7 +66,10 @@ def data_build(
         workers=workers,
         seed=seed,
         max_bad_fraction=max_bad_fraction,
+        class_folders=class_folders,
         class_names=None if class_names is None else read_names(class_names),
+        holes=holes,
+        exif=exif,
         license=license,
         root=root,
     )
@@ -158,6 +170,7 @@ def sample(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: Optional[float] = None,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     npz: Optional[int] = None,
     interpolate: Literal["none", "noise", "class", "both"] = "none",
@@ -178,11 +191,13 @@ def sample(
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt file.
         out: folder for the pictures.
-        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags; by default up to ten classes, with --npz all.
+        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags (name:2, label:2 where it could be either); by
+            default up to ten classes, with --npz all.
         per_class: pictures per class on the sheet.
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none; by default 2 for a sheet and 1 for --npz.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         npz: draw this many images into OUT/samples_N.npz, as ADM's evaluator reads it; run again to go on after a stop.
         interpolate: also write interpolation.png, rows from one noise, class or both to another.
@@ -204,6 +219,7 @@ def sample(
         sampler=sampler,
         steps=steps,
         cfg_scale=(2.0 if npz is None else 1.0) if cfg_scale is None else cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -244,13 +260,15 @@ def analyze(
     teacher: Optional[str] = None,
     batch_size: int = 32,
     permutations: int = 1000,
+    mask_ratio: float = 0.25,
+    subsets: int = 4,
     seed: int = 0,
     device: str = "auto",
     progress: bool = True,
 ):
-    """Measure where the alignment loss pulls on the tokens, how stable that is, and how well subsets agree.
+    """Measure where the alignment loss pulls on the patches, how stable that is, and the stability gap of subsets.
 
-    Writes outcome.md, tables (positions, stability, concentration, agreement .csv) and pictures.
+    Writes outcome.md, tables (shares, gap, positions, stability, concentration, agreement .csv) and pictures.
 
     Args:
         checkpoints: run folders (all their kept checkpoints), single checkpoints or REPA .pt files, one or several.
@@ -266,6 +284,8 @@ def analyze(
         teacher: teachers with commas between them, for files that do not name their own.
         batch_size: images at a time, and images behind one gradient of the trunk.
         permutations: random permutations behind an interval of chance.
+        mask_ratio: share of the patches that is dropped for the stability gap.
+        subsets: random subsets of every image behind the stability gap.
         seed: of the order of the images, of noise, subsets and permutations.
         device: auto, cpu or cuda.
         progress: show progress bars.
@@ -286,6 +306,8 @@ def analyze(
         batch_size=batch_size,
         seed=seed,
         permutations=permutations,
+        mask_ratio=mask_ratio,
+        subsets=subsets,
     )
     from maskalign.teachers.names import parse_teachers
 
@@ -343,6 +365,7 @@ def evaluate(
     sampler: Literal["ode", "heun", "sde"] = "ode",
     steps: int = 50,
     cfg_scale: float = 1.0,
+    cls_cfg_scale: Optional[float] = None,
     cfg_interval: str = "0,1",
     seed: int = 0,
     batch_size: int = 64,
@@ -368,7 +391,7 @@ def evaluate(
         metrics: of frechet, kernel, neighbours (precision, recall, density, coverage); or none.
         teacher: whose features; several with commas. dinov2-l gives the field's FDD.
         teacher_weights: hub, random (for tests) or a file.
-        inception: torch-fidelity's weights file for Inception FID and score, or download to fetch it; else left out.
+        inception: torch-fidelity's weights file for FID, sFID and Inception score, or download; else left out.
         classes: labels, ranges or class names: compare these alone, on both sides.
         held_out: data set for the velocity loss and the alignment cosine by time; by default --data.
         held_out_images: how many of its images; 0 leaves the losses out.
@@ -376,6 +399,7 @@ def evaluate(
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.
         cfg_scale: classifier-free guidance, 1 is none.
+        cls_cfg_scale: guidance of the class token, for models that denoise one: by default as the image's, 0 is none.
         cfg_interval: LO,HI, the times between which guidance is applied; 1 is noise, 0 is data.
         seed: seed of the samples.
         batch_size: pictures at a time.
@@ -404,6 +428,7 @@ def evaluate(
         sampler=sampler,
         steps=steps,
         cfg_scale=cfg_scale,
+        cls_cfg_scale=cls_cfg_scale,
         cfg_interval=parse_interval(cfg_interval),
         seed=seed,
         batch_size=batch_size,
@@ -526,7 +551,7 @@ SUMMARIES = {
     "train": "train a model, or go on with a run",
     "sample": "draw pictures from a run or a checkpoint",
     "report": "compare runs on one HTML page",
-    "analyze": "measure where the alignment loss pulls on the tokens, and how stable that is",
+    "analyze": "measure where the alignment loss pulls on the patches, and how stable that is",
     "evaluate": "compare samples with real images, and measure held-out losses",
     "plan": "estimate memory, time and energy of a run without its hardware",
     "convert": "convert checkpoints from and to the layouts of REPA and REG",

@@ -59,7 +59,7 @@ def key_of(config, phase):
     facts = {
         **{name: value for name, value in vars(config.model).items() if name != "preset"},
         **sizes,
-        "teachers": config.teacher.names if max(ever.start, ever.end) > 0 else [],
+        "teachers": config.teacher.names if max(ever.ends) > 0 or config.model.class_token else [],
         "route": method.route if isinstance(method.route, str) else list(method.route),
         "restore": method.restore,
         "subset": method.subset,
@@ -69,8 +69,9 @@ def key_of(config, phase):
         "compile": training.compile,
         "phase": list(phase),
     }
-    if facts["mixer"] != "token_mlp":
-        facts.pop("mixer_hidden")
+    for name, mixer in (("mixer_hidden", "token_mlp"), ("mixer_layers", "attention")):
+        if facts["mixer"] != mixer:
+            facts.pop(name)
     return json.dumps(facts, sort_keys=True)
 
 

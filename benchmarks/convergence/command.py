@@ -1,7 +1,9 @@
 """Does it pay? Recipes trained from the same seeds on the same data for the same time, and what they reach.
 
-    python -m benchmarks.convergence --suite final --data cifar10-images.zip --budget 900 --work DIR --calibrate
-    python -m benchmarks.convergence --suite final --data cifar10-images.zip --budget 900 --work DIR --jobs 2
+    python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --prepare
+    python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --calibrate
+    python -m benchmarks.convergence --suite rates --data cifar10-images.zip --work DIR --budget 120 --jobs 2
+    python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --budget 420 --jobs 2
 
 A recipe is a few settings on top of configs/convergence.yaml and runs through `maskalign train`'s own trainer. A budget
 of seconds becomes a number of steps by step times that `--calibrate` measures first, interleaved, once, on an otherwise
@@ -9,12 +11,19 @@ idle machine, and keeps in WORK: so every run is a fixed number of steps, and is
 does, with any number of --jobs, and after any interruption. The x axis "seconds" is that calibrated time of training:
 without checkpoints, samples and the measurements themselves. Schedules go by steps and end with the run.
 
-Each run is a folder below WORK/runs; run the same command again to go on, finished runs are not repeated. At several
+Each run is a folder below WORK/runs; run the same command again to resume, finished runs are not repeated. At several
 points of each run, on averaged weights: velocity loss on all tokens of held-out images by time step (and that of the
 weights themselves, which an average over too many steps would hide), alignment cosine, and Frechet and kernel distance
-of samples in the teacher's features. Writes OUT/convergence-SUITE-DATA.csv, one row per
-number; .json, what was run; .png; and prints the table. --data takes a folder or archive of images, openmoji,
-torchvision:CIFAR10, or a built data set.
+of samples in the teacher's features. Where recipes denoise the teacher's class token, the distances are those in the
+features of a small classifier instead, which the benchmark trains once (`--prepare`), and losses of models with and
+without a class token are kept apart; at the end of a run come the paper's stability gap and the ratio of its heat map.
+
+The suite `rates` tries --rates for each recipe and writes the best of each to OUT/rates-DATA.csv; `paper` takes them
+from there, `ablations` the one of `maskalign`; --rate NAME=RATE comes before the file. Both measure every run also
+after as many steps as the slowest recipe makes in its budget.
+
+Writes OUT/convergence-SUITE-DATA.csv, one row per number; .json, what was run; .png; and prints the table. --data takes
+a folder or archive of images, openmoji, torchvision:CIFAR10, or a built data set.
 """
 
 import argparse
@@ -26,9 +35,13 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.convergence import beside_paper
 from benchmarks.convergence import run as run_folder
+from benchmarks.convergence.classifier import train_classifier
 from benchmarks.convergence.clock import Calibration, calibrate, phase_at
 from benchmarks.convergence.data import prepare
+from benchmarks.convergence.quality import GIVEN_CLASS
+from benchmarks.convergence.rates import choice, searched, with_rates, write_rates
 from benchmarks.convergence.recipes import BASE, RECIPES, SUITES, arguments, own_recipe, recipe_config
 from benchmarks.convergence.report import read_rows, table, write_rows
 from benchmarks.report import draw
@@ -49,6 +62,8 @@ def parse(argv):
     add("--recipes", help="recipes instead of the suite's, with commas; repa should be among them")
     add("--recipe", action="append", default=[], metavar="'NAME: --key value ...'", help="a recipe of your own, too")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all, e.g. model.width=192")
+    add("--rates", default="0.002,0.004,0.008", help="learning rates that the suite `rates` tries, with commas")
+    add("--rate", action="append", default=[], metavar="NAME=RATE", help="a recipe's learning rate")
     add("--seeds", help="seeds instead of the suite's, with commas")
     add("--data", default="torchvision:CIFAR10", help="images, openmoji or a built data set; see above")
     add("--name", help="short name of the data for files; by default from --data")
@@ -57,14 +72,17 @@ def parse(argv):
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the CSV, JSON and PNG")
     add("--budget", type=float, default=900, help="calibrated seconds of training per run")
     add("--steps", type=int, help="a budget of steps instead, the same for all; needs no calibration")
+    add("--prepare", action="store_true", help="build the data and the classifier, then end")
     add("--calibrate", action="store_true", help="time the steps of the recipes that have not been timed, then end")
     add("--recalibrate", action="store_true", help="time all of them anew, then end")
     add("--rounds", type=int, default=15, help="rounds of the calibration")
-    add("--points", type=int, default=6, help="points of a run at which it is measured")
+    add("--points", type=int, default=6, help="points of a run at which it is measured; of the slowest one")
     add("--sample-points", type=int, default=3, help="of these, how many with samples; a divisor of --points")
     add("--samples", type=int, default=1000, help="samples for the distances")
     add("--sampler-steps", type=int, default=25, help="Euler steps for a sample")
     add("--heldout", type=int, default=512, help="held-out images for loss and cosine")
+    add("--gap-images", type=int, default=256, help="held-out images for the stability gap and the heat map; 0: none")
+    add("--classifier-images", type=int, help="train the classifier on so many images; by default on all")
     add("--reference", type=int, default=5000, help="held-out images for the distances")
     add("--jobs", type=int, default=1, help="runs side by side")
     add("--keep-checkpoints", action="store_true", help="keep those of all points, not only the last one of a run")
@@ -88,6 +106,7 @@ def chosen_recipes(options):
         raise UsageError(f"--suite: there is no suite {options.suite!r}; there are {', '.join(SUITES)}")
     suite = SUITES[options.suite]
     known = {**RECIPES, **dict(own_recipe(text) for text in options.recipe)}
+    given = _given_rates(options, known)
     named = [name.strip() for name in options.recipes.split(",")] if options.recipes else list(suite.recipes)
     for name in named:
         if name not in known:
@@ -102,7 +121,30 @@ def chosen_recipes(options):
     except ValueError:
         raise UsageError(f"--seeds: {options.seeds!r} is not a list of whole numbers") from None
     shares = {name: shares for name, shares in suite.shares.items() if name in names}
-    return {name: {**base, **known[name]} for name in names}, seeds, shares
+    recipes = {name: {**base, **known[name]} for name in names}
+    if suite.rates == "search":
+        recipes = searched(recipes, [rate.strip() for rate in options.rates.split(",")])
+    elif suite.rates is not None or given:
+        unknown = {} if suite.rates else {name: settings for name, settings in recipes.items() if name not in given}
+        asked = {name: settings for name, settings in recipes.items() if name not in unknown}
+        recipes = {**recipes, **with_rates(asked, suite.rates or "chosen", rates_path(options), given)}
+    return recipes, seeds, shares
+
+
+def _given_rates(options, known):
+    """dict recipe -> rate from --rate."""
+    given = {}
+    for word in options.rate:
+        name, equals, rate = word.partition("=")
+        if not equals or name not in known:
+            raise UsageError(f"--rate {word!r}: write NAME=RATE, e.g. repa=0.004, with a NAME of a recipe")
+        given[name] = rate
+    return given
+
+
+def rates_path(options):
+    """Where the suite `rates` writes what it chose."""
+    return options.out / f"rates-{data_name(options)}.csv"
 
 
 def data_name(options):
@@ -116,6 +158,7 @@ class Benchmark:
 
     def __init__(self, options):
         self.options = options
+        self.suite = SUITES.get(options.suite)
         self.recipes, self.seeds, self.shares = chosen_recipes(options)
         self.data = data_name(options)
         for settings in self.recipes.values():
@@ -125,6 +168,11 @@ class Benchmark:
             options.data, options.work / "data" / self.data, self.teacher, images=options.images,
             heldout=max(options.heldout, options.reference),
         )  # fmt: skip
+        self.classifier = None
+        if self.suite.features == "classifier":
+            self.classifier = str(Path(self.train).parent / "classifier.pt")
+            about = train_classifier(self.train, self.test, self.classifier, images=options.classifier_images, say=say)
+            say(f"classifier: {about['accuracy']:.1%} of the held-out images are right")
         self.overrides = {"data__path": self.train}
         self.configs = {name: recipe_config(settings, **self.overrides) for name, settings in self.recipes.items()}
         self.manifest = Manifest.load(self.train)
@@ -173,18 +221,33 @@ class Benchmark:
     def runs(self):
         """(recipe, seed, share, folder, job) of every run, seed by seed."""
         options, found = self.options, []
+        slowest = min(self.steps_of(name, 1.0) for name in self.recipes) if self.suite.equal_steps else None
         unit = f"{options.steps}steps" if options.steps is not None else f"{options.budget:g}s"
         for seed in self.seeds:
             for name, settings in self.recipes.items():
                 for share in self.shares.get(name, (1.0,)):
                     steps = self.steps_of(name, share)
                     folder = options.work / "runs" / f"{self.data}-{unit}" / f"{name}-seed{seed}-share{share:g}"
-                    found.append((name, seed, share, folder, self._job(settings, seed, steps, folder)))
+                    found.append((name, seed, share, folder, self._job(settings, seed, steps, folder, slowest)))
         return found
 
-    def _job(self, settings, seed, steps, folder):
+    def _points(self, steps, slowest):
+        """(steps between checkpoints, points of measurement, of these those with samples) of a run.
+
+        Points divide a run; or, where recipes are compared at equal steps, the run of the slowest recipe, whose points
+        all others have, too, and go on with.
+        """
         options = self.options
-        every, stride = steps // options.points, options.points // options.sample_points
+        every, stride = (slowest or steps) // options.points, options.points // options.sample_points
+        points = [every * (number + 1) for number in range(steps // every)]
+        if slowest is None:
+            return every, points, points[stride - 1 :: stride]
+        points += [steps] if points[-1] != steps else []
+        return every, points, sorted({slowest, steps})
+
+    def _job(self, settings, seed, steps, folder, slowest):
+        options = self.options
+        every, points, sample_points = self._points(steps, slowest)
         own = {
             "data.path": self.train,
             "seed": seed,
@@ -193,12 +256,11 @@ class Benchmark:
             "training.checkpoint_every": every,
             "training.keep_every": every,  # for good, until they have been measured
         }
-        points = [every * (number + 1) for number in range(options.points)]
-        return {
+        job = {
             "arguments": ["--config", str(BASE), *arguments({**settings, **own})],
             "steps": steps,
             "points": points,
-            "sample_points": points[stride - 1 :: stride],
+            "sample_points": sample_points,
             "samples": options.samples,
             "sampler_steps": options.sampler_steps,
             "times": list(TIMES),
@@ -206,6 +268,9 @@ class Benchmark:
             "keep": options.keep_checkpoints,
             "threads": options.threads,
         }
+        if self.classifier is not None:
+            job |= {"classifier": self.classifier, "gap_images": options.gap_images}
+        return job
 
     def rows(self):
         """Rows of the CSV: what the finished runs have measured."""
@@ -221,7 +286,8 @@ class Benchmark:
             tflop = self._tflop(config, steps)
             for step in job["points"]:
                 values = [tuple(row) for row in json.loads(run_folder.quality_path(folder, step).read_text())]
-                for metric in ("velocity_loss", "raw_velocity_loss", "cosine"):
+                losses = ("velocity_loss", "raw_velocity_loss", "cosine")
+                for metric in (*losses, *(f"{name}{GIVEN_CLASS}" for name in losses)):
                     each = [value for of, _, value in values if of == metric]
                     values += [(metric, "", sum(each) / len(each))] if each else []
                 common = dict(data=self.data, recipe=name, seed=seed, share=float(share), run_steps=steps, step=step)
@@ -251,12 +317,17 @@ class Benchmark:
         options.out.mkdir(parents=True, exist_ok=True)
         stem = str(options.out / f"convergence-{options.suite}-{self.data}") + ("-steps" if options.steps else "")
         write_rows(rows, f"{stem}.csv")
+        if self.suite.rates == "search":
+            write_rates(choice(rows), rates_path(options))
+            print(f"written: {rates_path(options)}")
         about = {
             "command": command_of(options),
             "machine": self.calibration.entries["about"],
             "clock": self.calibration.entries["clock"],
             "wall_over_cpu": self.calibration.entries.get("wall_over_cpu"),
             "images": self.manifest.num_samples,
+            "samples": options.samples,
+            **self._about_classifier(),
             "recipes": self.recipes,
             "step_seconds": {
                 entry["label"]: round(entry["x_repa"] * self.calibration.entries["repa_seconds"], 5)
@@ -266,7 +337,19 @@ class Benchmark:
         Path(f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n")
         draw(Path(f"{stem}.csv"))
         print(f"written: {stem}.csv {stem}.json {stem}.png")
-        print(table(read_rows(f"{stem}.csv")))
+        show = table if self.classifier is None else beside_paper.table
+        print(show(read_rows(f"{stem}.csv")))
+
+    def _about_classifier(self):
+        """What is to be known of the distances in the classifier's features; nothing where there is none."""
+        if self.classifier is None:
+            return {}
+        from benchmarks.convergence.quality import Heldout, real_distances
+
+        options = self.options
+        about = train_classifier(self.train, self.test, self.classifier)
+        heldout = Heldout(self.train, self.test, self.teacher, options.heldout, options.reference, self.classifier)
+        return {"classifier": about, "real": real_distances(heldout, self.train, options.samples)}
 
 
 def command_of(options):
@@ -275,6 +358,8 @@ def command_of(options):
     limit = f"--steps {options.steps}" if options.steps is not None else f"--budget {options.budget:g}"
     words = [f"python -m benchmarks.convergence --suite {options.suite} --data {data} {limit}"]
     words += [f"--images {options.images}"] if options.images else []
+    words += [f"--rates {options.rates}"] if options.suite == "rates" else []
+    words += [f"--rate {word}" for word in options.rate]
     words += [f"--seeds {options.seeds}"] if options.seeds else []
     words += [f"--recipes {options.recipes}"] if options.recipes else []
     words += [f"--recipe '{text}'" for text in options.recipe] + [f"--set {word}" for word in options.set]
@@ -354,6 +439,8 @@ def start(folder, threads):
 def main(argv=None):
     options = parse(argv)
     benchmark = Benchmark(options)
+    if options.prepare:
+        return
     if options.calibrate or options.recalibrate:
         benchmark.calibrate()
         return

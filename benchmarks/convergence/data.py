@@ -18,7 +18,7 @@ def prepare(source, folder, teacher, *, size=32, images=None, heldout=None, quie
         source: a folder or archive of images, `openmoji`, `torchvision:NAME`, or the folder of a built data set.
             Where it has no parts `train` and `test`, the last tenth of its shards is held out.
         folder: where the parts go, as `folder/train` and `folder/test`.
-        teacher: the teacher to encode with; features are int8, minus the data set's mean token.
+        teacher: the teacher to encode with; rows are int8, minus the data set's mean token, and there are class tokens.
         size: side of the images in pixels.
         images: keep about this many training images (whole shards), None for all; heldout: the same for the rest.
         quiet: print no progress.
@@ -33,8 +33,11 @@ def prepare(source, folder, teacher, *, size=32, images=None, heldout=None, quie
             manifest, shards = _whole_part(source, folder, part, size, quiet)
             _cut(manifest, _first(shards, most), target)
     # The held-out part stays as it is: its features are computed where they are used, minus the training mean token.
-    if teacher not in Manifest.load(str(folder / "train")).teachers:
+    entry = Manifest.load(str(folder / "train")).teachers.get(teacher)
+    if entry is None:
         encode(str(folder / "train"), teacher=teacher, normalize="mean", quiet=quiet)
+    elif "class_token" not in entry:  # encoded before there were class tokens
+        encode(str(folder / "train"), teacher=teacher, normalize="mean", class_token="only", quiet=quiet)
     return tuple(str(folder / part) for part in PARTS)
 
 

@@ -17,9 +17,12 @@ def step_tflop(config, facts, manifest, phase):
         phase: `clock.Phase`.
     """
     weight = as_schedule(config.method.align_weight)
-    ever = max(weight.start, weight.end) > 0
+    ever = max(weight.ends) > 0
     names = [name for name, _ in facts["teachers"]] or config.teacher.names
     dims = [manifest.teachers[name]["dim"] for name in names] if ever and phase.aligned else []
+    class_dim = None
+    if config.model.class_token:
+        class_dim = config.model.class_token_dim or manifest.teachers[names[0]]["class_token"]["dim"]
     with torch.device("meta"):
-        model = build_model(config, {**facts, "teacher_dims": dims})
+        model = build_model(config, {**facts, "teacher_dims": dims, "class_dim": class_dim})
     return config.training.batch_size * step_flops(model, phase.keep) / 1e12

@@ -1,16 +1,19 @@
 """What `benchmarks.convergence` measures of a checkpoint, on the moving average of its weights and held-out images.
 
 Every number is a function of the checkpoint and of fixed seeds: all recipes see the same images, times, noise, labels.
+A model with a class token is given that of the held-out picture, noised as in training: its losses and cosines have
+seen a part of the answer, bear names of their own (`GIVEN_CLASS`) and are compared among such models only.
 """
 
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
+from benchmarks.convergence.classifier import load_classifier, load_images
 from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
 from maskalign.evaluation import frechet_distance, kernel_distance, velocity_and_cosine
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import generate
@@ -18,7 +21,9 @@ from maskalign.sampling.pictures import to_uint8
 from maskalign.sampling.settings import Sampling
 from maskalign.teachers import load_teacher_like
 
-NOISE_SEED, SAMPLE_SEED = 20_260_608, 7
+NOISE_SEED, CLASS_NOISE_SEED, SAMPLE_SEED = 20_260_608, 20_260_609, 7
+GIVEN_CLASS = "_given_class"  # the ending of what a model with a class token is measured by
+CLASSIFIER = "_cnn"  # the ending of distances in the classifier's features
 
 
 class Heldout:
@@ -28,47 +33,60 @@ class Heldout:
         train, test: folders of the two parts; the training part's manifest says how the teacher was normalised.
         teacher: its name.
         images: held-out images for the losses and the cosine; reference: images for the distances.
+        classifier: file of the network in whose features the distances are; None for the teacher.
     """
 
-    def __init__(self, train, test, teacher, images, reference):
-        self.manifest, self.name, self.test = Manifest.load(train), teacher, test
+    def __init__(self, train, test, teacher, images, reference, classifier=None):
+        self.manifest, self.name, self.test, self.classifier = Manifest.load(train), teacher, test, classifier
         there = Manifest.load(test).num_samples
         self.images, self.reference = min(images, there), min(reference, there)
-        self.path = Path(test).parent / f"heldout-{teacher.replace('/', '-')}-{self.images}-{self.reference}.npz"
+        name = f"heldout-{teacher.replace('/', '-')}-{self.images}-{self.reference}"
+        self.path = Path(test).parent / f"{name}-class{CLASSIFIER if classifier else ''}.npz"
 
     @cached_property
     def teacher(self):
-        """The live teacher, whose tokens are those that the training part caches."""
+        """The live teacher, whose tokens and class tokens are those that the training part caches."""
         entry = self.manifest.teachers[self.name]
         return load_teacher_like(self.name, entry, image_size=self.manifest.resolution)
 
     @cached_property
+    def network(self):
+        """The classifier of the distances."""
+        return load_classifier(self.classifier)
+
+    @cached_property
     def arrays(self):
-        """images (n, 3, H, W) uint8, labels (m,), tokens (n, N, Dz) float16, pooled (m, Dz) float32."""
+        """images (n, 3, H, W) uint8, labels (m,), tokens (n, N, Dz) and class_tokens (n, Dz) float16, pooled (m, D)."""
         if not self.path.is_file():
             self._compute()
         with np.load(self.path) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
 
     def pooled(self, images):
-        """Features of images (B, 3, H, W) uint8 for the distances: (B, Dz), the mean over the teacher's tokens."""
+        """Features of images (B, 3, H, W) uint8 for the distances: (B, D), the classifier's, or the mean over the
+        teacher's tokens."""
+        if self.classifier:
+            with torch.no_grad():
+                return torch.cat([self.network.features(part) for part in images.split(250)])
         return torch.cat([self.teacher(part).mean(dim=1) for part in images.split(32)])
 
+    def class_tokens(self, dim):
+        """What a model with a class token of `dim` numbers is given of the n images: (n, dim) float32."""
+        values, entry = self.arrays["class_tokens"].float(), self.manifest.teachers[self.name]["class_token"]
+        if dim == entry["dim"]:
+            return values
+        parts = (torch.tensor(entry["components"][key]) for key in ("mean", "basis", "scale"))
+        mean, basis, scale = parts
+        return ((values - mean) @ basis[:dim].T) / scale[:dim]
+
     def _compute(self):
-        count = max(self.images, self.reference)
-        batch = min(32, count)
-        stream = ShardStream(self.test, batch, seed=0, epochs=1, streams=1, fields=["image"])
-        images, labels = [], []
-        for part in stream:
-            images.append(part["image"])
-            labels.append(part["label"])
-            if sum(map(len, labels)) >= count:
-                break
-        images, labels = torch.cat(images)[:count], torch.cat(labels)[:count]
-        tokens = torch.cat([self.teacher(part).half() for part in images[: self.images].split(32)])
+        images, labels = load_images(self.test, max(self.images, self.reference))
+        found = [self.teacher.tokens_and_class(part) for part in images[: self.images].split(32)]
+        tokens, class_tokens = (torch.cat(column).half() for column in zip(*found, strict=True))
         pooled = self.pooled(images[: self.reference])
         temporary = self.path.with_name(f".{self.path.name}.tmp.npz")
         arrays = {"images": images[: self.images], "labels": labels, "tokens": tokens, "pooled": pooled}
+        arrays["class_tokens"] = class_tokens
         np.savez(temporary, **{name: array.numpy() for name, array in arrays.items()})
         temporary.rename(self.path)
 
@@ -85,40 +103,70 @@ def heldout_losses(model, heldout, times, path="linear", batch=64):
 
     Returns:
         dict (metric, time) -> value: `velocity_loss` (mean squared error over all elements) and, where the model has a
-        projector, `cosine` (mean over tokens).
+        projector, `cosine` (mean over the patches); with the ending `GIVEN_CLASS` for a model with a class token.
     """
     arrays = heldout.arrays
     images = arrays["images"].float() / 127.5 - 1
     labels, tokens = arrays["labels"][: len(images)], arrays["tokens"]
-    grid = heldout.teacher.grid
+    grid, class_dim = heldout.teacher.grid, getattr(model, "class_dim", None)
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(NOISE_SEED))
-    interpolant, found = Interpolant(path), {}
+    interpolant, found, ending = Interpolant(path), {}, ""
+    if class_dim:
+        class_tokens, ending = heldout.class_tokens(class_dim), GIVEN_CLASS
+        class_noise = torch.randn(class_tokens.shape, generator=torch.Generator().manual_seed(CLASS_NOISE_SEED))
     for time in times:
         t = torch.full((len(images),), float(time))
         losses, cosines = [], []
         for begin in range(0, len(images), batch):
             rows = slice(begin, begin + batch)
-            teachers = [(tokens[rows], grid)]
-            part = velocity_and_cosine(model, images[rows], noise[rows], t[rows], labels[rows], teachers, interpolant)
+            teachers, called = [(tokens[rows], grid)], model
+            if class_dim:
+                noised, _ = interpolant.interpolate(class_tokens[rows], class_noise[rows], t[rows])
+                called = given(model, noised)
+            part = velocity_and_cosine(called, images[rows], noise[rows], t[rows], labels[rows], teachers, interpolant)
             losses.append(part[0])
             cosines += part[1]
-        found["velocity_loss", time] = float(torch.cat(losses).mean())
+        found[f"velocity_loss{ending}", time] = float(torch.cat(losses).mean())
         if cosines:
-            found["cosine", time] = float(torch.cat(cosines).mean())
+            found[f"cosine{ending}", time] = float(torch.cat(cosines).mean())
     return found
 
 
+def given(model, class_token):
+    """A model with a class token as one without: it is called as `(x, t, labels)`, and gives the patches alone."""
+
+    def call(x, t, labels):
+        out = model(x, t, labels, class_token=class_token)
+        # The class token is the first row, where the projector gives one more than there are patches.
+        aligned = [rows[:, rows.shape[1] - model.num_tokens :] for rows in out.aligned]
+        return SimpleNamespace(velocity=out.velocity, aligned=aligned)
+
+    call.grid = model.grid
+    return call
+
+
 def sample_distances(model, heldout, samples, steps, path="linear", precision="fp32"):
-    """Frechet and kernel distance between samples and held-out images, in the teacher's pooled features.
+    """Frechet and kernel distance between samples and held-out images, in the features of `heldout`.
 
     Samples are drawn without guidance by Euler's method, with the held-out images' labels in turn, in `precision`.
 
     Returns:
-        dict: `frechet`, `kernel`.
+        dict: `frechet`, `kernel`; with the ending `CLASSIFIER` in the classifier's features.
     """
     arrays = heldout.arrays
     labels = arrays["labels"][torch.arange(samples) % len(arrays["labels"])]
     settings = Sampling("ode", steps, path=path, seed=SAMPLE_SEED, batch_size=64, precision=precision)
     pictures = to_uint8(generate(model, labels, settings)).permute(0, 3, 1, 2)
-    features, real = heldout.pooled(pictures).double().numpy(), arrays["pooled"].double().numpy()
-    return {"frechet": frechet_distance(features, real), "kernel": kernel_distance(features, real)}
+    return distances(heldout, pictures)
+
+
+def real_distances(heldout, train, count):
+    """What the distances are for `count` training images in place of samples: the least that can be reached."""
+    return distances(heldout, load_images(train, count)[0])
+
+
+def distances(heldout, pictures):
+    """Of pictures (n, 3, H, W) uint8, see `sample_distances`."""
+    features, real = heldout.pooled(pictures).double().numpy(), heldout.arrays["pooled"].double().numpy()
+    ending = CLASSIFIER if heldout.classifier else ""
+    return {f"frechet{ending}": frechet_distance(features, real), f"kernel{ending}": kernel_distance(features, real)}

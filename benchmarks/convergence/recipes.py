@@ -2,12 +2,16 @@
 
 A suite is a list of recipes with seeds and shares of the budget. A share below 1 is a run of its own whose schedules
 end there: a recipe with a full-token end phase is judged at 0.6 of the budget by a run that was planned for 0.6.
+
+`rates`, `paper` and `ablations` measure what the paper of MaskAlign reports (arXiv 2606.08788); the other suites are
+the stages of the search for `maskalign-fast`, before that paper could be read.
 """
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Optional
 
 from maskalign.errors import UsageError
 
@@ -19,14 +23,15 @@ def _step(start, end, begin):
 
 
 def _masked(keep=0.5, begin=0.7, stop=0.5, mixer="token_mlp", **more):
-    """Settings of MaskAlign.
+    """Settings of `maskalign-fast` and its variants.
 
     Args:
         keep: the keep ratio until `begin`, a share of training; all tokens after it. None: to the end.
         stop: share of training at which the alignment ends. None: it does not, or there is none.
-        mixer: `model.mixer`; more: further settings.
+        mixer: `model.mixer`, one layer of it; more: further settings.
     """
     settings = {"method.keep_ratio": keep if begin is None else _step(keep, 1.0, begin), "model.mixer": mixer}
+    settings |= {"model.mixer_layers": 1} if mixer == "attention" else {}
     stopping = {} if stop is None else {"method.align_weight": _step(0.5, 0.0, stop)}
     return {**settings, **stopping, **more}
 
@@ -36,23 +41,52 @@ def _rise(begin, until):
     return {"method.keep_ratio": f"{{kind: linear, start: 0.25, end: 1.0, begin: {begin}, until: {until}}}"}
 
 
-def _rising(begin, until):
-    return _masked(**_rise(begin, until))
+def _rising(begin, until, **more):
+    return _masked(**_rise(begin, until), **more)
+
+
+def _paper(keep=0.75, layers=2):
+    """MaskAlign as in its paper, but for the class token: a constant keep ratio and mixing layers, and nothing else."""
+    mixer = {"model.mixer": "attention", "model.mixer_layers": layers} if layers else {"model.mixer": "none"}
+    return {**mixer, "method.keep_ratio": keep}
 
 
 _constant = partial(_masked, begin=0.9, stop=None)
 _rival = partial(_masked, 0.25, begin=0.9, stop=None)
 NO_TEACHER = {"method.align_weight": 0}
+# The teacher's class token has 320 numbers and the model is 128 wide: its head, a linear, could reach 128 of them at
+# most. Their 64 leading principal components, scaled to unit variance, are a token that the model can predict.
+CLASS = {"model.class_token": "true", "model.class_token_dim": 64}
 BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
 # All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
-# Rivals as their papers have them, scaled from 12 blocks to 8. MaskAlign's variants change of `maskalign-step` what
-# their names say: half of the tokens until 0.7 of training, then all. `constant` is the one before the screening:
-# aligned to the end, and all tokens in the last tenth only.
-RECIPES = {
-    "sit": NO_TEACHER,
+# The papers' recipes, and ours under names of their own. Of the paper's ablations, `maskalign-mask0` is without
+# masking, `maskalign-layers0` without mixing, and without either it is `reg`.
+PAPERS = {
     "repa": {},
+    "reg": CLASS,
+    "maskalign": {**CLASS, **_paper()},
+    "repa-maskalign": _paper(),
+    "maskalign-fast": _rising(0.4, 0.9),
+    "maskalign-fast-attention": _rising(0.4, 0.9, mixer="attention"),
+    "maskalign-fast-class": {**_rising(0.4, 0.9), **CLASS},
+}
+ABLATIONS = {
+    "maskalign-mask0": {**CLASS, **_paper(1.0)},
+    "maskalign-mask0.5": {**CLASS, **_paper(0.5)},
+    "maskalign-mask0.75": {**CLASS, **_paper(0.25)},
+    "maskalign-layers0": {**CLASS, **_paper(layers=0)},
+    "maskalign-layers1": {**CLASS, **_paper(layers=1)},
+    "maskalign-layers3": {**CLASS, **_paper(layers=3)},
+}
+# Rivals as their papers have them, scaled from 12 blocks to 8. The early variants of `maskalign-fast` change of
+# `maskalign-step` what their names say: half of the tokens until 0.7 of training, then all. `constant` is the one
+# before the screening: aligned to the end, and all tokens in the last tenth only.
+RECIPES = {
+    **PAPERS,
+    **ABLATIONS,
+    "sit": NO_TEACHER,
     "repa-early-stop": {"method.align_weight": _step(0.5, 0.0, 0.5)},
     "loss-only": {"method.keep_ratio": 0.5, "method.route": "none"},
     "tread": {"method.keep_ratio": 0.5, **BYPASS, **NO_TEACHER},
@@ -60,7 +94,6 @@ RECIPES = {
     "sprint": _rival(mixer="none", **FUSE, **NO_TEACHER),
     "sprint+repa": _rival(mixer="none", **FUSE),
     "deferred-masking": _rival(mixer="attention", **NO_TEACHER),
-    "maskalign": _rising(0.4, 0.9),
     "maskalign-rising0-0.7": _rising(0.0, 0.7),
     "maskalign-rising0.2-0.65": _rising(0.2, 0.65),
     "maskalign-rising0.2-0.8": _rising(0.2, 0.8),
@@ -103,11 +136,24 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What one command runs: recipes, seeds, and shares of the budget by recipe (1 where none are named)."""
+    """What one command runs.
+
+    Attributes:
+        recipes, seeds: of the runs.
+        shares: shares of the budget by recipe; 1 where none are named.
+        features: what the distances of samples are measured in: `teacher`, or `classifier`, a network of the
+            benchmark's own, where models have the teacher's class token in their input.
+        rates: where learning rates come from: None, the base and --set; `search`, every recipe with each of --rates;
+            `chosen`, for each recipe the one that the suite `rates` chose for it; or a recipe's name, its chosen one.
+        equal_steps: measure every run also after as many steps as the slowest recipe makes in all.
+    """
 
     recipes: tuple
     seeds: tuple
-    shares: dict
+    shares: dict = field(default_factory=dict)
+    features: str = "teacher"
+    rates: Optional[str] = None
+    equal_steps: bool = False
 
 
 # What is mixed, dropped, returned and tapped, with the schedules as they are.
@@ -116,13 +162,22 @@ STRUCTURE = (
     "block", "bypass", "wide", "fuse", "depth2", "depth5",
 )  # fmt: skip
 RISING = ("rising0-0.7", "rising0.2-0.65", "rising0.2-0.8", "rising0.2-1", "rising0.5-1")
-BOTH = ("maskalign", "maskalign-attention")  # the two that configs/imagenet256 has
-VARIANTS = tuple(name for name in RECIPES if name.startswith(("maskalign", "constant")))
-# Stages of one search: what was known by one decided what the next one looked at.
+BOTH = ("maskalign-fast", "maskalign-attention")  # the two that configs/imagenet256 had
+EARLY = tuple(name for name in RECIPES if name not in {**PAPERS, **ABLATIONS} or name == "maskalign-fast")
+VARIANTS = tuple(name for name in EARLY if name.startswith(("maskalign", "constant")))
+MASK_RATIOS = ("maskalign-mask0", "maskalign", "maskalign-mask0.5", "maskalign-mask0.75")
+LAYERS = ("maskalign-layers0", "maskalign-layers1", "maskalign", "maskalign-layers3")
 SUITES = {
+    "rates": Suite(tuple(PAPERS), (0,), features="classifier", rates="search"),
+    "paper": Suite(tuple(PAPERS), (0, 1, 2), features="classifier", rates="chosen", equal_steps=True),
+    "ablations": Suite(
+        tuple(dict.fromkeys(("reg", *MASK_RATIOS, *LAYERS))), (0,), features="classifier", rates="maskalign",
+        equal_steps=True,
+    ),
+    # Stages of one search: what was known by one decided what the next one looked at.
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
     "structure": Suite(("repa", "maskalign-step", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
-    "rivals": Suite((*(name for name in RECIPES if name not in VARIANTS), "maskalign-step", *BOTH), (0,), {}),
+    "rivals": Suite(("repa", *(name for name in EARLY if name not in VARIANTS), "maskalign-step", *BOTH), (0,), {}),
     "short": Suite(("repa", "maskalign-step", *BOTH), (0, 1, 2), {}),
     # With the rival that the first look found to be the strongest.
     "contenders": Suite(
@@ -130,10 +185,10 @@ SUITES = {
         dict.fromkeys(("maskalign-step", "maskalign-attention"), (1.0, 0.6)),
     ),
     "schedules": Suite(
-        ("repa", "maskalign-step", "maskalign-end0.5", "maskalign-block", "maskalign",
+        ("repa", "maskalign-step", "maskalign-end0.5", "maskalign-block", "maskalign-fast",
          *(f"maskalign-{name}" for name in RISING)), (0,), {},
     ),
-    "final": Suite(("repa", "maskalign"), (0, 1, 2), {"maskalign": (1.0, 0.6)}),
+    "final": Suite(("repa", "maskalign-fast"), (0, 1, 2), {"maskalign-fast": (1.0, 0.6)}),
 }  # fmt: skip
 
 

@@ -77,7 +77,7 @@ def work(run_dir):
         return False
     from benchmarks.convergence.quality import Heldout
 
-    heldout = Heldout(*job["data"])
+    heldout = Heldout(*job["data"], job.get("classifier"))
     for step in job["points"]:
         if not quality_path(run_dir, step).is_file():
             measure(run_dir, step, job, config, heldout)
@@ -95,11 +95,16 @@ def measure(run_dir, step, job, config, heldout):
     folder, path = Path(run_dir, "checkpoints", f"step_{step:08d}"), config.objective.path
     model = load_model(folder, ema=False)
     found = heldout_losses(model, heldout, job["times"], path)
-    rows = [["raw_velocity_loss", at, value] for (metric, at), value in found.items() if metric == "velocity_loss"]
+    rows = [[f"raw_{metric}", at, value] for (metric, at), value in found.items() if metric.startswith("velocity")]
     model = load_model(folder)
     rows += [[*key, value] for key, value in heldout_losses(model, heldout, job["times"], path).items()]
     if step in job["sample_points"]:
         found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path, precision_of(config))
+        rows += [[metric, "", value] for metric, value in found.items()]
+    if step == job["steps"] and job.get("gap_images"):
+        from benchmarks.convergence.papers import paper_measures
+
+        found = paper_measures(model, heldout, job["gap_images"], path)
         rows += [[metric, "", value] for metric, value in found.items()]
     write_atomically(str(quality_path(run_dir, step)), json.dumps(rows).encode())
 

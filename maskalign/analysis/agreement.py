@@ -51,15 +51,16 @@ def measure_agreement(subject, images, settings, progress=None):
         batch = images.noised(subject, draws[0], rows)
         renoised = images.noised(subject, draws[1]._replace(time=draws[0].time, posterior=draws[0].posterior), rows)
         subsets = [(batch.subset, batch.align_subset), (renoised.subset, renoised.align_subset)]
-        common = (trunk, batch.x_t, batch.t, batch.labels, batch.teachers)
-        whole = trunk_gradients(*common)
-        pair = [trunk_gradients(*common, *subset, full_forward=True) for subset in subsets]
+        common, token = (trunk, batch.x_t, batch.t, batch.labels, batch.teachers), {"class_token": batch.class_token}
+        whole = trunk_gradients(*common, **token)
+        pair = [trunk_gradients(*common, *subset, full_forward=True, **token) for subset in subsets]
         note(FULL_PAIR, *pair)
         if subject.trained_on_subsets:
-            pair = [trunk_gradients(*common, *subset) for subset in subsets]
+            pair = [trunk_gradients(*common, *subset, **token) for subset in subsets]
             note(MASKED_PAIR, *pair)
         note(MIXED_PAIR, pair[0], whole)
-        note(NOISE_PAIR, whole, trunk_gradients(trunk, renoised.x_t, *common[2:]))
+        other = {"class_token": renoised.class_token}
+        note(NOISE_PAIR, whole, trunk_gradients(trunk, renoised.x_t, *common[2:], **other))
         if before is not None:
             note(IMAGE_PAIR, whole, before)
         before = whole

@@ -7,22 +7,27 @@ import torch
 from tqdm import tqdm
 
 from maskalign.analysis.agreement import agreement_work, measure_agreement
+from maskalign.analysis.gap import check_mask_ratio, gap_work, measure_gap
 from maskalign.analysis.images import Images
 from maskalign.analysis.measure import measure_tokens, work_of
 from maskalign.analysis.outcome import write_outcome
-from maskalign.analysis.pictures import draw_curves, draw_maps, draw_series
+from maskalign.analysis.pictures import draw_curves, draw_gaps, draw_maps, draw_series, draw_shares
 from maskalign.analysis.settings import AnalysisSettings
 from maskalign.analysis.subjects import find_checkpoints, load_subject
 from maskalign.analysis.tables import (
     AGREEMENT_COLUMNS,
     CONCENTRATION_COLUMNS,
+    GAP_COLUMNS,
     POSITION_COLUMNS,
+    SHARE_COLUMNS,
     STABILITY_COLUMNS,
     agreement_rows,
     checkpoint_rows,
     concentration_row,
+    gap_rows,
     position_rows,
     run_rows,
+    share_rows,
     stability_rows,
     write_csv,
 )
@@ -30,6 +35,8 @@ from maskalign.errors import RunError, UsageError
 from maskalign.outputs import make_folder
 
 TABLES = {
+    "shares": SHARE_COLUMNS,
+    "gap": GAP_COLUMNS,
     "positions": POSITION_COLUMNS,
     "stability": STABILITY_COLUMNS,
     "concentration": CONCENTRATION_COLUMNS,
@@ -38,7 +45,7 @@ TABLES = {
 
 
 def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers=(), device="auto", progress=True):
-    """Measure where the alignment loss pulls on the tokens, and how stable that is.
+    """Measure where the alignment loss pulls on the patches, how stable that is, and the stability gap.
 
     Args:
         checkpoints: run folders, checkpoint folders, REPA .pt or .safetensors files, see `subjects.find_checkpoints`.
@@ -61,24 +68,36 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
     entries = find_checkpoints(checkpoints, most)
     out = make_folder(out)
     first = load_subject(entries[0], ema)
-    with _bar(settings.images, "reading", " images", progress) as bar:
-        images = Images(
-            data, first, settings.images, teachers=teachers, batch_size=settings.batch_size, seed=settings.seed,
-            device=device, progress=bar.update,
-        )  # fmt: skip
+    read = {}  # by the width of the class token: runs with and without one are compared on the same images
+
+    def images_for(subject):
+        if subject.model.class_dim not in read:
+            with _bar(settings.images, "reading", " images", progress) as bar:
+                read[subject.model.class_dim] = Images(
+                    data, subject, settings.images, teachers=teachers, batch_size=settings.batch_size,
+                    seed=settings.seed, device=device, progress=bar.update,
+                )  # fmt: skip
+        return read[subject.model.class_dim]
+
+    images = images_for(first)
     settings = replace(settings, images=images.count)
     tables = {name: [] for name in TABLES}
     about = _about(data, images, settings, first, ema)
     series = {}
-    work = len(entries) * (work_of(images, settings) + agreement_work(images, settings))
+    work = len(entries) * sum(count(images, settings) for count in (work_of, gap_work, agreement_work))
     with _bar(work, "measuring", " batches", progress) as bar:
         for entry in entries:
             subject = load_subject(entry, ema)
             _check_alike(subject, first, settings)
+            images = images_for(subject)
             subject.model = subject.model.to(device)
             found = measure_tokens(subject, images, settings, bar.update)
             _check_finite(subject, found)
+            kept = check_mask_ratio(subject.model, settings.mask_ratio)
+            losses = measure_gap(subject, images, settings, bar.update)
             agreement = measure_agreement(subject, images, settings, bar.update)
+            tables["shares"] += share_rows(subject, found, settings)
+            tables["gap"] += gap_rows(subject, losses, kept, settings)
             tables["positions"] += position_rows(subject, found, settings)
             tables["stability"] += stability_rows(subject, found, settings)
             tables["concentration"] += [concentration_row(subject, m, n, settings) for m, n in found.norms.items()]
@@ -87,6 +106,7 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
             series.setdefault(entry.run, []).append((subject, found))
             about["settings"][entry.run] = _describe(subject)
             about["kept"][entry.run] = subject.kept(settings.keep_ratio)
+            about["class_token"][entry.run] = subject.model.class_dim is not None
     for members in series.values():
         tables["stability"] += checkpoint_rows(*zip(*members, strict=True), settings)
     if len(series) > 1:
@@ -99,6 +119,9 @@ def _write(out, tables, about, settings):
     try:
         for name, columns in TABLES.items():
             write_csv(out / f"{name}.csv", columns, tables[name])
+        draw_shares(tables["positions"], tables["shares"], out / "shares.png", settings.top)
+        if tables["gap"]:
+            draw_gaps(tables["gap"], out / "gap.png")
         for run, steps in about["series"].items():
             stem, own = run.replace("/", "-"), [row for row in tables["positions"] if row["run"] == run]
             last = [row for row in own if row["step"] == steps[-1]]
@@ -129,19 +152,24 @@ def _about(data, images, settings, subject, ema):
         "group_size": min(settings.batch_size, images.count),
         "settings": {},
         "kept": {},
+        "class_token": {},
     }
 
 
 def _describe(subject):
     """What matters of a run's settings, for the table of conditions."""
     model, method = subject.model, subject.config.method
-    words = f"{model.depth} blocks of width {model.width}, tap behind block {model.align_depth}"
+    words = f"{model.depth} blocks of width {model.width}, tap after block {model.align_depth}"
+    if model.class_dim is not None:
+        words += f", class token of {model.class_dim}"
     if subject.step is None or not subject.teachers:
         return words
     keep = method.keep_ratio
     if hasattr(keep, "kind"):
         keep = f"{keep.start:g} to {keep.end:g} ({keep.kind} from {keep.begin:g})"
     mixer = subject.config.model.mixer
+    layers = len(model.mixing_layers)
+    mixer += f" of {layers} layer{'s' if layers > 1 else ''}" if layers else ""
     trained = "trained on subsets" if subject.trained_on_subsets else "trained with all tokens up to the tap"
     return f"{words}, mixer {mixer}, keep ratio {keep}, {trained}, EMA decay {subject.config.optimizer.ema_decay:g}"
 
@@ -160,6 +188,7 @@ def _check_alike(subject, first, settings):
             )
     if one.num_classes != other.num_classes:
         raise UsageError(f"{subject.label}: has {one.num_classes} classes, {first.label} {other.num_classes}")
+    check_mask_ratio(one, settings.mask_ratio)
     kept = subject.kept(settings.keep_ratio)
     if kept >= one.num_tokens:
         raise UsageError(

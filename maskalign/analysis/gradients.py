@@ -10,7 +10,7 @@ from maskalign.objective.alignment import alignment_loss
 
 
 class TokenGradients(NamedTuple):
-    """norms, cosines: (B, N) in the model's dtype; NaN at tokens that the loss does not align.
+    """norms, cosines: (B, N) in the model's dtype, of the patches alone; NaN at patches that the loss does not align.
 
     A norm is that of d(sum over aligned tokens of -cos) / d h, h the token's features at the tap; the training loss
     divides the sum by the number of aligned tokens of the batch, which would only make subsets look stronger.
@@ -46,42 +46,53 @@ def _leaf_at_tap(trunk):
         handle.remove()
 
 
-def _forward(trunk, x_t, t, labels, subset, align_subset, full_forward):
+def _forward(trunk, x_t, t, labels, subset, align_subset, full_forward, class_token):
     """The model's output, with all tokens in the blocks where `full_forward`, and the subset in the loss alone."""
+    extra = {} if class_token is None else {"class_token": class_token}
     if full_forward and subset is not None:
         if align_subset is not None:
             subset = subset.gather(1, align_subset)
-        return trunk(x_t, t, labels, None, subset)
-    return trunk(x_t, t, labels, subset, align_subset)
+        return trunk(x_t, t, labels, None, subset, **extra)
+    return trunk(x_t, t, labels, subset, align_subset, **extra)
 
 
-def token_gradients(trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False):
-    """Norm of the alignment loss's gradient at every token of the tapped block's output, before the projector.
+def token_gradients(
+    trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False, class_token=None
+):
+    """Norm of the alignment loss's gradient at every patch token of the tapped block's output, before the projector.
+
+    The loss has its term for the class token where there is one, but the class token's own gradient is left out.
 
     Args:
         trunk: of `cut_at_tap`.
         x_t: (B, C, H, W) noised input; t (B,) time; labels (B,) int64.
-        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's grid.
-        subset: (B, K) int64, ascending: the tokens that are kept; None aligns all tokens.
-        align_subset: (B, n) int64, positions among the kept tokens; None aligns all of these.
+        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's grid; (B, 1 + N, Dz) with the class
+            token as row 0 for a model that has one.
+        subset: (B, K) int64, ascending: the patches that are kept; None aligns all tokens.
+        align_subset: (B, n) int64, positions among the kept patches; None aligns all of these.
         full_forward: let the blocks see all tokens, and align those of the subset.
+        class_token: (B, class_dim) the noised class token, for a model that has one.
 
     Returns:
         TokenGradients. Several teachers count by the mean of their cosines, as in the training loss.
     """
     with torch.enable_grad(), _leaf_at_tap(trunk) as found:
-        out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward)
+        out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward, class_token)
         (h,) = found
         batch, aligned = out.aligned[0].shape[:2]
         loss = alignment_loss(out.aligned, teachers, out.aligned_index) * (batch * aligned)
         (gradient,) = torch.autograd.grad(loss, h)
-    norms = gradient.norm(dim=-1)
-    if h.shape[1] < trunk.num_tokens:  # the tap saw the subset: back to the places of its tokens
+    shift = 0 if trunk.class_dim is None else 1  # the class token goes first
+    norms = gradient[:, shift:].norm(dim=-1)
+    if norms.shape[1] < trunk.num_tokens:  # the tap saw the subset: back to the places of its tokens
         norms = norms.new_full((batch, trunk.num_tokens), float("nan")).scatter(1, subset, norms)
     index = out.aligned_index
     if index is None:
-        index = torch.arange(trunk.num_tokens, device=h.device).expand(batch, -1)
+        index = torch.arange(shift + trunk.num_tokens, device=h.device).expand(batch, -1)
     cosine = torch.stack([_cosines(z, y, index) for z, y in zip(out.aligned, teachers, strict=True)]).mean(dim=0)
+    if shift:  # a projector along the grid has left the class token out already
+        first = 0 if trunk.projectors[0].needs_grid else 1
+        index, cosine = index[:, first:] - 1, cosine[:, first:]
     nowhere = torch.full_like(norms, float("nan"))
     return TokenGradients(nowhere.scatter(1, index, norms.gather(1, index)), nowhere.scatter(1, index, cosine))
 
@@ -95,16 +106,19 @@ def _cosines(rows, teacher, index):
 def parameter_groups(trunk):
     """Parameters of the trunk that the alignment loss shapes, by place: dict name -> list of parameters.
 
-    `embedding` (patches, time, label), `mixer` where there is one, `block 1` to the tapped one. Projectors are left
-    out: they do not outlive training.
+    `embedding` (patches, time, label, class token), `mixer` where there is one, `block 1` to the tapped one. Projectors
+    are left out: they do not outlive training.
     """
-    groups = {"embedding": [trunk.x_embedder, trunk.t_embedder, trunk.y_embedder], "mixer": [trunk.mixer]}
+    embedders = [trunk.x_embedder, trunk.t_embedder, trunk.y_embedder, trunk.class_embedder]
+    groups = {"embedding": [module for module in embedders if module is not None], "mixer": [trunk.mixer]}
     groups |= {f"block {depth + 1}": [block] for depth, block in enumerate(trunk.blocks)}
     found = {name: [p for module in modules for p in module.parameters()] for name, modules in groups.items()}
     return {name: parameters for name, parameters in found.items() if parameters}
 
 
-def trunk_gradients(trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False):
+def trunk_gradients(
+    trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False, class_token=None
+):
     """Gradient of the alignment loss (the mean, as trained) with respect to the trunk's parameters up to the tap.
 
     Arguments as for `token_gradients`.
@@ -119,7 +133,7 @@ def trunk_gradients(trunk, x_t, t, labels, teachers, subset=None, align_subset=N
         for parameter in parameters:
             parameter.requires_grad_(True)
         with torch.enable_grad():
-            out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward)
+            out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward, class_token)
             loss = alignment_loss(out.aligned, teachers, out.aligned_index)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
     finally:

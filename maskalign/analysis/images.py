@@ -14,12 +14,14 @@ from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.objective.interpolant import Interpolant
+from maskalign.teachers.names import no_class_tokens
 from maskalign.training.features import Features
 
 
 class Noised(NamedTuple):
     """One batch at one time: x_t (b, C, H, W), t (b,), labels (b,), teachers [(b, N, Dz)], subset (b, K) int64 and
-    align_subset (b, n) int64 or None."""
+    align_subset (b, n) int64 or None; class_token (b, class_dim), noised, or None for a model without one, whose
+    teachers have no row for it."""
 
     x_t: torch.Tensor
     t: torch.Tensor
@@ -27,6 +29,7 @@ class Noised(NamedTuple):
     teachers: list
     subset: torch.Tensor
     align_subset: Optional[torch.Tensor]
+    class_token: Optional[torch.Tensor] = None
 
 
 class Images:
@@ -43,6 +46,8 @@ class Images:
     Attributes:
         count: number of images.
         names: names of the teachers.
+        features: one (count, N, Dz) per teacher; (count, 1 + N, Dz), the class token first, where the model has one.
+        class_tokens: (count, class_dim) float32, or None.
 
     Raises:
         UsageError: the data set does not fit the model.
@@ -59,13 +64,23 @@ class Images:
             parallel=replace(subject.config.parallel, plan="none"),
             training=replace(subject.config.training, compile=False),
         )
-        features = Features(config, manifest, sources, model.grid, SimpleNamespace(device=self.device))
+        class_token = None
+        if model.class_dim is not None and sources:
+            class_token = sources[0]
+            config.model = replace(config.model, class_token_dim=self._components(path, subject, sources))
+        placement = SimpleNamespace(device=self.device)
+        features = Features(config, manifest, sources, model.grid, placement, class_token=class_token)
         if tuple(features.dims) != model.teacher_dims:
             raise UsageError(
                 f"{path}: the teachers {', '.join(self.names) or '(none)'} have widths {features.dims}, the model's "
                 f"projectors {list(model.teacher_dims)}; name the teachers that it was trained with: --teacher NAME,..."
             )
-        self._read(path, features, sources, min(count, manifest.num_samples), batch_size, seed, progress)
+        if features.class_dim != model.class_dim:
+            raise UsageError(
+                f"{path}: the class token of {self.names[0]} has {features.class_dim} numbers, the model's "
+                f"{model.class_dim}; give --data the data set of its training"
+            )
+        self._read(path, features, min(count, manifest.num_samples), batch_size, seed, progress)
 
     def _check(self, path, model, count):
         latent, manifest = self.manifest.latent, self.manifest
@@ -94,22 +109,46 @@ class Images:
             )
         return name in self.manifest.teachers
 
-    def _read(self, path, features, sources, count, batch_size, seed, progress):
-        online = any(not cached for _, cached in sources)
-        fields = [name for name, cached in sources if cached]
+    def _components(self, path, subject, sources):
+        """How many principal components of the class token the model denoises; None where it is the token as it is.
+
+        Raises:
+            UsageError: rows without class tokens, or fewer components than the model takes.
+        """
+        for name, cached in sources:
+            if cached and "class_token" not in self.manifest.teachers[name]:
+                raise UsageError(f"{path}: {no_class_tokens(name, path)}")
+        name, wanted = sources[0][0], subject.model.class_dim
+        entry = self.manifest.teachers.get(name, {}).get("class_token", {})
+        # A file of weights does not name its settings: a narrower class token tells of components.
+        if subject.config.model.class_token_dim is None and entry.get("dim", wanted) == wanted:
+            return None
+        stored = len(entry.get("components", {}).get("basis", ()))
+        if stored < wanted:
+            raise UsageError(
+                f"{path}: the model denoises {wanted} principal components of the class token of {name!r}, and the "
+                f"data set has {stored}; give --data the data set of its training"
+            )
+        return wanted
+
+    def _read(self, path, features, count, batch_size, seed, progress):
+        fields = list(features.fields)
         fields += ["moments"] if self.manifest.latent is not None else []
-        fields += ["image"] if self.manifest.latent is None or online else []
+        fields += ["image"] if self.manifest.latent is None or features.needs_images else []
         batch_size = min(batch_size, count)
         parts = []
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
             # Copies: the stream writes later batches where this one lies.
-            parts.append([x.cpu().clone() for x in (inputs, batch["label"], *features(batch)[0])])
+            teachers, token = features(batch)
+            row = (inputs, batch["label"], *teachers, *([] if token is None else [token]))
+            parts.append([x.cpu().clone() for x in row])
             if progress is not None:
                 progress(len(batch["label"]))
             if sum(len(part[1]) for part in parts) >= count:
                 break
         self.inputs, self.labels, *self.features = (torch.cat(column)[:count] for column in zip(*parts, strict=True))
+        self.class_tokens = self.features.pop() if features.class_dim is not None else None
         self.count = len(self.labels)
 
     def draws(self, subject, keep_ratio, number, rows, seed):
@@ -136,6 +175,7 @@ class Images:
             label_dropout=0.0,
             subset=method.subset,
             posterior=self.manifest.latent is not None,
+            class_dim=model.class_dim,
         )
 
     def noised(self, subject, draws, rows, time=None):
@@ -144,9 +184,12 @@ class Images:
         if self.manifest.latent is not None:
             x = sample_posterior(x, draws.posterior, self.manifest.latent["scale"], self.manifest.latent["bias"])
         t = draws.time if time is None else torch.full((len(x),), float(time))
-        x_t, _ = Interpolant(subject.config.objective.path).interpolate(x, draws.noise, t)
+        interpolant, class_t = Interpolant(subject.config.objective.path), None
+        x_t, _ = interpolant.interpolate(x, draws.noise, t)
         teachers = [z[rows].to(self.device) for z in self.features]
-        index = [None if part is None else part.to(self.device) for part in (draws.subset, draws.align_subset)]
+        if self.class_tokens is not None:
+            class_t, _ = interpolant.interpolate(self.class_tokens[rows], draws.class_noise, t)
+        index = [None if part is None else part.to(self.device) for part in (draws.subset, draws.align_subset, class_t)]
         return Noised(x_t.to(self.device), t.to(self.device), self.labels[rows].to(self.device), teachers, *index)
 
     def batches(self, size, whole=False):

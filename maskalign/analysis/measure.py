@@ -1,4 +1,4 @@
-"""The norms of the alignment loss's gradient at every token: for images, times and draws, under each way to align."""
+"""The norms of the alignment loss's gradient at every patch: for images, times and draws, under each way to align."""
 
 from dataclasses import dataclass, field
 
@@ -79,13 +79,13 @@ def measure_tokens(subject, images, settings, progress=None):
 
 def _gradients(trunk, batch, modes):
     """(mode, TokenGradients) of a `Noised` batch for each mode."""
-    common = (trunk, batch.x_t, batch.t, batch.labels, batch.teachers)
-    full = token_gradients(*common)
+    common, token = (trunk, batch.x_t, batch.t, batch.labels, batch.teachers), {"class_token": batch.class_token}
+    full = token_gradients(*common, **token)
     yield FULL, full
     if MASKED in modes:
-        yield MASKED, token_gradients(*common, batch.subset, batch.align_subset)
+        yield MASKED, token_gradients(*common, batch.subset, batch.align_subset, **token)
     if any(projector.needs_grid for projector in trunk.projectors) or batch.align_subset is not None:
-        yield SUBSET, token_gradients(*common, batch.subset, batch.align_subset, full_forward=True)
+        yield SUBSET, token_gradients(*common, batch.subset, batch.align_subset, full_forward=True, **token)
         return
     # A pointwise projector gives a token the same gradient whichever others are aligned: no second pass is needed.
     kept = torch.zeros_like(full.norms, dtype=torch.bool).scatter(1, batch.subset, True)

@@ -2,7 +2,7 @@
 
 from maskalign.analysis.agreement import FULL_PAIR, IMAGE_PAIR, MASKED_PAIR, NOISE_PAIR, PAIRS
 from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
-from maskalign.analysis.pictures import summary_cases
+from maskalign.analysis.pictures import ratio_text, summary_cases
 from maskalign.analysis.stability import fixed_ranking_overlap
 from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, RUNS, SINGLE, TIMES, WAYS
 
@@ -21,7 +21,7 @@ def write_outcome(tables, about):
     """The report as Markdown.
 
     Args:
-        tables: dict with lists of rows `positions`, `stability`, `concentration`, `agreement`.
+        tables: dict with lists of rows `shares`, `gap`, `positions`, `stability`, `concentration`, `agreement`.
         about: dict: data, images, times, draws, top, seed, weights, tokens, teachers, group_size; and by run: `series`
             (its steps), `settings` (a text) and `kept` (tokens in a subset).
 
@@ -29,6 +29,7 @@ def write_outcome(tables, about):
         str.
     """
     lines = ["# Alignment gradients: outcome", "", *_conditions(about), ""]
+    lines += _papers(tables, about)
     cases = summary_cases(tables["stability"])
     for run in about["series"]:
         lines += [f"## {run}", ""]
@@ -58,6 +59,114 @@ def _conditions(about):
         known = ", ".join("unknown" if step is None else str(step) for step in steps)
         lines.append(f"| {run} | {known} | {about['settings'][run]}, subset of {about['kept'][run]} tokens |")
     return lines
+
+
+def _papers(tables, about):
+    """The two measurements of the paper, by run and checkpoint, and what they come to."""
+    gaps = {(row["run"], row["step"]): row for row in tables["gap"] if row["time"] == ""}
+    shares = [row for row in tables["shares"] if row["time"] == ""]
+    first = shares[0]
+    lines = [
+        "## The paper's measurements",
+        "",
+        "*Shares*, all tokens aligned: of the images (at all times and draws), the share in which a position's "
+        f"gradient is among the top {about['top']:.0%} of the patches; chance gives {first['chance']:.3f} everywhere. "
+        f"A smallest share of zero counts as one of {first['observations']} observations, and the ratio is then a "
+        "lower bound. The ratio by chance comes from permuting the positions of every image.",
+        "",
+    ]
+    head = ["run", "step", "largest share", "smallest share", "ratio", "ratio by chance (95 %)"]
+    if gaps:
+        one = next(iter(gaps.values()))
+        lines += [
+            f"*Stability gap* G_r, mask ratio {one['mask_ratio']:g}: the alignment loss where all blocks see "
+            f"{_seen(about)}{one['kept']} of {one['patches']} patches, dropped after the mixing layers, minus the loss "
+            f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
+            f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets.",
+            "",
+        ]
+        head += ["loss on all tokens", "G_r", "spread over subsets"]
+    lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    for row in shares:
+        cells = [
+            row["run"], "unknown" if row["step"] is None else str(row["step"]), f"{row['largest']:.3f}",
+            f"{row['smallest']:.3f}", ratio_text(row), f"{row['ratio_chance']:.1f} (up to {row['ratio_high']:.1f})",
+        ]  # fmt: skip
+        if gaps:
+            gap = gaps.get((row["run"], row["step"]))
+            cells += ["", "not defined", ""] if gap is None else [
+                f"{gap['full_loss']:+.4f}", f"{gap['gap']:+.5f} ± {gap['standard_error']:.5f}",
+                f"{gap['subset_deviation']:.5f}",
+            ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *[f"- {line}" for line in _papers_in_short(shares, gaps, about)], ""]
+    return lines
+
+
+def _seen(about):
+    """Whether the class token is among what a subset holds, for the runs at hand."""
+    if not any(about["class_token"].values()):
+        return ""
+    return "the class token and " if all(about["class_token"].values()) else "the class token (where there is one) and "
+
+
+def _papers_in_short(shares, gaps, about):
+    last = {row["run"]: row for row in shares}
+    lines = []
+    for run, row in last.items():
+        beyond = "more than" if row["ratio"] > row["ratio_high"] else "no more than"
+        lines.append(
+            f"{run}: at the last checkpoint the position most often among the top {about['top']:.0%} is there in "
+            f"{row['largest']:.1%} of the cases, the one least often in {row['smallest']:.1%}: a ratio of "
+            f"{ratio_text(row)}, {beyond} chance gives (up to {row['ratio_high']:.1f})."
+        )
+        gap = gaps.get((run, row["step"]))
+        if gap is None:
+            lines.append(f"{run}: no stability gap, since its projector needs the whole token grid.")
+        else:
+            lines.append(
+                f"{run}: its stability gap is {gap['gap']:+.5f} ± {gap['standard_error']:.5f}, {_from_zero(gap)}, at "
+                f"an alignment loss of {gap['full_loss']:+.4f} on all tokens."
+            )
+    runs = list(last)
+    for run in runs[1:]:
+        lines += _beside(runs[0], run, shares, gaps)
+    return lines
+
+
+def _from_zero(gap):
+    error = 2 * gap["standard_error"]
+    return "within two standard errors of zero" if abs(gap["gap"]) <= error else "beyond two standard errors of zero"
+
+
+def _beside(first, run, shares, gaps):
+    """What another run's two measurements are beside the first run's, at the last step that both have."""
+    steps = {name: [row["step"] for row in shares if row["run"] == name] for name in (first, run)}
+    common = [step for step in steps[run] if step is not None and step in steps[first]]
+    at = {first: common[-1], run: common[-1]} if common else {name: known[-1] for name, known in steps.items()}
+    where = f"at step {common[-1]}" if common else "at their last checkpoints, which are of different steps"
+    a, b = ({(row["run"], row["step"]): row for row in shares}[name, at[name]] for name in (first, run))
+    # A bound cannot be ranked against a larger number, nor two bounds against each other.
+    if (b["at_least"] and b["ratio"] <= a["ratio"]) or (a["at_least"] and a["ratio"] <= b["ratio"]):
+        flatter = "which is larger cannot be told, since a smallest share is zero"
+    else:
+        flatter = f"the map of {run} is {'flatter' if b['ratio'] < a['ratio'] else 'not flatter'}"
+    lines = [f"{run} beside {first}, {where}: ratios {ratio_text(b)} and {ratio_text(a)}; {flatter}."]
+    a, b = (gaps.get((name, at[name])) for name in (first, run))
+    if a is None or b is None:
+        return lines
+    lower = "lower" if b["full_loss"] < a["full_loss"] else "not lower"
+    line = (
+        f"{run} beside {first}, {where}: its alignment loss on all tokens is {lower} ({b['full_loss']:+.4f} and "
+        f"{a['full_loss']:+.4f}), its stability gap "
+    )
+    if a["gap"] <= 2 * a["standard_error"]:
+        line += f"{b['gap']:+.5f}; it is not put as a share of {first}'s, which is not clearly above zero"
+    else:
+        share = b["gap"] / a["gap"]
+        error = ((b["standard_error"] / a["gap"]) ** 2 + (share * a["standard_error"] / a["gap"]) ** 2) ** 0.5
+        line += f"{share:.1%} ± {error:.1%} of {first}'s"
+    return [*lines, line + "."]
 
 
 def _last(rows, run):

@@ -76,6 +76,113 @@ def draw_maps(positions, stem, top, title):
     return _save(figure, stem)
 
 
+SHARE_SCALE = 0.8  # the paper's heat maps go from 0 to this share
+
+
+def draw_shares(positions, shares, path, top):
+    """The paper's heat maps, all tokens aligned: the share of images in which a position is among the top.
+
+    A row for each run: at its last checkpoint by time, then at each of its checkpoints over all times. All maps have
+    the paper's scale, from 0 to 0.8, on which the share that chance gives is marked; below a map stands the ratio of
+    its largest share to its smallest.
+
+    Args:
+        positions, shares: rows of positions.csv and shares.csv.
+        top: share of the patches that counts as the top.
+    """
+    maps = {}
+    for row in positions:
+        if row["mode"] == FULL:
+            maps.setdefault((row["run"], row["step"], row["time"]), []).append(row)
+    ends = {(row["run"], row["step"], row["time"]): row for row in shares}
+    steps = {}
+    for run, step, _ in ends:
+        steps.setdefault(run, dict.fromkeys([]))[step] = None
+    times = list(dict.fromkeys(time for _, _, time in ends))
+    by_step = max(len(members) for members in steps.values())
+    by_step = by_step if by_step > 1 else 0  # one checkpoint is what the maps by time show already
+    columns = len(times) + by_step
+    widths = [1.0] * len(times) + ([0.35] + [1.0] * by_step if by_step else [])
+    figure, axes = _figure(
+        len(steps), len(widths), figsize=(1.35 * columns + 1.6, 1.75 * len(steps) + 1.1), layout="constrained",
+        gridspec_kw=dict(width_ratios=widths),
+    )  # fmt: skip
+    for axis in axes.flat:
+        axis.set_axis_off()
+    image = None
+    for line, (run, members) in zip(axes, steps.items(), strict=True):
+        known = list(members)
+        panels = [(time, known[-1], "all times" if time == "" else f"t = {time:g}") for time in times]
+        panels += [None] + [("", step, _at(step)) for step in known] if by_step else []
+        for axis, panel in zip(line, panels, strict=False):
+            if panel is None:
+                continue
+            time, step, title = panel
+            axis.set_axis_on()
+            axis.set(xticks=[], yticks=[])
+            key = run, step, time
+            image = axis.imshow(_grid(maps[key], "top_frequency"), cmap="viridis", vmin=0, vmax=SHARE_SCALE)
+            axis.set_title(title, fontsize=8)
+            axis.set_xlabel(ratio_text(ends[key]), fontsize=8)
+        line[0].set_ylabel(f"{run}\n{_at(known[-1])}".strip(), fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.9, extend="max", fraction=0.03)
+    chance = next(iter(ends.values()))["chance"]
+    bar.ax.axhline(chance, color="white", lw=1.5)
+    marks = [mark for mark in (0, 0.2, 0.4, 0.6, SHARE_SCALE) if abs(mark - chance) > 0.04]
+    bar.set_ticks([*marks, chance], labels=[*(f"{mark:g}" for mark in marks), f"chance {chance:.2g}"])
+    bar.ax.tick_params(labelsize=8)
+    words = f"share of images in which a position's gradient is among the top {top:.0%}, all tokens aligned"
+    course = "; by time at the last checkpoint, then by checkpoint" if by_step else ""
+    figure.suptitle(f"{words}{course}\n(below: largest share over smallest)", fontsize=9)
+    return _save(figure, path)
+
+
+def ratio_text(row):
+    """The ratio of a row of shares.csv: `21`, or `at least 300` where the smallest share is zero."""
+    digits = f"{row['ratio']:.1f}" if row["ratio"] < 10 else f"{row['ratio']:.0f}"
+    return f"at least {digits}" if row["at_least"] else digits
+
+
+def _at(step):
+    return "" if step is None else f"step {step}"
+
+
+def draw_gaps(gaps, path):
+    """Full-token alignment loss and stability gap by checkpoint, and the gap by time at the last one, for all runs.
+
+    Args:
+        gaps: rows of gap.csv.
+    """
+    figure, axes = _figure(1, 3, figsize=(13, 3.8), layout="constrained")
+    losses, course, by_time = axes[0]
+    last = _last_steps(gaps)
+    ratio = gaps[0]["mask_ratio"]
+    for number, (run, step) in enumerate(last.items()):
+        own = [row for row in gaps if row["run"] == run and row["time"] == ""]
+        # A file does not tell its step: its point stands in the middle, and only there.
+        steps = [0 if row["step"] is None else row["step"] for row in own]
+        style = dict(marker="o", ms=3.5, lw=1.4, color=f"C{number}", label=run)
+        losses.plot(steps, [row["full_loss"] for row in own], **style)
+        values, errors = ([row[key] for row in own] for key in ("gap", "standard_error"))
+        course.errorbar(steps, values, yerr=errors, capsize=3, **style)
+        own = [row for row in gaps if (row["run"], row["step"]) == (run, step) and row["time"] != ""]
+        values, errors = ([row[key] for row in own] for key in ("gap", "standard_error"))
+        by_time.errorbar([row["time"] for row in own], values, yerr=errors, capsize=3, **style)
+    losses.set(title="alignment loss on all tokens", xlabel="step", ylabel="-mean cosine")
+    course.set(
+        title=f"stability gap, mask ratio {ratio:g}", xlabel="step", ylabel="loss on subset - loss on all tokens"
+    )
+    by_time.set(title="the gap by time, last checkpoint", xlabel="time t (1 is noise)")
+    for axis in (course, by_time):
+        axis.axhline(0, color="k", lw=0.6, ls=":")
+    for axis in axes[0]:
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.legend(fontsize=7)
+    figure.suptitle("bars: one standard error over images", fontsize=8)
+    return _save(figure, path)
+
+
 def draw_series(positions, path, title):
     """The full-token mean map of every checkpoint of a run, side by side on one scale (relative to each map's mean)."""
     steps = list(dict.fromkeys(row["step"] for row in positions))

@@ -20,6 +20,8 @@ class AnalysisSettings:
         batch_size: images at a time, and images behind one gradient of the trunk.
         seed: of every draw, of the order of the images and of the permutations.
         permutations: random relabellings behind every interval of chance.
+        mask_ratio: share r of the patches that is dropped for the stability gap G_r.
+        subsets: random subsets of every image behind the gap, all under the same noise.
     """
 
     images: int = 256
@@ -30,6 +32,8 @@ class AnalysisSettings:
     batch_size: int = 32
     seed: int = 0
     permutations: int = 1000
+    mask_ratio: float = 0.25
+    subsets: int = 4
 
     def __post_init__(self):
         _require(self.images >= 4, "--images", self.images, "must be at least 4, since halves are compared")
@@ -42,6 +46,8 @@ class AnalysisSettings:
         _require(keep is None or 0 < keep < 1, "--keep-ratio", keep, "must be between 0 and 1")
         _require(0 < self.top <= 0.5, "--top", self.top, "must be above 0 and at most 0.5")
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
+        _require(0 < self.mask_ratio < 1, "--mask-ratio", self.mask_ratio, "must be between 0 and 1")
+        _require(self.subsets >= 2, "--subsets", self.subsets, "must be at least 2, since their spread is measured")
         _require(self.permutations >= 20, "--permutations", self.permutations, "must be at least 20")
 
 

@@ -206,21 +206,67 @@ def concentration(top, present, share=0.1, permutations=200, seed=0):
         (frequency (N,): how often a position is at the top when it is there; Chance of the share of all top places that
         the `share` most frequent positions take).
     """
-    counts = np.stack([top.sum(axis=0), present.sum(axis=0)]).astype(np.float64)  # (2, images, N)
-    frequency = _frequency(counts.sum(axis=1))
     size = top_size(top.shape[-1], share)
 
-    def taken(flags, seen):
-        found = _frequency(np.stack([flags, seen]))
+    def taken(counts):
+        found = _frequency(counts)
         return np.sort(found)[::-1][:size].sum() / found.sum()
 
-    rng = np.random.default_rng([seed, 1])
-    by_chance = []
+    counts = _counts(top, present)
+    value, by_chance = taken(counts.sum(axis=1)), [taken(one) for one in _permuted(counts, permutations, seed)]
+    return _frequency(counts.sum(axis=1)), Chance(value, float(np.mean(by_chance)), *np.percentile(by_chance, SIDES))
+
+
+class ShareRatio(NamedTuple):
+    """The largest and the smallest share of images in which a position is at the top, and their ratio.
+
+    ratio: `Chance` of the largest share over the smallest one. at_least: the smallest share is zero, and counts as one
+    observation for the ratio.
+    """
+
+    largest: float
+    smallest: float
+    ratio: Chance
+    at_least: bool
+
+
+def share_ratio(top, present, permutations=100, seed=0):
+    """How much more often the position that is at the top most often is there than the one that is there least often.
+
+    A share of zero has no finite ratio. It is put at one observation (an image at one time and draw), so that the ratio
+    is the smallest that the data allow: it then says "at least". Few images give a ratio above 1 by chance alone, which
+    permuting the positions within every image shows.
+
+    Args:
+        top, present: (repeats, images, N) bool, as for `concentration`.
+
+    Returns:
+        ShareRatio.
+    """
+
+    def ratio(counts):
+        flags, seen = counts
+        shares = _frequency(counts)
+        return shares.max() / max(shares.min(), 1 / seen[shares.argmin()])
+
+    counts = _counts(top, present)
+    shares = _frequency(counts.sum(axis=1))
+    by_chance = [ratio(one) for one in _permuted(counts, permutations, seed)]
+    found = Chance(float(ratio(counts.sum(axis=1))), float(np.mean(by_chance)), *np.percentile(by_chance, SIDES))
+    return ShareRatio(float(shares.max()), float(shares.min()), found, bool(shares.min() == 0))
+
+
+def _counts(top, present):
+    """(2, images, N): how often a position of an image is at the top, and how often it is there."""
+    return np.stack([top.sum(axis=0), present.sum(axis=0)]).astype(np.float64)
+
+
+def _permuted(counts, permutations, seed):
+    """Yield the (2, N) sums of `_counts` over images whose positions are permuted, each image by itself."""
+    rng, (images, tokens) = np.random.default_rng([seed, 1]), counts.shape[1:]
     for _ in range(permutations):
-        order = rng.permuted(np.tile(np.arange(top.shape[-1]), (top.shape[1], 1)), axis=1)
-        by_chance.append(taken(*np.take_along_axis(counts, order[None], axis=2).sum(axis=1)))
-    low, high = np.percentile(by_chance, SIDES)
-    return frequency, Chance(taken(*counts.sum(axis=1)), float(np.mean(by_chance)), low, high)
+        order = rng.permuted(np.tile(np.arange(tokens), (images, 1)), axis=1)
+        yield np.take_along_axis(counts, order[None], axis=2).sum(axis=1)
 
 
 def _frequency(counts):

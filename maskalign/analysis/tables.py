@@ -1,15 +1,35 @@
-"""From gradient norms to rows: positions.csv (maps), stability.csv (against chance), agreement.csv (of the trunk)."""
+"""From measurements to rows.
+
+The paper's: shares.csv (how often a position is at the top, its ends), gap.csv (the stability gap). Ours: positions.csv
+(maps), stability.csv (against chance), concentration.csv and agreement.csv (of the trunk).
+"""
 
 import csv
 from itertools import combinations
 
 import numpy as np
 
-from maskalign.analysis.stability import compare_images, compare_maps, concentration, top_tokens
+from maskalign.analysis.measure import FULL
+from maskalign.analysis.stability import (
+    compare_images,
+    compare_maps,
+    concentration,
+    share_ratio,
+    top_size,
+    top_tokens,
+)
 
 # What is compared with what; the names appear in the tables.
 HALVES, TIMES, DRAWS, CHECKPOINTS, WAYS, RUNS = "halves of the data", "times", "draws", "checkpoints", "ways", "runs"
 MEAN_MAP, SINGLE = "mean map", "single images"
+SHARE_COLUMNS = (
+    "run", "step", "time", "patches", "chance", "largest", "smallest", "ratio", "at_least", "ratio_chance", "ratio_low",
+    "ratio_high", "images", "observations",
+)  # fmt: skip
+GAP_COLUMNS = (
+    "run", "step", "mask_ratio", "time", "patches", "kept", "full_loss", "subset_loss", "gap", "standard_error",
+    "subset_deviation", "images", "subsets",
+)  # fmt: skip
 POSITION_COLUMNS = ("run", "step", "mode", "time", "row", "column", "norm", "top_frequency", "cosine")
 STABILITY_COLUMNS = (
     "run", "step", "mode", "level", "between", "a", "b", "images",
@@ -42,6 +62,53 @@ def position_rows(subject, found, settings):
                         column=token % columns, norm=norm, top_frequency=frequency[token], cosine=cosine[token],
                     )
                 )  # fmt: skip
+    return rows
+
+
+def share_rows(subject, found, settings):
+    """Rows of shares.csv for one checkpoint, all tokens aligned: by time (empty: all times) the ends of the shares.
+
+    The share of a position is that of images, draws (and times) in which it is among the top `settings.top`; the map
+    itself is `top_frequency` in positions.csv.
+    """
+    norms, rows = found.norms[FULL], []
+    tokens, images = norms.shape[-1], norms.shape[-2]
+    for place, time in [(slice(None), "")] + list(enumerate(settings.times)):
+        flat = norms[place].reshape(-1, images, tokens)
+        ends = share_ratio(
+            top_tokens(flat, settings.top), np.isfinite(flat), min(100, settings.permutations), settings.seed
+        )
+        rows.append(
+            dict(
+                run=subject.run, step=subject.step, time=time, patches=tokens,
+                chance=top_size(tokens, settings.top) / tokens, largest=ends.largest, smallest=ends.smallest,
+                ratio=ends.ratio.value, at_least=int(ends.at_least), ratio_chance=ends.ratio.expected,
+                ratio_low=ends.ratio.low, ratio_high=ends.ratio.high, images=images, observations=len(flat) * images,
+            )
+        )  # fmt: skip
+    return rows
+
+
+def gap_rows(subject, losses, kept, settings):
+    """Rows of gap.csv for one checkpoint: by time (empty: all times) the losses and their gap; [] where there is none.
+
+    The standard error is over images, each counted once with the mean over its subsets (and times). The deviation over
+    subsets is that of the mean gap of all images from one draw of subsets to the next.
+    """
+    if losses is None:
+        return []
+    rows, (subsets, images) = [], losses.subset.shape[1:]
+    for place, time in [(slice(None), "")] + list(enumerate(settings.times)):
+        gaps = losses.gaps(place)
+        rows.append(
+            dict(
+                run=subject.run, step=subject.step, mask_ratio=settings.mask_ratio, time=time,
+                patches=subject.model.num_tokens, kept=kept, full_loss=losses.full[place].mean(),
+                subset_loss=losses.subset[place].mean(), gap=gaps.mean(),
+                standard_error=gaps.mean(axis=0).std(ddof=1) / images**0.5,
+                subset_deviation=gaps.mean(axis=1).std(ddof=1), images=images, subsets=subsets,
+            )
+        )  # fmt: skip
     return rows
 
 

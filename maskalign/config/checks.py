@@ -64,6 +64,7 @@ def validate(config):
         "optimizer.warmup_steps": 0,
         "optimizer.grad_clip": 0,
         "optimizer.weight_decay": 0,
+        "optimizer.ema_warmup": 0,
         "method.class_weight": 0,
         "preview.classes": 1,
         "preview.per_class": 1,
@@ -85,10 +86,13 @@ def validate(config):
         _require(0 <= _get(config, key) <= 1, key, _get(config, key), "must be in [0, 1]")
     for key in ("optimizer.ema_decay",):
         _require(0 <= _get(config, key) < 1, key, _get(config, key), "must be in [0, 1)")
-    class_dim = config.model.class_token_dim
-    _require(class_dim is None or class_dim >= 1, "model.class_token_dim", class_dim, "must be at least 1")
-    if class_dim is not None and not config.model.class_token:
+    if config.model.class_token_dim is not None and not config.model.class_token:
         raise UsageError("model.class_token_dim: there is no class token; set model.class_token true, or leave it out")
+    for key in ("preview.cls_cfg_scale", "evaluate.cls_cfg_scale"):
+        scale = _get(config, key)
+        _require(scale is None or scale >= 0, key, scale, "must be at least 0")
+        if scale is not None and not config.model.class_token:
+            raise UsageError(f"{key}: there is no class token to guide; set model.class_token true, or leave it out")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
     device = config.training.device

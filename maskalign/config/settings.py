@@ -84,6 +84,8 @@ class ModelConfig:
     """LayerNorm on queries and keys."""
     attention: Literal["auto", "sdpa", "math", "flash_attn"] = "auto"
     """Attention: torch's fused kernel, plain operations, the faster of these, or the package flash-attn (GPUs)."""
+    fused_adaln: bool = False
+    """Fused kernels for norms and residuals of blocks; off: no GPU measurement shows them faster than torch.compile."""
     class_token: bool = False
     """Denoise the first teacher's class token together with the image, as one more token (REG, MaskAlign)."""
     class_token_dim: Optional[int] = None
@@ -158,6 +160,8 @@ class OptimizerConfig:
     """Share of training at which the fall begins."""
     ema_decay: float = 0.9999
     """Decay of the exponential moving average of the weights, every step."""
+    ema_warmup: float = 0.0
+    """Bound the average's half-life by this share of the steps done (EDM's ramp, there 0.05); 0 turns it off."""
 
 
 @dataclass
@@ -193,7 +197,8 @@ class TrainingConfig:
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0 draws only the last one."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of run_dir; never: refuse a used run_dir; or the path of a checkpoint."""
+    """auto: from the newest checkpoint of run_dir; never: refuse a used run_dir; restart: set aside what run_dir holds
+    and begin at step 0; or the path of a checkpoint."""
     init_from: Optional[str] = None
     """Start from the weights of this checkpoint (ours or REPA's), not from its step."""
     max_nonfinite: int = 10
@@ -218,6 +223,8 @@ class PreviewConfig:
     """Sampler steps."""
     cfg_scale: float = 2.0
     """Classifier-free guidance scale; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the class token, where there is one; by default the image's, 0 is none."""
     sampler: Literal["ode", "heun", "sde"] = "ode"
     """Sampler."""
     vae: Optional[str] = None
@@ -244,6 +251,8 @@ class EvaluateConfig:
     """Sampler steps."""
     cfg_scale: float = 1.0
     """Classifier-free guidance scale of the samples; 1 is none."""
+    cls_cfg_scale: Optional[float] = None
+    """Guidance scale of the samples' class token, where there is one; by default the image's, 0 is none."""
 
 
 @dataclass

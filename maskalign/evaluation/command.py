@@ -1,6 +1,7 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -8,15 +9,17 @@ import numpy as np
 from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
-from maskalign.data.manifest import Manifest
+from maskalign.data.listing import tell_passed
+from maskalign.data.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
-from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time
+from maskalign.evaluation.gap import MASK_RATIO, held_out_gap
+from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
-from maskalign.evaluation.measures import bias_note, distances
+from maskalign.evaluation.measures import bias_note, distances, held_out_measures
 from maskalign.evaluation.pictures import PictureDataSet
-from maskalign.evaluation.reference import data_fingerprint, load_reference
+from maskalign.evaluation.reference import data_fingerprint, load_references
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, open_pictures
@@ -85,16 +88,21 @@ def evaluate(
     chosen = None if classes is None else parse_classes(classes, manifest.class_names)
     real = PictureDataSet(data, settings.reference, chosen) if settings.metrics else None
     out = None if out is None else make_folder(out)
-    subject = pictures = None
+    subject = pictures = images = training = None
     if is_model(source):
         subject = load(source, ema)
         _check_shape(subject, manifest, source, data)
+        _check_classes(subject, manifest, source, data)
         subject.model.to(device)
         kind = subject.kind
+        if settings.held_out_images:
+            images, training = _held_out(subject, manifest, held_out or data, settings, device)
         if real:
             pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
     elif real:
         kind, pictures = open_pictures(source)
+        if kind == "folder" and pictures.passed:
+            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
@@ -121,8 +129,8 @@ def evaluate(
         _check_size(pictures, real, source, data)
         networks = _networks(settings, real, pictures.count, teachers, teacher_weights, inception, device)
         _add_distances(report, pictures, real, networks, settings, progress)
-    if subject and settings.held_out_images:
-        _add_losses(report, subject, manifest, held_out or data, settings, device, progress)
+    if images:
+        _add_losses(report, subject, images, training, settings, progress)
     folder = out or (subject.folder if subject else None)
     if folder is not None:
         of_one = subject and not out and subject.kind == "checkpoint"
@@ -143,6 +151,16 @@ def _check_shape(subject, manifest, source, data):
         raise UsageError(
             f"{source} has {model.num_classes} classes, but {data} has {manifest.num_classes}; give the data set that "
             "it was trained on, or its like"
+        )
+
+
+def _check_classes(subject, manifest, source, data):
+    """As many classes are not yet the same ones: label 3 must mean the same to the model and to the data set."""
+    difference = other_classes(subject.about["class_names"], manifest.class_names)
+    if difference:
+        raise UsageError(
+            f"{source} was trained with other classes than {data} has: {difference}; give the data set that it was "
+            "trained on, or one with the same classes in the same order"
         )
 
 
@@ -168,9 +186,11 @@ def _networks(settings, real, count, teachers, weights, inception, device):
 def _drawn(subject, count, sampling, vae):
     """Pictures of a model; their labels come later."""
     from maskalign.sampling.command import decoder_for
+    from maskalign.sampling.drawing import check_class_guidance
     from maskalign.sampling.network import Network
 
     network = Network(subject.model, sampling.precision)
+    check_class_guidance(network, sampling)
     sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
     return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae))
 
@@ -179,65 +199,120 @@ def _add_distances(report, pictures, real, networks, settings, progress):
     """Compare pictures with real ones in the features of all networks."""
     count, references = pictures.count, {}
     for network in networks:
+        kinds = _kinds(network, settings)
         with _bar(real.count, f"reference, {network.name}", progress) as bar:
-            found = load_reference(real, network, batch_size=settings.batch_size, on_images=bar.update)
-        references[network.name], labels = found.features, found.labels
+            found = load_references(
+                real, kinds, lambda batch, network=network: _kinds_of(network, batch, settings)[0],
+                batch_size=settings.batch_size, on_images=bar.update,
+            )  # fmt: skip
+        references |= {kind.name: reference.features for kind, reference in zip(kinds, found, strict=True)}
+        labels = found[0].labels
         settings.check_counts(count, len(labels), network.name, network.dim)
     with _bar(count, "samples", progress) as bar:
         on_images = bar.update
         if isinstance(pictures, DrawnPictures):  # drawing is what takes the time
             pictures.labels, pictures.on_images, on_images = labels_like(labels, count), bar.update, None
             report["settings"] |= asdict(pictures.settings)
-        features, logits = _features(pictures, networks, settings.batch_size, on_images)
+        features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
-        reference = references[network.name]
-        report["metrics"] |= distances(features[network.name], reference, network.name, settings.metrics)
-        note = bias_note(count, len(reference), network.name, network.dim)
-        report["notes"] += [note] if note and "frechet" in settings.metrics else []
+        for kind in _kinds(network, settings):
+            # The spatial features are made for sFID, a Frechet distance, and for nothing else.
+            metrics = settings.metrics if kind is network else ("frechet",)
+            reference = references[kind.name]
+            report["metrics"] |= distances(features[kind.name], reference, kind.name, metrics)
+            note = bias_note(count, len(reference), kind.name, kind.dim)
+            report["notes"] += [note] if note and "frechet" in metrics else []
     if logits is not None:
         mean, deviation = inception_score(logits, min(10, count))
         report["metrics"] |= {"inception_score": mean, "inception_score_std": deviation}
     report |= {"samples": count, "reference": len(labels)}
 
 
-def _features(pictures, networks, batch_size, on_images):
-    """dict from network to (n, D) float32 features, and Inception's logits (None without it)."""
-    parts, logits = {network.name: [] for network in networks}, []
-    for batch in pictures.batches(batch_size):
+def _kinds(network, settings):
+    """The kinds of features that a network gives: its own, and Inception's spatial ones where sFID is measured."""
+    spatial = isinstance(network, InceptionFeatures) and "frechet" in settings.metrics
+    return [network, network.spatial] if spatial else [network]
+
+
+def _kinds_of(network, batch, settings):
+    """(features of a batch for each of `_kinds`, Inception's logits or None)."""
+    if not isinstance(network, InceptionFeatures):
+        return [network(batch)], None
+    out = network.outputs(batch)
+    return [out.pooled, out.spatial][: len(_kinds(network, settings))], out.logits
+
+
+def _features(pictures, networks, settings, on_images):
+    """dict from the name of a kind to (n, D) float32 features, and Inception's logits (None without it)."""
+    parts, logits = {}, []
+    for batch in pictures.batches(settings.batch_size):
         for network in networks:
-            if isinstance(network, InceptionFeatures):
-                found, scores = network.both(batch)
-                logits.append(scores)
-            else:
-                found = network(batch)
-            parts[network.name].append(found.numpy())
+            found, scores = _kinds_of(network, batch, settings)
+            logits += [] if scores is None else [scores]
+            for kind, features in zip(_kinds(network, settings), found, strict=True):
+                parts.setdefault(kind.name, []).append(features.numpy())
         if on_images:
             on_images(len(batch))
     stacked = {name: np.concatenate(found) for name, found in parts.items()}
     return stacked, np.concatenate([part.numpy() for part in logits]) if logits else None
 
 
-def _add_losses(report, subject, manifest, held_out, settings, device, progress):
-    """Measure a model on held-out images."""
-    config, about = subject.config, subject.about
+def _held_out(subject, manifest, held_out, settings, device):
+    """(`HeldOut` for a model, the `Manifest` of its training data, or None where that cannot be read)."""
+    config, about, class_dim = subject.config, subject.about, subject.model.class_dim
     there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
     _check_input(subject.model, there, held_out)
+    _check_classes(subject, there, subject.label, held_out)
     training, own = None, {}
     if config is not None:
         own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}
         path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
         with suppress(UsageError, OSError):  # it was trained elsewhere
             training = Manifest.load(path)
-    teachers = choose_teachers(about["teachers"], training, there, device=device, **own)
-    images = HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size)
+    names, components = teachers_of(about["teachers"], config, class_dim)
+    teachers = choose_teachers(names, training, there, device=device, class_tokens=class_dim is not None, **own)
+    if class_dim is not None:
+        _check_class_token(class_dim, components, teachers[0], training, config)
+    return HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size, components), training
+
+
+def _check_class_token(class_dim, components, teacher, training, config):
+    """The class token that is read must be the one that the model was trained on."""
+    there = teacher.network.class_dim if teacher.network is not None else teacher.class_tokens.stored["dim"]
+    if components is None and there == class_dim:
+        return
+    if training is None:
+        where = "" if config is None else f" at {config.data.path}"
+        raise UsageError(
+            f"the model denoises {class_dim} principal components of the class token of {teacher.name}, which are in "
+            f"the manifest of its training data{where}, and that cannot be read; put it back, or leave the losses out: "
+            "--held-out-images 0"
+        )
+    if components is None:
+        raise UsageError(
+            f"the class token of {teacher.name} has {there} numbers, and that of the model {class_dim}; give "
+            "--held-out a data set like that of its training, or leave the losses out: --held-out-images 0"
+        )
+
+
+def _add_losses(report, subject, images, training, settings, progress):
+    """Measure a model on held-out images."""
+    about, there = subject.about, images.manifest
     with _bar(images.count, "held-out losses", progress) as bar:
         found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)
     bins = bin_names(settings.bins)
     report["held_out"] = {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}
-    report["metrics"] |= {f"held_out_{name}": float(np.mean(values)) for name, values in found.items()}
+    gap = held_out_gap(subject.model, images, path=about["path"])
+    report["metrics"] |= held_out_measures(found, gap)
     seen = training is not None and (training.digest(), training.source) == (there.digest(), there.source)
-    facts = {"held_out_data": str(held_out), "held_out_images": images.count, "held_out_was_trained_on": seen}
+    report["settings"] |= {"mask_ratio": MASK_RATIO} if gap else {}
+    facts = {"held_out_data": str(images.path), "held_out_images": images.count, "held_out_was_trained_on": seen}
     report["settings"] |= facts
+    if subject.model.class_dim is not None:
+        report["notes"].append(
+            "the model is given the noised class token of each held-out image; do not compare its losses with those of "
+            "models without a class token"
+        )
     if seen:
         report["notes"].append("the losses are of images that the run was trained on; --held-out DIR names others")
 

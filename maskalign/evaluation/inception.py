@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -11,6 +12,8 @@ from maskalign.evaluation.features import CPU_CHUNK, digest_of
 from maskalign.teachers.hub import hub_answers
 
 NAME = "inception"
+SPATIAL_NAME = "inception-spatial"
+SPATIAL_CHANNELS, SPATIAL_SIDE = 7, 17
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
@@ -42,17 +45,38 @@ def find_weights(asked):
     return path
 
 
+class InceptionOutput(NamedTuple):
+    """What the network gives for B pictures, float32 on the CPU.
+
+    pooled: (B, 2048), the features of FID, KID, precision and recall. logits: (B, 1008) without bias, of the Inception
+    score. spatial: (B, 2023), the features of sFID.
+    """
+
+    pooled: torch.Tensor
+    logits: torch.Tensor
+    spatial: torch.Tensor
+
+
 class InceptionFeatures(nn.Module):
-    """Pooled features (2048) and logits (1008) of pictures.
+    """Pooled features, logits and spatial features of pictures.
+
+    The spatial features are those of ADM's evaluator (arXiv 2105.05233; sFID is from arXiv 2103.03841): the first 7
+    channels of `mixed_6/conv:0` of the TensorFlow graph, 17 x 17 x 7 = 2023 numbers. torch-fidelity's weights were
+    converted from that graph, where `mixed_6/conv` became `Mixed_6d.branch1x1`: the 1x1 convolution that comes first in
+    the third of the four 17x17 blocks. The node of that name is the ReLU that the block's concatenation reads (the
+    convolution alone is `mixed_6/conv/Conv2D`), so the features are taken after batch normalization and ReLU.
 
     Args:
         path: weights file of torch-fidelity.
+
+    Attributes:
+        spatial: `SpatialInception`, the same network as a map to the spatial features.
 
     Raises:
         UsageError: not such a file. It is read as tensors alone: nothing in it is run.
     """
 
-    name, dim, title = NAME, 2048, "FID, inception"
+    name, dim = NAME, 2048
 
     def __init__(self, path):
         super().__init__()
@@ -70,22 +94,53 @@ class InceptionFeatures(nn.Module):
         except (RuntimeError, KeyError) as error:
             reason = one_line(error)[:200]
             raise UsageError(f"--inception: {path} is not torch-fidelity's file of weights ({reason})") from None
+        self._branch = None  # the output of the spatial layer in the pass that is running
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_branch)
+
+    def _keep_branch(self, module, inputs, output):
+        self._branch = output
+
+    @property
+    def spatial(self):
+        return SpatialInception(self)
 
     def fingerprint(self):
         """16 hex digits that change with the weights."""
         return digest_of(self.network, f"{NAME} torch-fidelity")
 
     @torch.no_grad()
-    def both(self, pictures):
-        """(B, 2048) features and (B, 1008) logits without bias of pictures (B, 3, H, W) uint8; float32, on the CPU."""
+    def outputs(self, pictures):
+        """`InceptionOutput` of pictures (B, 3, H, W) uint8."""
         device = next(self.network.parameters()).device
         chunk = CPU_CHUNK if device.type == "cpu" else max(1, len(pictures))
-        parts = [self.network(part.to(device)) for part in pictures.split(chunk)]
-        return tuple(torch.cat(column).float().cpu() for column in zip(*parts, strict=True))
+        parts = []
+        for part in pictures.split(chunk):
+            pooled, logits = self.network(part.to(device))
+            channels, self._branch = self._branch[:, :SPATIAL_CHANNELS], None
+            # In the order of TensorFlow: channels last.
+            parts.append((pooled, logits, channels.permute(0, 2, 3, 1).flatten(1)))
+        return InceptionOutput(*(torch.cat(column).float().cpu() for column in zip(*parts, strict=True)))
 
     def forward(self, pictures):
         """Features of pictures (B, 3, H, W) uint8: (B, 2048) float32 on the CPU."""
-        return self.both(pictures)[0]
+        return self.outputs(pictures).pooled
+
+
+class SpatialInception:
+    """The spatial features of an `InceptionFeatures`, under a name of their own: what sFID is a distance of."""
+
+    name, dim = SPATIAL_NAME, SPATIAL_CHANNELS * SPATIAL_SIDE**2
+
+    def __init__(self, inception):
+        self.inception = inception
+
+    def fingerprint(self):
+        """16 hex digits that change with the weights."""
+        return digest_of(self.inception.network, f"{SPATIAL_NAME} torch-fidelity")
+
+    def __call__(self, pictures):
+        """Spatial features of pictures (B, 3, H, W) uint8: (B, 2023) float32 on the CPU."""
+        return self.inception.outputs(pictures).spatial
 
 
 def inception_score(logits, splits=10):

@@ -33,7 +33,9 @@ class Reference(NamedTuple):
 def cache_folder():
     """Where references are kept: MASKALIGN_CACHE, or the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
     own = os.environ.get("MASKALIGN_CACHE")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maskalign") if not own else Path(own)
+    if own:
+        return Path(own).expanduser() / "references"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maskalign")
     return root / "references"
 
 
@@ -75,19 +77,40 @@ def load_reference(pictures, features, *, batch_size=64, on_images=None):
     Raises:
         UsageError: the data set has no pictures of the classes that were asked for.
     """
-    path = cache_folder() / reference_name(pictures, features)
-    found = _read(path, features.dim)
-    if found is not None:
+    return load_references(pictures, [features], batch_size=batch_size, on_images=on_images)[0]
+
+
+def load_references(pictures, kinds, compute=None, *, batch_size=64, on_images=None):
+    """Several kinds of features of a data set's pictures; where one of them is not cached all come from one pass.
+
+    Args:
+        pictures, batch_size, on_images: as for `load_reference`.
+        kinds: networks as for `load_reference`.
+        compute: (B, 3, H, W) uint8 -> a tensor (B, dim) for every kind; by default each network in turn.
+
+    Returns:
+        list of `Reference`, one per kind.
+
+    Raises:
+        UsageError: the data set has no pictures of the classes that were asked for.
+    """
+    paths = [cache_folder() / reference_name(pictures, kind) for kind in kinds]
+    found = [_read(path, kind.dim) for path, kind in zip(paths, kinds, strict=True)]
+    if None not in found:
         return found
+    compute = compute or (lambda batch: [kind(batch) for kind in kinds])
     parts = []
     for batch in pictures.batches(batch_size):
-        parts.append(features(batch).numpy())
+        parts.append([features.numpy() for features in compute(batch)])
         if on_images:
             on_images(len(batch))
     if not parts:
         raise UsageError(f"{pictures.path}: holds no pictures of these classes; name other --classes")
-    made = Reference(np.concatenate(parts), pictures.labels.numpy(), False)
-    _write(path, made)
+    labels = pictures.labels.numpy()
+    made = [Reference(np.concatenate(column), labels, False) for column in zip(*parts, strict=True)]
+    for path, old, new in zip(paths, found, made, strict=True):
+        if old is None:
+            _write(path, new)
     return made
 
 

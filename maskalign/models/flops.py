@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, counted from the sizes: 2 per multiply-add of every matrix product.
 
-torch's own counter misses attention on CPUs. Element-wise work, norms and the optimiser are not counted.
+torch's own counter misses attention on CPUs. Element-wise work, norms and the optimizer are not counted.
 """
 
 
@@ -8,49 +8,102 @@ def forward_flops(model, kept, align=True):
     """Matmul FLOPs of one forward pass per image.
 
     Args:
-        model: a `SiT`, or something with its sizes, blocks, projectors, mixer and route.
-        kept: number of tokens K in the subset; N for all.
+        model: a `SiT`, or something with its sizes, blocks, projectors, mixer and route; one without `class_dim` has no
+            class token.
+        kept: number of patch tokens K in the subset; N for all. A class token is always there and comes on top.
         align: False for steps without an alignment loss, which leave the projectors out.
     """
-    tokens, width = model.num_tokens, model.width
-    start, end = model.route or (0, 0)
+    tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
     pixels = model.patch_size**2 * model.in_channels
-    hidden = model.blocks[0].mlp.fc1.out_features
-
-    def block(n):
-        return n * width * (4 * width + 2 * hidden) + 2 * n * n * width
-
-    def mixing(rows_out):
-        """(multiply-adds, vectors of the condition) of the mixer; the last product is needed for rows that stay."""
-        kind = type(model.mixer).__name__
-        if kind == "TokenMLPMixer":
-            return model.mixer.fc1.out_features * (tokens + rows_out) * width, 3
-        if kind == "DepthwiseConvMixer":
-            return model.mixer.conv.weight.shape[1:].numel() * tokens * width, 3
-        if kind == "AttentionMixer":
-            return block(tokens), 6
-        return 0, 0
-
     total = tokens * pixels * width + (256 + width) * width  # patches; the time MLP
-    conditions = 6 * model.depth + 2
-    present = tokens
-    for depth in range(model.depth):
-        if depth == start:
-            after = kept if model.route else tokens
-            work, vectors = mixing(after if model.restore == "none" else tokens)
-            total, conditions, present = total + work, conditions + vectors, after
-        total += block(present)
-        if depth + 1 == model.align_depth and align:
-            # With loss-only masking (no route) the subset chooses the rows that are projected.
-            rows = present if model.route else kept
-            total += rows * sum(p.numel() for net in model.projectors for p in net.parameters() if p.dim() > 1)
-        if depth + 1 == end and model.restore != "none":
-            total += tokens * 2 * width * width if model.restore == "fuse" else 0
-            present = tokens
-    total += present * width * pixels + conditions * width * width  # the final linear; adaLN linears
-    return 2 * total
+    total += (getattr(model, "class_dim", None) or 0) * 2 * width  # the class token's way in and out
+    total += 2 * width * width  # the final layer's adaLN
+    total += sum(multiply_adds for _, multiply_adds in _blocks(model, kept))
+    total += _grid_mixing(model, kept)
+    if model.route and model.restore == "fuse":
+        total += (tokens + extra) * 2 * width * width
+    returned = model.route is None or model.restore != "none"
+    total += (tokens if returned else kept) * width * pixels  # the final linear
+    return 2 * total + (projector_flops(model, aligned_rows(model, kept)) if align else 0)
 
 
 def step_flops(model, kept, align=True):
     """Forward and backward, per image: the backward of a product is two products of its size."""
     return 3 * forward_flops(model, kept, align)
+
+
+def projector_flops(model, rows):
+    """FLOPs of projecting `rows` tokens of one image to all teachers."""
+    return 2 * rows * sum(p.numel() for net in model.projectors for p in net.parameters() if p.dim() > 1)
+
+
+def aligned_rows(model, kept, align=None):
+    """Rows of one image that go through the projectors.
+
+    Args:
+        model, kept: those of `forward_flops`.
+        align: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all that are there.
+    """
+    if model.projectors and getattr(model.projectors[0], "needs_grid", False):
+        return model.num_tokens  # a projector along the token grid takes all patches and no class token
+    if align is None:
+        # With loss-only masking (no route) the subset chooses the rows that are projected.
+        align = kept if model.route is None or _on_route(model, model.align_depth - 1) else model.num_tokens
+    return align + _class_tokens(model)
+
+
+def block_flops(model, kept):
+    """FLOPs of each of `model.all_blocks` in one forward pass per image, mixing layers included and in that order."""
+    return [2 * multiply_adds for _, multiply_adds in sorted(_blocks(model, kept), key=lambda block: block[0])]
+
+
+def _class_tokens(model):
+    """1 for a model with a class token, else 0."""
+    return 1 if getattr(model, "class_dim", None) else 0
+
+
+def _on_route(model, depth):
+    """Whether the block of index `depth` is given the subset only."""
+    if model.route is None:
+        return False
+    start, end = model.route
+    return start <= depth and (depth < end or model.restore == "none")
+
+
+def _blocks(model, kept):
+    """(place in the order of running, multiply-adds) of every SiT block, its adaLN linear included.
+
+    The last mixing layer makes keys and values of all tokens, and queries, output projection and MLP of the rows that
+    stay only.
+    """
+    tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    start = model.route[0] if model.route else 0
+
+    def block(seen, computed):
+        """Of `seen` tokens that are attended to and `computed` rows that come out."""
+        attention = 2 * seen * width + 2 * computed * width + 2 * computed * seen  # keys, values; q, proj; the maps
+        return width * (attention + 2 * computed * hidden) + 6 * width * width
+
+    found = []
+    layers = len(getattr(model.mixer, "layers", ()))
+    for layer in range(layers):
+        drops = layer + 1 == layers and model.route is not None and model.restore == "none"
+        found.append(((start, layer), block(tokens + extra, (kept if drops else tokens) + extra)))
+    for depth in range(model.depth):
+        present = (kept if _on_route(model, depth) else tokens) + extra
+        found.append(((depth, layers), block(present, present)))
+    return found
+
+
+def _grid_mixing(model, kept):
+    """Multiply-adds of a mixer along the token grid, which the class token goes around; 0 for any other."""
+    tokens, width, kind = model.num_tokens, model.width, type(model.mixer).__name__
+    conditions = 3 * width * width
+    if kind == "TokenMLPMixer":
+        # The last product is needed for the rows that stay.
+        rows = kept if model.route and model.restore == "none" else tokens
+        return model.mixer.fc1.out_features * (tokens + rows) * width + conditions
+    if kind == "DepthwiseConvMixer":
+        return model.mixer.conv.weight.shape[1:].numel() * tokens * width + conditions
+    return 0

@@ -99,20 +99,28 @@ class _Planner:
         self.facts = find_facts(config, options.image_size, options.num_classes)
         self.dtype = torch.float32 if config.training.precision == "fp32" else torch.bfloat16
         self.peak = 1e12 * (options.device.bf16_tflops if self.dtype == torch.bfloat16 else options.device.fp32_tflops)
-        self.teachers = {name: teacher_facts(name, self.facts.image_size) for name, _ in self.facts.teachers}
-        self.online = [name for name, cached in self.facts.teachers if not cached]
-        dims = [self.facts.teacher_dims.get(name, frozen.dim) for name, frozen in self.teachers.items()]
+        aligned, class_token = dict(self.facts.teachers), self.facts.class_token
+        used = {**aligned, **dict([class_token] if class_token else [])}
+        self.teachers = {name: teacher_facts(name, self.facts.image_size) for name in used}
+        self.online = [name for name, cached in used.items() if not cached]
+        # Those that run in every step, whatever the weight of the alignment is.
+        self.always = [class_token[0]] if class_token and not class_token[1] else []
+        dims = [self.facts.teacher_dims.get(name, self.teachers[name].dim) for name in aligned]
+        class_dim = None
+        if class_token:
+            class_dim = self.facts.class_dim or self.teachers[class_token[0]].class_dim
         self.build = {
             "input_size": self.facts.input_size,
             "in_channels": self.facts.in_channels,
             "num_classes": self.facts.num_classes,
             "teacher_dims": dims,
+            "class_dim": class_dim,
             "latent": self.facts.latent,
-            "cached_bytes": [self.facts.teacher_bytes.get(name, 4) for name in self.teachers],
+            "cached_bytes": [self.facts.teacher_bytes.get(name, 4) for name in aligned],
         }
         with torch.device("meta"):
             self.model = build_model(config, self.build)
-        self.phases = schedule_phases(config, self.model, bool(self.teachers))
+        self.phases = schedule_phases(config, self.model, bool(aligned))
         self.shards = self._shards(world_size)
         self.memories = self._memories()
 
@@ -171,7 +179,7 @@ class _Planner:
 
     def _phase(self, phase):
         parts = student_flops(self.model, phase)
-        teacher = sum(self.teachers[name].flops for name in self.online) if phase.aligned else 0
+        teacher = sum(self.teachers[name].flops for name in (self.online if phase.aligned else self.always))
         recomputed = recomputed_flops(self.model, phase, self.parallel)
         step = 3 * sum(parts.values()) + recomputed + teacher
         return {

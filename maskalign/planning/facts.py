@@ -5,7 +5,7 @@ ImageNet-256 is what the recipes are written for (see the README), so it is what
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Tuple
+from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
 from maskalign.data.manifest import Manifest
@@ -29,6 +29,8 @@ class Facts:
         teachers: (name, cached) of every teacher that is aligned with; none where the alignment weight is always 0.
         teacher_dims: width of a cached teacher's tokens where the manifest says it, by name.
         teacher_bytes: bytes of a stored number of a cached teacher's tokens.
+        class_token: (name of the teacher whose class token is denoised, cached), or None.
+        class_dim: numbers of the class token that the model is given, where the settings or the manifest say it.
         assumed: what was not read but assumed, a line each.
     """
 
@@ -41,6 +43,8 @@ class Facts:
     teachers: List[Tuple[str, bool]]
     teacher_dims: dict = field(default_factory=dict)
     teacher_bytes: dict = field(default_factory=dict)
+    class_token: Optional[Tuple[str, bool]] = None
+    class_dim: Optional[int] = None
     assumed: List[str] = field(default_factory=list)
 
 
@@ -69,6 +73,10 @@ def _read(config, manifests):
     found = validate_with_data(config, manifest, **({"num_samples": images} if len(manifests) > 1 else {}))
     latent = manifest.latent is not None
     cached = {name: entry for name, entry in manifest.teachers.items() if (name, True) in found["teachers"]}
+    class_token = found.get("class_token")
+    class_dim = config.model.class_token_dim
+    if class_token is not None and class_dim is None and class_token[1]:
+        class_dim = manifest.teachers[class_token[0]]["class_token"]["dim"]
     return Facts(
         input_size=found["input_size"],
         in_channels=found["in_channels"],
@@ -79,6 +87,8 @@ def _read(config, manifests):
         teachers=found["teachers"],
         teacher_dims={name: entry["dim"] for name, entry in cached.items()},
         teacher_bytes={name: 1 if entry.get("dtype") == "int8" else 2 for name, entry in cached.items()},
+        class_token=class_token,
+        class_dim=class_dim,
     )
 
 
@@ -91,9 +101,12 @@ def _assume(config, image_size, num_classes):
     if size % patch:
         raise UsageError(f"model.patch_size: {patch} must divide the latents' size {size}")
     weight = as_schedule(config.method.align_weight)
-    names = parse_teachers(config.teacher.names or None) if max(weight.ends) > 0 else []
-    if max(weight.ends) > 0 and not names:
+    named, aligns = parse_teachers(config.teacher.names or None), max(weight.ends) > 0
+    if aligns and not named:
         raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
+    if config.model.class_token and not named:
+        raise UsageError("teacher.names: the class token needs a teacher; name one, or set model.class_token false")
+    names = named if aligns else []
     cached = config.teacher.mode != "online"
     assumed = [
         f"{_spelled(config.data.path)} not there: ImageNet is assumed, {IMAGENET_IMAGES:,} images of {image_size} px, "
@@ -102,6 +115,10 @@ def _assume(config, image_size, num_classes):
     if names:
         how = "cached as int8" if cached else "computed in the loop"
         assumed.append(f"features of {', '.join(names)} are {how}")
+    class_token = (named[0], cached) if config.model.class_token else None
+    if class_token:
+        how = "cached as float16" if cached else "computed in the loop"
+        assumed.append(f"class tokens of {named[0]} are {how}")
     return Facts(
         input_size=size,
         in_channels=LATENT_CHANNELS,
@@ -111,6 +128,8 @@ def _assume(config, image_size, num_classes):
         images=IMAGENET_IMAGES,
         teachers=[(name, cached) for name in names],
         teacher_bytes=dict.fromkeys(names, 1) if cached else {},
+        class_token=class_token,
+        class_dim=config.model.class_token_dim,
         assumed=assumed,
     )
 

@@ -56,7 +56,7 @@ def _source(estimate):
 
 
 def _parameters(estimate):
-    lines = [["student", "mixer", "projector", *estimate.teachers], []]
+    lines = [[*estimate.parameters, *estimate.teachers], []]
     counts = [*estimate.parameters.values(), *(frozen.parameters for frozen in estimate.teachers.values())]
     lines[1] = [f"{count / 1e6:.2f}" for count in counts]
     return aligned(lines)

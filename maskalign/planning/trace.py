@@ -127,6 +127,7 @@ class _Step(TrainStep):
             torch.empty(count, kept, dtype=torch.int64) if kept < model.num_tokens else None,
             torch.empty(count, aligned, dtype=torch.int64) if some else None,
             torch.empty(shape) if posterior else None,
+            torch.empty(count, model.class_dim) if model.class_dim else None,
         )
 
 
@@ -136,7 +137,7 @@ def trace_step(config, facts, phase, images, *, dtype=torch.bfloat16, shards=1, 
     Args:
         config: `Config`; parallel.plan decides how the model is spread.
         facts: dict for `build_model`, and latent (stored moments are the input), cached_bytes (of a stored number of
-            each teacher's tokens; 4 for those computed in the loop).
+            each teacher's tokens; 4 for those computed in the loop). With a class token it is a row more of each.
         phase: `work.Phase`.
         dtype: of parameters and activations.
         shards: ranks that share one copy of the weights, for the plans fsdp and hsdp.
@@ -178,16 +179,18 @@ def _traced(config, facts, phase, model, placement, images, parts):
     inputs = torch.empty(count, channels, facts["input_size"], facts["input_size"])
     stored = {1: torch.int8, 2: torch.float16, 4: torch.float32}
     teachers = [
-        torch.empty(count, model.num_tokens, dim, dtype=stored[size])
+        torch.empty(count, model.num_tokens + (model.class_dim is not None), dim, dtype=stored[size])
         for dim, size in zip(facts["teacher_dims"], facts["cached_bytes"], strict=True)
     ]
+    class_token = torch.empty(count, model.class_dim) if model.class_dim else None
+    given = [inputs, labels, *teachers, *([] if class_token is None else [class_token])]
     if plan.sharded:
         tracker = _ShardedTracker(model, optimizer.adamw)
-        tracker.track_inputs((inputs, labels, teachers))
+        tracker.track_inputs(tuple(given))
         tracker.hold(*optimizer.ema, kind="OptState")
     else:
         tracker = _PlainTracker()
-        tracker.track_external(model, optimizer.adamw, inputs, labels, *teachers)
+        tracker.track_external(model, optimizer.adamw, *given)
         tracker.hold(*optimizer.ema, kind="Optstate")
         if optimizer.has_copies:
             tracker.hold(*optimizer.masters, kind="Optstate")
@@ -210,7 +213,7 @@ def _traced(config, facts, phase, model, placement, images, parts):
     config.method.keep_ratio = phase.kept / model.num_tokens
     config.method.align_weight = 1.0 if phase.aligned else 0.0
     with tracker:
-        step(0, 0.0, inputs, labels, teachers, prepare=prepare)
+        step(0, 0.0, inputs, labels, teachers, prepare=prepare, class_token=class_token)
     state = [optimizer.adamw.state[master] for master in optimizer.masters]
     held = {
         "masters": _nbytes(optimizer.masters),

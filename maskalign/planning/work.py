@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maskalign.models.flops import forward_flops
+from maskalign.models.flops import aligned_rows, block_flops, forward_flops, projector_flops
 from maskalign.models.routing import keep_count
 from maskalign.training.compiling import spread
 from maskalign.training.schedules import schedule_value
@@ -25,8 +25,8 @@ class Phase:
     """Part of a run in which every step does the same work.
 
     Attributes:
-        kept: number of tokens in the subset, N for all.
-        aligned: tokens that are projected and aligned with a teacher; 0 without an alignment loss.
+        kept: number of patch tokens in the subset, N for all; a class token comes on top.
+        aligned: patch tokens that are projected and aligned with a teacher; 0 without an alignment loss.
         share: of the run's steps.
     """
 
@@ -64,16 +64,14 @@ def student_flops(model, phase):
     """FLOPs of one forward pass per image.
 
     Returns:
-        dict with student (embeddings, blocks, final layer, restore), mixer and projector.
+        dict with student (embeddings, blocks, final layer, restore), mixer and projector. What the class token costs is
+        part of each of them: it is one more token everywhere.
     """
     without = forward_flops(model, phase.kept, align=False)
     student = forward_flops(_WithoutMixer(model), phase.kept, align=False)
     projector = 0
     if phase.aligned:
-        rows = phase.kept if model.tap_sees_subset or model.route is None else model.num_tokens
-        projected = phase.aligned if model.projectors and not model.projectors[0].needs_grid else model.num_tokens
-        each = (forward_flops(model, phase.kept, align=True) - without) / rows
-        projector = round(each * projected)
+        projector = projector_flops(model, aligned_rows(model, phase.kept, phase.aligned))
     return {"student": student, "mixer": without - student, "projector": projector}
 
 
@@ -92,15 +90,8 @@ class _WithoutMixer:
 def recomputed_flops(model, phase, parallel):
     """FLOPs per image that are spent a second time in the backward, as `parallel.recompute` asks."""
     budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]
-    numbers = spread(round((1 - budget) * model.depth), model.depth)
-    start, end = model.route or (0, 0)
-    width, hidden = model.width, model.blocks[0].mlp.fc1.out_features
-    total = 0
-    for number in numbers:
-        inside = start <= number and (number < end or model.restore == "none") and model.route is not None
-        n = phase.kept if inside else model.num_tokens
-        total += 2 * (n * width * (4 * width + 2 * hidden) + 2 * n * n * width + 6 * width * width)
-    return total
+    blocks = block_flops(model, phase.kept)
+    return sum(blocks[number] for number in spread(round((1 - budget) * len(blocks)), len(blocks)))
 
 
 @dataclass(frozen=True)
@@ -112,12 +103,14 @@ class Frozen:
         flops: of one image.
         dim: width of its tokens.
         grid: (rows, columns) of them.
+        class_dim: width of its class token.
     """
 
     parameters: int
     flops: int
     dim: int
     grid: tuple
+    class_dim: int
 
 
 def teacher_facts(name, image_size):
@@ -137,7 +130,8 @@ def teacher_facts(name, image_size):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher.encoder(images)
     count = sum(p.numel() for p in teacher.encoder.network.parameters())
-    return Frozen(count, counter.get_total_flops(), teacher.dim, tuple(teacher.grid))
+    class_dim = getattr(teacher.encoder, "class_dim", teacher.dim)
+    return Frozen(count, counter.get_total_flops(), teacher.dim, tuple(teacher.grid), class_dim)
 
 
 def vae_encoder_flops(image_size):
@@ -165,9 +159,10 @@ def vae_encoder_flops(image_size):
 
 
 def parameter_counts(model):
-    """Numbers of parameters of a `SiT`: student, mixer, projector."""
-    counts = {"student": 0, "mixer": 0, "projector": 0}
+    """Numbers of parameters of a `SiT`: student, class token (its way in and out), mixer, projector."""
+    counts = {"student": 0, "class token": 0, "mixer": 0, "projector": 0}
+    parts = {"mixer": "mixer", "projectors": "projector", "class_embedder": "class token"}
     for name, parameter in model.named_parameters():
-        part = {"mixer": "mixer", "projectors": "projector"}.get(name.split(".")[0], "student")
+        part = "class token" if "class_linear" in name else parts.get(name.split(".")[0], "student")
         counts[part] += parameter.numel()
     return counts

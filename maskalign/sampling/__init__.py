@@ -11,6 +11,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "score_from_velocity": "samplers",
         "Guided": "guidance",
         "ImageNoise": "noise",
+        "Network": "network",
+        "StateLayout": "state",
         "Sampling": "settings",
         "generate": "drawing",
         "class_sheet": "drawing",

@@ -9,7 +9,7 @@ from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
 from maskalign.outputs import make_folder
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
-from maskalign.sampling.drawing import INDICES_PER_CLASS, class_sheet
+from maskalign.sampling.drawing import INDICES_PER_CLASS, check_class_guidance, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
 from maskalign.sampling.network import Network
 from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
@@ -65,6 +65,7 @@ def sample(
         settings = replace(settings, path=about["path"])
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network has a copy
+        check_class_guidance(network, settings)
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
         decoder = decoder_for(network, about, vae)

@@ -34,14 +34,16 @@ def generate(model, labels, settings=None, *, indices=None, noise=None, on_image
 
     Args:
         model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one; or a
-            `Network`, which spares a copy of the weights per call where several calls draw in bf16.
+            `Network`, which spares a copy of the weights per call where several calls draw in bf16. Where it has a
+            class token, that is denoised together with the image and then left out.
         labels: (B,) int64 tensor or list, in [0, num_classes]; or (B, D) class embeddings, for points between classes.
         settings: `Sampling`.
         indices: index of every image in its set, which its noise depends on; 0, 1, 2... by default.
         noise: (rows of the set, as a slice) -> what draws their noise, with the methods of `ImageNoise`; by default
             `ImageNoise` of the indices.
         on_images: called with a (fractional) number of images as they progress.
-        record: called as `record(rows, step, time, state, velocity)`, see `samplers.euler`; rows is a slice.
+        record: called as `record(rows, step, time, state, velocity)`, see `samplers.euler`; rows is a slice, state and
+            velocity are those of the images, without the class token.
         ranks: `Ranks` that share the batches; all of them get all images. By default this process alone.
 
     Returns:
@@ -49,7 +51,7 @@ def generate(model, labels, settings=None, *, indices=None, noise=None, on_image
         number of ranks that compute with as many threads: a batch holds the same images on all of them.
 
     Raises:
-        UsageError: a label outside the classes.
+        UsageError: a label outside the classes, or guidance of a class token that the model does not have.
         RunError: the model gave non-finite numbers.
     """
     settings = settings or Sampling()
@@ -65,27 +67,46 @@ def _generate(network, labels, settings, indices, noise, on_images, record, rank
     indices = list(range(len(labels)) if indices is None else indices)
     if len(indices) != len(labels):
         raise ValueError(f"{len(indices)} indices were given for {len(labels)} labels")
-    shape = (network.in_channels, network.input_size, network.input_size)
-    noise = noise or (lambda rows: ImageNoise(settings.seed, indices[rows], shape, network.device))
+    check_class_guidance(network, settings)
+    layout = network.layout
+    noise = noise or (
+        lambda rows: ImageNoise(settings.seed, indices[rows], layout.shape, network.device, layout.class_dim)
+    )
     rows = [slice(begin, begin + settings.batch_size) for begin in range(0, len(labels), settings.batch_size)]
 
     def draw(part):
         chosen = labels[part].to(network.device)
         null = network.class_embeddings()[-1] if chosen.is_floating_point() else network.num_classes
-        velocity = Guided(network, chosen, null_label=null, scale=settings.cfg_scale, interval=settings.cfg_interval)
+        velocity = Guided(
+            network,
+            chosen,
+            null_label=null,
+            scale=settings.cfg_scale,
+            interval=settings.cfg_interval,
+            class_scale=settings.cls_cfg_scale,
+        )
         share = len(chosen) / settings.steps
         step = (lambda: on_images(share)) if on_images else None
-        state = (lambda *state: record(part, *state)) if record else None
-        images = _solve(settings, velocity, noise(part), network.dtype, step, state)
-        if not images.isfinite().all():
+
+        def on_state(step, time, state, velocity):
+            record(part, step, time, layout.image(state), None if velocity is None else layout.image(velocity))
+
+        drawn = _solve(settings, velocity, noise(part), network.dtype, step, on_state if record else None)
+        if not drawn.isfinite().all():
             raise RunError("the model draws non-finite numbers; use an earlier checkpoint, or --precision fp32")
-        return images.to(network.dtype)
+        return layout.image(drawn).to(network.dtype)
 
     if ranks is None or ranks.world_size == 1:
         batches = [draw(part) for part in rows]
     else:
         batches = [batch.to(network.device) for batch in ranks.share(rows, lambda part: draw(part).cpu())]
-    return torch.cat(batches) if batches else torch.empty(0, *shape, device=network.device)
+    return torch.cat(batches) if batches else torch.empty(0, *layout.shape, device=network.device)
+
+
+def check_class_guidance(network, settings):
+    """Raise a UsageError where settings guide a class token that the model does not have."""
+    if settings.cls_cfg_scale is not None and getattr(network, "class_dim", None) is None:
+        raise UsageError(f"--cls-cfg-scale: {settings.cls_cfg_scale:g}, but the model has no class token; leave it out")
 
 
 def checked_labels(labels, num_classes):

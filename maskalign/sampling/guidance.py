@@ -1,6 +1,10 @@
 """Classifier-free guidance (arXiv 2207.12598) inside an interval of time (arXiv 2404.07724)."""
 
 import torch
+from torch import nn
+
+from maskalign.sampling.network import Network
+from maskalign.sampling.settings import class_token_scale
 
 
 class Guided:
@@ -8,23 +12,32 @@ class Guided:
 
     All channels are guided. Outside the interval, and with scale 1, the model runs on the labels alone.
 
+    For a model with a class token x holds both, as `state.StateLayout` packs them, and the class token is guided by a
+    scale of its own. Where the image's scale is above 1 these are the velocities of REG's sampler (arXiv 2507.01467),
+    which guides neither of the two at any other scale. Here the class token is guided also where the image is not, if
+    its own scale asks for it.
+
     Args:
-        model: called as `model(x, t, labels)`; gives the velocity, or something with an attribute `velocity`.
+        model: called as `model(x, t, labels)`; gives the velocity, or something with an attribute `velocity`. A `SiT`
+            with a class token, which takes image and class token apart, is called through a `Network`.
         labels: (B,) int64, or (B, D) class embeddings.
         null_label: the label that means "no class", by default `model.num_classes`; (D,) where labels are embeddings.
         scale: guidance scale; 1 is none.
         interval: (low, high), both included.
+        class_scale: guidance scale of the class token: None for the image's, 0 for the conditional velocity alone.
     """
 
-    def __init__(self, model, labels, *, null_label=None, scale=1.0, interval=(0.0, 1.0)):
+    def __init__(self, model, labels, *, null_label=None, scale=1.0, interval=(0.0, 1.0), class_scale=None):
         low, high = interval
         if not low <= high:
             raise ValueError(f"the guidance interval must have low <= high, got {low}, {high}")
-        self.model = model
+        self.class_dim = getattr(model, "class_dim", None)
+        self.model = Network(model, "fp32") if self.class_dim and isinstance(model, nn.Module) else model
         self.labels = labels
         null = model.num_classes if null_label is None else null_label
         self.null = torch.as_tensor(null, dtype=labels.dtype, device=labels.device).expand_as(labels)
         self.scale = scale
+        self.class_scale = class_token_scale(scale, class_scale) if self.class_dim else scale
         self.interval = (low, high)
 
     def __call__(self, x, t, time=None):
@@ -33,7 +46,7 @@ class Guided:
         Args:
             time: the time, as a float, to compare with the interval; by default every image's own t.
         """
-        if self.scale == 1:
+        if self.scale == self.class_scale == 1:
             return self._velocity(x, t, self.labels)
         low, high = self.interval
         if time is None:
@@ -44,10 +57,27 @@ class Guided:
             return self._velocity(x, t, self.labels)
         both = self._velocity(torch.cat([x, x]), torch.cat([t, t]), torch.cat([self.labels, self.null]))
         conditional, unconditional = both.chunk(2)
-        guided = unconditional + self.scale * (conditional - unconditional)
+        guided = self._guide(conditional, unconditional)
         return guided if inside is None else torch.where(inside, guided, conditional)
+
+    def _guide(self, conditional, unconditional):
+        if self.class_scale == self.scale:
+            return _extrapolate(conditional, unconditional, self.scale)
+        # Each scale for its own numbers: those of the image, then those of the class token.
+        sizes = [conditional.shape[1] - self.class_dim, self.class_dim]
+        parts = zip(
+            conditional.split(sizes, dim=1),
+            unconditional.split(sizes, dim=1),
+            (self.scale, self.class_scale),
+            strict=True,
+        )
+        return torch.cat([_extrapolate(*part) for part in parts], dim=1)
 
     def _velocity(self, x, t, labels):
         out = self.model(x, t, labels)
         # Guidance multiplies rounding by its scale: combine in float64, as the samplers' state.
         return getattr(out, "velocity", out).to(torch.float64)
+
+
+def _extrapolate(conditional, unconditional, scale):
+    return conditional if scale == 1 else unconditional + scale * (conditional - unconditional)

@@ -16,7 +16,7 @@ class BlendedNoise:
     """Noise on the quarter circle between two images' noises: cos(pi w / 2) a + sin(pi w / 2) b.
 
     The squares of the weights sum to one, so that every point is standard normal noise, as a straight line's middle is
-    not. All draws are blended, the SDE's later ones too.
+    not. All draws are blended, the SDE's later ones and the class token's too.
 
     Args:
         first, second: `ImageNoise` of as many images.
@@ -25,13 +25,14 @@ class BlendedNoise:
 
     def __init__(self, first, second, weight):
         self.first, self.second = first, second
-        angle = (weight * (math.pi / 2)).reshape(-1, 1, 1, 1)
-        self.cos, self.sin = angle.cos() * (weight < 1).reshape(-1, 1, 1, 1), angle.sin()
+        angle = weight * (math.pi / 2)
+        self.cos, self.sin = angle.cos() * (weight < 1), angle.sin()
 
     def draw(self, dtype=torch.float32):
-        """(B, C, H, W), the next draw of every image."""
+        """The next draw of every image, of the shape of the two streams' draws."""
         a, b = self.first.draw(torch.float64), self.second.draw(torch.float64)
-        return (self.cos.to(a) * a + self.sin.to(b) * b).to(dtype)
+        cos, sin = (factor.to(a).reshape(-1, *[1] * (a.dim() - 1)) for factor in (self.cos, self.sin))
+        return (cos * a + sin * b).to(dtype)
 
     def __call__(self, x):
         """The next draw in x's dtype: the `randn` of `euler_maruyama`."""
@@ -75,10 +76,13 @@ def interpolate(
     ends = [[label * INDICES_PER_CLASS + k for label, k in row for _ in range(columns)] for row in rows]
     starts = [index for row in ends for index in row[:columns]]
     stops = [index for row in ends for index in row[columns:]] if kind != "class" else starts
-    shape = (network.in_channels, network.input_size, network.input_size)
+    layout = network.layout
 
     def noise(part):
-        one, other = (ImageNoise(settings.seed, indices[part], shape, network.device) for indices in (starts, stops))
+        one, other = (
+            ImageNoise(settings.seed, indices[part], layout.shape, network.device, layout.class_dim)
+            for indices in (starts, stops)
+        )
         return one if kind == "class" else BlendedNoise(one, other, weight[part])
 
     images = generate(network, embeddings, settings, noise=noise, on_images=on_images, ranks=ranks)

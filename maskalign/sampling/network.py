@@ -6,22 +6,28 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from maskalign.sampling.state import StateLayout
 from maskalign.training.parallel import compute_dtype
 
 
 class Network:
-    """Gives the velocity of a model at (x, t, labels) in the precision that sampling asks for.
+    """Gives the velocity of a model at (state, t, labels) in the precision that sampling asks for.
+
+    A state is the image, or for a model with a class token the image and the class token in one tensor, as
+    `state.StateLayout` packs them; the velocity has the same form.
 
     With `bf16` it runs a copy of the model whose weights are bf16: autocast would round each of them at every use, or
     keep a second set beside the first. The time enters in float32, since 8 bits do not tell 0.996 from 1; the velocity
     leaves in float32. A model that is compiled or sharded cannot be copied and runs under autocast instead.
 
     Args:
-        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one.
+        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` (and, where it has a class
+            token, `class_dim`) that is called like one.
         precision: `fp32` (the dtype of the model's own weights), `bf16`, or `auto`: bf16 where the processor has it.
 
     Attributes:
-        in_channels, input_size, num_classes: those of the model.
+        in_channels, input_size, num_classes, class_dim: those of the model; class_dim is None without a class token.
+        layout: `StateLayout` of its states.
         device: torch.device; dtype: torch.dtype that states are given in, float32 (float64 for a float64 model).
         precision: `fp32` or `bf16`.
     """
@@ -30,6 +36,8 @@ class Network:
         parameter = next(model.parameters())
         self.model, self.device = model, parameter.device
         self.in_channels, self.input_size, self.num_classes = model.in_channels, model.input_size, model.num_classes
+        self.layout = StateLayout.of(model)
+        self.class_dim = self.layout.class_dim
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         # The projectors serve training alone: a quarter of the work of a small model that is not needed here.
@@ -40,16 +48,22 @@ class Network:
             self.model = bf16_copy(model)
 
     def __call__(self, x, t, labels):
-        """Velocity (B, C, H, W) in `dtype`, of x (B, C, H, W) and t (B,) in `dtype`.
+        """Velocity of a state, in `dtype` and of x's shape.
 
-        labels: (B,) int64, or (B, D) class embeddings.
+        Args:
+            x: (B, C, H, W), or (B, C * H * W + class_dim) for a model with a class token, in `dtype`.
+            t: (B,) in `dtype`.
+            labels: (B,) int64, or (B, D) class embeddings.
         """
         if self.low:
             x = x.to(torch.bfloat16)
             labels = labels.to(torch.bfloat16) if labels.is_floating_point() else labels
+        image, class_token = self.layout.unpack(x)
+        extra = self.extra if class_token is None else {**self.extra, "class_token": class_token}
         with torch.autocast(self.device.type, torch.bfloat16) if self.autocast else nullcontext():
-            out = self.model(x, t, labels, **self.extra)
-        return getattr(out, "velocity", out).to(self.dtype)
+            out = self.model(image, t, labels, **extra)
+        velocity = getattr(out, "velocity", out).to(self.dtype)
+        return velocity if class_token is None else self.layout.pack(velocity, out.class_velocity.to(self.dtype))
 
     def class_embeddings(self):
         """(num_classes + 1, D) the rows of the model's label table in its own precision, "no class" last."""

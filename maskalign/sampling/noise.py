@@ -4,47 +4,67 @@ import hashlib
 
 import torch
 
+from maskalign.sampling.state import StateLayout
+
 
 def _hash(key):
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
-def image_seed(seed, index):
-    """A seed for one image, in [0, 2^32); for one `seed`, different indices below 2^32 never share it.
+def image_seed(seed, index, kind="noise"):
+    """A seed for one image, in [0, 2^32); for one `seed` and `kind`, different indices below 2^32 never share it.
 
     (torch's generator for the CPU uses 32 bits of a seed: a plain hash would give two of 50,000 images the same noise
     in one set of four.)
     """
-    return (_hash(f"noise/{seed}") ^ (index * 0x9E3779B1)) & 0xFFFFFFFF
+    return (_hash(f"{kind}/{seed}") ^ (index * 0x9E3779B1)) & 0xFFFFFFFF
 
 
 class ImageNoise:
     """A stream of standard normal noise for every image: its starting noise first, then one draw per SDE step.
 
-    Drawn on the CPU, so that an index gives the same picture on every device.
+    Drawn on the CPU, so that an index gives the same picture on every device. The class token's numbers come from a
+    generator of their own: an image has the same noise in a model with a class token and in one without.
 
     Args:
         seed: the seed of the whole set.
         indices: the images' indices in the set.
         shape: (C, H, W) of one image.
         device: where the draws go.
+        class_dim: width of the class token, for a model that has one.
     """
 
-    def __init__(self, seed, indices, shape, device="cpu"):
-        self.shape = tuple(shape)
+    def __init__(self, seed, indices, shape, device="cpu", class_dim=None):
+        self.layout = StateLayout(tuple(shape), class_dim)
         self.device = device
-        self.generators = [torch.Generator().manual_seed(image_seed(seed, int(index))) for index in indices]
+        indices = [int(index) for index in indices]
+        self.image_streams = _generators(seed, indices, "noise")
+        self.class_streams = [] if class_dim is None else _generators(seed, indices, "class-noise")
 
     def draw(self, dtype=torch.float32):
-        """(B, C, H, W), the next draw of every image; drawn in float64 whatever the dtype."""
-        draws = [torch.randn(self.shape, generator=g, dtype=torch.float64) for g in self.generators]
-        if not draws:
-            return torch.empty(0, *self.shape, dtype=dtype, device=self.device)
-        return torch.stack(draws).to(device=self.device, dtype=dtype)
+        """The next draw of every image, drawn in float64 whatever the dtype.
+
+        Returns:
+            (B, C, H, W); with a class token (B, C * H * W + class_dim), see `state.StateLayout`.
+        """
+        noise = _next(self.image_streams, self.layout.shape)
+        if self.layout.class_dim is not None:
+            noise = self.layout.pack(noise, _next(self.class_streams, (self.layout.class_dim,)))
+        return noise.to(device=self.device, dtype=dtype)
 
     def __call__(self, x):
         """The next draw in x's dtype: the `randn` of `euler_maruyama`."""
         return self.draw(x.dtype)
+
+
+def _generators(seed, indices, kind):
+    return [torch.Generator().manual_seed(image_seed(seed, index, kind)) for index in indices]
+
+
+def _next(generators, shape):
+    """(B, *shape) float64, a draw of every generator."""
+    draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
+    return torch.stack(draws) if draws else torch.empty(0, *shape, dtype=torch.float64)
 
 
 def image_labels(seed, indices, num_classes):

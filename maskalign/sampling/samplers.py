@@ -3,6 +3,9 @@
 The state is float64 whatever the model computes in. A velocity function is called as `velocity_fn(x, t)` with x in the
 noise's dtype and t a (B,) tensor of that dtype, and gives the velocity, of x's shape. `functools.partial` or
 `guidance.Guided` bind a model and its labels.
+
+Every number of the state goes its own way, so that x may hold anything: images, or images and class tokens packed side
+by side (`state.StateLayout`).
 """
 
 import torch

@@ -1,7 +1,9 @@
 """How pictures are drawn. Light: read and checked before torch is imported."""
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Optional
 
 from maskalign.errors import UsageError
 
@@ -14,7 +16,8 @@ PRECISIONS = ("auto", "fp32", "bf16")
 class Sampling:
     """Settings of a sampler.
 
-    REPA's published evaluation is `Sampling("sde", 250, 1.8, (0.0, 0.7))` on 50,000 images.
+    On 50,000 images, REPA's published evaluation is `Sampling("sde", 250, 1.8, (0.0, 0.7))` and REG's is
+    `Sampling("sde", 250, 2.3, (0.0, 0.85))`.
 
     Attributes:
         sampler: `ode` (Euler), `heun`, or `sde` (Euler-Maruyama).
@@ -25,6 +28,8 @@ class Sampling:
         seed: seed of the set; an image's noise depends on this and its index alone.
         batch_size: images drawn at once.
         precision: `fp32`, `bf16`, or `auto` (bf16 where the processor has it); the sampler's state stays float64.
+        cls_cfg_scale: guidance of the class token in the same interval, for a model that denoises one: None guides it
+            as the image, 0 (or 1) not at all.
     """
 
     sampler: str = "ode"
@@ -35,12 +40,16 @@ class Sampling:
     seed: int = 0
     batch_size: int = 64
     precision: str = "fp32"
+    cls_cfg_scale: Optional[float] = None
 
     def __post_init__(self):
         _require(self.sampler in SAMPLERS, "--sampler", self.sampler, f"is not one of {', '.join(SAMPLERS)}")
         _require(self.steps >= 1, "--steps", self.steps, "must be at least 1")
-        finite = self.cfg_scale == self.cfg_scale and 0 <= self.cfg_scale < float("inf")
-        _require(finite, "--cfg-scale", self.cfg_scale, "must be a number of at least 0 (1 is no guidance)")
+        rule = "must be a number of at least 0 (1 is no guidance)"
+        _require(0 <= self.cfg_scale < float("inf"), "--cfg-scale", self.cfg_scale, rule)
+        if self.cls_cfg_scale is not None:
+            rule = "must be a number of at least 0 (0 is no guidance of the class token)"
+            _require(0 <= self.cls_cfg_scale < float("inf"), "--cls-cfg-scale", self.cls_cfg_scale, rule)
         low, high = self.cfg_interval
         ordered = 0 <= low <= high <= 1
         _require(ordered, "--cfg-interval", f"{low},{high}", "must satisfy 0 <= low <= high <= 1")
@@ -49,13 +58,30 @@ class Sampling:
         _require(self.precision in PRECISIONS, "--precision", self.precision, f"is not one of {', '.join(PRECISIONS)}")
 
     def describe(self):
-        """A few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`."""
+        """A few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`.
+
+        Guidance of the class token is named where it differs from the image's: `guidance 1.8 (class token 0)`.
+        """
         words = f"{self.sampler}, {self.steps} steps"
-        if self.cfg_scale != 1:
+        class_scale = class_token_scale(self.cfg_scale, self.cls_cfg_scale)
+        if self.cfg_scale != 1 or class_scale != 1:
             words += f", guidance {self.cfg_scale:g}"
+            if class_scale != self.cfg_scale:
+                words += f" (class token {self.cls_cfg_scale:g})"
             if tuple(self.cfg_interval) != (0.0, 1.0):
                 words += " on [{:g}, {:g}]".format(*self.cfg_interval)
         return words
+
+
+def class_token_scale(scale, class_scale):
+    """The factor by which a class token is guided, where the image is guided by `scale`; 1 is no guidance.
+
+    Args:
+        class_scale: None for the image's; 0 for the conditional velocity alone, as REG's sampler takes it; else itself.
+    """
+    if class_scale is None:
+        return scale
+    return class_scale or 1.0
 
 
 def parse_interval(text):
@@ -71,38 +97,116 @@ def parse_interval(text):
 def parse_classes(text, class_names):
     """`--classes` as a list of labels.
 
+    A word that can be a class's name and another one's label, as "2" where label 1 is called "2", is refused;
+    "name:2" and "label:2" (or "label:2-5") say which.
+
     Args:
         text: labels, ranges of labels and class names, separated by commas or blanks: `0,3,7`, `0-9`, `Flags`.
         class_names: name of every label.
 
     Raises:
-        UsageError: no such class, or none given.
+        UsageError: no such class, none given, or several readings.
     """
-    number = len(class_names)
-    by_name = {str(name).lower(): label for label, name in enumerate(class_names)}
+    names = [str(name) for name in class_names]
     text = text.strip("[]() ")
-    if text.lower() in by_name:
-        return [by_name[text.lower()]]
-    labels = []
     words = text.split(",") if "," in text else text.split()
-    for word in (word.strip(" '\"") for word in words):
-        first, _, last = word.partition("-")
-        if word.lower() in by_name:
-            labels.append(by_name[word.lower()])
-        elif word.isdecimal():
-            labels.append(_label(int(word), number))
-        elif first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-            _label(int(last), number)
-            labels += range(int(first), int(last) + 1)
-        elif word.removeprefix("-").isdecimal():
-            _label(int(word), number)
-        else:
-            near = get_close_matches(word.lower(), by_name, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; give names, or labels 0 to {number - 1}"
-            raise UsageError(f"--classes: there is no class {word!r}{hint}")
+    words = [word.strip(" '\"") for word in words]
+    if len(words) > 1 and (whole := _by_name(text, names)) is not None:
+        try:
+            apart = [label for word in words for label in _labels_of(word, names)]
+        except UsageError:
+            return [whole]  # a name with a comma or a blank in it
+        raise UsageError(
+            f"--classes: {text!r} is the name of label {whole}, and also the labels "
+            f"{', '.join(map(str, apart))}; write name:... or label:... before each"
+        )
+    if len(words) > 1 and text.startswith("name:"):
+        whole = _by_name(text.removeprefix("name:"), names)
+        if whole is not None:
+            return [whole]
+    labels = [label for word in words for label in _labels_of(word, names)]
     if not labels:
-        raise UsageError(f"--classes: none given; the model has labels 0 to {number - 1}")
+        raise UsageError(f"--classes: none given; the model has labels 0 to {len(names) - 1}")
     return labels
+
+
+def _labels_of(word, names):
+    """The labels that one word means: a list, as it may be a range."""
+    kind, _, rest = word.partition(":")
+    if kind in ("name", "label") and rest and _by_name(word, names) is None:
+        if kind == "label":
+            labels = _by_label(rest, len(names))
+            if labels is None:
+                raise UsageError(f"--classes: {rest!r} is no label; give one of 0 to {len(names) - 1}, or a range")
+            return labels
+        named = _by_name(rest, names)
+        if named is None:
+            raise _no_class(rest, names)
+        return [named]
+    named, number = _by_name(word, names), len(names)
+    as_label = _readable_label(word)
+    inside = as_label is not None and max(as_label) < number
+    if named is not None:
+        if inside and list(as_label) != [named]:
+            raise UsageError(_two_readings(word, f"label {named}", as_label, names))
+        return [named]
+    if inside:
+        ends = [_by_name(str(end), names) for end in as_label] if len(as_label) <= number else []
+        other = [end for end, label in zip(ends, as_label, strict=False) if end is not None and end != label]
+        if other and "-" in word:  # 2-5 where the classes are called 1, 2, ...: names or labels?
+            first, _, last = word.partition("-")
+            raise UsageError(_two_readings(word, f"the classes {first!r} to {last!r}", as_label, names))
+    labels = _by_label(word, number)
+    if labels is None:
+        raise _no_class(word, names)
+    return labels
+
+
+def _two_readings(word, named, labels, names):
+    low, high = labels[0], labels[-1]
+    label = f"label {low} ({names[low]!r})" if low == high else f"the labels {low} ({names[low]!r}) to {high}"
+    remedy = f"label:{word}, or the names one by one (name:{low},...)"
+    if not named.startswith("the classes"):
+        remedy = f"name:{word} or label:{word}"
+    return f"--classes: {word!r} may be the name of {named}, or {label}; write {remedy}"
+
+
+def _by_name(word, names):
+    """The label of a name: as it is written, else in any case; None where no class is called so."""
+    for spelled in (str, str.lower):
+        found = [label for label, name in enumerate(names) if spelled(name) == spelled(word)]
+        if len(found) > 1:
+            labels = " and ".join(f"label:{label}" for label in found[:3])
+            raise UsageError(f"--classes: {word!r} is the name of several classes; write {labels}")
+        if found:
+            return found[0]
+    return None
+
+
+def _readable_label(word):
+    """The range of labels that a word spells, whatever the number of classes; None where it is no number."""
+    first, dash, last = word.partition("-")
+    last = last if dash else first
+    if re.fullmatch("[0-9]{1,9}", first) and re.fullmatch("[0-9]{1,9}", last) and int(first) <= int(last):
+        return range(int(first), int(last) + 1)
+    return None
+
+
+def _by_label(word, number):
+    """Labels of "3", "0-9"; None where it is no number; UsageError where there is no such label."""
+    labels = _readable_label(word)
+    if labels is None:
+        if re.fullmatch("-?[0-9]+", word):
+            _label(int(word), number)
+        return None
+    _label(labels[-1], number)
+    return list(labels)
+
+
+def _no_class(word, names):
+    near = get_close_matches(word.lower(), [name.lower() for name in names], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; give names, or labels 0 to {len(names) - 1}"
+    return UsageError(f"--classes: there is no class {word!r}{hint}")
 
 
 def spread_classes(number, most=10):

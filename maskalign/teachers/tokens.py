@@ -77,6 +77,44 @@ def standardize_class_token(values, mean, std):
     return ((values.float() - mean) / std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
 
 
+def class_projection(entry, count):
+    """The projection of a class token to its leading principal components, for `(values - mean) @ matrix`.
+
+    Args:
+        entry: a manifest's `class_token` entry with `components`.
+        count: how many of them.
+
+    Returns:
+        (mean (D,), matrix (D, count)), float32.
+
+    Raises:
+        ValueError: the entry has fewer components.
+    """
+    components = entry.get("components") or {"basis": []}
+    if len(components["basis"]) < count:
+        raise ValueError(f"{count} principal components were asked for, and {len(components['basis'])} are there")
+    mean, basis, scale = (torch.tensor(components[key], dtype=torch.float64) for key in ("mean", "basis", "scale"))
+    return mean.float(), (basis[:count] / scale[:count, None]).T.float()
+
+
+def project_class_token(values, entry, count=None):
+    """Stored class tokens as a model denoises them.
+
+    Args:
+        values: (B, D), any floating dtype, as they are stored or as `Teacher.tokens_and_class` gives them.
+        entry: the `class_token` entry of the training data's manifest, whose `components` are used.
+        count: `model.class_token_dim`: the number of principal components; None for the class token as it is.
+
+    Returns:
+        (B, count or D) float32.
+    """
+    values = values.float()
+    if count is None:
+        return values
+    mean, matrix = (part.to(values.device) for part in class_projection(entry, count))
+    return (values - mean) @ matrix
+
+
 def quantise_rows(z, check=True):
     """Round every token to int8 by its own largest magnitude: that one becomes +-127.
 

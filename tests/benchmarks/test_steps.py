@@ -27,6 +27,14 @@ SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dim
         dict(mixer="token_mlp"),
         dict(mixer="token_mlp", route=(1, 3)),
         dict(mixer="attention"),
+        dict(mixer="attention", mixer_layers=3, class_dim=9),
+        dict(mixer="attention", mixer_layers=1, class_dim=9, route=(1, 3)),
+        dict(mixer="attention", class_dim=9, route=(1, 3), restore="bypass"),
+        dict(mixer="attention", class_dim=9, route="none"),
+        dict(mixer="none", class_dim=9),
+        dict(mixer="token_mlp", class_dim=9),
+        dict(mixer="depthwise_conv", class_dim=9, route=(1, 3), restore="fuse"),
+        dict(mixer="none", class_dim=9, route="none", projector="conv"),
         dict(mixer="none", route=(1, 3), restore="bypass", align_depth=1),
         dict(mixer="none", route=(1, 3), restore="bypass", align_depth=4),
         dict(mixer="token_mlp", route=(1, 3), restore="fuse"),
@@ -40,7 +48,7 @@ def test_flops_are_those_that_torch_counts(settings, kept):
     subset = torch.arange(kept).expand(1, -1) if kept < 16 else None
     x, t, labels = torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        model(x, t, labels, subset)
+        model(x, t, labels, subset, class_token=torch.randn(1, 9) if model.class_dim else None)
     assert forward_flops(model, kept) == counter.get_total_flops()
 
 

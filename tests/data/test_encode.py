@@ -555,7 +555,7 @@ def test_the_same_encoding_runs_only_once_at_a_time(data, monkeypatch):
     real, seen = module._encode_shard, []
 
     def nested(job, maker, number, advance):
-        with pytest.raises(UsageError, match="another process"):
+        with pytest.raises(UsageError, match="in use by maskalign data encode .process"):
             quiet(data)
         seen.append(number)
         real(job, maker, number, advance)

@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision.transforms import Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from maskalign.errors import UsageError
+from maskalign.evaluation.distances import frechet_distance
 from maskalign.evaluation.features import load_features
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
 from maskalign.teachers import load_teacher
@@ -81,9 +82,88 @@ def test_inception_is_torch_fidelitys(weights):
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
     batch = tensor(pictures(2, 32))
     own = InceptionFeatures(weights).eval()
-    for found, expected in zip(own.both(batch), theirs(batch), strict=True):
+    out = own.outputs(batch)
+    for found, expected in zip((out.pooled, out.logits), theirs(batch), strict=True):
         torch.testing.assert_close(found, expected)
     assert own.dim == own(batch).shape[1] == 2048 and len(own.fingerprint()) == 16
+
+
+def test_spatial_features_are_those_of_adms_evaluator(weights):
+    """The first 7 channels of `mixed_6/conv:0`, written out: a 1x1 convolution of what the block before gives, batch
+    normalization and ReLU, in TensorFlow's order (row, column, channel)."""
+    batch = tensor(pictures(3, 32, seed=1))
+    own = InceptionFeatures(weights).eval()
+    network = own.network
+    # Other statistics than a fresh network's 0 and 1, or leaving the normalization out would hardly show.
+    norm = network.Mixed_6d.branch1x1.bn
+    generator = torch.Generator().manual_seed(0)
+    for value in (norm.running_mean, norm.running_var, norm.weight, norm.bias):
+        value.copy_(0.5 + torch.rand(value.shape, generator=generator))
+    before = []
+    handle = network.Mixed_6c.register_forward_hook(lambda module, inputs, output: before.append(output))
+    out = own.outputs(batch)
+    handle.remove()
+    x = torch.cat(before).double()
+    assert x.shape == (3, 768, 17, 17)
+    kernel = network.Mixed_6d.branch1x1.conv.weight[:7, :, 0, 0].double()
+    value = torch.einsum("bcyx,kc->byxk", x, kernel)
+    scale = norm.weight[:7].double() / (norm.running_var[:7].double() + 1e-3).sqrt()
+    expected = ((value - norm.running_mean[:7]) * scale + norm.bias[:7]).clamp(min=0).reshape(3, -1)
+    assert out.spatial.shape == expected.shape == (3, 2023) and out.spatial.dtype == torch.float32
+    torch.testing.assert_close(out.spatial.double(), expected, rtol=1e-3, atol=1e-5)
+    assert 0.05 < (expected == 0).double().mean() < 0.95  # the ReLU is seen
+    kind = own.spatial
+    assert (kind.name, kind.dim) == ("inception-spatial", 2023) and kind.fingerprint() != own.fingerprint()
+    torch.testing.assert_close(kind(batch[:1]), out.spatial[:1], rtol=1e-3, atol=1e-5)
+
+
+def test_sfid_is_adms_distance():
+    """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) with np.cov and SciPy's matrix root, as ADM's evaluator."""
+    from scipy.linalg import sqrtm
+
+    rng = np.random.default_rng(0)
+    # Like the spatial features: never negative, and neighbours are alike.
+    mix = rng.normal(size=(9, 9))
+    a, b = (np.maximum(rng.normal(shift, 1, (count, 9)) @ mix, 0) for shift, count in ((0.1, 70), (0.4, 50)))
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    expected = (
+        shift @ shift + sum(map(np.trace, covariances)) - 2 * np.trace(sqrtm(covariances[0] @ covariances[1])).real
+    )
+    assert frechet_distance(a.astype(np.float32), b.astype(np.float32)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_references_of_two_kinds_come_from_one_pass(data, cache):
+    from maskalign.evaluation.pictures import PictureDataSet
+    from maskalign.evaluation.reference import load_reference, load_references
+
+    class Kind:
+        def __init__(self, name, dim):
+            self.name, self.dim = name, dim
+
+        def fingerprint(self):
+            return self.name
+
+        def __call__(self, batch):
+            return batch.float().flatten(1)[:, : self.dim]
+
+    kinds, passes = [Kind("a", 3), Kind("b", 5)], []
+
+    def compute(batch):
+        passes.append(len(batch))
+        return [kind(batch) for kind in kinds]
+
+    real = PictureDataSet(data, 20)
+    first = load_references(real, kinds, compute, batch_size=8)
+    assert sum(passes) == 20 and len(list(cache.iterdir())) == 2 and not first[0].cached
+    again = load_references(real, kinds, compute)
+    assert sum(passes) == 20 and again[1].cached
+    for one, other, kind in zip(first, again, kinds, strict=True):
+        np.testing.assert_array_equal(one.features, other.features)
+        assert one.features.shape == (20, kind.dim)
+        np.testing.assert_array_equal(load_reference(real, kind).features, one.features)
+    (cache / next(file.name for file in cache.iterdir() if file.name.startswith("b-"))).unlink()
+    assert not load_references(real, kinds, compute)[0].cached and sum(passes) == 40
 
 
 def test_inception_score_of_known_predictions():
@@ -138,3 +218,7 @@ def test_fid_and_score_of_folders_are_torch_fidelitys(weights, tmp_path, data, c
     assert found["frechet[inception]"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3, abs=1e-6)
     assert found["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert "FID, Frechet distance (inception)" in out and np.isfinite(found["frechet[inception]"])
+    network = InceptionFeatures(weights).eval()
+    spatial = [network.outputs(tensor(part)).spatial.numpy() for part in (pictures(11), np.asarray(real))]
+    assert found["frechet[inception-spatial]"] == pytest.approx(frechet_distance(*spatial), rel=1e-5)
+    assert "sFID, Frechet distance (inception-spatial)" in out and "precision[inception]" not in found

@@ -37,10 +37,12 @@ class Measured:
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, Placement(torch.device("cpu"), dtype))
         size = build["input_size"]
+        rows = self.model.num_tokens + (self.model.class_dim is not None)
         self.batch = SimpleNamespace(
             inputs=torch.rand(images, 8, size, size),
             labels=torch.randint(10, (images,)),
-            teachers=[torch.randint(-127, 127, (images, self.model.num_tokens, 48), dtype=torch.int8)],
+            teachers=[torch.randint(-127, 127, (images, rows, 48), dtype=torch.int8)],
+            class_token=torch.randn(images, self.model.class_dim) if self.model.class_dim else None,
         )
 
     def batches(self):
@@ -51,13 +53,18 @@ class Measured:
 
     def step(self, batch):
         self.train_step(
-            0, 0.0, batch.inputs, batch.labels, batch.teachers, prepare=lambda m, d: sample_posterior(m.float(), d)
-        )
+            0, 0.0, batch.inputs, batch.labels, batch.teachers, prepare=lambda m, d: sample_posterior(m.float(), d),
+            class_token=batch.class_token,
+        )  # fmt: skip
 
 
 SMALL = {
     "repa, plain attention": ("fp32", "--model.mixer none --method.keep_ratio 1 --model.attention math"),
     "maskalign, fused attention, bf16": ("bf16", "--method.keep_ratio 0.5 --model.attention sdpa"),
+    "maskalign of the paper, bf16": ("bf16", "--model.class_token true --model.attention sdpa"),
+    "reg, plain attention": (
+        "fp32", "--model.class_token true --model.mixer none --method.keep_ratio 1 --model.attention math",
+    ),
     "tread, recomputed": (
         "fp32",
         "--model.mixer none --method.keep_ratio 0.5 --method.route [1,3] --method.restore bypass "
@@ -73,6 +80,7 @@ SMALL = {
 def test_activations_are_within_a_tenth_of_what_a_real_step_saves(settings, build, name):
     precision, words = SMALL[name]
     config = settings(*words.split())
+    build = {**build, "class_dim": 24 if config.model.class_token else None}
     (phase,) = schedule_phases(config, meta_model(config, build))
     plain = config.model.attention == "math"
     memory = Memory(config, build, phase, dtype=DTYPES[precision], plain_attention=plain)
@@ -122,9 +130,10 @@ def test_ddp_holds_all_gradients_all_the_time(settings, build):
 def test_recomputed_blocks_keep_less_and_fewer_tokens_too(settings, build):
     keep = {}
     for kind in ("none", "selective", "block"):
-        keep[kind] = Memory(settings("--parallel.recompute", kind), build, ALL).peak(16).kept
+        config = settings("--model.mixer", "token_mlp", "--parallel.recompute", kind)
+        keep[kind] = Memory(config, build, ALL).peak(16).kept
     assert keep["block"] < 0.6 * keep["selective"] < 0.6 * keep["none"]
-    assert Memory(settings(), build, HALF).peak(16).kept < 0.6 * keep["none"]
+    assert Memory(settings("--model.mixer", "token_mlp"), build, HALF).peak(16).kept < 0.6 * keep["none"]
 
 
 def test_the_largest_batch_is_the_last_that_fits(settings, build):

@@ -21,7 +21,11 @@ from maskalign.training.compiling import prepare_blocks
 CASES = [
     "--model.mixer none --method.keep_ratio 1",
     "--method.keep_ratio 0.5",
-    "--model.mixer attention --method.keep_ratio 0.25",
+    "--model.mixer attention --model.mixer_layers 1 --method.keep_ratio 0.25",
+    "--model.class_token true",
+    "--model.class_token true --model.mixer_layers 3 --method.keep_ratio 0.5 --method.align_ratio 0.25 "
+    "--parallel.recompute block",
+    "--model.class_token true --method.route [2,4] --method.restore bypass --parallel.recompute selective",
     "--model.mixer none --method.keep_ratio 0.5 --method.route [1,3] --method.restore fuse",
     "--model.mixer none --method.keep_ratio 0.5 --method.route none",
     "--method.keep_ratio 0.75 --method.align_ratio 0.25",
@@ -35,18 +39,20 @@ CASES = [
 def test_flops_are_within_two_percent_of_torchs_counter(settings, build, words):
     # Wide enough that what stays uncounted, the gradient of the input, is small.
     config = settings("--model.width", "128", "--model.depth", "6", "--model.attention", "math", *words.split())
-    model = build_model(config, build)
+    model = build_model(config, {**build, "class_dim": 24 if config.model.class_token else None})
     (phase,) = schedule_phases(config, model)
     planned = 3 * sum(student_flops(model, phase).values()) + recomputed_flops(model, phase, config.parallel)
     prepare_blocks(model, config)
     images, aligned = 2, phase.aligned if config.method.align_ratio is not None else None
-    own = dict(shape=(4, 16, 16), grid=model.grid, keep=phase.kept, align=aligned)
+    own = dict(shape=(4, 16, 16), grid=model.grid, keep=phase.kept, align=aligned, class_dim=model.class_dim)
     draws = draw(0, 0, 0, images, **own)
     x, labels, teachers = torch.randn(images, 4, 16, 16), torch.zeros(images, dtype=torch.int64), []
     if phase.aligned:
-        teachers = [torch.randn(images, model.num_tokens, 48)]
+        teachers = [torch.randn(images, model.num_tokens + (model.class_dim is not None), 48)]
+    class_token = torch.randn(images, 24) if model.class_dim else None
     with FlopCounterMode(display=False) as counter:
-        training_loss(model, x, labels, teachers, draws, align_weight=0.5).total.backward()
+        losses = training_loss(model, x, labels, teachers, draws, align_weight=0.5, class_token=class_token)
+        losses.total.backward()
     assert planned * images == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
@@ -55,7 +61,9 @@ def test_phases_follow_the_schedules(settings, build):
     step = settings("--method.keep_ratio", "{kind: step, start: 0.5, end: 1.0, begin: 0.9}")
     assert schedule_phases(step, model) == [Phase(32, 32, 0.9), Phase(64, 64, 0.1)]
     assert schedule_phases(step, model, teachers=False) == [Phase(32, 0, 0.9), Phase(64, 0, 0.1)]
-    ending = settings("--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.25}")
+    ending = settings(
+        "--method.keep_ratio", "0.5", "--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.25}"
+    )
     assert schedule_phases(ending, model) == [Phase(32, 0, 0.75), Phase(32, 32, 0.25)]
     linear = schedule_phases(settings("--method.keep_ratio", "{kind: linear, start: 0.25, end: 1.0}"), model)
     assert [phase.kept for phase in linear] == [16, 24, 32, 40, 48, 56, 64]
@@ -69,6 +77,10 @@ def test_parts_add_up_and_the_mixer_is_none_without_one(settings, build):
     counts = parameter_counts(with_mixer)
     assert sum(counts.values()) == sum(p.numel() for p in with_mixer.parameters()) and counts["mixer"] > 0
     assert counts["student"] == parameter_counts(without)["student"] and parameter_counts(without)["mixer"] == 0
+    reg = parameter_counts(build_model(settings("--model.mixer", "none"), {**build, "class_dim": 24}))
+    width = 64  # of `settings`: Linear and LayerNorm in, Linear out
+    assert reg["class token"] == 24 * width + 3 * width + (width + 1) * 24 and counts["class token"] == 0
+    assert {**reg, "class token": 0} == parameter_counts(without)
     phase = Phase(32, 32, 1.0)
     there, here = student_flops(with_mixer, phase), student_flops(without, phase)
     assert there["mixer"] > 0 == here["mixer"] and there["student"] == here["student"]

@@ -1,0 +1,145 @@
+"""The stability gap: how much worse the alignment is where the model sees a random subset of the patches.
+
+    G_r = L_align(class token and a random share 1 - r of the patches) - L_align(all tokens)
+
+for the same images, times and noise (MaskAlign, arXiv 2606.08788). The tokens are dropped after the mixing layers, as
+in the paper's training: all blocks see the subset alone, and the loss is over the tokens that are there. Both losses
+are what the model would be trained with, -mean cos; where there is no class token it is left out of both.
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from maskalign.evaluation.heldout import SEED
+from maskalign.evaluation.losses import teacher_rows
+from maskalign.models.mixer import NoMixer
+from maskalign.models.routing import gather_tokens
+from maskalign.objective.draws import group_seed
+from maskalign.objective.interpolant import Interpolant
+from maskalign.sampling.drawing import evaluating
+from maskalign.sampling.noise import ImageNoise
+
+MASK_RATIO = 0.25  # the paper's r
+
+
+def kept_patches(mask_ratio, patches):
+    """Number of patches that are left: (1 - r) N, to the nearest whole number, at least 1."""
+    return max(1, int((1 - mask_ratio) * patches + 0.5))
+
+
+def can_mask(model):
+    """Whether a gap can be measured: the model has projectors, and none of them needs the whole token grid."""
+    return len(model.projectors) > 0 and not any(projector.needs_grid for projector in model.projectors)
+
+
+@contextmanager
+def ending_at_tap(model):
+    """Inside, a `SiT` ends at its tap, and a subset that it is given is dropped before any block up to there runs.
+
+    What is computed of all tokens stays as it is, without the blocks after the tap. A subset is dropped where the
+    mixing layers are, whatever the model's route: a model that was trained on all tokens, or aligned on a subset that
+    its blocks do not see, is measured in the same way as one that was trained on subsets.
+    """
+    before = model.blocks, model.route, model.restore, model.mixer
+    start = model.route[0] if model.route else 0
+    mixes = start < model.align_depth  # mixing layers behind the tap have no part in the alignment
+    try:
+        model.blocks = model.blocks[: model.align_depth]
+        model.route, model.restore = (start if mixes else 0, model.align_depth), "none"
+        if not mixes:
+            model.mixer = NoMixer()
+        yield model
+    finally:
+        model.blocks, model.route, model.restore, model.mixer = before
+
+
+def keyed_subsets(key, indices, patches, count):
+    """Uniform random subsets of the patches that depend on a key and the image's number alone.
+
+    Args:
+        key: any text.
+        indices: numbers of the images, B of them.
+        patches, count: N and K.
+
+    Returns:
+        (B, K) int64, ascending in every row, on the CPU.
+    """
+    rows = []
+    for index in indices:
+        generator = torch.Generator().manual_seed(group_seed(key, 0, int(index)))
+        rows.append(torch.randperm(patches, generator=generator)[:count].sort().values)
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def alignment_by_image(model, x_t, t, labels, teachers, *, class_token=None, subset=None):
+    """The alignment loss of every image: -mean cos over the class token and the patches, averaged over teachers.
+
+    Args:
+        model: a `SiT` in eval mode.
+        x_t: (B, C, H, W) noised input; t (B,) time; labels (B,) int64.
+        teachers: one (B, N, Dz) per teacher, floating or int8, on the student's grid; (B, 1 + N, Dz) with the class
+            token as row 0 for a model that has one.
+        class_token: (B, class_dim) the noised class token, for a model that has one.
+        subset: (B, K) int64, ascending: the patches that the model sees, see `ending_at_tap`; None for all.
+
+    Returns:
+        (B,) float64.
+    """
+    extra = {} if class_token is None else {"class_token": class_token}
+    out = model(x_t, t, labels, subset, **extra)
+    losses = []
+    for rows, teacher in zip(out.aligned, teachers, strict=True):
+        wanted = teacher if out.aligned_index is None else gather_tokens(teacher, out.aligned_index)
+        losses.append(-torch.cosine_similarity(rows.double(), wanted.double(), dim=-1).mean(dim=1))
+    return torch.stack(losses).mean(dim=0)
+
+
+@torch.no_grad()
+def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=2):
+    """The stability gap of a model on held-out images, cheaply: every image meets one subset at each of a few times.
+
+    Noise and times are those of `losses_by_time` with as many bins, so images that are counted twice differ in nothing
+    but the subset. Both passes end at the tap.
+
+    Args:
+        model: a `SiT`, with the weights to measure.
+        held_out: `HeldOut`.
+        mask_ratio: share of the patches that is dropped.
+        path: the interpolant's path.
+        bins: equal bins of the time in [0, 1], each with one time of every image.
+
+    Returns:
+        dict: `stability_gap`, and `stability_gap_error`, its standard error over images. {} for a model without
+        alignment, one whose projectors need the whole grid, so few patches that none is dropped, or a single image.
+    """
+    if not can_mask(model) or not held_out.teachers or held_out.count < 2:
+        return {}
+    kept = kept_patches(mask_ratio, model.num_tokens)
+    if kept >= model.num_tokens:
+        return {}
+    device, interpolant, gaps = next(model.parameters()).device, Interpolant(path), []
+    # Compiled blocks would be compiled anew for the length of a subset, which takes longer than these few passes.
+    with evaluating(model), ending_at_tap(model), torch.compiler.set_stance("force_eager"):
+        for first, x, labels, teachers in held_out.batches(device):
+            numbers = range(first, first + len(x))
+            noise = ImageNoise(SEED, numbers, x.shape[1:], device).draw()
+            normal = ImageNoise(SEED + 1, numbers, (1,)).draw(torch.float64).flatten()
+            place = torch.special.ndtr(normal).to(device)  # uniform in (0, 1)
+            class_token = held_out.class_token(teachers)
+            if class_token is not None:
+                class_noise = ImageNoise(SEED + 3, numbers, class_token.shape[1:], device).draw()
+            rows, found = [teacher_rows(teacher, model.grid) for teacher in teachers], []
+            for index in range(bins):
+                t, own = ((index + place) / bins).float(), {}
+                if class_token is not None:
+                    own["class_token"], _ = interpolant.interpolate(class_token, class_noise, t)
+                inputs = (model, interpolant.interpolate(x, noise, t)[0], t, labels, rows)
+                subset = keyed_subsets(f"held out/{SEED}/{index}", numbers, model.num_tokens, kept).to(device)
+                masked = alignment_by_image(*inputs, **own, subset=subset)
+                found.append(masked - alignment_by_image(*inputs, **own))
+            gaps.append(torch.stack(found).mean(dim=0))
+    gaps = torch.cat(gaps)
+    error = gaps.std() / len(gaps) ** 0.5
+    return {"stability_gap": float(gaps.mean()), "stability_gap_error": float(error)}

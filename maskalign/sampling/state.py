@@ -1,0 +1,42 @@
+"""The state that a sampler integrates: the image, or the image and the class token side by side in one tensor."""
+
+from typing import NamedTuple, Optional
+
+import torch
+
+
+class StateLayout(NamedTuple):
+    """How a model's state is laid out.
+
+    A model without a class token has the image (B, C, H, W) as its state. With one (REG, arXiv 2507.01467) both are
+    denoised together, and the state is (B, C * H * W + class_dim): the image's numbers, then those of the class token.
+    Solvers work on each number alone, so they need not know which of the two it belongs to.
+
+    shape: (C, H, W) of an image. class_dim: width of the class token; None for a model without one.
+    """
+
+    shape: tuple
+    class_dim: Optional[int] = None
+
+    @classmethod
+    def of(cls, model):
+        """The layout of a model, from its `in_channels`, `input_size` and, where it has one, `class_dim`."""
+        shape = (model.in_channels, model.input_size, model.input_size)
+        return cls(shape, getattr(model, "class_dim", None))
+
+    def pack(self, image, class_token=None):
+        """The state of an image (B, C, H, W) and a class token (B, class_dim), which have one dtype."""
+        if self.class_dim is None:
+            return image
+        return torch.cat([image.flatten(1), class_token], dim=1)
+
+    def unpack(self, state):
+        """(image (B, C, H, W), class token (B, class_dim), or None for a model without one)."""
+        if self.class_dim is None:
+            return state, None
+        image, class_token = state.split([state.shape[1] - self.class_dim, self.class_dim], dim=1)
+        return image.unflatten(1, self.shape), class_token
+
+    def image(self, state):
+        """The image (B, C, H, W) of a state."""
+        return self.unpack(state)[0]
