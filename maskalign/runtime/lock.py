@@ -36,10 +36,7 @@ def locked(folder, what, option="--out", patience=1.0):
         UsageError: another process holds the lock, or the folder cannot be written to.
     """
     path = Path(folder, NAME)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"{option}: {folder} is not a folder; choose another one") from None
+    _make(path.parent, option)
     handle = _acquire(path, what, option, patience) if fcntl else None
     try:
         yield
@@ -53,10 +50,21 @@ def locked(folder, what, option="--out", patience=1.0):
             path.parent.rmdir()  # only an empty folder goes
 
 
+def _make(folder, option):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{option}: {folder} is not a folder; choose another one") from None
+
+
 def _acquire(path, what, option, patience):
     deadline = time.monotonic() + patience
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one before has just left, and the folder was empty
+            _make(path.parent, option)
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

@@ -100,13 +100,10 @@ def own_folder(config):
 def disk_line(run_dir, error):
     """One line about a disk that takes no more: what is left of the run, and what to do."""
     there = complete_checkpoints(run_dir)
-    kept = f"{there[-1].name} is the newest complete checkpoint" if there else "there is no complete checkpoint yet"
-    return (
-        f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, and the same command resumes "
-        "from it"
-        if there
-        else f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, or choose another run_dir"
-    )
+    kept, mend = "there is no complete checkpoint yet", "the same command begins again"
+    if there:
+        kept, mend = f"{there[-1].name} is the newest complete checkpoint", "the same command resumes from it"
+    return f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, and {mend}"
 
 
 class Trainer:
@@ -187,7 +184,6 @@ class Trainer:
                 self.notes.append(f"changed since step {self.step}: {', '.join(changes)}")
         if self.placement.is_main:
             warn_of_full_subset(config.method, self.model.num_tokens)
-            self.warned = warn_of_short_average(config.optimizer, config.training.max_steps)
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         self.throughput = Throughput(self.model, config, self.placement)
@@ -229,6 +225,7 @@ class Trainer:
         self._prepare_run_dir()
         for line in self.notes:
             self._say(line)
+        warned = self.placement.is_main and warn_of_short_average(self.config.optimizer, self.config.training.max_steps)
         try:
             with closing(RunLog(self.config, self.step, self.seconds, self.placement.is_main)) as self.log:
                 self._loop()
@@ -239,7 +236,7 @@ class Trainer:
             self.watchdog.close()
             self.saver.settle()
         finished = self.progress() >= 1
-        if self.placement.is_main and not self.warned:
+        if self.placement.is_main and not warned:
             warn_of_short_average(self.config.optimizer, self.step)
         if finished:
             self._say(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
