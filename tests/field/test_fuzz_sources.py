@@ -18,6 +18,8 @@ from maskalign.data.manifest import Manifest
 from maskalign.data.sources import open_source
 from maskalign.errors import RunError, UsageError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")
+
 PARTS = [
     "cat", "dog", "Cat", "1", "2", "10", "007", "train", "test", "images", "00000", "img00000001", "2020", "a b", " ",
     "caf\u00e9", "cafe\u0301", "\u732b", "x" * 120, "a.b", "2021.05.01", ".hidden", "__MACOSX", "._x", "__index__",
