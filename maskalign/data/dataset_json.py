@@ -104,7 +104,7 @@ def _read(reader, item, what):
         data = json.loads(reader(item).decode("utf-8-sig"))
     except RecursionError:
         raise UsageError(f"{what} is no JSON of labels (nested too deeply); mend it, or take it away") from None
-    except (ValueError, OSError) as error:  # undecodable bytes are a ValueError
+    except Exception as error:  # undecodable bytes, no JSON, a damaged member: zipfile raises nearly anything
         raise UsageError(f"{what} cannot be read ({one_line(error)}); mend it, or take it away") from None
     labels = data.get("labels") if isinstance(data, dict) else None
     if isinstance(labels, dict):

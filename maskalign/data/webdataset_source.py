@@ -98,15 +98,24 @@ def _are_shards(listing, reader):
 
 
 class _Sample:
-    """Members under one key: {ending: place} of images and of labels; fault is what is wrong with them, or None."""
+    """Members under one key.
+
+    Attributes:
+        images, labels: {ending: place}.
+        names: of all its images, also where an ending came twice.
+        fault: why none of them can be taken, or None.
+    """
 
     def __init__(self):
-        self.images, self.labels, self.fault = {}, {}, None
+        self.images, self.labels, self.names, self.fault = {}, {}, [], None
 
-    def add(self, group, ending, place):
+    def add(self, name, ending, place):
+        group = self.images if ending in ENDINGS else self.labels
         if ending in group:
             self.fault = f"its key has two .{ending}"
         group[ending] = place
+        if ending in ENDINGS:
+            self.names.append(name)
 
 
 def _samples(listing):
@@ -122,12 +131,8 @@ def _samples(listing):
             continue
         key, ending = split_name(name)
         ending = ending.lower()
-        if ending in ENDINGS:
-            sample = samples.setdefault(key, _Sample())
-            sample.add(sample.images, ending, place)
-        elif ending in ("cls", "json"):
-            sample = samples.setdefault(key, _Sample())
-            sample.add(sample.labels, ending, place)
+        if ending in ENDINGS or ending in ("cls", "json"):
+            samples.setdefault(key, _Sample()).add(name, ending, place)
         elif (last := ending.rpartition(".")[2]) in ENDINGS or last in ("cls", "json"):
             dotted.append((name[: -len(last) - 1], last, key, place, name))
             if last not in ENDINGS:
@@ -135,8 +140,7 @@ def _samples(listing):
     strays = []
     for long_key, ending, key, place, name in dotted:
         if long_key in labels:
-            sample = samples.setdefault(long_key, _Sample())
-            sample.add(sample.images if ending in ENDINGS else sample.labels, ending, place)
+            samples.setdefault(long_key, _Sample()).add(name, ending, place)
         elif ending in ENDINGS:
             strays.append((name, key, place, ending))
     # A picture called 0001.left.png is its sample's where there is no other one.
@@ -148,14 +152,15 @@ def _samples(listing):
             alone.setdefault(key, []).append((name, place, ending))
     for key, pictures in alone.items():
         if key in samples and samples[key].labels:
-            sample = samples[key]
-            sample.images = {ending: place for _, place, ending in pictures}
+            for name, place, ending in pictures:
+                samples[key].images = {}  # of several images none is taken
+                samples[key].add(name, ending, place)
             if len(pictures) > 1:
-                sample.fault = f"has several images ({', '.join(name.rpartition('/')[2] for name, _, _ in pictures)})"
+                names = ", ".join(name.rpartition("/")[2] for name, _, _ in pictures)
+                samples[key].fault = f"its sample has several images ({names})"
         else:
             for name, place, ending in pictures:
-                sample = samples.setdefault(name[: -len(ending) - 1], _Sample())
-                sample.add(sample.images, ending, place)
+                samples.setdefault(name[: -len(ending) - 1], _Sample()).add(name, ending, place)
     return samples, further
 
 
@@ -183,11 +188,12 @@ def _group_by_key(source, what, paths, listings, reader, class_names, holes):
                         continue
                     raise ValueError("has no image")
                 if len(sample.images) > 1:
-                    raise ValueError(f"has several images (.{', .'.join(sample.images)})")
+                    raise ValueError(f"its sample has several images (.{', .'.join(sample.images)})")
                 (place,) = sample.images.values()
                 found.append((name, _read_label(reader, name, sample), place))
             except ValueError as error:
-                rejected.append((name, str(error)))
+                several = len(sample.names) > 1
+                rejected += [(f"{stem}/{member}" if several else name, str(error)) for member in sample.names or [key]]
     if hidden:
         passed["hidden"] += hidden
     names, number_of, notes = number_classes([label for _, label, _ in found], class_names, source, holes)

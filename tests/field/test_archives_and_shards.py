@@ -168,8 +168,10 @@ def test_samples_whose_picture_or_label_is_in_doubt_are_listed(on_disk, build, t
             tar.addfile(info, io.BytesIO(data))
     _, manifest, said, _ = build(path, "--max_bad_fraction", 0.9, "--holes", "keep")
     bad = on_disk.bad(tmp_path / "out")
-    assert {name.rpartition("/")[2] for name in bad} == {"a", "b", "c", "d", "0.png"}
-    assert "several images" in bad["odd.tar/a"] and "several images" in bad["odd.tar/b"]
+    assert {name.rpartition("/")[2] for name in bad} == {
+        "a.left.png", "a.right.png", "b.png", "b.jpg", "c", "d", "0.png"
+    }  # fmt: skip
+    assert "several images" in bad["odd.tar/a.left.png"] and "several images" in bad["odd.tar/b.jpg"]
     assert manifest.num_samples == 8 and ".heic 1" in said
 
 
