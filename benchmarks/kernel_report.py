@@ -26,8 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.report import markdown_table
 from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_cases
+from maskalign_kernels.adaln import cases as adaln_cases
 
-CASES = {"subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases}
+CASES = {
+    "subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases,
+    **adaln_cases.OPERATIONS,
+}  # fmt: skip
 
 # Published figures: GB/s, then dense TFLOP/s of bfloat16 and float16, of TF32 (float32 on MI300X), of float32 vectors.
 DEVICES = {
@@ -86,10 +90,47 @@ def unfused_mix(x, shift, scale, gate, w1, b1, w2, b2, subset):
     return y if subset is None else _gather(y, subset)
 
 
+def unfused_modulate(x, shift, scale, subset=None):
+    """The chain as training codes write it: gather, normalize, multiply, add."""
+    rows = x if subset is None else _gather(x, subset)
+    return F.layer_norm(rows, (rows.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def unfused_residual(x, branch, gate, subset=None):
+    """The chain as training codes write it: gather, multiply, add."""
+    return (x if subset is None else _gather(x, subset)) + gate.unsqueeze(1) * branch
+
+
+def unfused_residual_modulate(x, branch, gate, shift, scale, subset=None):
+    """Both chains, one after the other."""
+    y = unfused_residual(x, branch, gate, subset)
+    return y, unfused_modulate(y, shift, scale)
+
+
+# Each adaLN operation's chain and its arguments: of x, of the branch and of the vectors.
+UNFUSED_ADALN = {
+    "adaln_modulate": (unfused_modulate, 0, 2),
+    "gated_residual": (unfused_residual, 1, 1),
+    "gated_residual_adaln": (unfused_residual_modulate, 1, 3),
+}
+
+
+def outputs(result):
+    """What an operation returns, as a tuple."""
+    return result if isinstance(result, tuple) else (result,)
+
+
 def unfused_bytes(operation, shape, gathered=False):
     """(forward, backward) bytes of the unfused chain on one of the operation's SHAPES."""
     empty = lambda *size, dtype, grad=False: torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)  # noqa: E731
-    if operation == "mix_and_drop":
+    if operation in UNFUSED_ADALN:
+        images, tokens, kept, width, x, branch = shape
+        function, branches, vectors = UNFUSED_ADALN[operation]
+        arguments = [empty(images, tokens, width, dtype=x, grad=True)]
+        arguments += [empty(images, kept or tokens, width, dtype=branch, grad=True) for _ in range(branches)]
+        arguments += [empty(images, width, dtype=branch, grad=True) for _ in range(vectors)]
+        arguments.append(None if kept is None else empty(images, kept, dtype=torch.int64))
+    elif operation == "mix_and_drop":
         images, tokens, kept, width, hidden, x, _, product = shape
         # Weights and tokens in one dtype: what casts cost on top is left out, in favour of the chain.
         dtype = torch.promote_types(x, product) if x == torch.float32 else product
@@ -106,13 +147,25 @@ def unfused_bytes(operation, shape, gathered=False):
         arguments, function = (s, z, subset, not gathered), unfused_alignment
     with BytesMoved() as forward:
         out = function(*arguments)
+    outs = outputs(out)
     with BytesMoved() as backward:
-        out.backward(torch.empty_like(out))
+        torch.autograd.backward(outs, [torch.empty_like(o) for o in outs])
     return forward.total, backward.total
 
 
 def least_bytes(operation, direction, shape, gathered=False):
     """The least that the whole operation could move: each argument that it needs once, each result once."""
+    if operation in UNFUSED_ADALN:
+        images, tokens, kept, width, x, branch = shape
+        stream, row = (images * (kept or tokens) * width * dtype.itemsize for dtype in (x, branch))
+        dx = images * tokens * width * x.itemsize
+        return {
+            "adaln_modulate": (stream + row, row + stream + dx),  # x -> u; du, x -> dx
+            # x, branch -> y; dy, branch -> dbranch, and dx only where rows are missing from dy
+            "gated_residual": (2 * stream + row, stream + 2 * row + (dx if kept else 0)),
+            # x, branch -> y, u; dy, du, y, branch -> dx, dbranch
+            "gated_residual_adaln": (2 * stream + 2 * row, 2 * stream + 3 * row + dx),
+        }[operation][direction == "backward"]
     if operation == "mix_and_drop":
         images, tokens, kept, width, _, x, _, _ = shape
         rows = images * tokens * width * x.itemsize
@@ -212,7 +265,11 @@ def cell(value):
 
 
 # XL/2 with DINOv2-B's features as int8; the mixer at a half and at a quarter of the tokens.
-SUMMARY = ("B32 N256 K128 C768 bf16/int8", *(f"B32 N256 K{k} D1152 T64 bf16/bf16/bf16" for k in (128, 64)))
+# The adaLN operations at XL/2 with a class token: all rows, and three quarters of the patches.
+SUMMARY = (
+    "B32 N256 K128 C768 bf16/int8", *(f"B32 N256 K{k} D1152 T64 bf16/bf16/bf16" for k in (128, 64)),
+    *(f"B32 N257 K{k} D1152 bf16/bf16" for k in (None, 193)),
+)  # fmt: skip
 
 
 def summary(counted, built):

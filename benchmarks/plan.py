@@ -18,7 +18,7 @@ from maskalign.planning.options import Options
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "imagenet256"
-SIZES, RECIPES = ("b2", "l2", "xl2"), ("repa", "maskalign", "maskalign-attention")
+SIZES, RECIPES = ("b2", "l2", "xl2"), ("repa", "reg", "maskalign", "maskalign-fast")
 
 
 def plan_recipe(path, options, plan, batch_per_rank):

@@ -1,10 +1,11 @@
 """The figures in docs/benchmarks.md and docs/figures.md, from the CSVs in benchmarks/results.
 
-    python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results benchmarks/results]
+    python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results FOLDER]
 
 Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
 whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
-stands in results/notes.json under the CSV's name; `"page": "more"` there puts it on the second page.
+stands in results/notes.json under the CSV's name; `"page": "more"` there puts it on the second page, and `"renamed":
+{OLD: NEW}` gives recipes of an earlier measurement the names that they have today.
 """
 
 import argparse
@@ -15,12 +16,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+from benchmarks.convergence import beside_paper
 from benchmarks.convergence import report as convergence_report
 from benchmarks.steps import report as step_report
 from maskalign.errors import UsageError
 
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
-STEP_NAMES = {"repa": "REPA, all tokens", "reference": "the public REPA code", "sit": "SiT, no alignment"}
+STEP_NAMES = {
+    "repa": "REPA, all tokens", "reg": "REG, all tokens", "sit": "SiT, no alignment",
+    "maskalign": "MaskAlign", "repa-maskalign": "REPA + MaskAlign",
+    "reference": "the public REPA code", "reference-reg": "the public REG code",
+}  # fmt: skip
+# Suites of `benchmarks.convergence` that measure what the paper reports; they have a section of their own.
+PAPER_SUITES = ("convergence-paper-", "convergence-ablations-", "convergence-rates-")
 
 
 def read_csv(path):
@@ -53,11 +61,31 @@ def step_name(case):
     """What a case of `benchmarks.steps` is called on the pages."""
     recipe, _, keep = case.partition("@")
     if recipe.startswith("reference"):
-        return f"{STEP_NAMES['reference']}, {recipe.removeprefix('reference-')}"
-    if recipe in STEP_NAMES:
+        code, _, precision = recipe.rpartition("-")
+        return f"{STEP_NAMES[code]}, {precision}"
+    if recipe in STEP_NAMES and not keep:
         return STEP_NAMES[recipe]
     name = "MaskAlign" + recipe.removeprefix("maskalign").replace("-", " ") if "maskalign" in recipe else recipe
     return f"{name}, keep {keep}" if keep else name
+
+
+def renamed(names, note):
+    """Names of recipes as they are today: (name or name@keep, ...) -> list, from what a note says was renamed."""
+    of = note.get("renamed", {})
+    parts = (name.partition("@") for name in names)
+    return [of.get(recipe, recipe) + at + keep for recipe, at, keep in parts]
+
+
+def with_names(rows, note, key):
+    """Rows with today's names of recipes under `key`."""
+    names = renamed([row[key] for row in rows], note)
+    return [{**row, key: name} for row, name in zip(rows, names, strict=True)]
+
+
+def names_then(note):
+    """A sentence on recipes that had other names when they were measured; empty for none."""
+    pairs = [f"`{old}` is `{new}` today" for old, new in note.get("renamed", {}).items()]
+    return f" In the command, and in what is said of it, {', '.join(pairs)}." if pairs else ""
 
 
 def ratio(row, key):
@@ -65,20 +93,27 @@ def ratio(row, key):
     if row.get(key) is None:
         return "-"
     text = f"{row[key]:.2f}x"
-    text = f"**{text}**" if row["case"].startswith("maskalign@") else text
+    text = (
+        f"**{text}**"
+        if row["case"].startswith(("maskalign-fast@", "maskalign@")) or row["case"] == "maskalign"
+        else text
+    )
     low, high = row.get(f"{key}_p10"), row.get(f"{key}_p90")
     return text if low is None else f"{text} ({low:.2f}-{high:.2f})"
 
 
 def steps_section(path, note):
     """One table of `benchmarks.steps`."""
-    rows = read_csv(path)
+    rows = with_names(read_csv(path), note, "case")
     first = rows[0]
-    head = ["case", "images/s", "against our REPA", "against the public REPA code", "GFLOP per image",
+    code = "REG" if any(row["case"].startswith("reference-reg") for row in rows) else "REPA"
+    head = ["case", "images/s", "against our REPA", f"against the public {code} code", "GFLOP per image",
             "of the matmul peak", "saved for the backward", "peak memory"]  # fmt: skip
+    of_reg = any(row.get("passes_of_reg") is not None for row in rows)
+    head += ["time of our REG's step", "its forward and backward"] if of_reg else []
     lines = []
     for row in rows:
-        if row["case"].startswith("maskalign-no-mixer"):
+        if row["case"].startswith("maskalign-fast-no-mixer"):
             continue
         saved = f"{row['saved_mib']:.0f} MiB"
         saved += f" ({row['saved_x_repa']:.2f}x)" if row["saved_x_repa"] not in (None, 1) else ""
@@ -90,17 +125,21 @@ def steps_section(path, note):
             step_name(row["case"]), f"{row['images_per_second']:.2f}", ratio(row, "x_repa"), ratio(row, "x_reference"),
             f"{row['gflops_per_image']:.1f}", peak, saved,
             "-" if row["peak_mib"] is None else f"{row['peak_mib']:.0f} MiB",
+            *([share_of_reg(row, "time_of_reg"), share_of_reg(row, "passes_of_reg")] if of_reg else []),
         ])  # fmt: skip
-    if all(row["x_reference"] is None for row in rows):
-        head, lines = ([cell for k, cell in enumerate(line) if k != 3] for line in (head, *lines)), None
-        head, *lines = head
+    if all(row["x_repa"] is None for row in rows):
+        head, *lines = [[cell for k, cell in enumerate(line) if k != 2] for line in (head, *lines)]
+        if all(row["x_reference"] is None for row in rows):
+            head, *lines = [[cell for k, cell in enumerate(line) if k != 2] for line in (head, *lines)]
+    elif all(row["x_reference"] is None for row in rows):
+        head, *lines = [[cell for k, cell in enumerate(line) if k != 3] for line in (head, *lines)]
     tokens = int(str(first["tokens"]).split("/")[1])
     what = f"{first['preset']}, {first['precision']}, batch {first['batch_size']:.0f}, {tokens} tokens"
     what += ", torch.compile" * (first.get("compiled") == "True")
     step = "One training step (forward, backward, clip, AdamW, EMA)"
     clock = "CPU seconds" if first.get("clock") == "cpu" else "seconds"
     text = [
-        paragraph(f"{step} of {what}; {first['machine']}; medians of {clock}. {note['conditions']}"),
+        paragraph(f"{step} of {what}; {first['machine']}; medians of {clock}. {note['conditions']}{names_then(note)}"),
         f"`{note['command']}`",
         markdown_table(head, lines),
     ]
@@ -109,6 +148,13 @@ def steps_section(path, note):
         words = ", ".join(f"{cost:.1%} of a step at keep {keep}" for keep, cost in costs.items())
         text.append(f"The mixer costs {words}.")
     return "\n\n".join(text)
+
+
+def share_of_reg(row, key):
+    """`0.87 (0.85-0.90)`: a time as a share of our REG's, with the 10th and 90th percentile."""
+    if row.get(key) is None:
+        return "-"
+    return f"{row[key]:.3f} ({row[f'{key}_p10']:.3f}-{row[f'{key}_p90']:.3f})"
 
 
 def loader_section(path, note):
@@ -126,7 +172,7 @@ def loader_section(path, note):
 
 def convergence_section(path, note):
     """The table of one suite of `benchmarks.convergence`, and its plot."""
-    rows = convergence_report.read_rows(path)
+    rows = with_names(convergence_report.read_rows(path), note, "recipe")
     about = json.loads(path.with_suffix(".json").read_text())
     lines = convergence_report.summary(rows)
     names = {"velocity_loss": "held-out loss", "raw_velocity_loss": "not averaged", "frechet": "Frechet"}
@@ -143,10 +189,63 @@ def convergence_section(path, note):
         alt = "Quality against time and FLOPs"
         key += " A part of the budget is a run that was planned for it. Times are shares of REPA's run."
     return "\n\n".join([
-        paragraph(f"{what} {note['conditions']} {key}"),
+        paragraph(f"{what} {note['conditions']} {key}{names_then(note)}"),
         f"`{about['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
         f"![{alt}](../benchmarks/results/{path.stem}.png)",
+    ])  # fmt: skip
+
+
+def paper_section(path, note):
+    """The table of a suite that measures what the paper reports, and its plot."""
+    rows = convergence_report.read_rows(path)
+    about = json.loads(path.with_suffix(".json").read_text())
+    rates = {name: settings.get("optimizer.lr", "") for name, settings in about["recipes"].items()}
+    lines = beside_paper.summary(rows, rates)
+    longest = max(row["seconds"] or 0 for row in rows)
+    what = f"{rows[0]['data']}, {longest:.0f} s of training each ({about['clock']}), {about['images']:,} images; "
+    what += f"{about['machine']}. Distances are those of {about['samples']:,} samples without guidance from held-out "
+    what += f"images, in the features of a small classifier that is right on {about['classifier']['accuracy']:.1%} of "
+    what += f"these; {about['samples']:,} training images in place of samples have {about['real']['frechet_cnn']:.1f}. "
+    what += "`G_r` is the stability gap at mask ratio 0.25 and its standard error over images, `heat map's ratio` the "
+    what += (
+        "largest over the smallest share of images in which a position is among the top 10 % of alignment gradients."
+    )
+    if len({row["seed"] for row in rows}) > 1:
+        what += " In brackets the lowest and the highest seed."
+    return "\n\n".join([
+        paragraph(f"{what} {note['conditions']}"),
+        f"`{about['command']}`",
+        markdown_table(list(lines[0]), [[str(value) for value in line.values()] for line in lines]),
+        f"![Distances by recipe](../benchmarks/results/{path.stem}.png)",
+    ])  # fmt: skip
+
+
+def beside_paper_section(path, note):
+    """What the paper says and what the suites see, and the paper's own results; `path` is the suite `paper`'s CSV."""
+    rows, about = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
+    others = path.with_name(path.name.replace("convergence-paper-", "convergence-ablations-"))
+    ablations = convergence_report.read_rows(others) if others.is_file() else None
+    lines = beside_paper.comparison(rows, ablations, about["step_seconds"])
+    head, published = beside_paper.published_table()
+    guided_head, guided = beside_paper.guided_table()
+    first = (
+        "What the paper says and what we see at our size, whichever way it comes out. The paper trains B/2 and XL/2 on "
+    )
+    first += "ImageNet latents for days of eight GPUs; ours are a model of 8 blocks of width 128 on 32 px pictures for "
+    first += "minutes of one thread. Orders can be compared, numbers cannot. *Not told apart*: the ranges over seeds "
+    first += "overlap, or the difference is within two standard errors."
+    second = (
+        "Published: the paper's own results, not ours. ImageNet at 256 px, FID of 50,000 images without guidance, by "
+    )
+    second += "training iterations (arXiv 2606.08788)."
+    return "\n\n".join([
+        paragraph(first),
+        markdown_table(["the claim", "the paper", "here", "as in the paper?"], [list(line) for line in lines]),
+        paragraph(second),
+        markdown_table(head, published),
+        "Published, with guidance (the paper's, XL/2):",
+        markdown_table(guided_head, guided),
     ])  # fmt: skip
 
 
@@ -226,7 +325,11 @@ def plan_section(path, note):
 
 SECTIONS = (
     ("### Steps", "steps-*.csv", steps_section),
-    ("### Convergence", "convergence-*.csv", convergence_section),
+    ("### What the paper says and what we see", "convergence-paper-*.csv", beside_paper_section),
+    ("### The paper's recipes, at the same cost", "convergence-paper-*.csv", paper_section),
+    ("### The paper's ablations", "convergence-ablations-*.csv", paper_section),
+    ("### Learning rates", "convergence-rates-*.csv", paper_section),
+    ("### Search for maskalign-fast", "convergence-*.csv", convergence_section),
     ("### Loading", "loader.csv", loader_section),
     ("### Kernels on a GPU", "kernels.csv", gpu_kernels_section),
     ("### Kernels on a CPU", "kernels-cpu.csv", cpu_kernels_section),
@@ -241,6 +344,8 @@ def figures(results, page="main"):
     parts = []
     for title, pattern, section in SECTIONS:
         found = sorted(results.glob(pattern))
+        if section is convergence_section:
+            found = [path for path in found if not path.name.startswith(PAPER_SUITES)]
         missing = [path.stem for path in found if path.stem not in notes]
         if missing:
             raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
@@ -262,10 +367,18 @@ def rewritten(text, new):
 
 
 def digest(path):
-    """What a plot is drawn from: the CSV, and for a convergence plot the JSON beside it."""
+    """What a plot is drawn from: the CSV, for a convergence plot the JSON beside it, and names that have changed."""
     data = path.read_bytes()
     side = path.with_suffix(".json")
-    return hashlib.sha256(data + (side.read_bytes() if side.is_file() else b"")).hexdigest()
+    names = note_of(path).get("renamed")
+    data += (side.read_bytes() if side.is_file() else b"") + (json.dumps(names).encode() if names else b"")
+    return hashlib.sha256(data).hexdigest()
+
+
+def note_of(path):
+    """What notes.json says of a CSV; {} for nothing."""
+    notes = path.with_name("notes.json")
+    return json.loads(notes.read_text()).get(path.stem, {}) if notes.is_file() else {}
 
 
 def stale_plots(results):
@@ -284,12 +397,13 @@ def draw(path):
     """Draw the plot of one CSV beside it."""
     plot, metadata = path.with_suffix(".png"), {"Source": digest(path)}
     if path.stem.startswith("steps-"):
-        rows = read_csv(path)
+        rows = with_names(read_csv(path), note_of(path), "case")
         step_report.draw(rows, rows[0]["machine"], plot, metadata=metadata)
     else:
         about = json.loads(path.with_suffix(".json").read_text())
         title = f"{about['command']}\n{about['machine']}"
-        convergence_report.draw(convergence_report.read_rows(path), title, plot, metadata=metadata)
+        rows = with_names(convergence_report.read_rows(path), note_of(path), "recipe")
+        convergence_report.draw(rows, title, plot, metadata=metadata)
 
 
 def main(argv=None):

@@ -1,12 +1,21 @@
-"""The two operations of the method as Triton kernels, each with its plain PyTorch twin.
+"""The operations of the method and of its blocks as Triton kernels, each with its plain PyTorch twin.
 
 CUDA and ROCm tensors run the kernels, CPU tensors run the reference (see runtime.use_triton); callers never
 branch. Beside them, keyed random numbers, which are for GPUs only: a CPU has torch's generators. This package imports
 nothing of `maskalign`.
 """
 
+from .adaln import adaln_modulate, gated_residual, gated_residual_adaln
 from .keyed_random import keyed_random
 from .mix_and_drop import mix_and_drop
 from .subset_cosine_alignment import subset_cosine_alignment, subset_cosine_alignment_loss
 
-__all__ = ["keyed_random", "mix_and_drop", "subset_cosine_alignment", "subset_cosine_alignment_loss"]
+__all__ = [
+    "adaln_modulate",
+    "gated_residual",
+    "gated_residual_adaln",
+    "keyed_random",
+    "mix_and_drop",
+    "subset_cosine_alignment",
+    "subset_cosine_alignment_loss",
+]

@@ -15,6 +15,7 @@ from typing import get_args, get_origin
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.home import expand_home
 from maskalign.neighbours import look, make_room
 from maskalign.runtime.files import disk_reason, is_disk_error
 
@@ -54,9 +55,22 @@ def run_function(name, function, argv):
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
     argv = complete_switches(function, join_labels(argv) if name in ("sample", "evaluate") else argv)
-    arguments = parser.parse_args(argv).as_dict()
+    arguments = expand_paths(function, parser.parse_args(argv).as_dict())
     make_room(STARTED)
     function(**arguments)
+
+
+# Options that are text, as they may be a URL or a name instead of a path.
+PATHS = {"source", "data", "latents", "vae", "weights", "teacher_weights", "inception", "held_out", "device"}
+
+
+def expand_paths(function, arguments):
+    """The arguments of a command with the home folder put into its paths."""
+    annotations = function.__annotations__
+    return {
+        name: expand_home(value) if name in PATHS or "Path" in str(annotations.get(name)) else value
+        for name, value in arguments.items()
+    }
 
 
 def add_dashed_names(parser):
@@ -113,9 +127,10 @@ def run_plan(argv):
     parser.add_function_arguments(plan, as_group=False, skip={"config"})
     add_dashed_names(parser)
     given = parser.instantiate(parser.parse_args(argv))
-    config = Config(**{name: getattr(given, name) for name in Config.__dataclass_fields__})
+    config = expand_home(Config(**{name: getattr(given, name) for name in Config.__dataclass_fields__}))
     validate(config)
-    plan(config, **{name: getattr(given, name) for name in plan.__annotations__ if name != "config"})
+    own = {name: getattr(given, name) for name in plan.__annotations__ if name != "config"}
+    plan(config, **expand_paths(plan, own))
 
 
 def dispatch(argv):

@@ -35,6 +35,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.convergence import beside_paper
 from benchmarks.convergence import run as run_folder
 from benchmarks.convergence.classifier import train_classifier
 from benchmarks.convergence.clock import Calibration, calibrate, phase_at
@@ -325,6 +326,7 @@ class Benchmark:
             "clock": self.calibration.entries["clock"],
             "wall_over_cpu": self.calibration.entries.get("wall_over_cpu"),
             "images": self.manifest.num_samples,
+            "samples": options.samples,
             **self._about_classifier(),
             "recipes": self.recipes,
             "step_seconds": {
@@ -335,8 +337,8 @@ class Benchmark:
         Path(f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n")
         draw(Path(f"{stem}.csv"))
         print(f"written: {stem}.csv {stem}.json {stem}.png")
-        print(table(read_rows(f"{stem}.csv")))
-
+        show = table if self.classifier is None else beside_paper.table
+        print(show(read_rows(f"{stem}.csv")))
 
     def _about_classifier(self):
         """What is to be known of the distances in the classifier's features; nothing where there is none."""

@@ -9,16 +9,26 @@ COLUMNS = (
     "data", "recipe", "seed", "share", "run_steps", "step", "seconds", "tflop", "metric", "time", "value",
 )  # fmt: skip
 NUMBERS = {"seed": int, "share": float, "run_steps": int, "step": int, "seconds": float, "tflop": float, "value": float}
-BETTER_LOW = {"velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True}
+BETTER_LOW = {
+    "velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True,
+    "frechet_cnn": True, "kernel_cnn": True,
+}  # fmt: skip
+# Where recipes have a class token or not, these alone compare all of them.
+COMMON = ("frechet_cnn", "kernel_cnn")
 FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
 # The colours of those that every plot is about.
-KNOWN = {"repa": "black", "maskalign": "tab:orange", "maskalign-attention": "tab:red"}
+KNOWN = {
+    "repa": "black", "reg": "tab:gray", "maskalign": "tab:blue", "maskalign-fast": "tab:orange",
+    "maskalign-attention": "tab:red",
+}  # fmt: skip
 TITLES = {
     "velocity_loss": "held-out velocity loss, all tokens",
     "raw_velocity_loss": "the same of the weights themselves, not averaged",
     "cosine": "held-out alignment cosine",
     "frechet": "Frechet distance of EMA samples",
     "kernel": "kernel distance of EMA samples",
+    "frechet_cnn": "Frechet distance of EMA samples, small classifier",
+    "kernel_cnn": "kernel distance of EMA samples, small classifier",
 }
 
 
@@ -49,6 +59,12 @@ def curves(rows, metric):
             point = (row["seconds"], row["tflop"], row["step"], row["value"])
             found[row["recipe"], row["seed"], row["share"]].append(point)
     return {key: sorted(points, key=lambda point: point[2]) for key, points in found.items()}
+
+
+def shown_metrics(rows):
+    """Metrics of a plot: all that were measured, or the distances that compare all recipes of the suite."""
+    measured = [metric for metric in BETTER_LOW if finals(rows, metric)]
+    return [metric for metric in measured if metric in COMMON] or measured
 
 
 def has_curves(rows, metrics=tuple(BETTER_LOW)):
@@ -149,6 +165,8 @@ def summary(rows):
             line = {"recipe": name, "seeds": len(ends["velocity_loss", share][recipe]), "steps": last["run_steps"]}
             line["PFLOP"] = f"{last['tflop'] / 1000:.3g}"
             for metric, form in FORMS.items():
+                if not any(ends[metric, of] for of in shares):
+                    continue
                 values = ends[metric, share].get(recipe)
                 line[metric] = spread(values.values(), form) if values else "-"
                 repa = ends[metric, 1.0].get("repa") if 1.0 in shares else None
@@ -183,7 +201,7 @@ def draw(rows, about, path, metadata=None):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = (draw_curves if has_curves(rows) else draw_ends)(rows)
+    figure = (draw_curves if has_curves(rows, shown_metrics(rows)) else draw_ends)(rows)
     figure.suptitle("\n".join(textwrap.fill(line, 150) for line in about.splitlines()), fontsize=8)
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
@@ -193,7 +211,7 @@ def draw_ends(rows):
     """What the recipes reach: a panel per metric, a line per recipe, a dot per seed, dashes at REPA's mean."""
     from matplotlib import pyplot as plt
 
-    metrics = [metric for metric in BETTER_LOW if finals(rows, metric)]
+    metrics = shown_metrics(rows)
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     size = (2.2 * len(metrics) + 2, 0.22 * len(recipes) + 1.3)
     figure, panels = plt.subplots(1, len(metrics), figsize=size, squeeze=False, sharey=True, layout="constrained")
@@ -221,7 +239,7 @@ def draw_curves(rows):
     """
     from matplotlib import pyplot as plt
 
-    metrics = [metric for metric in BETTER_LOW if curves(rows, metric)]
+    metrics = shown_metrics(rows)
     timed = all(row["seconds"] is not None for row in rows)
     axes_of = [(0, "seconds of training (calibrated)") if timed else (2, "steps"), (1, "TFLOP of training")]
     size = (11, 3.1 * len(metrics))

@@ -101,6 +101,11 @@ def measure(run_dir, step, job, config, heldout):
     if step in job["sample_points"]:
         found = sample_distances(model, heldout, job["samples"], job["sampler_steps"], path, precision_of(config))
         rows += [[metric, "", value] for metric, value in found.items()]
+    if step == job["steps"] and job.get("gap_images"):
+        from benchmarks.convergence.papers import paper_measures
+
+        found = paper_measures(model, heldout, job["gap_images"], path)
+        rows += [[metric, "", value] for metric, value in found.items()]
     write_atomically(str(quality_path(run_dir, step)), json.dumps(rows).encode())
 
 

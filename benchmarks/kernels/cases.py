@@ -5,11 +5,18 @@ codes write it, from benchmarks.kernel_report), `compiled` (torch.compile of the
 """
 
 import contextlib
+import functools
 
 import torch
 
 from benchmarks import kernel_report
-from maskalign_kernels import mix_and_drop, subset_cosine_alignment
+from maskalign_kernels import (
+    adaln_modulate,
+    gated_residual,
+    gated_residual_adaln,
+    mix_and_drop,
+    subset_cosine_alignment,
+)
 
 DIRECTIONS = ("forward", "backward", "both")
 PROVIDERS = ("kernel", "eager", "compiled")
@@ -57,23 +64,37 @@ def mix_setup(shape, device):
     return (*tensors, subset), tensors, {"kernel": mix_and_drop, "eager": chain, "compiled": torch.compile(chain)}
 
 
+def adaln_setup(operation, shape, device):
+    """As alignment_setup, for one of the adaLN operations: x in the shape's first dtype, all else in its second."""
+    images, tokens, kept, width, x, other = shape
+    chain, branches, vectors = kernel_report.UNFUSED_ADALN[operation]
+    sizes = [(images, tokens, width), *[(images, kept or tokens, width)] * branches, *[(images, width)] * vectors]
+    dtypes = [x] + [other] * (len(sizes) - 1)
+    tensors = [torch.randn(s, device=device).to(d).requires_grad_() for s, d in zip(sizes, dtypes, strict=True)]
+    subset = None
+    if kept is not None:
+        subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
+    ours = {f.__name__: f for f in (adaln_modulate, gated_residual, gated_residual_adaln)}[operation]
+    return (*tensors, subset), tensors, {"kernel": ours, "eager": chain, "compiled": torch.compile(chain)}
+
+
 SETUPS = {"subset_cosine_alignment": alignment_setup, "mix_and_drop": mix_setup}
+SETUPS |= {name: functools.partial(adaln_setup, name) for name in kernel_report.UNFUSED_ADALN}
 
 
 def precision(operation, shape, device):
     """autocast to the products' dtype where weights or tokens have another one; else nothing."""
-    if operation != "mix_and_drop" or len(set(shape[5:])) == 1:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, shape[7])
+    dtypes = {"subset_cosine_alignment": (), "mix_and_drop": shape[5:]}.get(operation, shape[4:])
+    return torch.autocast(device.type, dtypes[-1]) if len(set(dtypes)) > 1 else contextlib.nullcontext()
 
 
 def relative_error(function, exact, arguments, leaves):
     """The larger relative error of the result and of the gradients, against the chain in float64 on the same values."""
 
     def outcome(function, arguments, leaves):
-        out = function(*arguments)
-        weights = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64).view(out.shape)
-        return [out, *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+        outs = kernel_report.outputs(function(*arguments))
+        weights = torch.linspace(-1, 1, outs[0].numel(), device=outs[0].device, dtype=torch.float64)
+        return [*outs, *torch.autograd.grad(outs, leaves, [weights.view(o.shape).to(o.dtype) for o in outs])]
 
     wide = [
         a.detach().double().requires_grad_(a.requires_grad)

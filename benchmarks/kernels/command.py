@@ -1,4 +1,4 @@
-"""Time and memory of both operations on this machine, against eager PyTorch and its compiled twin.
+"""Time and memory of the operations on this machine, against eager PyTorch and its compiled twin.
 
     python -m benchmarks.kernels [--device auto|cpu|cuda] [--out DIR] [--operations ...] [--quick] [--configurations]
 
@@ -48,12 +48,12 @@ COLUMNS = [
 
 def runners(function, arguments, leaves):
     """{direction: thunk}. The backward runs again and again on one graph."""
-    out = function(*arguments)
-    gradient = torch.randn_like(out)
+    outs = kernel_report.outputs(function(*arguments))
+    gradients = [torch.randn_like(out) for out in outs]
     return {
         "forward": lambda: function(*arguments),
-        "backward": lambda: torch.autograd.grad(out, leaves, gradient, retain_graph=True),
-        "both": lambda: torch.autograd.grad(function(*arguments), leaves, gradient),
+        "backward": lambda: torch.autograd.grad(outs, leaves, gradients, retain_graph=True),
+        "both": lambda: torch.autograd.grad(kernel_report.outputs(function(*arguments)), leaves, gradients),
     }
 
 

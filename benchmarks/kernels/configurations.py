@@ -1,4 +1,4 @@
-"""What tuning chooses from, timed on this GPU: every launch of both operations in every configuration.
+"""What tuning chooses from, timed on this GPU: every launch of the operations in every configuration.
 
     python -m benchmarks.kernels --configurations [--operations ...] [--quick] [--out DIR]
 
@@ -17,6 +17,7 @@ from benchmarks import kernel_report
 from benchmarks.kernels.cases import SETUPS, default_launches, label, precision
 from benchmarks.kernels.timing import copy_bandwidth, graph_ms
 from maskalign_kernels import mix_and_drop_launch, subset_cosine_alignment_launch
+from maskalign_kernels.adaln import launch as adaln_launch
 from maskalign_kernels.operators import triton
 
 COLUMNS = ["operation", "shape", "launch", "configuration", "default", "us", "us_20", "us_80", "bytes", "of_same_copy"]
@@ -31,15 +32,35 @@ def launches(operation, arguments):
         operators.subset_cosine_alignment_backward(torch.ones_like(cosine), student, teacher, subset, saved, True)
         return
     *tensors, subset = arguments
+    if operation in kernel_report.UNFUSED_ADALN:
+        adaln_launches(operation, tensors, subset)
+        return
     product = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensors[0].dtype
     out, mean, rstd = operators.mix_and_drop(*tensors, subset, product)
     operators.mix_and_drop_backward(torch.randn_like(out), *tensors, subset, mean, rstd, product)
 
 
+def adaln_launches(operation, tensors, subset):
+    """The same for one of the adaLN operations."""
+    operators, tokens = torch.ops.maskalign_kernels, tensors[0].shape[1]
+    if operation == "gated_residual":
+        y = operators.gated_residual(*tensors, subset)
+        operators.gated_residual_backward(torch.randn_like(y), *tensors[1:], subset, tokens)
+        return
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else tensors[0].dtype
+    *y, u, mean, rstd = getattr(operators, operation)(*tensors, subset, dtype)
+    du = torch.randn_like(u)
+    if operation == "adaln_modulate":
+        operators.adaln_modulate_backward(du, *tensors, subset, mean, rstd)
+        return
+    dy = torch.randn_like(y[0])
+    operators.gated_residual_adaln_backward(dy, du, *y, *tensors[1:], subset, mean, rstd, tokens)
+
+
 def launch_name(name, key):
     """The name in the report's cases of what `tuning.choose` is asked for."""
     if name != "tokens":
-        return {"alignment_forward": "forward", "alignment_backward": "backward"}.get(name, name)
+        return name.removeprefix("alignment_").removeprefix("adaln_")
     first, second = key[-2:]
     return "tokens" if first and second else "tokens first" if first else "tokens second"
 
@@ -52,8 +73,8 @@ def default_bytes(operation, shape):
 
 @contextlib.contextmanager
 def choosing(choose):
-    """Inside, both operations ask `choose` for a configuration, as they else ask `tuning.choose`."""
-    modules = (subset_cosine_alignment_launch, mix_and_drop_launch)
+    """Inside, all operations ask `choose` for a configuration, as they else ask `tuning.choose`."""
+    modules = (subset_cosine_alignment_launch, mix_and_drop_launch, adaln_launch)
     before = [module.choose for module in modules]
     for module in modules:
         module.choose = choose

@@ -1,11 +1,11 @@
 """What `benchmarks.steps` runs of ours: the training step under a recipe's settings."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
-from benchmarks.steps.clock import saved_bytes, seconds_of, split_of
+from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.checkpoints.build import build_model
 from maskalign.config import as_schedule, model_sizes, parse_config
@@ -16,14 +16,14 @@ from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import place
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
-# Recipes by name; "maskalign-no-mixer" is there to state what the mixer costs.
+# These run with the keep ratio of their YAML file, the others with those of --keep-ratios.
+OWN_RATIO = ("sit", "repa", "reg", "maskalign", "repa-maskalign")
+# Recipes by name; "maskalign-fast-no-mixer" is there to state what the mixer costs.
 RECIPES = (
-    "repa",
-    "maskalign",
-    "maskalign-no-mixer",
-    "maskalign-attention",
+    *OWN_RATIO,
+    "maskalign-fast",
+    "maskalign-fast-no-mixer",
     "maskalign-loss-only",
-    "sit",
     "tread",
     "sprint",
     "deferred-masking",
@@ -48,29 +48,35 @@ class OurCase:
         recipe, preset, keep: see `recipe_settings`.
         batch_size, precision, device, compiled: of the run.
         data, teacher, folder: see `step_data.Batches`.
+        update: False leaves the optimizer out: a step is then forward and backward, and takes a fifth of the memory.
     """
 
     averages_inside = True  # the moving average is a part of the optimiser's step
 
     def __init__(
         self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
-        folder=None,
+        folder=None, update=True,
     ):  # fmt: skip
         overrides = ["--training.precision", precision, "--training.device", device]
         overrides += ["--training.batch_size", str(batch_size)]
         self.config = parse_config(recipe_settings(recipe, preset, keep) + overrides)
         self.name = recipe if keep is None else f"{recipe}@{keep:g}"
-        self.recipe, self.keep = recipe, 1.0 if keep is None else keep
+        self.recipe, self.keep = recipe, as_schedule(self.config.method.keep_ratio).start
         self.placement = place(self.config.training)
         aligned = as_schedule(self.config.method.align_weight).start > 0
         grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
         self.aligned = aligned
-        self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned)
+        with_class = self.config.model.class_token
+        self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned, with_class)
         torch.manual_seed(0)
         facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
-        self.model = build_model(self.config, {**facts, "teacher_dims": self.batches.dims})
+        facts |= {"teacher_dims": self.batches.dims, "class_dim": self.batches.class_dim}
+        self.model = build_model(self.config, facts)
         self.model.to(self.placement.device)
-        self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
+        if update:
+            self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
+        else:
+            self.optimizer = NoUpdate(self.model, self.placement.dtype)
         self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement)
         if compiled:
             compile_model(self.model)
@@ -80,14 +86,18 @@ class OurCase:
     def step(self, batch=None):
         """One optimiser step, on the next batch or the given one; returns the loss, a 0-d tensor."""
         self.count += 1
-        inputs, labels, teachers, prepare = batch or self.batches(self.clock)
-        return self.train_step(self.count, 0.0, inputs, labels, teachers, prepare=prepare).loss
+        inputs, labels, teachers, prepare, class_token = batch or self.batches(self.clock)
+        given = dict(prepare=prepare, class_token=class_token)
+        return self.train_step(self.count, 0.0, inputs, labels, teachers, **given).loss
 
     def step_seconds(self, device, clock):
-        """(seconds, loss) of one step."""
-        losses = []
-        seconds = seconds_of(lambda: losses.append(self.step()), device, clock)
-        return seconds, float(losses[0])
+        """(seconds, loss, seconds without the optimizer's step) of one step; the last is None where it is one graph."""
+        losses, update = [], Clock(device, clock)
+        inside = wrapped(self.optimizer, "step", update("optimiser")) if device.type == "cpu" else nullcontext()
+        with inside:
+            seconds = seconds_of(lambda: losses.append(self.step()), device, clock)
+        passes = seconds - update.seconds["optimiser"] if device.type == "cpu" else None
+        return seconds, float(losses[0]), passes
 
     def saved_bytes(self):
         with self.kernel_by_kernel():
@@ -127,6 +137,25 @@ class OurCase:
                 yield
             finally:
                 self.clock = None
+
+
+class NoUpdate:
+    """In place of the optimizer where forward and backward alone are timed: frees the gradients and keeps nothing.
+
+    Args:
+        model: the `SiT`; its parameters take the dtype in which a step computes.
+        dtype: float32 or bfloat16.
+    """
+
+    def __init__(self, model, dtype):
+        self.params = list(model.parameters())
+        for p in self.params:
+            p.data = p.data.to(dtype)
+
+    def step(self, lr, healthy):
+        for p in self.params:
+            p.grad = None
+        return torch.zeros(()), ~healthy
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def saved_bytes(case):
     """Bytes of the distinct storages that autograd keeps for the backward of a step, without weights and inputs."""
     batch = case.batches()
     inputs = [batch.inputs, batch.labels, *batch.teachers]
+    inputs += [] if batch.class_token is None else [batch.class_token]
     known = {tensor.untyped_storage().data_ptr() for tensor in [*case.weights(), *inputs]}
     sizes = {}
 

@@ -1,11 +1,14 @@
-"""Throughput and memory of a training step: MaskAlign, the baselines, and the public REPA code, side by side.
+"""Throughput and memory of a training step: MaskAlign, the baselines, and the public REPA or REG code, side by side.
 
-    python -m benchmarks.steps --preset SiT-S/2 --batch-size 8 --keep-ratios 0.5,0.25 --precision bf16 \\
-        [--reference CHECKOUT] [--recipes repa,maskalign,...] [--teacher online:dinov2-b] [--data shards] [--no-compile]
+    python -m benchmarks.steps --preset SiT-B/2 --batch-size 8 --precision bf16 --recipes repa,reg,maskalign \\
+        [--keep-ratios 0.5,0.25] [--reference CHECKOUT] [--teacher online:dinov2-b] [--data shards] [--no-compile]
 
-A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes and teacher features of width
-768. By default both lie in memory; --data shards reads them through the loader, --teacher online:NAME runs an encoder
-in every step. Our cases run with compiled blocks, as `training.compile` has them, where the machine has a compiler; the
+A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes, teacher features and class
+tokens of width 768. By default these lie in memory; --data shards reads them through the loader, --teacher online:NAME
+runs an encoder in every step. `sit`, `repa`, `reg`, `maskalign` and `repa-maskalign` keep as many tokens as their YAML
+files say, the others as many as --keep-ratios. --reference takes a checkout of REPA or of REG and tells which it is. On
+a CPU the time of forward and backward alone is taken from the same steps. --passes-only leaves the optimizer out, and
+--one-at-a-time builds the cases anew in every round: for models of which several do not fit into the memory. Our cases run with compiled blocks, as `training.compile` has them, where the machine has a compiler; the
 public code runs as it is published. Our cases live in one process, the public code in another, and they take turns, in
 another order every round; figures are medians over rounds, ratios are medians of the ratios within a round, and the
 spread is the 10th to 90th percentile. Further columns come from passes of their own: the parts of a step, the bytes
@@ -29,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.steps.cases import RECIPES, OurCase
+from benchmarks.steps.cases import OWN_RATIO, RECIPES, OurCase
 from benchmarks.steps.clock import CLOCKS, matmul_peak
 from benchmarks.steps.data import LATENT, write_shards
 from benchmarks.steps.reference import SETTINGS, Reference, ReferenceCase
@@ -45,7 +48,7 @@ def case_names(options):
     """(recipe, keep ratio or None) of every case; the reference comes last."""
     names = []
     for recipe in options.recipes:
-        ratios = [None] if recipe in ("repa", "sit") else options.keep_ratios
+        ratios = [None] if recipe in OWN_RATIO else options.keep_ratios
         names += [(recipe, keep) for keep in ratios]
     if options.reference:
         names.append(("reference", None))
@@ -57,7 +60,7 @@ def make_case(recipe, keep, options):
         return Reference(options)
     return OurCase(
         recipe, options.preset, keep, options.batch_size, options.precision, options.device, options.compile,
-        options.data, options.teacher, options.shards,
+        options.data, options.teacher, options.shards, options.update,
     )  # fmt: skip
 
 
@@ -68,42 +71,85 @@ def higher_peaks(peaks, device, clock):
     return {precision: max(peak, matmul_peak(device, precision, clock)) for precision, peak in peaks.items()}
 
 
-def measure(cases, options, device, peaks):
-    """Seconds of every step, a dict from case name to a list with one entry per round; and the matmul peaks, which are
-    looked at in every round.
+def warm_up(case, options, device):
+    """The steps before those that are timed; refuses a case that does not learn."""
+    for _ in range(options.warmup):
+        _, loss, _ = case.step_seconds(device, options.clock)
+    if not math.isfinite(loss):
+        raise SystemExit(f"{case.name}: the loss is not finite; no speed is reported")
+
+
+def measure(names, options, device, peaks):
+    """Seconds of every step, in rounds in which the cases take turns.
+
+    Args:
+        names: (recipe, keep ratio) of the cases.
+        peaks: FLOP/s by precision; looked at again in every round.
+
+    Returns:
+        (facts, seconds, peaks): a dict of `facts_of` per case; dict from case name to a list with one entry per round,
+        (seconds of a step, seconds of forward and backward or None); the higher of the peaks.
     """
-    for case in cases:
-        print(f"warming up {case.name}", file=sys.stderr, flush=True)
-        for _ in range(options.warmup):
-            _, loss = case.step_seconds(device, options.clock)
-        if not math.isfinite(loss):
-            raise SystemExit(f"{case.name}: the loss is not finite; no speed is reported")
-    seconds = {case.name: [] for case in cases}
-    order = list(cases)
-    shuffle = random.Random(0)
+    cases = {}
+    if not options.one_at_a_time:
+        for name in names:
+            cases[name] = make_case(*name, options)
+            print(f"warming up {cases[name].name}", file=sys.stderr, flush=True)
+            warm_up(cases[name], options, device)
+    facts, seconds = {}, {}
+    order, shuffle = list(names), random.Random(0)
     for number in range(options.rounds):
         shuffle.shuffle(order)
-        for case in order:
+        for name in order:
+            case = cases.get(name) or make_case(*name, options)
+            if options.one_at_a_time:
+                warm_up(case, options, device)
+                facts[name] = facts.get(name) or facts_of(case, options, device)
             gc.collect()
-            seconds[case.name].append(case.step_seconds(device, options.clock)[0])
+            steps = [case.step_seconds(device, options.clock) for _ in range(options.steps_per_turn)]
+            passes = [step[2] for step in steps if step[2] is not None]
+            whole = statistics.median(step[0] for step in steps)
+            seconds.setdefault(case.name, []).append((whole, statistics.median(passes) if passes else None))
+            if options.one_at_a_time:
+                case.close()
+                del case
+                gc.collect()
         peaks = higher_peaks(peaks, device, options.clock)
         print(f"\rround {number + 1}/{options.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return seconds, peaks
+    for name, case in cases.items():
+        facts[name] = facts_of(case, options, device)
+        peaks = higher_peaks(peaks, device, options.clock)
+        case.close()
+    return [facts[name] for name in names], seconds, peaks
 
 
-def peak_memory_alone(case, options):
+def facts_of(case, options, device):
+    """What is to be known of a case besides its times, as a dict."""
+    return {
+        "name": case.name,
+        "recipe": case.recipe,
+        "keep": case.keep,
+        "aligned": case.aligned,
+        "tokens": f"{case.kept}/{case.model.num_tokens}",
+        "flops": step_flops(case.model, case.kept),
+        "saved": case.saved_bytes(),
+        "parts": case.split(device, options.split_steps, options.clock),
+    }
+
+
+def peak_memory_alone(facts, options):
     """Peak MiB of a case in a process of its own, above what Python and torch take before the model is built."""
-    of = "reference" if case.recipe == "reference" else case.name
+    of = "reference" if facts["recipe"] == "reference" else facts["name"]
     words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
     for name in ("precision", "threads", *SETTINGS):
         value = getattr(options, name)
-        if value is not None:
+        if value is not None and name != "update":
             words += [f"--{name.replace('_', '-')}", str(value)]
-    words += ["--compile" if options.compile else "--no-compile"]
+    words += ["--compile" if options.compile else "--no-compile"] + ["--passes-only"] * (not options.update)
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        print(f"peak memory of {case.name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"peak memory of {facts['name']}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
 
@@ -134,55 +180,69 @@ def print_peak(options, device):
     print(json.dumps({"peak_mib": peak}))
 
 
-def rows_of(cases, seconds, splits, peaks, options, device):
-    """One dict per case, in the columns of the CSV."""
+def rows_of(cases, seconds, peaks, options, device):
+    """One dict per case, in the columns of the CSV.
 
-    def ratios(key, over, of):
-        """Median, 10th and 90th percentile of the ratios within a round, under `key`, `key`_p10 and `key`_p90."""
-        if over not in seconds:
+    Args:
+        cases, seconds, peaks: those of `measure`.
+    """
+
+    def ratios(key, over, of, place=0):
+        """Median, 10th and 90th percentile of the ratios within a round, under `key`, `key`_p10 and `key`_p90.
+
+        place: 0 for whole steps, 1 for forward and backward.
+        """
+        pairs = [(a[place], b[place]) for a, b in zip(seconds.get(over, []), seconds.get(of, []), strict=False)]
+        found = sorted(a / b for a, b in pairs if a is not None and b is not None)
+        if not found:
             return dict.fromkeys((key, f"{key}_p10", f"{key}_p90"))
-        found = sorted(a / b for a, b in zip(seconds[over], seconds[of], strict=True))
         return {key: statistics.median(found), f"{key}_p10": quantile(found, 0.1), f"{key}_p90": quantile(found, 0.9)}
 
-    reference = next((case.name for case in cases if case.recipe == "reference"), None)
-    mixing = {case.keep: case.name for case in cases if case.recipe == "maskalign-no-mixer"}
-    saved = {case.name: case.saved_bytes() for case in cases}
+    reference = next((case["name"] for case in cases if case["recipe"] == "reference"), None)
+    mixing = {case["keep"]: case["name"] for case in cases if case["recipe"] == "maskalign-fast-no-mixer"}
+    saved = {case["name"]: case["saved"] for case in cases}
     rows = []
     for case in cases:
-        times = sorted(seconds[case.name])
+        name = case["name"]
+        times = sorted(whole for whole, _ in seconds[name])
         median = statistics.median(times)
-        precision = options.reference_precision if case.recipe == "reference" else options.precision
-        flops = step_flops(case.model, case.kept)
+        precision = options.reference_precision if case["recipe"] == "reference" else options.precision
+        flops = case["flops"]
         rate = options.batch_size * flops / median
-        without = mixing.get(case.keep) if case.recipe == "maskalign" else None
-        parts = splits[case.name]
-        passes = (parts["forward"] + parts["backward"]) / 1000
+        without = mixing.get(case["keep"]) if case["recipe"] == "maskalign-fast" else None
+        parts = case["parts"]
+        alone = [passes for _, passes in seconds[name] if passes is not None]
+        # On a GPU, where a step is one graph, those of the split, kernel by kernel.
+        passes = statistics.median(alone) if alone else (parts["forward"] + parts["backward"]) / 1000
         row = {
-            "case": case.name,
+            "case": name,
             "preset": options.preset,
             "precision": precision,
             "batch_size": options.batch_size,
-            "tokens": f"{case.kept}/{case.model.num_tokens}",
+            "tokens": case["tokens"],
             "device": device.type,
             "clock": options.clock,
-            "compiled": options.compile and case.recipe != "reference",
+            "compiled": options.compile and case["recipe"] != "reference",
             "data": options.data,
-            "teacher": options.teacher if case.aligned else "none",
+            "teacher": options.teacher if case["aligned"] else "none",
             "images_per_second": options.batch_size / median,
             "step_ms": 1000 * median,
             "step_ms_p10": 1000 * quantile(times, 0.1),
             "step_ms_p90": 1000 * quantile(times, 0.9),
-            **ratios("x_repa", "repa", case.name),
-            **ratios("x_reference", reference, case.name),
-            "mixer_cost": None if without is None else ratios("x", case.name, without)["x"] - 1,
+            "passes_ms": 1000 * passes,
+            **ratios("x_repa", "repa", name),
+            **ratios("x_reference", reference, name),
+            **ratios("time_of_reg", name, "reg"),
+            **ratios("passes_of_reg", name, "reg", place=1),
+            "mixer_cost": None if without is None else ratios("x", name, without)["x"] - 1,
             "gflops_per_image": flops / 1e9,
             "share_of_matmul_peak": rate / peaks[precision],
             "share_of_peak_fwd_bwd": options.batch_size * flops / passes / peaks[precision],
-            "saved_mib": saved[case.name] / 2**20,
-            "saved_x_repa": saved[case.name] / saved["repa"] if "repa" in saved else None,
+            "saved_mib": saved[name] / 2**20,
+            "saved_x_repa": saved[name] / saved["repa"] if "repa" in saved else None,
             "peak_mib": peak_memory_alone(case, options) if options.peak else None,
         }
-        row |= {f"{name}_ms": value for name, value in parts.items()}
+        row |= {f"{part}_ms": value for part, value in parts.items()}
         rows.append(row)
     return rows
 
@@ -202,11 +262,13 @@ def check_memory(options, names):
         from maskalign.models import SiT
 
         count = sum(p.numel() for p in SiT.from_preset(options.preset).parameters())
-    needed = len(names) * count * 22  # weights, gradients, two moments, EMA, and a bf16 copy of two of them
+    cases = 1 if options.one_at_a_time else len(names)
+    # Weights, gradients, two moments, EMA, and a bf16 copy of two of them; or weights and gradients.
+    needed = cases * count * (22 if options.update else 8)
     if needed > 0.9 * available:
         raise UsageError(
-            f"{len(names)} cases of {options.preset} take about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} are "
-            "free; run fewer --recipes or --keep-ratios at once"
+            f"{cases} cases of {options.preset} take about {needed / 2**30:.0f} GiB, {available / 2**30:.0f} are free; "
+            "run fewer --recipes or --keep-ratios at once, --one-at-a-time, or --passes-only"
         )
 
 
@@ -224,11 +286,16 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--keep-ratios", default="0.5,0.25", help="keep ratios of the recipes that drop tokens")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
-    parser.add_argument("--recipes", default="repa,maskalign,maskalign-no-mixer", help=f"of {', '.join(RECIPES)}")
-    parser.add_argument("--reference", help="root of a local checkout of the public REPA code (needs timm)")
+    parser.add_argument("--recipes", default="repa,reg,maskalign,maskalign-fast", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--reference", help="root of a local checkout of the public REPA or REG code (needs timm)")
     parser.add_argument("--reference-precision", choices=("bf16", "fp32"), help="by default that of --precision")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2, help="steps of every case before the first round")
+    parser.add_argument("--steps-per-turn", type=int, default=1, help="steps of a case in a round; their median counts")
+    parser.add_argument("--one-at-a-time", action="store_true", help="build a case anew in every round, and free it then")
+    parser.add_argument(
+        "--passes-only", dest="update", action="store_false", help="forward and backward alone, without the optimizer"
+    )
     parser.add_argument("--split-steps", type=int, default=3, help="steps over which the parts of a step are timed")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument(
@@ -257,8 +324,8 @@ def parse(argv):
         parser.error(f"--teacher: {options.teacher!r} is neither cached nor online:NAME")
     if options.clock == "cpu" and options.threads != 1:
         parser.error("--clock cpu goes with --threads 1: threads that wait for each other would count, too")
-    if options.rounds < 1 or options.warmup < 1:
-        parser.error("--rounds and --warmup must be at least 1")
+    if min(options.rounds, options.warmup, options.steps_per_turn) < 1:
+        parser.error("--rounds, --warmup and --steps-per-turn must be at least 1")
     options.reference_precision = options.reference_precision or options.precision
     return options
 
@@ -288,16 +355,9 @@ def main(argv=None):
 
 def run(names, options, device):
     """Measure the cases, write the files and print the table."""
-    cases = [make_case(recipe, keep, options) for recipe, keep in names]
     precisions = dict.fromkeys((options.precision, options.reference_precision))
-    seconds, peaks = measure(cases, options, device, dict.fromkeys(precisions, 0.0))
-    splits = {}
-    for case in cases:
-        splits[case.name] = case.split(device, options.split_steps, options.clock)
-        peaks = higher_peaks(peaks, device, options.clock)
-    rows = rows_of(cases, seconds, splits, peaks, options, device)
-    for case in cases:
-        case.close()
+    cases, seconds, peaks = measure(names, options, device, dict.fromkeys(precisions, 0.0))
+    rows = rows_of(cases, seconds, peaks, options, device)
     about = machine(device, peaks)
     paths = write(rows, options, about)
     print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {about}")

@@ -1,4 +1,4 @@
-"""The public REPA code's training step, in a process of its own with the settings that torch gives it.
+"""The training step of the public REPA or REG code, in a process of its own with the settings that torch gives it.
 
 `Reference` is the case of `benchmarks.steps`; it talks to `python -m benchmarks.steps.reference`, which runs
 `ReferenceCase` when it is asked to: one line of JSON a request, one a reply.
@@ -6,6 +6,7 @@
 
 import contextlib
 import importlib.util
+import inspect
 import json
 import subprocess
 import sys
@@ -18,13 +19,13 @@ from types import SimpleNamespace
 import torch
 
 from benchmarks.steps.cases import recipe_settings
-from benchmarks.steps.clock import saved_bytes, seconds_of, split_of
+from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.config import model_sizes, parse_config
 from maskalign.errors import RunError, UsageError
 from maskalign.training.parallel import place
 
-SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards")
+SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards", "update")
 
 
 class Reference:
@@ -44,13 +45,13 @@ class Reference:
         words = [sys.executable, "-m", "benchmarks.steps.reference", json.dumps(settings), str(torch.get_num_threads())]
         here = Path(__file__).resolve().parent.parent.parent
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
-        self.name = f"reference-{options.reference_precision}"
         facts = self._ask("facts")
+        self.name, self.code = facts["name"], facts["code"]
         with torch.device("meta"):
             projectors = [torch.nn.Linear(*size, bias=False) for size in facts["projector"]]
         block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=facts["hidden"])))
         self.model = SimpleNamespace(
-            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block],
+            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block], class_dim=facts["class_dim"],
             projectors=[torch.nn.ModuleList(projectors)], **facts["sizes"],
         )  # fmt: skip
         self.kept = self.model.num_tokens
@@ -67,7 +68,7 @@ class Reference:
         return json.loads(answer)
 
     def step_seconds(self, device, clock):
-        """(seconds, loss) of one step."""
+        """(seconds, loss, seconds of forward and backward) of one step."""
         return self._ask("step", clock=clock)
 
     def saved_bytes(self):
@@ -82,31 +83,41 @@ class Reference:
 
 
 class ReferenceCase:
-    """The public REPA code (its model and loss) with the step of its train.py, from a local checkout.
+    """The public REPA or REG code (its model and loss) with the step of its train.py, from a local checkout.
+
+    REG's is known by its loss, which is given a class token; the settings are those of our recipe of that name.
 
     Its own precision: float32, or bf16 by autocast around the model's forward, as accelerate does, with the loss in
     float32; torch.optim.AdamW as its train.py makes it; clip; EMA in a loop over the parameters. One difference: its S
     presets cannot be built (a decoder width of 768), so they are given their own width.
+
+    Attributes:
+        code: `repa` or `reg`.
     """
 
     averages_inside = False
 
-    def __init__(self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None):
+    def __init__(
+        self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None, update=True,
+    ):  # fmt: skip
         sit, loss = (load_file(Path(folder) / name) for name in ("models/sit.py", "loss.py"))
-        self.name = f"reference-{precision}"
-        self.bf16 = precision == "bf16"
-        config = parse_config(recipe_settings("repa", preset, None))
+        self.code = "reg" if "cls_token" in inspect.signature(loss.SILoss.__call__).parameters else "repa"
+        self.name = f"reference-{precision}" if self.code == "repa" else f"reference-reg-{precision}"
+        self.bf16, self.update = precision == "bf16", update
+        config = parse_config(recipe_settings(self.code, preset, None))
+        self.class_weight = config.method.class_weight
         sizes = model_sizes(config)
         width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
         self.device = torch.device(place(config.training).device if device == "auto" else device)
         grid = (LATENT[1] // sizes["patch_size"],) * 2
-        self.batches = Batches(data, teacher, batch_size, self.device, grid, shards)
+        class_token = self.code == "reg"
+        self.batches = Batches(data, teacher, batch_size, self.device, grid, shards, class_token=class_token)
         torch.manual_seed(0)
         self.net = sit.SiT_models[preset](
             input_size=LATENT[1], num_classes=CLASSES, use_cfg=True, z_dims=self.batches.dims,
             encoder_depth=sizes["align_depth"], fused_attn=True, qk_norm=False, **width,
         ).to(self.device)  # fmt: skip
-        self.ema = deepcopy(self.net).requires_grad_(False).eval()
+        self.ema = deepcopy(self.net).requires_grad_(False).eval() if update else None
         self.net.train()
         self.criterion = loss.SILoss(prediction="v", path_type="linear", encoders=[], weighting="uniform")
         self.adamw = torch.optim.AdamW(self.net.parameters(), lr=1e-4, betas=(0.9, 0.999), weight_decay=0.0, eps=1e-8)
@@ -115,19 +126,25 @@ class ReferenceCase:
 
     def _forward(self, *args, **kwargs):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            velocity, projected = self.net(*args, **kwargs)
-        return velocity.float(), [z.float() for z in projected]
+            velocity, projected, *class_velocity = self.net(*args, **kwargs)
+        return velocity.float(), [z.float() for z in projected], *(value.float() for value in class_velocity)
 
     def step(self, batch=None):
         part = self.clock or (lambda name: nullcontext())
-        inputs, labels, teachers, prepare = batch or self.batches(self.clock)
+        inputs, labels, teachers, prepare, class_token = batch or self.batches(self.clock)
         with part("forward"):
             inputs = inputs if prepare is None else prepare(inputs, torch.randn(len(inputs), *LATENT).to(inputs.device))
             teachers = [z.float() for z in teachers]
-            loss, alignment = self.criterion(self._forward, inputs, dict(y=labels), zs=teachers)
+            given = {} if class_token is None else {"cls_token": class_token}
+            loss, alignment, *more = self.criterion(self._forward, inputs, dict(y=labels), zs=teachers, **given)
             total = loss.mean() + 0.5 * alignment.mean()
+            if class_token is not None:
+                total = total + self.class_weight * more[-1].mean()
         with part("backward"):
             total.backward()
+        if not self.update:
+            self.adamw.zero_grad(set_to_none=True)
+            return total.detach()
         with part("optimiser"):
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
             self.adamw.step()
@@ -157,8 +174,10 @@ class ReferenceCase:
 def load_file(path):
     """A module from one file of a checkout, without putting the checkout on the path."""
     if not path.is_file():
-        raise UsageError(f"--reference: {path} does not exist; give the root of a checkout of the public REPA code")
-    name = f"repa_reference_{path.stem}"
+        raise UsageError(
+            f"--reference: {path} does not exist; give the root of a checkout of the public REPA or REG code"
+        )
+    name = f"reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -181,14 +200,21 @@ def respond(case, what, clock="wall", steps=1):
     if what == "facts":
         matrices = [p for net in case.net.projectors for p in net.parameters() if p.dim() > 1]
         hidden = case.net.blocks[0].mlp.fc1.out_features
-        return {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
+        facts = {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
+        return {**facts, "name": case.name, "code": case.code, "class_dim": case.batches.class_dim}
     if what == "saved":
         return saved_bytes(case)
     if what == "split":
         return split_of(case, case.device, steps, clock)
-    losses = []
-    seconds = seconds_of(lambda: losses.append(case.step()), case.device, clock)
-    return [seconds, float(losses[0])]
+    losses, taken = [], Clock(case.device, clock)
+    # Passes are told apart where that takes no waiting for the device.
+    inside = case.timed(taken) if case.device.type == "cpu" else nullcontext()
+    with inside:
+        seconds = seconds_of(lambda: losses.append(case.step()), case.device, clock)
+    passes = None
+    if case.device.type == "cpu":
+        passes = seconds - taken.seconds["optimiser"] - taken.seconds["ema"]
+    return [seconds, float(losses[0]), passes]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ import torch
 COLUMNS = (
     ("case", "case", "{}"), ("tokens", "tokens", "{}"), ("images_per_second", "images/s", "{:.2f}"),
     ("step_ms", "ms", "{:.0f}"), ("spread", "p10-p90", "{}"), ("x_repa", "x REPA", "{:.2f}"),
-    ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("mixer_cost", "mixer", "{:+.1%}"),
+    ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("time_of_reg", "of REG", "{:.3f}"), ("passes_of_reg", "fwd+bwd", "{:.3f}"),
+    ("mixer_cost", "mixer", "{:+.1%}"),
     ("gflops_per_image", "GFLOP", "{:.1f}"), ("share_of_matmul_peak", "of peak", "{:.0%}"),
-    ("share_of_peak_fwd_bwd", "fwd+bwd", "{:.0%}"),
+    ("share_of_peak_fwd_bwd", "in passes", "{:.0%}"),
     ("saved_mib", "saved MiB", "{:.0f}"), ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"),
     ("data_ms", "data", "{:.0f}"), ("teacher_ms", "teacher", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
     ("backward_ms", "bwd", "{:.0f}"), ("optimiser_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),
@@ -57,6 +58,8 @@ def write(rows, options, about):
     stem += "" if rows[0]["device"] == "cpu" else f"-{rows[0]['device']}"
     if options.reference and options.reference_precision != options.precision:
         stem += f"-reference-{options.reference_precision}"
+    stem += "-beside-reg" * any(row["case"].startswith("reference-reg") for row in rows)
+    stem += "-passes" * (not options.update)
     stem += "-compiled" * options.compile + "-shards" * (options.data == "shards")
     stem += "" if options.teacher == "cached" else f"-{re.sub('[^a-z0-9]+', '-', options.teacher.lower())}"
     stem = folder / stem

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "to_repa": "conversion",
         "from_reg": "conversion",
         "to_reg": "conversion",
+        "read_file": "weight_files",
         "load": "loading",
         "load_model": "loading",
         "load_weights": "loading",

@@ -37,4 +37,5 @@ def build_model(config, facts):
         route=method.route if isinstance(method.route, str) else tuple(method.route),
         restore=method.restore,
         attention=attention,
+        fused_adaln=model.fused_adaln,
     )

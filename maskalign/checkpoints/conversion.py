@@ -27,6 +27,7 @@ CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
 # What compilation, DDP, FSDP and recomputation put into parameter names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 METADATA_KEY = "maskalign"
+NOTED = ("heads", "align_depth", "route", "restore", "attention")  # settings that shapes do not tell
 
 
 def from_repa(
@@ -74,6 +75,7 @@ def from_repa(
     args = state_dict.get("args") if isinstance(state_dict, dict) else None
     state_dict = pick_weights(state_dict, weights)
     noted = (getattr(state_dict, "_metadata", None) or {}).get(METADATA_KEY, {})
+    noted = {name: noted[name] for name in NOTED if name in noted}  # a file from elsewhere may hold anything
     state_dict, encoder_depth = _own_names(state_dict)
     sizes = read_sizes(state_dict)
     predicted = state_dict["final_layer.linear.weight"].shape[0] // sizes["patch_size"] ** 2
@@ -94,7 +96,7 @@ def from_repa(
         fresh.append("projectors.")  # where `settings` names teachers
     try:
         model = SiT(**{**sizes, **settings})
-    except ValueError as error:
+    except (ValueError, TypeError, ZeroDivisionError) as error:
         raise UsageError(f"the weights do not make a SiT: {error}") from None
     _load(model, state_dict, fresh)
     return model
@@ -201,13 +203,9 @@ def _strict(model, source, layout):
 def _noted(model, source):
     """Detached weights, with the settings that shapes do not tell."""
     out = OrderedDict((name, value.detach()) for name, value in source.items())
-    noted = {
-        "heads": model.heads,
-        "align_depth": model.align_depth,
-        "route": list(model.route) if model.route else "none",
-        "restore": model.restore,
-        "attention": model.blocks[0].attn.implementation,
-    }
+    route = list(model.route) if model.route else "none"
+    attention = model.blocks[0].attn.implementation
+    noted = dict(zip(NOTED, (model.heads, model.align_depth, route, model.restore, attention), strict=True))
     out._metadata = {METADATA_KEY: noted}
     return out
 

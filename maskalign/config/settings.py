@@ -84,6 +84,8 @@ class ModelConfig:
     """LayerNorm on queries and keys."""
     attention: Literal["auto", "sdpa", "math", "flash_attn"] = "auto"
     """Attention: torch's fused kernel, plain operations, the faster of these, or the package flash-attn (GPUs)."""
+    fused_adaln: bool = False
+    """Fused kernels for norms and residuals of blocks; off: no GPU measurement shows them faster than torch.compile."""
     class_token: bool = False
     """Denoise the first teacher's class token together with the image, as one more token (REG, MaskAlign)."""
     class_token_dim: Optional[int] = None

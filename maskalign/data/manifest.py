@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, field, fields
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.home import expand_home
 from maskalign.runtime.files import sync_folder, write_atomically  # noqa: F401  (used by their names from here)
 
 FILE_NAME = "manifest.json"
@@ -213,7 +214,7 @@ class Manifest:
             UsageError: nothing there, or not a valid manifest.
             RunError: a server that does not answer after a few tries.
         """
-        path = os.fspath(path)
+        path = expand_home(os.fspath(path))
         if path.startswith("pipe:"):
             raise UsageError(f"data set {path!r}: pipe: commands are refused; give a folder or a URL")
         root = path.removesuffix(FILE_NAME) if os.path.basename(path) == FILE_NAME else path

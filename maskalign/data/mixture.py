@@ -74,7 +74,7 @@ def check_class_tokens(roots, manifests, names):
             if entry is None:
                 raise UsageError(f"{root}: {no_class_tokens(name, root)}")
             keys = ("dim", "dtype", "kind", *(("mean", "std") if first["kind"] == "mean" else ()))
-            unlike = [key for key in keys if entry[key] != first[key]]
+            unlike = [key for key in keys if entry.get(key) != first.get(key)]
             if unlike:
                 raise UsageError(
                     f"{root} and {roots[0]} cannot be mixed: other class tokens of {name!r} ({', '.join(unlike)}); "

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from maskalign.data.images import BadImage, decode_image
-from maskalign.data.manifest import Manifest, is_url, member_name
+from maskalign.data.manifest import Manifest, class_member, is_url, member_name
 from maskalign.data.npy import load_npy
 from maskalign.data.shards import read_shard
 from maskalign.errors import RunError, UsageError
@@ -30,7 +30,8 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
         quiet: do not say what was written.
 
     Below each picture, where there are features, each teacher's tokens as red, green and blue: their first three
-    principal components, over all tokens on the sheet. Data sets without images show the mean latents.
+    principal components, over all tokens on the sheet; and its class token as one colour, in the same way. Data sets
+    without images show the mean latents.
     """
     for option, value in (("--columns", columns), ("--rows", rows)):
         if value < 1:
@@ -42,9 +43,12 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
     samples = collect(manifest, classes, columns)
     if not any(samples.values()):
         raise RunError(f"{path}: no sample could be read; maskalign data check {path} lists what is wrong")
-    strips = [("", _pictures(manifest, samples))]
-    for name in manifest.teachers:
-        strips.append((name, _components(samples, f"{member_name(name)}.npy", manifest.teachers[name]["grid"])))
+    strips = [("", _pictures(manifest, samples), tile)]
+    for name, entry in manifest.teachers.items():
+        strips.append((name, _components(samples, f"{member_name(name)}.npy", entry["grid"]), tile))
+        if "class_token" in entry:
+            bars = _components(samples, class_member(name), (1, 1), lambda array: array[None], unit=False)
+            strips.append((f"{name} class token", bars, max(tile // 4, 8)))
     sheet = _draw(manifest, classes, samples, strips, columns, tile)
     try:
         sheet.save(out, format="PNG")
@@ -155,13 +159,15 @@ def principal_colours(rows):
 
 
 def _draw(manifest, classes, samples, strips, columns, tile):
+    """The sheet; `strips` are (name, pictures by class, height of a picture), one below the other in a class's row."""
     font = load_font(TEXT)
     names = [manifest.class_names[label] for label in classes]
     margin = 2 * GAP + round(max([font.getlength(_short(name)) for name in names] + [font.getlength("Label")]))
-    step = len(strips) * (tile + GAP) + GAP
+    heights = [height + GAP for _, _, height in strips]
+    step = sum(heights) + GAP
     width = margin + columns * (tile + GAP) + GAP
     title = f"{manifest.source}: {manifest.num_samples:,} samples, {manifest.num_classes:,} classes, "
-    title += f"{manifest.resolution} px" + "".join(f", {name}" for name, _ in strips[1:])
+    title += f"{manifest.resolution} px" + "".join(f", {name}" for name, *_ in strips[1:])
     footer = _wrap(f"Licence: {manifest.license}", font, width - 2 * GAP) if manifest.license else []
     head = _wrap(title, font, width - 2 * GAP)
     line = TEXT + GAP
@@ -174,15 +180,15 @@ def _draw(manifest, classes, samples, strips, columns, tile):
         y = top + row * step
         pen.text((GAP, y + tile // 2 - TEXT), _short(name), fill=INK, font=font)
         pen.text((GAP, y + tile // 2 + GAP), str(label), fill=FAINT, font=font)
-        for strip, (_, pictures) in enumerate(strips):
+        for strip, (_, pictures, height) in enumerate(strips):
             for column, picture in enumerate(pictures[label]):
-                left, above = margin + column * (tile + GAP), y + strip * (tile + GAP)
+                left, above = margin + column * (tile + GAP), y + sum(heights[:strip])
                 if picture is None:
-                    pen.rectangle((left, above, left + tile - 1, above + tile - 1), outline=FAINT)
+                    pen.rectangle((left, above, left + tile - 1, above + height - 1), outline=FAINT)
                     continue
                 larger = picture.width < tile
                 how = Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
-                sheet.paste(picture.resize((tile, tile), how), (left, above))
+                sheet.paste(picture.resize((tile, height), how), (left, above))
     for number, text in enumerate(footer):
         pen.text((GAP, top + step * len(names) + number * line), text, fill=FAINT, font=font)
     return sheet

@@ -1,6 +1,7 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -8,13 +9,15 @@ import numpy as np
 from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
+from maskalign.data.listing import tell_passed
 from maskalign.data.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
-from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time
+from maskalign.evaluation.gap import MASK_RATIO, held_out_gap
+from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
-from maskalign.evaluation.measures import bias_note, distances
+from maskalign.evaluation.measures import bias_note, distances, held_out_measures
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import data_fingerprint, load_references
 from maskalign.evaluation.report import write_report
@@ -85,17 +88,21 @@ def evaluate(
     chosen = None if classes is None else parse_classes(classes, manifest.class_names)
     real = PictureDataSet(data, settings.reference, chosen) if settings.metrics else None
     out = None if out is None else make_folder(out)
-    subject = pictures = None
+    subject = pictures = images = training = None
     if is_model(source):
         subject = load(source, ema)
         _check_shape(subject, manifest, source, data)
         _check_classes(subject, manifest, source, data)
         subject.model.to(device)
         kind = subject.kind
+        if settings.held_out_images:
+            images, training = _held_out(subject, manifest, held_out or data, settings, device)
         if real:
             pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
     elif real:
         kind, pictures = open_pictures(source)
+        if kind == "folder" and pictures.passed:
+            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
@@ -122,8 +129,8 @@ def evaluate(
         _check_size(pictures, real, source, data)
         networks = _networks(settings, real, pictures.count, teachers, teacher_weights, inception, device)
         _add_distances(report, pictures, real, networks, settings, progress)
-    if subject and settings.held_out_images:
-        _add_losses(report, subject, manifest, held_out or data, settings, device, progress)
+    if images:
+        _add_losses(report, subject, images, training, settings, progress)
     folder = out or (subject.folder if subject else None)
     if folder is not None:
         of_one = subject and not out and subject.kind == "checkpoint"
@@ -179,9 +186,11 @@ def _networks(settings, real, count, teachers, weights, inception, device):
 def _drawn(subject, count, sampling, vae):
     """Pictures of a model; their labels come later."""
     from maskalign.sampling.command import decoder_for
+    from maskalign.sampling.drawing import check_class_guidance
     from maskalign.sampling.network import Network
 
     network = Network(subject.model, sampling.precision)
+    check_class_guidance(network, sampling)
     sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
     return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae))
 
@@ -248,9 +257,9 @@ def _features(pictures, networks, settings, on_images):
     return stacked, np.concatenate([part.numpy() for part in logits]) if logits else None
 
 
-def _add_losses(report, subject, manifest, held_out, settings, device, progress):
-    """Measure a model on held-out images."""
-    config, about = subject.config, subject.about
+def _held_out(subject, manifest, held_out, settings, device):
+    """(`HeldOut` for a model, the `Manifest` of its training data, or None where that cannot be read)."""
+    config, about, class_dim = subject.config, subject.about, subject.model.class_dim
     there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
     _check_input(subject.model, there, held_out)
     _check_classes(subject, there, subject.label, held_out)
@@ -260,16 +269,50 @@ def _add_losses(report, subject, manifest, held_out, settings, device, progress)
         path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
         with suppress(UsageError, OSError):  # it was trained elsewhere
             training = Manifest.load(path)
-    teachers = choose_teachers(about["teachers"], training, there, device=device, **own)
-    images = HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size)
+    names, components = teachers_of(about["teachers"], config, class_dim)
+    teachers = choose_teachers(names, training, there, device=device, class_tokens=class_dim is not None, **own)
+    if class_dim is not None:
+        _check_class_token(class_dim, components, teachers[0], training, config)
+    return HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size, components), training
+
+
+def _check_class_token(class_dim, components, teacher, training, config):
+    """The class token that is read must be the one that the model was trained on."""
+    there = teacher.network.class_dim if teacher.network is not None else teacher.class_tokens.stored["dim"]
+    if components is None and there == class_dim:
+        return
+    if training is None:
+        where = "" if config is None else f" at {config.data.path}"
+        raise UsageError(
+            f"the model denoises {class_dim} principal components of the class token of {teacher.name}, which are in "
+            f"the manifest of its training data{where}, and that cannot be read; put it back, or leave the losses out: "
+            "--held-out-images 0"
+        )
+    if components is None:
+        raise UsageError(
+            f"the class token of {teacher.name} has {there} numbers, and that of the model {class_dim}; give "
+            "--held-out a data set like that of its training, or leave the losses out: --held-out-images 0"
+        )
+
+
+def _add_losses(report, subject, images, training, settings, progress):
+    """Measure a model on held-out images."""
+    about, there = subject.about, images.manifest
     with _bar(images.count, "held-out losses", progress) as bar:
         found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)
     bins = bin_names(settings.bins)
     report["held_out"] = {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}
-    report["metrics"] |= {f"held_out_{name}": float(np.mean(values)) for name, values in found.items()}
+    gap = held_out_gap(subject.model, images, path=about["path"])
+    report["metrics"] |= held_out_measures(found, gap)
     seen = training is not None and (training.digest(), training.source) == (there.digest(), there.source)
-    facts = {"held_out_data": str(held_out), "held_out_images": images.count, "held_out_was_trained_on": seen}
+    report["settings"] |= {"mask_ratio": MASK_RATIO} if gap else {}
+    facts = {"held_out_data": str(images.path), "held_out_images": images.count, "held_out_was_trained_on": seen}
     report["settings"] |= facts
+    if subject.model.class_dim is not None:
+        report["notes"].append(
+            "the model is given the noised class token of each held-out image; do not compare its losses with those of "
+            "models without a class token"
+        )
     if seen:
         report["notes"].append("the losses are of images that the run was trained on; --held-out DIR names others")
 

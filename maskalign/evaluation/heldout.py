@@ -2,13 +2,16 @@
 
 Every image is met once in every bin of time. Its noise, its place inside the bins and its draw from the VAE's posterior
 are keyed by its number in the set, so the result is a function of the weights, the set and the bins alone.
+
+A model with a class token sees the noised class token of the true picture, which tells it what the picture shows. Its
+held-out losses compare with those of other models with the same class token, and never with those of models without.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
-from maskalign.data.manifest import Manifest
+from maskalign.data.manifest import Manifest, class_field
 from maskalign.data.stream import ShardStream
 from maskalign.errors import UsageError
 from maskalign.evaluation.losses import velocity_and_cosine
@@ -17,20 +20,40 @@ from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import evaluating
 from maskalign.sampling.noise import ImageNoise
 from maskalign.teachers import load_teacher, load_teacher_like
+from maskalign.teachers.names import no_class_tokens, parse_teachers
+from maskalign.teachers.tokens import project_class_token, standardize_class_token
 
 SEED = 20_260_608
 
 
+class ClassTokens(NamedTuple):
+    """A teacher's class tokens of held-out images: the manifest's `class_token` entries of the held-out data, with
+    which they are stored, and of the training data, with which they have to be; None where there is no such entry."""
+
+    stored: Optional[dict]
+    trained: Optional[dict]
+
+    def as_trained(self, values):
+        """Stored class tokens (b, D), standardized with the training data's statistics instead of their own."""
+        if self.stored is None or self.trained is None or self.stored["kind"] != "mean":
+            return values
+        if all(self.stored[key] == self.trained[key] for key in ("mean", "std")):
+            return values
+        mean, std = (torch.tensor(self.stored[key], device=values.device) for key in ("mean", "std"))
+        return standardize_class_token(values * std + mean, self.trained["mean"], self.trained["std"])
+
+
 class TeacherTokens(NamedTuple):
-    """A teacher's tokens of held-out images: the name, the network that makes them (None: cached in the shards), and
-    the grid of the tokens."""
+    """A teacher's tokens of held-out images: the name, the network that makes them (None: cached in the shards), the
+    grid of the tokens, and `ClassTokens` where class tokens are wanted too."""
 
     name: str
     network: object
     grid: tuple
+    class_tokens: Optional[ClassTokens] = None
 
 
-def choose_teachers(names, training, held_out, *, normalize="none", weights=None, device="cpu"):
+def choose_teachers(names, training, held_out, *, normalize="none", weights=None, device="cpu", class_tokens=False):
     """How to get the tokens that a run was aligned with, for other images.
 
     The shards' own are taken where they are normalised as those of the training were; else the teacher is run.
@@ -38,24 +61,58 @@ def choose_teachers(names, training, held_out, *, normalize="none", weights=None
     Args:
         names: the run's teachers. training, held_out: the two `Manifest`s, the first None where it cannot be read.
         normalize, weights: of a teacher that no manifest knows, as in the run's settings.
+        class_tokens: the class tokens are wanted as well, for a model that denoises one.
 
     Returns:
         list of TeacherTokens.
+
+    Raises:
+        UsageError: the held-out data set has neither what is wanted of a teacher nor images.
     """
     chosen = []
     for name in names:
         there = held_out.teachers.get(name)
         entry = (training.teachers.get(name) if training is not None else None) or there
         keys = ("normalize", "mean", "grid")
-        if there is not None and all(there.get(key) == entry.get(key) for key in keys):
-            chosen.append(TeacherTokens(name, None, tuple(there["grid"])))
+        stored, trained = ((known or {}).get("class_token") for known in (there, entry))
+        complete = there is not None and (stored is not None or not class_tokens)
+        if complete and all(there.get(key) == entry.get(key) for key in keys):
+            own = ClassTokens(stored, trained) if class_tokens else None
+            chosen.append(TeacherTokens(name, None, tuple(there["grid"]), own))
             continue
         if held_out.image_format is None:
+            if there is not None and not complete:
+                raise UsageError(f"{held_out.root}: {no_class_tokens(name, held_out.root)}")
             raise UsageError(f"teacher {name}: the held-out data set has neither its features nor images")
         own = dict(weights=weights, image_size=held_out.resolution, device=device)
         network = load_teacher_like(name, entry, **own) if entry else load_teacher(name, normalize=normalize, **own)
-        chosen.append(TeacherTokens(name, network, network.grid))
+        if class_tokens:
+            network.check_class_statistics()
+        chosen.append(TeacherTokens(name, network, network.grid, ClassTokens(None, trained) if class_tokens else None))
     return chosen
+
+
+def teachers_of(names, config, class_dim):
+    """The teachers whose tokens a model's held-out losses need, of which the first gives the class token.
+
+    Args:
+        names: the teachers that the model was aligned with.
+        config: of the run; None where it is not known.
+        class_dim: the model's.
+
+    Returns:
+        (names, class_components): the latter is what `HeldOut` takes.
+
+    Raises:
+        UsageError: nothing says whose class token the model denoises.
+    """
+    if class_dim is None:
+        return list(names), None
+    if not names and config is not None:  # nothing was aligned, but there is a class token all the same
+        names = parse_teachers(config.teacher.names)[:1]
+    if not names:
+        raise UsageError("nothing says whose class token the model denoises; leave the losses out: --held-out-images 0")
+    return list(names), None if config is None else config.model.class_token_dim
 
 
 class HeldOut:
@@ -66,18 +123,29 @@ class HeldOut:
         count: images; 0 for all.
         teachers: list of `TeacherTokens`; () for the velocity loss alone.
         batch_size: images at a time.
+        class_components: principal components of the first teacher's class token that the model denoises; None for the
+            class token as it is.
+
+    Raises:
+        UsageError: the principal components are of training data that cannot be read.
     """
 
-    def __init__(self, path, count, teachers=(), batch_size=64):
+    def __init__(self, path, count, teachers=(), batch_size=64, class_components=None):
         self.path, self.teachers, self.batch_size = path, list(teachers), batch_size
+        self.class_components = class_components
         self.manifest = Manifest.load(path)
         there = self.manifest.num_samples
         self.count = min(count, there) if count else there
 
     def batches(self, device="cpu"):
-        """Yield (first number, x (b, C, H, W) float32, labels (b,), [(tokens, grid) per teacher])."""
+        """Yield (first number, x (b, C, H, W) float32, labels (b,), [(tokens, grid) per teacher]).
+
+        With class tokens it is (tokens, grid, class token (b, Dz) float32) per teacher.
+        """
         latent = self.manifest.latent
-        fields = [teacher.name for teacher in self.teachers if teacher.network is None]
+        cached = [teacher for teacher in self.teachers if teacher.network is None]
+        fields = [teacher.name for teacher in cached]
+        fields += [class_field(teacher.name) for teacher in cached if teacher.class_tokens is not None]
         needs_images = latent is None or any(teacher.network is not None for teacher in self.teachers)
         fields += (["image"] if needs_images else []) + (["moments"] if latent is not None else [])
         stream = ShardStream(
@@ -88,10 +156,7 @@ class HeldOut:
             rows = slice(0, self.count - first)
             labels = batch["label"][rows].to(device)
             images = batch["image"][rows].to(device) if needs_images else None
-            tokens = [
-                (batch[t.name][rows].to(device) if t.network is None else t.network(images), t.grid)
-                for t in self.teachers
-            ]
+            tokens = [self._tokens(teacher, batch, rows, images, device) for teacher in self.teachers]
             if latent is None:
                 x = images.float() / 127.5 - 1
             else:
@@ -103,6 +168,27 @@ class HeldOut:
             first += len(labels)
             if first >= self.count:
                 break
+
+    @staticmethod
+    def _tokens(teacher, batch, rows, images, device):
+        """(tokens, grid) of a teacher, or (tokens, grid, class token)."""
+        name, network, grid, class_tokens = teacher
+        if class_tokens is None:
+            return (batch[name][rows].to(device) if network is None else network(images)), grid
+        if network is not None:
+            tokens, values = network.tokens_and_class(images)
+            return tokens, grid, values
+        values = batch[class_field(name)][rows].to(device).float()
+        return batch[name][rows].to(device), grid, class_tokens.as_trained(values)
+
+    def class_token(self, teachers):
+        """The class token (b, class_dim) that the model denoises, of what `batches` gave for the teachers.
+
+        None where no class tokens are read.
+        """
+        if not self.teachers or self.teachers[0].class_tokens is None:
+            return None
+        return project_class_token(teachers[0][2], self.teachers[0].class_tokens.trained, self.class_components)
 
 
 @torch.no_grad()
@@ -117,33 +203,35 @@ def losses_by_time(model, held_out, *, bins=10, path="linear", on_images=None):
         on_images: called with the number of images of every batch.
 
     Returns:
-        dict: `velocity_loss` (mean squared error over all elements) and, where the model has projectors and the
-        teachers are there, `cosine` (a mean over teachers); each a list with a number per bin. Their means over the
-        bins estimate the means over uniform times.
+        dict: `velocity_loss` (mean squared error over all elements); where the model has projectors and the teachers
+        are there, `cosine` (a mean over teachers); and where it has a class token, `class_velocity_loss`. Each is a
+        list with a number per bin. Their means over the bins estimate the means over uniform times.
     """
     device = next(model.parameters()).device
-    interpolant, sums, cosine_sums, count = Interpolant(path), [0.0] * bins, [0.0] * bins, 0
-    has_cosine = False
+    interpolant, sums, count = Interpolant(path), {}, 0
     with evaluating(model):
         for first, x, labels, teachers in held_out.batches(device):
             numbers = range(first, first + len(x))
             noise = ImageNoise(SEED, numbers, x.shape[1:], device).draw()
             normal = ImageNoise(SEED + 1, numbers, (1,)).draw(torch.float64).flatten()
             place = torch.special.ndtr(normal).to(device)  # uniform in (0, 1)
+            class_token, class_noise = held_out.class_token(teachers), None
+            if class_token is not None:
+                class_noise = ImageNoise(SEED + 3, numbers, class_token.shape[1:], device).draw()
             for index in range(bins):
                 t = ((index + place) / bins).float()
-                loss, cosines = velocity_and_cosine(model, x, noise, t, labels, teachers, interpolant)
-                sums[index] += float(loss.sum())
-                if cosines:
-                    has_cosine = True
-                    cosine_sums[index] += float(torch.stack(cosines).mean(dim=0).sum())
+                part = velocity_and_cosine(model, x, noise, t, labels, teachers, interpolant, class_token, class_noise)
+                found = {"velocity_loss": part.velocity_loss}
+                if part.cosines:
+                    found["cosine"] = torch.stack(part.cosines).mean(dim=0)
+                if part.class_velocity_loss is not None:
+                    found["class_velocity_loss"] = part.class_velocity_loss
+                for name, values in found.items():
+                    sums.setdefault(name, [0.0] * bins)[index] += float(values.sum())
             count += len(x)
             if on_images:
                 on_images(len(x))
-    found = {"velocity_loss": [value / count for value in sums]}
-    if has_cosine:
-        found["cosine"] = [value / count for value in cosine_sums]
-    return found
+    return {name: [value / count for value in values] for name, values in sums.items()}
 
 
 def bin_names(bins):

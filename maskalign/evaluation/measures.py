@@ -1,4 +1,6 @@
-"""All distances of one set of features from another, under the names that evaluation.json has."""
+"""Distances of one set of features from another, and held-out losses, under the names that evaluation.json has."""
+
+import numpy as np
 
 from maskalign.evaluation.distances import enough_for_covariance, frechet_distance, kernel_distance_subsets
 from maskalign.evaluation.neighbours import density_coverage, precision_recall
@@ -28,6 +30,21 @@ def distances(samples, reference, name, metrics=METRICS):
         found["precision"], found["recall"] = precision_recall(real, drawn)
         found["density"], found["coverage"] = density_coverage(real, drawn)
     return {f"{metric}[{name}]": value for metric, value in found.items()}
+
+
+def held_out_measures(by_time, gap):
+    """Held-out losses under the names that evaluation.json and evaluation.csv have.
+
+    Args:
+        by_time: of `losses_by_time`. gap: of `held_out_gap`.
+
+    Returns:
+        dict from name to number; the alignment loss on all tokens is minus the mean cosine.
+    """
+    found = {name: float(np.mean(values)) for name, values in by_time.items()}
+    if "cosine" in found:
+        found["align_loss"] = -found["cosine"]
+    return {f"held_out_{name}": value for name, value in (found | gap).items()}
 
 
 def bias_note(samples, reference, name, dim):

@@ -8,8 +8,9 @@ from maskalign.data.manifest import Manifest
 from maskalign.evaluation.distances import enough_for_covariance
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
-from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time
-from maskalign.evaluation.measures import distances
+from maskalign.evaluation.gap import held_out_gap
+from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
+from maskalign.evaluation.measures import distances, held_out_measures
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import load_reference
 from maskalign.sampling.settings import Sampling
@@ -36,11 +37,20 @@ class PeriodicEvaluation:
         self.settings, self.path, self.decoder = settings, config.objective.path, decoder
         data = settings.data or manifest.root
         held_out = Manifest.load(data)
-        own = dict(normalize=config.teacher.normalize, weights=config.teacher.weights, device=device)
-        teachers = choose_teachers(facts["teachers"], manifest, held_out, **own)
-        self.held_out = HeldOut(data, settings.images, teachers) if settings.images else None
+        self.held_out = None
+        if settings.images:
+            own = dict(normalize=config.teacher.normalize, weights=config.teacher.weights, device=device)
+            class_dim = facts.get("class_dim")
+            names, components = teachers_of(facts["teachers"], config, class_dim)
+            teachers = choose_teachers(names, manifest, held_out, **own, class_tokens=class_dim is not None)
+            self.held_out = HeldOut(data, settings.images, teachers, class_components=components)
         self.sampling = Sampling(
-            "ode", settings.steps, cfg_scale=settings.cfg_scale, path=self.path, precision=precision
+            "ode",
+            settings.steps,
+            cfg_scale=settings.cfg_scale,
+            cls_cfg_scale=settings.cls_cfg_scale,
+            path=self.path,
+            precision=precision,
         )
         self.real = self.network = self.reference = None
         visible = facts["latent"] is None or decoder is not None
@@ -59,7 +69,7 @@ class PeriodicEvaluation:
         row = {}
         if self.held_out is not None:
             by_time = losses_by_time(model, self.held_out, bins=BINS, path=self.path)
-            row = {f"held_out_{name}": float(np.mean(values)) for name, values in by_time.items()}
+            row = held_out_measures(by_time, held_out_gap(model, self.held_out, path=self.path))
             for name, values in by_time.items():
                 row |= {f"{name}[{place}]": value for place, value in zip(bin_names(BINS), values, strict=True)}
         if self.network is not None:

@@ -18,6 +18,13 @@ TITLES = {
     "inception_score": "Inception score",
 }
 
+# Of the losses by time: title, width of the column, digits.
+HELD_OUT = {
+    "velocity_loss": ("velocity loss", 14, 5),
+    "class_velocity_loss": ("class token's", 15, 5),
+    "cosine": ("cosine", 10, 4),
+}
+
 
 def write_report(report, path):
     """Write `path` (.json) whole or not at all, and the same numbers as rows beside it, as NAME-table.csv.
@@ -50,14 +57,22 @@ def table(report):
     lines += [f"{title:<46}{value}" for title, value in rows(report["metrics"])]
     held_out = report["held_out"]
     if held_out:
-        with_cosine = "cosine" in held_out
-        lines += ["", f"{'time':<12}{'velocity loss':>14}" + (f"{'cosine':>10}" if with_cosine else "")]
-        for time, loss in held_out["velocity_loss"].items():
-            cosine = f"{held_out['cosine'][time]:>10.4f}" if with_cosine else ""
-            lines.append(f"{time:<12}{loss:>14.5f}{cosine}")
-        means = [f"{report['metrics']['held_out_velocity_loss']:>14.5f}"]
-        means += [f"{report['metrics']['held_out_cosine']:>10.4f}"] if with_cosine else []
+        columns = [(key, *form) for key, form in HELD_OUT.items() if key in held_out]
+        lines += ["", f"{'time':<12}" + "".join(f"{title:>{width}}" for _, title, width, _ in columns)]
+        for time in held_out["velocity_loss"]:
+            cells = [f"{held_out[key][time]:>{width}.{digits}f}" for key, _, width, digits in columns]
+            lines.append(f"{time:<12}{''.join(cells)}")
+        metrics = report["metrics"]
+        means = [f"{metrics[f'held_out_{key}']:>{width}.{digits}f}" for key, _, width, digits in columns]
         lines.append(f"{'mean':<12}{''.join(means)}")
+        if "held_out_stability_gap" in metrics:
+            gap, error = (metrics[f"held_out_stability_gap_matched{end}"] for end in ("", "_error"))
+            left = 1 - report["settings"]["mask_ratio"]
+            lines += [
+                "",
+                f"alignment loss on all tokens {metrics['held_out_align_loss']:+.4f}; stability gap {gap:+.5f} +- "
+                f"{error:.5f}: by so much it is higher where the model sees a random {left:.0%} of the patches",
+            ]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 

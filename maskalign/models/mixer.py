@@ -69,11 +69,13 @@ class AttentionMixer(nn.Module):
 
     needs_grid = False
 
-    def __init__(self, width, heads, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto"):
+    def __init__(self, width, heads, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto", fused_adaln=False):
         super().__init__()
         if layers < 1:
             raise ValueError(f"mixer_layers must be at least 1, got {layers}; choose the mixer none for no mixing")
-        self.layers = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, attention) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qk_norm, attention, fused_adaln) for _ in range(layers)
+        )
 
     def forward(self, x, c, subset=None):
         """Rows `subset` (B, K) of the mixed x (B, n, D), all n rows where it is None."""
@@ -91,12 +93,15 @@ class NoMixer(nn.Module):
         return x if subset is None else gather_tokens(x, subset)
 
 
-def make_mixer(kind, width, grid, heads, *, hidden=64, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto"):
+def make_mixer(
+    kind, width, grid, heads, *, hidden=64, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto", fused_adaln=False
+):
     """A mixer by name.
 
     Args:
         kind: one of `MIXERS`.
-        width, heads, mlp_ratio, qk_norm, attention: those of the model's blocks, for the layers of `attention`.
+        width, heads, mlp_ratio, qk_norm, attention, fused_adaln: those of the model's blocks, for the layers of
+            `attention`.
         grid: (rows, columns) of the token grid.
         hidden: T of `token_mlp`.
         layers: number of layers of `attention`.
@@ -106,7 +111,7 @@ def make_mixer(kind, width, grid, heads, *, hidden=64, layers=2, mlp_ratio=4.0, 
     if kind == "depthwise_conv":
         return DepthwiseConvMixer(width, grid)
     if kind == "attention":
-        return AttentionMixer(width, heads, layers, mlp_ratio, qk_norm, attention)
+        return AttentionMixer(width, heads, layers, mlp_ratio, qk_norm, attention, fused_adaln)
     if kind == "none":
         return NoMixer()
     raise ValueError(f"mixer must be one of {MIXERS}, got {kind!r}")

@@ -69,6 +69,8 @@ class SiT(nn.Module):
             only which tokens are aligned (loss-only masking).
         restore: what returns at `end`: `none`, `bypass` (TREAD) or `fuse` (SPRINT).
         attention: `auto`, `sdpa`, `math` or `flash_attn`, see `layers.Attention`.
+        fused_adaln: what the blocks and the layers of the mixer `attention` do between their matrix products runs as
+            the fused operations of `maskalign_kernels`, see `layers.Block`.
 
     Attributes:
         num_tokens: N, the number of patch tokens; the class token is not counted.
@@ -97,6 +99,7 @@ class SiT(nn.Module):
         route="all",
         restore="none",
         attention="auto",
+        fused_adaln=False,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -127,7 +130,9 @@ class SiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.class_embedder = ClassEmbedder(class_dim, width) if class_dim else None
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, qk_norm, attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, qk_norm, attention, fused_adaln) for _ in range(depth)
+        )
         self.final_layer = FinalLayer(width, patch_size, in_channels, class_dim)
         self.projectors = nn.ModuleList(
             make_projector(projector, width, projector_dim, dim, self.grid) for dim in self.teacher_dims
@@ -142,6 +147,7 @@ class SiT(nn.Module):
             mlp_ratio=mlp_ratio,
             qk_norm=qk_norm,
             attention=attention,
+            fused_adaln=fused_adaln,
         )
         self.fuse = Fuse(width) if restore == "fuse" else None
         if not self.pos_embed.is_meta:

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 
 from maskalign.errors import UsageError
 
+MOST_DEVIATIONS = 100.0
+
 
 def resample_tokens(z, grid, new_grid):
     """Resample a grid of tokens to another grid: area means where an axis shrinks, bilinear where it grows.
@@ -61,6 +63,9 @@ def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
 def standardize_class_token(values, mean, std):
     """Standardize class tokens per channel with a data set's statistics.
 
+    The statistics come from a sample, in which a channel may hardly vary that does so elsewhere: values beyond 100
+    standard deviations are set to that, so that none of them rules the loss or leaves float16.
+
     Args:
         values: (B, D) floating.
         mean, std: (D,) each, a tensor or a list of numbers; std has no zeros.
@@ -69,7 +74,45 @@ def standardize_class_token(values, mean, std):
         (B, D) float32.
     """
     mean, std = (torch.as_tensor(v, dtype=torch.float32, device=values.device) for v in (mean, std))
-    return (values.float() - mean) / std
+    return ((values.float() - mean) / std).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
+
+
+def class_projection(entry, count):
+    """The projection of a class token to its leading principal components, for `(values - mean) @ matrix`.
+
+    Args:
+        entry: a manifest's `class_token` entry with `components`.
+        count: how many of them.
+
+    Returns:
+        (mean (D,), matrix (D, count)), float32.
+
+    Raises:
+        ValueError: the entry has fewer components.
+    """
+    components = entry.get("components") or {"basis": []}
+    if len(components["basis"]) < count:
+        raise ValueError(f"{count} principal components were asked for, and {len(components['basis'])} are there")
+    mean, basis, scale = (torch.tensor(components[key], dtype=torch.float64) for key in ("mean", "basis", "scale"))
+    return mean.float(), (basis[:count] / scale[:count, None]).T.float()
+
+
+def project_class_token(values, entry, count=None):
+    """Stored class tokens as a model denoises them.
+
+    Args:
+        values: (B, D), any floating dtype, as they are stored or as `Teacher.tokens_and_class` gives them.
+        entry: the `class_token` entry of the training data's manifest, whose `components` are used.
+        count: `model.class_token_dim`: the number of principal components; None for the class token as it is.
+
+    Returns:
+        (B, count or D) float32.
+    """
+    values = values.float()
+    if count is None:
+        return values
+    mean, matrix = (part.to(values.device) for part in class_projection(entry, count))
+    return (values - mean) @ matrix
 
 
 def quantise_rows(z, check=True):

@@ -7,6 +7,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from maskalign.data.manifest import class_field
 from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows, resample_tokens
+from maskalign.teachers.tokens import class_projection
 from maskalign.training.compiling import compile_units
 
 
@@ -68,11 +69,7 @@ class Features:
         class_token = manifest.teachers.get(source.name, {}).get("class_token", {})
         if count is None:
             return class_token["dim"] if source.teacher is None else source.teacher.class_dim
-        mean, basis, scale = (
-            torch.tensor(class_token["components"][key], dtype=torch.float64) for key in ("mean", "basis", "scale")
-        )
-        matrix = (basis[:count] / scale[:count, None]).T
-        self._projection = tuple(t.float().to(self.device) for t in (mean, matrix))
+        self._projection = tuple(part.to(self.device) for part in class_projection(class_token, count))
         return count
 
     @property

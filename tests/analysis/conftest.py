@@ -28,7 +28,7 @@ def make_model():
     def make(seed=0, **settings):
         sizes = dict(
             input_size=8, patch_size=2, in_channels=3, num_classes=3, depth=3, width=16, heads=2, teacher_dims=(5,),
-            align_depth=2, projector_dim=8, mixer_hidden=6,
+            align_depth=2, projector_dim=8, mixer="token_mlp", mixer_hidden=6,
         )  # fmt: skip
         model = SiT(**{**sizes, **settings})
         generator = torch.Generator().manual_seed(seed)
@@ -40,9 +40,9 @@ def make_model():
     return make
 
 
-def write_data_set(folder, samples=24, size=16, grid=(4, 4), dim=6, features=True, latent=False):
-    """Random images of three classes, with int8 features and latents where asked for."""
-    rng = np.random.default_rng(0)
+def write_data_set(folder, samples=24, size=16, grid=(4, 4), dim=6, features=True, latent=False, class_token=False):
+    """Random images of three classes, with int8 features, class tokens and latents where asked for."""
+    rng, class_rng = np.random.default_rng(0), np.random.default_rng(1)
     folder.mkdir(parents=True)
     shards = []
     for first in range(0, samples, 8):
@@ -54,6 +54,8 @@ def write_data_set(folder, samples=24, size=16, grid=(4, 4), dim=6, features=Tru
                 members = {"cls": str(number % 3).encode(), "png": image.getvalue()}
                 if features:
                     members[f"{TEACHER}.npy"] = _npy(rng.integers(-127, 128, (grid[0] * grid[1], dim), dtype=np.int8))
+                if class_token:
+                    members[f"{TEACHER}.class.npy"] = _npy(class_rng.normal(size=dim).astype(np.float16))
                 if latent:
                     moments = np.abs(rng.normal(size=(8, size // 2, size // 2)))
                     members["moments.npy"] = _npy(moments.astype(np.float16))
@@ -65,6 +67,10 @@ def write_data_set(folder, samples=24, size=16, grid=(4, 4), dim=6, features=Tru
         count = min(8, samples - first)
         shards.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
     teacher = dict(tokens=grid[0] * grid[1], dim=dim, grid=list(grid), dtype="int8", normalize="none")
+    if class_token:
+        components = dict(mean=[0.5] * dim, basis=np.eye(dim)[:4].tolist(), scale=[2.0] * 4)
+        statistics = dict(mean=[0.0] * dim, std=[1.0] * dim)
+        teacher["class_token"] = dict(dim=dim, dtype="float16", kind="mean", **statistics, components=components)
     moments = dict(scale=0.18215, bias=0.0, shape=[8, size // 2, size // 2], dtype="float16", name="none")
     Manifest(
         num_samples=samples,
@@ -96,9 +102,11 @@ def train_run(data, run_dir, **changes):
         "model.width": 16,
         "model.heads": 2,
         "model.patch_size": 4,
+        "model.mixer": "token_mlp",
         "model.mixer_hidden": 4,
         "model.projector_dim": 8,
         "method.align_depth": 2,
+        "method.keep_ratio": 0.5,
         "optimizer.lr": 0.01,
         "training.max_steps": 4,
         "training.batch_size": 8,

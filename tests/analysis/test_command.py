@@ -35,8 +35,16 @@ def test_two_runs(masked_run, full_run, data_set, tmp_path, capsys):
     assert status_of([*argv, "--out", str(tmp_path / "one")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "one" / "outcome.md")
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    tables = {"positions.csv", "stability.csv", "concentration.csv", "agreement.csv"}
-    pictures = {"maps-masked.png", "maps-full.png", "training-masked.png", "training-full.png", "curves.png"}
+    tables = {"shares.csv", "gap.csv", "positions.csv", "stability.csv", "concentration.csv", "agreement.csv"}
+    pictures = {
+        "shares.png",
+        "gap.png",
+        "maps-masked.png",
+        "maps-full.png",
+        "training-masked.png",
+        "training-full.png",
+        "curves.png",
+    }
     assert names == tables | pictures | {"outcome.md"}
 
     positions = rows_of(tmp_path / "one" / "positions.csv")

@@ -18,24 +18,36 @@ def batch(model, seed, count=3):
     x = torch.randn(count, model.in_channels, model.input_size, model.input_size, generator=generator).double()
     t = torch.rand(count, generator=generator).double()
     labels = torch.arange(count) % (model.num_classes + 1)
-    teachers = [torch.randn(count, model.num_tokens, d, generator=generator).double() for d in model.teacher_dims]
+    rows = model.num_tokens + (model.class_dim is not None)
+    teachers = [torch.randn(count, rows, d, generator=generator).double() for d in model.teacher_dims]
     subset = draw_subset(count, model.grid, 7, generator=generator)
     return (x, t, labels, teachers), subset, draw_subset(count, (1, 7), 4, generator=generator)
 
 
-def features_at_tap(model, x, t, labels, subset):
+def token_of(model, seed, count=3):
+    """The noised class token as the keyword argument of everything here; None for a model without one."""
+    if model.class_dim is None:
+        return {"class_token": None}
+    generator = torch.Generator().manual_seed(seed + 100)
+    return {"class_token": torch.randn(count, model.class_dim, generator=generator).double()}
+
+
+def features_at_tap(model, x, t, labels, subset, token):
     """Output of the tapped block in the whole model's own forward pass."""
     found = []
     handle = model.blocks[model.align_depth - 1].register_forward_hook(lambda *call: found.append(call[2]))
     with torch.no_grad():
-        model(x, t, labels, subset)
+        model(x, t, labels, subset, **token)
     handle.remove()
     return found[0]
 
 
 def norms_by_loops(model, h, present, aligned, teachers):
-    """Norm at each present token of d(sum of -cos over `aligned` tokens) / dh, one image and one token at a time."""
+    """Norm at each present patch of d(sum of -cos over `aligned` patches) / dh, one image and one token at a time.
+
+    The class token's own term pulls on no patch, since a pointwise projector reads the class token alone there."""
     batch, tokens = len(h), model.num_tokens
+    shift = int(model.class_dim is not None)
     norms = torch.full((batch, tokens), float("nan"), dtype=torch.float64)
     for image in range(batch):
         total = torch.zeros_like(h[image])
@@ -44,12 +56,13 @@ def norms_by_loops(model, h, present, aligned, teachers):
             rows = h[image : image + 1].clone().requires_grad_()
             cosine = 0
             for projector, z in zip(model.projectors, teachers, strict=True):
-                student, wanted = projector(rows)[0, row], z[image, token]
+                seen = projector(rows[:, shift:]) if projector.needs_grid else projector(rows)[:, shift:]
+                student, wanted = seen[0, row], z[image, shift + token]
                 cosine = cosine + (student @ wanted) / (student.norm() * wanted.norm())
             (-cosine / len(teachers)).backward()
             total += rows.grad[0]
         for token in aligned[image].tolist():
-            norms[image, token] = total[present[image].tolist().index(token)].square().sum().sqrt()
+            norms[image, token] = total[shift + present[image].tolist().index(token)].square().sum().sqrt()
     return norms
 
 
@@ -61,6 +74,11 @@ CASES = {
     "tap before the route": dict(route=(2, 3), restore="bypass"),
     "loss only": dict(route="none", mixer="none"),
     "convolution": dict(projector="conv", route="none", mixer="none"),
+    "mixing layers": dict(mixer="attention"),
+    "class token, mixing layers": dict(class_dim=6, mixer="attention"),
+    "class token, two teachers": dict(class_dim=6, teacher_dims=(5, 9), mixer="none"),
+    "class token, bypass": dict(class_dim=6, route=(1, 3), restore="bypass"),
+    "class token, convolution": dict(class_dim=6, projector="conv", route="none", mixer="none"),
 }
 
 
@@ -71,8 +89,9 @@ def test_norms_are_those_of_autograd_token_by_token(make_model, seed, name, way)
     inputs, subset, align_subset = batch(model, seed)
     everything = torch.arange(model.num_tokens).expand(3, -1)
     seen = None if way in ("full", "full forward") or model.route is None else subset
-    h = features_at_tap(model, *inputs[:3], seen)
-    present = subset if h.shape[1] == 7 else everything
+    token = token_of(model, seed)
+    h = features_at_tap(model, *inputs[:3], seen, token)
+    present = subset if h.shape[1] < model.num_tokens else everything
     aligned = {
         "full": everything,
         "masked": subset if model.tap_sees_subset or model.route is None else everything,
@@ -80,23 +99,25 @@ def test_norms_are_those_of_autograd_token_by_token(make_model, seed, name, way)
         "align subset": present.gather(1, align_subset),
     }[way]
     arguments = [] if way == "full" else [subset, align_subset] if way == "align subset" else [subset]
-    found = token_gradients(cut_at_tap(model), *inputs, *arguments, full_forward=way == "full forward")
+    found = token_gradients(cut_at_tap(model), *inputs, *arguments, full_forward=way == "full forward", **token)
     expected = norms_by_loops(model, h, present, aligned, inputs[3])
     torch.testing.assert_close(found.norms, expected, rtol=1e-9, atol=1e-12, equal_nan=True)
     assert (found.norms.isfinite().sum(dim=1) == aligned.shape[1]).all()
     assert torch.equal(found.cosines.isfinite(), found.norms.isfinite())
 
 
-def test_cosines_are_those_of_the_projected_tokens(make_model, seed):
-    model = make_model(seed, teacher_dims=(5, 9))
+@pytest.mark.parametrize("class_dim", [None, 6])
+def test_cosines_are_those_of_the_projected_tokens(make_model, seed, class_dim):
+    model = make_model(seed, teacher_dims=(5, 9), class_dim=class_dim)
     inputs, subset, _ = batch(model, seed)
-    found = token_gradients(cut_at_tap(model), *inputs, subset)
+    shift, own = int(class_dim is not None), token_of(model, seed)
+    found = token_gradients(cut_at_tap(model), *inputs, subset, **own)
     with torch.no_grad():
-        out = model(*inputs[:3], subset)
+        out = model(*inputs[:3], subset, **own)
     for image in range(3):
         for row, token in enumerate(subset[image].tolist()):
             cosines = [
-                torch.cosine_similarity(z[image, row], y[image, token], dim=0)
+                torch.cosine_similarity(z[image, shift + row], y[image, shift + token], dim=0)
                 for z, y in zip(out.aligned, inputs[3], strict=True)
             ]
             assert float(found.cosines[image, token]) == pytest.approx(float(sum(cosines) / 2), abs=1e-12)
@@ -124,6 +145,23 @@ def test_a_cut_model_ends_at_its_tap_and_leaves_the_model_alone(make_model, seed
     trunk_gradients(trunk, *inputs)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     assert not any(p.requires_grad for p in trunk.parameters()) and not trunk.blocks[-1]._forward_hooks
+
+
+def test_trunk_gradients_of_a_model_with_a_class_token(make_model, seed):
+    """The loss is a mean over the class token and the kept patches, and the class token's embedder is in the trunk."""
+    model = make_model(seed, class_dim=6, mixer="attention")
+    inputs, subset, _ = batch(model, seed)
+    token = token_of(model, seed)
+    found = trunk_gradients(cut_at_tap(model), *inputs, subset, **token)
+    z = model(*inputs[:3], subset, **token).aligned[0]
+    rows = torch.cat([torch.zeros_like(subset[:, :1]), 1 + subset], dim=1)
+    wanted = inputs[3][0].gather(1, rows.unsqueeze(-1).expand(-1, -1, 5))
+    assert z.shape[1] == 8
+    (-torch.cosine_similarity(z, wanted, dim=-1).sum() / (3 * 8)).backward()
+    embedders = [model.x_embedder, model.t_embedder, model.y_embedder, model.class_embedder]
+    for name, modules in {"embedding": embedders, "mixer": [model.mixer], "block 2": [model.blocks[1]]}.items():
+        plain = torch.cat([p.grad.flatten() for module in modules for p in module.parameters()])
+        torch.testing.assert_close(found[name], plain, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("way", ["full", "masked", "full forward"])

@@ -13,6 +13,7 @@ from maskalign.analysis.stability import (
     fixed_ranking_overlap,
     overlap,
     rank_correlation,
+    share_ratio,
     top_size,
     top_tokens,
     turned_orders,
@@ -135,3 +136,40 @@ def test_what_drawing_does_to_a_ranking_that_never_changes():
     tokens, kept = 12, 6
     expected = sum((0.5 * comb(tokens - best - 1, kept - 1) / comb(tokens - 1, kept - 1)) ** 2 for best in range(7))
     assert fixed_ranking_overlap(tokens, kept, draws=20000) == pytest.approx(expected, abs=0.015)
+
+
+def test_shares_of_the_top_tenth_and_their_ratio(seed):
+    """Against counting: a position is at the top of an image where fewer than m values are larger."""
+    rng = np.random.default_rng(seed)
+    norms = rng.lognormal(size=(3, 40, 30)) * np.linspace(0.2, 3, 30)
+    counts = np.zeros(30)
+    for image in norms.reshape(-1, 30):
+        for position, value in enumerate(image):
+            counts[position] += (image > value).sum() < 3
+    found = share_ratio(top_tokens(norms, 0.1), np.isfinite(norms), 50, seed)
+    assert found.largest == pytest.approx(counts.max() / 120) and found.smallest == counts.min() / 120
+    assert found.at_least == (counts.min() == 0)
+    assert found.ratio.value == pytest.approx(counts.max() / max(counts.min(), 1))
+    assert found.ratio.high < found.ratio.value
+    assert found.interval[0] <= found.ratio.value <= found.interval[1]
+
+
+def test_a_share_of_zero_makes_the_ratio_a_lower_bound():
+    top = np.zeros((2, 10, 4), dtype=bool)
+    top[:, :8, 1] = top[:, 8:, 2] = top[0, :3, 3] = True
+    found = share_ratio(top, np.ones_like(top), 20)
+    assert (found.largest, found.smallest, found.at_least) == (0.8, 0, True)
+    assert found.ratio.value == pytest.approx(0.8 * 20)  # zero counts as one of 20 observations
+    top[0, 0, 0] = True
+    found = share_ratio(top, np.ones_like(top), 20)
+    assert found.smallest == 1 / 20 and not found.at_least and found.ratio.value == pytest.approx(16)
+
+
+def test_the_ratio_of_maps_of_chance_is_within_chance():
+    rng = np.random.default_rng(0)
+    inside = 0
+    for number in range(20):
+        norms = rng.random((2, 30, 16))
+        found = share_ratio(top_tokens(norms, 0.1), np.isfinite(norms), 100, number)
+        inside += found.ratio.low <= found.ratio.value <= found.ratio.high
+    assert inside >= 16

@@ -33,7 +33,7 @@ SMALL = [
     "--set", "model.width=16", "--set", "model.heads=2", "--set", "model.projector_dim=8",
     "--set", "training.batch_size=8", "--set", "training.log_every=1",
     "--steps", "6", "--points", "3", "--sample-points", "1", "--samples", "6", "--sampler-steps", "2",
-    "--heldout", "8", "--reference", "8", "--suite", "screening", "--recipes", "repa,maskalign",
+    "--heldout", "8", "--reference", "8", "--suite", "screening", "--recipes", "repa,maskalign-fast",
 ]  # fmt: skip
 
 
@@ -64,8 +64,31 @@ def words(images, work, out, *more):
 def test_every_recipe_is_a_valid_config_and_every_suite_has_repa():
     for name, settings in RECIPES.items():
         assert phases(recipe_config(settings), 64), name
-    assert all("repa" in suite.recipes and set(suite.shares) <= set(suite.recipes) for suite in SUITES.values())
-    assert len(SUITES["final"].seeds) >= 3
+    for name, suite in SUITES.items():
+        # The base of the paper's ablations is REG.
+        assert ("reg" if name == "ablations" else "repa") in suite.recipes and set(suite.shares) <= set(suite.recipes)
+    assert len(SUITES["final"].seeds) >= 3 and len(SUITES["paper"].seeds) >= 3
+
+
+def test_the_papers_recipes_are_the_papers():
+    """MaskAlign's settings as PAPER.md has them: constant, to the end, two layers; and what its ablations change."""
+    base = vars(recipe_config(RECIPES["repa"]).model) | vars(recipe_config(RECIPES["repa"]).method)
+    token = {"class_token": True, "class_token_dim": 64}
+    mixing = {"mixer": "attention", "mixer_layers": 2}
+    changes = {
+        "reg": token,
+        "maskalign": {**token, **mixing, "keep_ratio": 0.75},
+        "repa-maskalign": {**mixing, "keep_ratio": 0.75},
+        "maskalign-mask0": {**token, **mixing, "keep_ratio": 1.0},
+        "maskalign-mask0.75": {**token, **mixing, "keep_ratio": 0.25},
+        "maskalign-layers0": {**token, "mixer": "none", "keep_ratio": 0.75},
+        "maskalign-layers3": {**token, **mixing, "mixer_layers": 3, "keep_ratio": 0.75},
+    }
+    for name, changed in changes.items():
+        config = recipe_config(RECIPES[name])
+        assert vars(config.model) | vars(config.method) == base | changed, name
+    assert base["align_weight"] == 0.5 and base["class_weight"] == 0.03
+    assert {"reg", "maskalign", "maskalign-layers0"} < set(SUITES["ablations"].recipes)
 
 
 def test_phases_follow_the_schedules():
@@ -96,7 +119,9 @@ def test_a_budget_of_seconds_is_the_sum_over_steps():
     assert clock.missing({"same": config, "other": other}, 64) == ["other"]
 
 
-@pytest.mark.parametrize("recipe", ["repa", "maskalign", "sit", "sprint", "loss-only", "constant"])
+@pytest.mark.parametrize(
+    "recipe", ["repa", "reg", "maskalign", "maskalign-fast", "maskalign-fast-class", "sit", "sprint", "loss-only"]
+)
 def test_tflop_are_those_that_torch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -105,15 +130,18 @@ def test_tflop_are_those_that_torch_counts(recipe):
     settings = {"model.attention": "math", "training.batch_size": 2, **RECIPES[recipe]}
     config = recipe_config(settings)
     facts = {"input_size": 32, "in_channels": 3, "num_classes": 10, "teachers": [("efficientnet-lite0", True)]}
-    manifest = SimpleNamespace(teachers={"efficientnet-lite0": {"dim": 320}})
-    model = build_model(config, {**facts, "teacher_dims": [320]})
+    manifest = SimpleNamespace(teachers={"efficientnet-lite0": {"dim": 320, "class_token": {"dim": 320}}})
+    class_dim = 64 if config.model.class_token else None
+    model = build_model(config, {**facts, "teacher_dims": [320], "class_dim": class_dim})
+    token = torch.randn(2, 64) if class_dim else None
     for phase, progress in phases(config, 64).items():
         assert phase == phase_at(config, 64, progress)
         subset = None if phase.keep == 64 else torch.arange(phase.keep).expand(2, -1)
         with FlopCounterMode(display=False) as counter:
             model(
-                torch.randn(2, 3, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64), subset, None, phase.aligned
-            )
+                torch.randn(2, 3, 32, 32), torch.rand(2), torch.zeros(2, dtype=torch.int64), subset, None,
+                phase.aligned, token,
+            )  # fmt: skip
         counted = 3 * counter.get_total_flops() / 1e12
         assert step_tflop(config, facts, manifest, phase) == pytest.approx(counted, rel=1e-9)
 
@@ -144,7 +172,7 @@ def test_heldout_losses_against_the_definition():
         seen.append(x)
         return SimpleNamespace(velocity=torch.zeros_like(x), aligned=[2.5 * tokens[rows].float()])
 
-    model.grid = (2, 2)
+    model.grid, model.class_dim = (2, 2), None
     found = heldout_losses(model, heldout, [0.0], batch=4)
     assert [len(x) for x in seen] == [4, 4, 2] and found["cosine", 0.0] == pytest.approx(1, abs=1e-6)
     clean = images.double() / 127.5 - 1
@@ -208,9 +236,9 @@ def test_plots_show_every_seed():
 
 
 def test_own_recipes():
-    name, settings = own_recipe("mine=maskalign: --model.mixer none --method.subset grid")
+    name, settings = own_recipe("mine=maskalign-fast: --model.mixer none --method.subset grid")
     assert name == "mine"
-    assert settings == {**RECIPES["maskalign"], "model.mixer": "none", "method.subset": "grid"}
+    assert settings == {**RECIPES["maskalign-fast"], "model.mixer": "none", "method.subset": "grid"}
 
 
 @pytest.mark.parametrize(
@@ -223,11 +251,14 @@ def test_own_recipes():
         (["--set", "model.width"], "KEY=VALUE"),
         (["--set", "model.wdth=3"], "model.width"),
         (["--seeds", "one"], "whole numbers"),
+        (["--rate", "repo=0.1"], "NAME=RATE"),
+        (["--suite", "paper"], "no learning rate for repa .* run --suite rates first"),
+        (["--suite", "ablations", "--rate", "reg=0.1"], "no learning rate for maskalign"),
     ],
 )
 def test_wrong_options_before_any_work(more, match, tmp_path):
     with pytest.raises(UsageError, match=match):
-        main(["--data", str(tmp_path / "none"), "--work", str(tmp_path / "work"), *more])
+        main(["--data", str(tmp_path / "none"), "--work", str(tmp_path / "work"), "--out", str(tmp_path), *more])
     assert not (tmp_path / "work").exists()
 
 
@@ -252,16 +283,16 @@ def test_calibration_is_interleaved_stored_and_added_to(data, images, tmp_path, 
     main(argv)
     first = json.loads(calibration_file.read_text())
     labels = {entry["label"]: entry for entry in first["steps"].values()}
-    parts = phases(recipe_config(RECIPES["maskalign"]), 64)
-    names = {f"maskalign {part.keep}/64" + ("" if part.aligned else " no alignment") for part in parts}
+    parts = phases(recipe_config(RECIPES["maskalign-fast"]), 64)
+    names = {f"maskalign-fast {part.keep}/64" + ("" if part.aligned else " no alignment") for part in parts}
     assert len(names) > 1  # a recipe that changes over its training
     assert set(labels) == {"repa 64/64", *names} and labels["repa 64/64"]["x_repa"] == 1
     assert first["repa_seconds"] > 0 and first["threads"] == 1 and "CPU time" in first["clock"]
-    main([*argv, "--recipe", "grid=maskalign: --method.subset grid"])
+    main([*argv, "--recipe", "grid=maskalign-fast: --method.subset grid"])
     second = json.loads(calibration_file.read_text())
     assert all(second["steps"][key] == entry for key, entry in first["steps"].items())
     added = {entry["label"] for key, entry in second["steps"].items() if key not in first["steps"]}
-    assert added == {name.replace("maskalign", "grid") for name in names}
+    assert added == {name.replace("maskalign-fast", "grid") for name in names}
     assert second["repa_seconds"] == first["repa_seconds"]
     with pytest.raises(UsageError, match="--recalibrate"):
         main([*argv, "--set", "model.depth=7", "--set", "method.align_depth=2"])
@@ -353,7 +384,7 @@ def check_rows(path):
         assert len(list(csv.DictReader(file))) == len(rows)
     # Per run: 3 points with 10 times and a mean of three metrics, and two distances at the last point.
     assert len(rows) == 2 * (3 * 3 * 11 + 2)
-    for recipe in ("repa", "maskalign"):
+    for recipe in ("repa", "maskalign-fast"):
         losses = [row for row in rows if row["recipe"] == recipe and row["metric"] == "velocity_loss"]
         for step in (2, 4, 6):
             by_time = {row["time"]: row["value"] for row in losses if row["step"] == step}

@@ -52,12 +52,10 @@ def test_flops_are_those_that_torch_counts(settings, kept):
     assert forward_flops(model, kept) == counter.get_total_flops()
 
 
-
-
 def test_saved_bytes_follow_the_tokens():
     """The linear part of what is saved halves with the tokens; attention's maps fall faster."""
     full, half = (
-        OurCase(recipe, "SiT-S/8", keep, 2, "fp32", "cpu") for recipe, keep in (("repa", None), ("maskalign", 0.5))
+        OurCase(recipe, "SiT-S/8", keep, 2, "fp32", "cpu") for recipe, keep in (("repa", None), ("maskalign-fast", 0.5))
     )
     assert 0.4 < saved_bytes(half) / saved_bytes(full) < 0.6
     parts = split_of(half, torch.device("cpu"), 1)
@@ -67,7 +65,7 @@ def test_saved_bytes_follow_the_tokens():
 def test_batches_through_the_loader_and_a_teacher_in_the_loop(tmp_path):
     """What is read or computed in a step shows up as its own part, and not as a saved activation."""
     folder = write_shards(tmp_path, (4, 4), 64)
-    settings = ("maskalign", "SiT-S/8", 0.5, 2, "fp32", "cpu", False)
+    settings = ("maskalign-fast", "SiT-S/8", 0.5, 2, "fp32", "cpu", False)
     plain, read = OurCase(*settings), OurCase(*settings, "shards", "cached", folder)
     online = OurCase(*settings, "memory", "online:efficientnet-lite0")
     batch, other = read.batches(), read.batches()
@@ -81,19 +79,30 @@ def test_batches_through_the_loader_and_a_teacher_in_the_loop(tmp_path):
 
 
 def test_a_small_run(tmp_path, capsys):
+    recipes = "repa,reg,maskalign,maskalign-fast,maskalign-fast-no-mixer"
     main(["--preset", "SiT-S/8", "--batch-size", "1", "--keep-ratios", "0.5", "--rounds", "1", "--warmup", "1",
-          "--split-steps", "1", "--no-peak", "--device", "cpu", "--no-compile", "--out", str(tmp_path)])  # fmt: skip
+          "--split-steps", "1", "--no-peak", "--device", "cpu", "--no-compile", "--out", str(tmp_path),
+          "--recipes", recipes])  # fmt: skip
     lines = capsys.readouterr().out.strip().splitlines()
-    assert [line.split()[0] for line in lines[-4:]] == ["case", "repa", "maskalign@0.5", "maskalign-no-mixer@0.5"]
+    cases = ["repa", "reg", "maskalign", "maskalign-fast@0.5", "maskalign-fast-no-mixer@0.5"]
+    assert [line.split()[0] for line in lines[-6:]] == ["case", *cases]
     with open(tmp_path / "steps-SiT-S-8-fp32-b1.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 and all(float(rows[0][key]) == 1 for key in ("x_repa", "x_repa_p10", "x_repa_p90"))
+    assert len(rows) == 5 and all(float(rows[0][key]) == 1 for key in ("x_repa", "x_repa_p10", "x_repa_p90"))
+    by_case = {row["case"]: row for row in rows}
+    assert all(float(by_case["reg"][key]) == 1 for key in ("time_of_reg", "passes_of_reg_p10"))
+    for row in rows:
+        assert 0 < float(row["passes_ms"]) < float(row["step_ms"])  # forward and backward are a part of the step
+        share = float(row["passes_ms"]) / float(by_case["reg"]["passes_ms"])
+        assert float(row["passes_of_reg"]) == pytest.approx(share, rel=1e-4)
+    assert by_case["maskalign"]["tokens"] == "16/16"  # 12, to a multiple of 8
+    assert rows[3]["mixer_cost"] and not rows[2]["mixer_cost"]
     assert {(row["device"], row["compiled"], row["data"], row["teacher"]) for row in rows} == {
         ("cpu", "False", "memory", "cached")
     }
     assert all(float(row["data_ms"]) >= 0 and float(row["backward_ms"]) > 0 for row in rows)
     assert all(float(row["images_per_second"]) > 0 and row["machine"] for row in rows)
-    assert float(rows[1]["gflops_per_image"]) < 0.6 * float(rows[0]["gflops_per_image"])
+    assert float(rows[3]["gflops_per_image"]) < 0.6 * float(rows[0]["gflops_per_image"])
     assert (tmp_path / "steps-SiT-S-8-fp32-b1.png").stat().st_size > 10_000
 
 
@@ -125,6 +134,22 @@ class SILoss:
 """
 
 
+# The same of the public REG code: a class token in, and its velocity out.
+REG_MODEL = REFERENCE_MODEL.replace("def forward(self, x, t, y):", "def forward(self, x, t, y, cls_token):").replace(
+    "[self.projectors[0](hidden)]", "[self.projectors[0](hidden)], 0.5 * cls_token + hidden.mean()"
+)
+REG_LOSS = """
+import torch
+class SILoss:
+    def __init__(self, **settings): pass
+    def __call__(self, model, x, kwargs, zs, cls_token=None):
+        velocity, (z,), token = model(x, torch.rand(len(x)), **kwargs, cls_token=cls_token)
+        alignment = -torch.cosine_similarity(z[:, :17], zs[0], dim=-1).mean(1)
+        times = torch.rand(len(x))
+        return (velocity - x).square().mean((1, 2, 3)), alignment, times, x, (token - cls_token).square().mean(1)
+"""
+
+
 @pytest.fixture
 def threads():
     """Puts torch's number of threads back after the test."""
@@ -146,6 +171,32 @@ def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
     assert reference["case"] == "reference-bf16" and reference["clock"] == "cpu"
     assert float(reference["step_ms"]) > 0 and float(reference["saved_mib"]) > 0 and float(reference["forward_ms"]) > 0
     assert float(ours["x_reference"]) == pytest.approx(float(reference["step_ms"]) / float(ours["step_ms"]), rel=1e-4)
+
+
+def test_the_public_reg_code_is_told_by_its_loss(tmp_path, threads):
+    """In the memory of one case at a time, and without an optimizer: nothing but its time is forward and backward."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sit.py").write_text(REG_MODEL)
+    (tmp_path / "loss.py").write_text(REG_LOSS)
+    main(["--preset", "SiT-S/8", "--batch-size", "2", "--recipes", "reg", "--rounds", "2", "--warmup", "1",
+          "--threads", "1", "--split-steps", "1", "--no-peak", "--device", "cpu", "--precision", "fp32", "--reference",
+          str(tmp_path), "--no-compile", "--out", str(tmp_path), "--one-at-a-time", "--passes-only",
+          "--steps-per-turn", "3"])  # fmt: skip
+    with open(tmp_path / "steps-SiT-S-8-fp32-b2-beside-reg-passes.csv", newline="") as file:
+        ours, reference = csv.DictReader(file)
+    assert ours["case"] == "reg" and reference["case"] == "reference-reg-fp32"
+    assert ours["x_repa"] == "" and float(ours["time_of_reg"]) == 1 and float(reference["passes_of_reg"]) > 0
+    assert float(ours["optimiser_ms"]) < 0.2 * float(ours["backward_ms"]) and float(reference["optimiser_ms"]) == 0
+    # The stand-in has other layers; what is counted of ours is REG's: 17 tokens, and a class token in and out.
+    assert float(ours["gflops_per_image"]) > 0 and float(ours["x_reference"]) > 0
+
+
+def test_a_step_without_an_optimizer_has_the_same_loss():
+    """What `--passes-only` times is the step's own forward and backward, and no gradient is left of it."""
+    settings = ("maskalign", "SiT-S/8", None, 2, "fp32", "cpu", False, "memory", "cached", None)
+    whole, passes = OurCase(*settings), OurCase(*settings, False)
+    assert float(whole.step()) == float(passes.step())
+    assert all(p.grad is None for p in passes.model.parameters())
 
 
 def test_a_peak_is_measured_on_smaller_matrices_where_it_would_take_long(monkeypatch):

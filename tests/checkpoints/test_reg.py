@@ -275,6 +275,44 @@ def test_notes_from_elsewhere_are_not_believed(seed, tmp_path):
     assert (about["class_names"], about["latent"], about["vae"]) == (None, None, None) and "more" not in about
 
 
+@pytest.mark.parametrize(
+    "notes", [dict(heads="three"), dict(heads=0), dict(route=[1]), dict(nonsense=1, heads=3)], ids=str
+)
+def test_settings_from_elsewhere_end_in_one_line(notes, seed):
+    weights = to_reg(make(seed))
+    weights._metadata["maskalign"] = notes
+    if "nonsense" in notes:
+        assert from_reg(weights).heads == 3
+        return
+    with pytest.raises(UsageError, match="do not make a SiT") as error:
+        from_reg(weights)
+    assert "\n" not in str(error.value)
+
+
+def test_the_command_line_converts(seed, tmp_path, capsys):
+    from maskalign.cli import main
+
+    def call(*words):
+        with pytest.raises(SystemExit) as ended:
+            main(["convert", *map(str, words)])
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out + captured.err
+
+    model = make(seed)
+    write_safetensors(tmp_path / "a.safetensors", model, 9)
+    code, text = call(tmp_path / "a.safetensors", tmp_path / "b.bin", "--to", "reg")
+    assert code == 0 and "reg, depth 4" in text and "step 9" in text
+    assert_same_model(model, load_model(tmp_path / "b.bin"), seed)
+    code, text = call(tmp_path / "b.bin", tmp_path / "c.pt", "--to", "repa")
+    assert code == 2 and "no place for a class token" in text and text.count("\n") == 1
+
+
+def test_the_names_in_models_are_the_same_functions():
+    from maskalign import models
+
+    assert models.from_repa is from_repa and models.to_repa is to_repa
+
+
 # ---- Sizes -------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,8 @@ def test_a_run_is_evaluated_into_its_folder(run, data, command):
     report = report_of(run)
     metrics = report["metrics"]
     names = ["frechet", "kernel", "kernel_std", "precision", "recall", "density", "coverage"]
-    assert list(metrics) == [f"{name}[{LITE}]" for name in names] + ["held_out_velocity_loss", "held_out_cosine"]
+    held_out = ["velocity_loss", "cosine", "align_loss", "stability_gap", "stability_gap_error"]
+    assert list(metrics) == [f"{name}[{LITE}]" for name in names] + [f"held_out_{name}" for name in held_out]
     assert report["kind"] == "run" and (report["samples"], report["reference"]) == (9, 48)
     assert report["settings"]["step"] == 2 and report["settings"]["weights"] == "ema"
     bins = ["0.00-0.25", "0.25-0.50", "0.50-0.75", "0.75-1.00"]
@@ -52,7 +53,8 @@ def test_a_checkpoint_has_a_report_of_its_own(run, data, command):
     assert status == 0 and err == []
     report = report_of(run, "evaluation-step_00000001.json")
     assert report["kind"] == "checkpoint" and report["settings"]["step"] == 1 and report["samples"] == 0
-    assert set(report["metrics"]) == {"held_out_velocity_loss", "held_out_cosine"}
+    losses = {"velocity_loss", "cosine", "align_loss", "stability_gap", "stability_gap_error"}
+    assert set(report["metrics"]) == {f"held_out_{name}" for name in losses}
     if before is not None:
         assert (run / "evaluation.json").read_bytes() == before
     command("evaluate", checkpoint, *words, "--weights", "model")

@@ -13,6 +13,9 @@ from tests.evaluation.conftest import train_on
 from tests.training.conftest import write_data_set
 
 LITE = "efficientnet-lite0"
+GAP_NAMES = (
+    "align_loss", "stability_gap", "stability_gap_error", "stability_gap_matched", "stability_gap_matched_error",
+)  # fmt: skip
 LIGHT = dict(evaluate__every=2, evaluate__images=16, evaluate__samples=6, evaluate__steps=2, evaluate__reference=16)
 
 
@@ -31,7 +34,7 @@ def test_rows_of_a_run_are_the_commands_numbers(data, tmp_path, command):
             return [(row["step"], row["loss"], row["grad_norm"]) for row in csv.DictReader(file)]
 
     assert losses(run) == losses(plain)  # bit for bit: nothing of the training depends on the evaluation
-    status, _, err = command(
+    status, out, err = command(
         "evaluate", run, "--data", data, "--samples", 6, "--steps", 2, "--reference", 16, "--held-out-images", 16,
         "--allow-singular", "--precision", "fp32", "--progress", "false",
     )  # fmt: skip
@@ -39,14 +42,18 @@ def test_rows_of_a_run_are_the_commands_numbers(data, tmp_path, command):
     report = json.loads((run / "evaluation.json").read_text())
     # Six pictures have no covariance: no Frechet distance. All else is there, and the same.
     assert f"frechet[{LITE}]" not in rows[-1]
-    for key in (f"kernel[{LITE}]", f"kernel_std[{LITE}]", "held_out_velocity_loss", "held_out_cosine"):
+    measures = ("velocity_loss", "cosine", *GAP_NAMES)
+    for key in (f"kernel[{LITE}]", f"kernel_std[{LITE}]", *(f"held_out_{name}" for name in measures)):
         assert rows[-1][key] == pytest.approx(report["metrics"][key], rel=1e-5, abs=1e-7), key
     for name, values in report["held_out"].items():
         assert {place: rows[-1][f"{name}[{place}]"] for place in values} == pytest.approx(values, rel=1e-5, abs=1e-7)
     assert rows[0]["held_out_velocity_loss"] != rows[-1]["held_out_velocity_loss"]
     assert (run / "curves.png").stat().st_size > 20_000
     tags = _tensorboard_tags(run / "tensorboard")
-    assert {"evaluate/held_out_velocity_loss", f"evaluate/kernel[{LITE}]"} <= tags
+    assert {f"evaluate/{name}" for name in (f"kernel[{LITE}]", *(f"held_out_{name}" for name in measures))} <= tags
+    assert rows[-1]["held_out_align_loss"] == -rows[-1]["held_out_cosine"]
+    assert rows[-1]["held_out_stability_gap"] != 0 < rows[-1]["held_out_stability_gap_error"]
+    assert "stability gap" in out
 
 
 def _tensorboard_tags(folder):
@@ -55,6 +62,29 @@ def _tensorboard_tags(folder):
     events = EventAccumulator(str(folder))
     events.Reload()
     return set(events.Tags()["scalars"])
+
+
+GAP = {f"held_out_{name}" for name in GAP_NAMES}
+
+
+@pytest.mark.parametrize(
+    "name", ["class token", "alignment ended", "no alignment", "no alignment, class token", "conv"]
+)
+def test_which_runs_log_the_gap(tmp_path, name):
+    """Models with and without a class token, also after the alignment has ended; not those that are never aligned."""
+    changes = {
+        "class token": dict(model__class_token="true", model__mixer="attention"),
+        "alignment ended": dict(method__align_weight="{kind: step, start: 0.5, end: 0.0, begin: 0.4}"),
+        "no alignment": dict(method__align_weight=0),
+        "no alignment, class token": dict(method__align_weight=0, model__class_token="true"),
+        "conv": dict(model__projector="conv", method__route="none"),
+    }[name]
+    write_data_set(tmp_path / "data", class_token=True)
+    train_on(tmp_path / "data", tmp_path / "run", training__max_steps=2, **LIGHT | dict(evaluate__samples=0) | changes)
+    (row,) = history.read_history(tmp_path / "run" / history.FILE_NAME)
+    expected = {"class token": GAP, "alignment ended": GAP, "conv": {"held_out_align_loss"}}.get(name, set())
+    assert {key for key in row if key in GAP} == expected
+    assert ("held_out_class_velocity_loss" in row) == ("class token" in name)
 
 
 def test_held_out_data_and_parts_left_out(data, tmp_path):

@@ -1,4 +1,4 @@
-"""Ground truth and traps that the tests of both operations share."""
+"""Ground truth and traps that the tests of the operations share."""
 
 import pytest
 import torch
@@ -221,6 +221,99 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
     return check
 
 
+@pytest.fixture(scope="session")
+def adaln_truth():
+    """The three adaLN operations as DESIGN.md section 5 writes them, by name, in the dtype of their arguments, image by
+    image, with no help from the package.
+    """
+
+    def normed(rows):
+        centered = rows - rows.mean(-1, keepdim=True)
+        return centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def each(x, subset, image):
+        return torch.stack([image(i, x[i] if subset is None else x[i][subset[i].long()]) for i in range(len(x))])
+
+    def adaln_modulate(x, shift, scale, subset=None):
+        return each(x, subset, lambda i, rows: normed(rows) * (1 + scale[i]) + shift[i])
+
+    def gated_residual(x, branch, gate, subset=None):
+        return each(x, subset, lambda i, rows: rows + gate[i] * branch[i])
+
+    def gated_residual_adaln(x, branch, gate, shift, scale, subset=None):
+        y = gated_residual(x, branch, gate, subset)
+        return y, adaln_modulate(y, shift, scale)
+
+    return {f.__name__: f for f in (adaln_modulate, gated_residual, gated_residual_adaln)}
+
+
+ADALN_TENSORS = {
+    "adaln_modulate": ("x", "shift", "scale"),
+    "gated_residual": ("x", "branch", "gate"),
+    "gated_residual_adaln": ("x", "branch", "gate", "shift", "scale"),
+}
+
+
+@pytest.fixture
+def adaln_case(generator):
+    """adaln_case(operation, B, N, D, K, dtype of x, of the others, of the indices) -> its tensors and the subset."""
+
+    def make(operation, B, N, D, K, dtype=torch.float32, others=None, index=torch.int64):
+        sizes = {"x": (B, N, D), "branch": (B, N if K is None else K, D)}
+        tensors = []
+        for name in ADALN_TENSORS[operation]:
+            values = torch.randn(sizes.get(name, (B, D)), generator=generator)
+            tensors.append((2 * values + 1).to(dtype) if name == "x" else values.to(others or dtype))
+        subset = None if K is None else torch.rand(B, N, generator=generator).argsort(1)[:, :K].to(index)
+        return [t.requires_grad_() for t in tensors], subset
+
+    return make
+
+
+@pytest.fixture
+def assert_adaln(adaln_truth, relative, tolerance, shaken, generator):
+    """assert_adaln(operation, tensors, subset) holds the outputs and the gradients of one of the adaLN operations to
+    float64's: dtype, shape, zeros outside the subset to the bit, and each to the tolerance of the coarsest dtype of the
+    call, or what four roundings of the inputs do to it.
+    """
+    import maskalign_kernels
+
+    def results(function, tensors, weights, subset):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        out = function(*leaves, subset)
+        outs = out if isinstance(out, tuple) else (out,)
+        grads = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)])
+        return *(o.detach() for o in outs), *grads
+
+    def check(operation, tensors, subset):
+        x = tensors[0]
+        outputs = 2 if operation == "gated_residual_adaln" else 1
+        coarse = max((t.dtype for t in tensors), key=lambda d: torch.finfo(d).eps)
+        kept = x.shape[1] if subset is None else subset.shape[1]
+        size = (x.shape[0], kept, x.shape[2])
+        weights = [torch.randn(size, generator=generator).to(x.dtype) for _ in range(outputs)]
+        got = results(getattr(maskalign_kernels, operation), tensors, weights, subset)
+        truth = adaln_truth[operation]
+        truths = results(truth, [t.double() for t in tensors], weights, subset)
+        moved = shaken(
+            lambda *t: results(truth, t[:-outputs], t[-outputs:], subset), [*tensors, *weights], coarse
+        )  # fmt: skip
+        names = ("out", "modulated")[:outputs] + ADALN_TENSORS[operation]
+        dtypes = [x.dtype] * outputs + [t.dtype for t in tensors]
+        for name, dtype, result, true, shift in zip(names, dtypes, got, truths, moved, strict=True):
+            assert result.dtype == dtype, name
+            limit = tolerance(coarse) * (1 if name in ("out", "modulated") else 2)
+            if x.shape[2] == 1:  # One channel is normalized to 0 with 1 / std = 1000: rounding, a thousandfold.
+                limit = {"scale": float("inf"), "x": max(limit, 1e-4)}.get(name, limit)
+            allowed, error = max(limit, 4 * shift), relative(result, true)
+            assert error < allowed, (name, error, allowed)
+        if subset is not None:
+            outside = torch.ones(x.shape[:2], dtype=torch.bool).scatter(1, subset.long(), False)
+            assert not got[outputs][outside].any()
+
+    return check
+
+
 @pytest.fixture
 def gpu_graphs(monkeypatch):
     """gpu_graphs(function, *args, dynamic=...) -> the graphs (forward, backward) that torch.compile makes for
@@ -244,7 +337,7 @@ def gpu_graphs(monkeypatch):
         def get_active_torch_device(self):
             return torch.device("cpu")
 
-    for operation in ("subset_cosine_alignment", "mix_and_drop"):
+    for operation in ("subset_cosine_alignment", "mix_and_drop", "adaln.operations"):
         module = importlib.import_module(f"maskalign_kernels.{operation}")
         monkeypatch.setattr(module, "use_triton", lambda *tensors: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())

@@ -1,4 +1,4 @@
-"""Both operations on a real GPU (CUDA or ROCm): `pytest -m gpu`. Elsewhere skipped, and said to be."""
+"""The operations on a real GPU (CUDA or ROCm): `pytest -m gpu`. Elsewhere skipped, and said to be."""
 
 import functools
 import os
@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+import maskalign_kernels
 from maskalign_kernels import (
+    gated_residual_adaln,
     keyed_random,
     mix_and_drop,
     subset_cosine_alignment,
@@ -29,6 +31,7 @@ SHAPES = [
     (2, 16, 5, 1152),
     (1, 9, 4, 8192),
 ]
+ADALN_SHAPES = [(2, 37, 18, 40), (1, 70, None, 130), (2, 257, 193, 1152), (2, 256, None, 768), (1, 9, 4, 8192)]
 MIX_SHAPES = [(2, 63, 31, 40, 13), (2, 256, 128, 384, 64), (1, 196, None, 200, 128), (2, 256, 64, 1152, 64)]
 
 
@@ -76,6 +79,45 @@ def test_mix_and_drop(dtype, relative, generator, poisoned):
         grads = torch.autograd.grad(out, arguments, weights.to(out.dtype))
         for grad, true in zip(grads, torch.autograd.grad(expected, exact, weights.double()), strict=True):
             assert relative(grad, true) < 2 * limit
+
+
+@pytest.mark.parametrize("operation", ["adaln_modulate", "gated_residual", "gated_residual_adaln"])
+@pytest.mark.parametrize("dtype, others", [(F32, F32), (F16, F16), (BF16, BF16), (F32, BF16)])
+def test_adaln(operation, dtype, others, adaln_case, adaln_truth, relative, generator, poisoned):
+    function, truth = getattr(maskalign_kernels, operation), adaln_truth[operation]
+    limit = {F32: 2e-5, F16: 4e-3, BF16: 3e-2}[others]
+    for B, N, K, D in ADALN_SHAPES:
+        tensors, subset = adaln_case(operation, B, N, D, K, dtype, others)
+        exact = [t.detach().double().requires_grad_() for t in tensors]
+        leaves = [t.detach().cuda().requires_grad_() for t in tensors]
+        results, on_gpu = [], None if subset is None else subset.cuda()
+        for f, arguments, index in ((function, leaves, on_gpu), (truth, exact, subset)):
+            out = f(*arguments, index)
+            outs = out if isinstance(out, tuple) else (out,)
+            weights = torch.linspace(-1, 1, outs[0].numel(), device=outs[0].device).view(outs[0].shape)
+            results.append([*outs, *torch.autograd.grad(outs, arguments, [weights.to(o.dtype) for o in outs])])
+        for found, true in zip(*results, strict=True):
+            assert relative(found.cpu(), true) < 2 * limit
+
+
+def test_adaln_runs_repeat_without_waiting(adaln_case):
+    """Compiled and plain: the same bits each time, and nothing waits for the GPU."""
+    tensors, subset = adaln_case("gated_residual_adaln", 8, 257, 1152, 193, BF16)
+    leaves, subset = [t.detach().cuda().requires_grad_() for t in tensors], subset.cuda()
+
+    def loss(*arguments):
+        y, u = gated_residual_adaln(*arguments)
+        return y.float().square().mean() + u.float().square().mean()
+
+    torch._dynamo.reset()
+    for function in (loss, torch.compile(loss, fullgraph=True)):
+        first = torch.autograd.grad(function(*leaves, subset), leaves)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            second = torch.autograd.grad(function(*leaves, subset), leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def both(s, z, subset, *mixer):

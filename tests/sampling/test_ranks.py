@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
+from maskalign.checkpoints.weight_files import reg_checkpoint, repa_checkpoint, write_repa
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -20,6 +20,14 @@ def checkpoint(random_model, tmp_path):
     model = random_model(patch_size=2, depth=2)
     write_repa(tmp_path / "model.pt", repa_checkpoint(model, model))
     return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def reg_file(random_model, tmp_path):
+    """A file in REG's layout: the model denoises a class token with its images."""
+    model = random_model(patch_size=2, depth=2, class_dim=5, teacher_dims=(5,), projector_dim=8)
+    write_repa(tmp_path / "reg.pt", reg_checkpoint(model, model))
+    return tmp_path / "reg.pt"
 
 
 def start(ranks, *words):
@@ -35,8 +43,10 @@ def finish(process):
     return out
 
 
-def test_two_ranks_draw_the_bits_of_one(checkpoint, tmp_path):
-    words = [checkpoint, "--steps", 3, "--batch-size", 2, "--sampler", "sde", "--out"]
+@pytest.mark.parametrize("kind", ["checkpoint", "reg_file"])
+def test_two_ranks_draw_the_bits_of_one(kind, request, tmp_path):
+    words = [request.getfixturevalue(kind), "--steps", 3, "--batch-size", 2, "--sampler", "sde"]
+    words += [*(["--cls-cfg-scale", 1.5] if kind == "reg_file" else []), "--out"]
     sheet = ["--per-class", 3, "--classes", "0,1,3", "--interpolate", "both", "--strip", "--animate", "apng"]
     for name, ranks in (("one", 1), ("two", 2)):
         finish(start(ranks, *words, tmp_path / name, "--npz", 7))

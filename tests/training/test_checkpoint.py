@@ -341,6 +341,32 @@ def test_starting_from_other_weights_says_what_is_fresh_and_what_is_unused(run, 
     assert "fresh" not in capsys.readouterr().out
 
 
+def test_a_run_with_a_class_token_becomes_regs_file_and_starts_another_run(run, data_set_of, tmp_path, capsys):
+    from maskalign.checkpoints import convert, to_reg
+    from maskalign.checkpoints.weight_files import read_file
+
+    data_set_of("classes", class_token=True)
+    own = dict(data__path=tmp_path / "classes", model__class_token="true", model__mixer="none", training__max_steps=2)
+    run("reg", **own)
+    assert ": reg," in convert(tmp_path / "reg", tmp_path / "reg.pt")
+    whole = read_file(tmp_path / "reg.pt")
+    for kind, ema in (("ema", True), ("model", False)):
+        expected = to_reg(load_model(tmp_path / "reg", ema=ema))
+        assert whole[kind].keys() == expected.keys() and whole["steps"] == 2
+        assert all(torch.equal(whole[kind][name], value) for name, value in expected.items())
+    capsys.readouterr()
+    maskalign = own | dict(model__mixer="attention", training__max_steps=1)
+    for source in ("reg", "reg.pt"):
+        run(f"from_{source}", training__init_from=tmp_path / source, **maskalign)
+        assert "starting fresh: mixer\n" in capsys.readouterr().out
+    # A class token is added to REPA's weights, and left out again.
+    run("repa", model__mixer="none", training__max_steps=1)
+    run("added", training__init_from=tmp_path / "repa", **own)
+    assert "starting fresh: class_embedder, final_layer.class_linear\n" in capsys.readouterr().out
+    run("removed", training__init_from=tmp_path / "reg.pt", model__mixer="none", training__max_steps=1)
+    assert "not used: class_embedder, final_layer.class_linear\n" in capsys.readouterr().out
+
+
 def launch(argv, ranks):
     if ranks == 1:
         command = [sys.executable, "-m", "maskalign"]

@@ -19,6 +19,9 @@ F16, BF16, INT8 = torch.float16, torch.bfloat16, torch.int8
 SHAPES = {
     "subset_cosine_alignment": [(2, 9, 4, 32, BF16, INT8)],
     "mix_and_drop": [(2, 12, 6, 32, 8, F16, F16, F16), (2, 12, None, 32, 8, BF16, torch.float32, BF16)],
+    "adaln_modulate": [(2, 12, 6, 32, F16, F16)],
+    "gated_residual": [(2, 12, None, 32, BF16, BF16)],
+    "gated_residual_adaln": [(2, 12, 6, 32, torch.float32, BF16)],
 }
 
 
@@ -63,7 +66,7 @@ def run_benchmark(folder):
 def test_benchmark(pretend_gpu, tmp_path):
     status, rows = run_benchmark(tmp_path)
     assert status == 0
-    assert len(rows) == 3 * 3 * 3, "three shapes, three providers, three directions"
+    assert len(rows) == 6 * 3 * 3, "six shapes, three providers, three directions"
     for row in rows:
         assert (row["ms"], row["call_ms"], row["peak_mib"]) == ("2.0", "4.0", "3.0")
         assert float(row["gb_per_s"]) == pytest.approx(float(row["bytes"]) / 2e6)
@@ -86,8 +89,8 @@ def test_every_configuration_is_timed(pretend_gpu, tmp_path, monkeypatch):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(asked)
     assert {row["launch"] for row in rows} == {"forward", "backward", "statistics", "mix", "hidden", "tokens"}
-    for launch in ("forward", "statistics", "mix", "tokens"):
-        shapes = [row["shape"] for row in rows if row["launch"] == launch and row["default"] == "1"]
+    for launch in ("forward", "backward", "statistics", "mix", "tokens"):
+        shapes = [(r["operation"], r["shape"]) for r in rows if r["launch"] == launch and r["default"] == "1"]
         assert len(shapes) == len(set(shapes)), "one default each"
     assert all(float(row["of_same_copy"]) == pytest.approx(float(row["bytes"]) / 2e6 / 1000) for row in rows)
 
@@ -107,8 +110,18 @@ def gpu_tests(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "SHAPES", [(2, 7, 3, 33)])
+    monkeypatch.setattr(module, "ADALN_SHAPES", [(2, 9, 4, 24), (1, 6, None, 20)])
     monkeypatch.setattr(module, "MIX_SHAPES", [(2, 9, 5, 24, 6), (1, 6, None, 16, 4)])
     return module
+
+
+def test_gpu_tests_of_adaln(pretend_gpu, gpu_tests, adaln_case, adaln_truth, relative, generator, monkeypatch):
+    for operation in kernel_report.UNFUSED_ADALN:
+        for dtypes in ((BF16, BF16), (torch.float32, BF16)):
+            gpu_tests.test_adaln(operation, *dtypes, adaln_case, adaln_truth, relative, generator, None)
+    monkeypatch.setattr(torch, "compile", lambda function, fullgraph: function)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    gpu_tests.test_adaln_runs_repeat_without_waiting(lambda *sizes: adaln_case(sizes[0], 2, 9, 24, 4, BF16))
 
 
 def test_gpu_tests(pretend_gpu, gpu_tests, alignment_case, cosine_truth, relative, tolerance, generator, monkeypatch):

@@ -1,0 +1,31 @@
+"""The three operations as their formulas. CPU tensors run these lines, under PyTorch's own autograd.
+
+They are the lines of a plain SiT block, in the same order of operations, so on a CPU a model computes bit for bit the
+same numbers with these functions as without them.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from ..reference import gather_rows
+
+EPS = 1e-6
+
+
+def adaln_modulate(x, shift, scale, subset=None, dtype=None):
+    """LayerNorm(x[subset]) * (1 + scale) + shift, in `dtype` (x's where it is None)."""
+    rows = x if subset is None else gather_rows(x, subset)
+    normed = F.layer_norm(rows, rows.shape[-1:], eps=EPS)
+    return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(dtype or x.dtype)
+
+
+def gated_residual(x, branch, gate, subset=None):
+    """x[subset] + gate * branch, in x's dtype."""
+    rows = x if subset is None else gather_rows(x, subset)
+    return torch.addcmul(rows, gate.unsqueeze(1), branch).to(x.dtype)
+
+
+def gated_residual_adaln(x, branch, gate, shift, scale, subset=None, dtype=None):
+    """y = gated_residual(x, branch, gate, subset), and adaln_modulate(y, shift, scale)."""
+    y = gated_residual(x, branch, gate, subset)
+    return y, adaln_modulate(y, shift, scale, dtype=dtype)

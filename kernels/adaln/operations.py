@@ -1,0 +1,115 @@
+"""LayerNorm with adaLN's modulation, and the gated residual before it, on all tokens or on a subset of them."""
+
+import torch
+
+from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, rows_contiguous, use_triton
+from . import naive
+
+# A longer row does not fit the registers of one program; it takes the naive path on a GPU, too.
+MAX_WIDTH = 8192
+
+
+def adaln_modulate(x, shift, scale, subset=None):
+    """Rows `subset` of LayerNorm(x) * (1 + scale) + shift.
+
+    LayerNorm without affine, eps 1e-6; the modulation is that of DiT's adaLN (arXiv 2212.09748). Only the rows asked
+    for are read, and one pass of the backward gives the gradients of x, shift and scale.
+
+    Args:
+        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU float64 too. Any pitch between rows.
+        shift, scale: (B, D), any of the dtypes.
+        subset: (B, K) int32 or int64, distinct indices in [0, N) in any order; None takes all N rows.
+
+    Returns:
+        (B, K, D), rows in the order of `subset`; (B, N, D) where subset is None. In x's dtype, or in autocast's where
+        that is on: what follows is a matrix product.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype or device, or (on the CPU; on a GPU with
+            MASKALIGN_KERNELS_DEBUG=1) an index outside [0, N) or twice in a row.
+    """
+    tensors = {"x": x, "shift": shift, "scale": scale}
+    if not _runs_kernels("adaln_modulate", tensors, subset):
+        return naive.adaln_modulate(x, shift, scale, subset, _product_dtype(x))
+    from .launch import modulate_op  # Triton and PyTorch's compiler, which take seconds to import.
+
+    x, shift, scale, subset = map(_dense, (x, shift, scale, subset))
+    return modulate_op(x, shift, scale, subset, _product_dtype(x))[0]
+
+
+def gated_residual(x, branch, gate, subset=None):
+    """Rows `subset` of x, plus gate * branch.
+
+    The gradient of x is zero outside the subset and written in the same pass as those of branch and gate.
+
+    Args:
+        x: (B, N, D) tokens, as in `adaln_modulate`.
+        branch: (B, K, D), row for row with `subset`, or (B, N, D) where subset is None. Any of the dtypes.
+        gate: (B, D).
+        subset: as in `adaln_modulate`.
+
+    Returns:
+        (B, K, D), or (B, N, D) where subset is None, in x's dtype.
+
+    Raises:
+        ValueError: as `adaln_modulate`.
+    """
+    if not _runs_kernels("gated_residual", {"x": x, "branch": branch, "gate": gate}, subset):
+        return naive.gated_residual(x, branch, gate, subset)
+    from .launch import residual_op
+
+    return residual_op(*map(_dense, (x, branch, gate, subset)))
+
+
+def gated_residual_adaln(x, branch, gate, shift, scale, subset=None):
+    """`y = gated_residual(x, branch, gate, subset)` and `adaln_modulate(y, shift, scale)` in one pass over the rows.
+
+    Args:
+        x, branch, gate, shift, scale, subset: as in the two functions.
+
+    Returns:
+        (y, modulated), both (B, K, D), or (B, N, D) where subset is None: y in x's dtype, the modulated rows in
+        autocast's where that is on.
+
+    Raises:
+        ValueError: as `adaln_modulate`.
+    """
+    tensors = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
+    if not _runs_kernels("gated_residual_adaln", tensors, subset):
+        return naive.gated_residual_adaln(x, branch, gate, shift, scale, subset, _product_dtype(x))
+    from .launch import residual_modulate_op
+
+    x, branch, gate, shift, scale, subset = map(_dense, (x, branch, gate, shift, scale, subset))
+    return residual_modulate_op(x, branch, gate, shift, scale, subset, _product_dtype(x))[:2]
+
+
+def _runs_kernels(op, tensors, subset):
+    """Check the arguments of a call, and say whether it runs the kernels."""
+    x = tensors["x"]
+    floats = (*FLOATS, torch.float64)
+    sizes = {}
+    check_tensor(op, "x", x, "BND", sizes, floats)
+    if subset is not None:
+        check_tensor(op, "subset", subset, "BK", sizes, INDICES, x.device)
+        check_subset(op, subset, sizes["N"], distinct=True)
+    rows = "BND" if subset is None else "BKD"
+    for name, tensor in tensors.items():
+        if name != "x":
+            check_tensor(op, name, tensor, rows if name == "branch" else "BD", sizes, floats, x.device)
+    if not use_triton(x) or sizes["D"] > MAX_WIDTH:
+        return False
+    check_interpretable(op, **tensors)
+    return True
+
+
+def _product_dtype(x):
+    """The dtype of what goes into a matrix product: x's, or autocast's where that is on."""
+    device = x.device.type
+    # meta has no autocast. Not asked by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
+    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _dense(tensor):
+    return None if tensor is None else rows_contiguous(tensor)
