@@ -61,7 +61,8 @@ def test_a_run_saves_resumes_and_exports(run, tmp_path, monkeypatch, what):
     assert (tmp_path / "weights.safetensors").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("what", KINDS)
+# Removing a folder opens it.
+@pytest.mark.parametrize("what", [what for what in KINDS if what != "folders cannot be opened"])
 def test_a_data_set_is_built_and_encoded(tmp_path, monkeypatch, what):
     lacking(monkeypatch, what)
     write_folder(tmp_path / "pictures" / "ant", pictures(4))
