@@ -76,7 +76,9 @@ def heldout_of(images=6, class_dim=4):
         "class_tokens": torch.randn(images, 5, generator=generator).half(),
     }
     return SimpleNamespace(
-        arrays=arrays, teacher=SimpleNamespace(grid=(4, 4)), class_tokens=lambda dim: arrays["class_tokens"].float()[:, :dim]
+        arrays=arrays,
+        teacher=SimpleNamespace(grid=(4, 4)),
+        class_tokens=lambda dim: arrays["class_tokens"].float()[:, :dim],
     )
 
 
@@ -103,7 +105,9 @@ def test_class_tokens_are_projected_to_the_manifests_components():
     values = torch.from_numpy(rng.standard_normal((7, 3))).half()
     components = {"mean": [0.5, 0.0, -1.0], "basis": [[1.0, 0.0, 0.0], [0.0, 0.6, 0.8]], "scale": [2.0, 4.0]}
     entry = {"class_token": {"dim": 3, "components": components}}
-    heldout = SimpleNamespace(arrays={"class_tokens": values}, name="t", manifest=SimpleNamespace(teachers={"t": entry}))
+    heldout = SimpleNamespace(
+        arrays={"class_tokens": values}, name="t", manifest=SimpleNamespace(teachers={"t": entry})
+    )
     expected = torch.stack([(values[:, 0].float() - 0.5) / 2, (0.6 * values[:, 1] + 0.8 * (values[:, 2] + 1)) / 4], 1)
     torch.testing.assert_close(Heldout.class_tokens(heldout, 2), expected.float(), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(Heldout.class_tokens(heldout, 3), values.float())
