@@ -1,6 +1,6 @@
 """The figures in docs/benchmarks.md and docs/figures.md, from the CSVs in benchmarks/results.
 
-    python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results benchmarks/results]
+    python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results FOLDER]
 
 Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
 whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
@@ -93,7 +93,11 @@ def ratio(row, key):
     if row.get(key) is None:
         return "-"
     text = f"{row[key]:.2f}x"
-    text = f"**{text}**" if row["case"].startswith(("maskalign-fast@", "maskalign@")) or row["case"] == "maskalign" else text
+    text = (
+        f"**{text}**"
+        if row["case"].startswith(("maskalign-fast@", "maskalign@")) or row["case"] == "maskalign"
+        else text
+    )
     low, high = row.get(f"{key}_p10"), row.get(f"{key}_p90")
     return text if low is None else f"{text} ({low:.2f}-{high:.2f})"
 
@@ -204,7 +208,9 @@ def paper_section(path, note):
     what += f"images, in the features of a small classifier that is right on {about['classifier']['accuracy']:.1%} of "
     what += f"these; {about['samples']:,} training images in place of samples have {about['real']['frechet_cnn']:.1f}. "
     what += "`G_r` is the stability gap at mask ratio 0.25 and its standard error over images, `heat map's ratio` the "
-    what += "largest over the smallest share of images in which a position is among the top 10 % of alignment gradients."
+    what += (
+        "largest over the smallest share of images in which a position is among the top 10 % of alignment gradients."
+    )
     if len({row["seed"] for row in rows}) > 1:
         what += " In brackets the lowest and the highest seed."
     return "\n\n".join([
@@ -223,11 +229,15 @@ def beside_paper_section(path, note):
     lines = beside_paper.comparison(rows, ablations, about["step_seconds"])
     head, published = beside_paper.published_table()
     guided_head, guided = beside_paper.guided_table()
-    first = "What the paper says and what we see at our size, whichever way it comes out. The paper trains B/2 and XL/2 on "
+    first = (
+        "What the paper says and what we see at our size, whichever way it comes out. The paper trains B/2 and XL/2 on "
+    )
     first += "ImageNet latents for days of eight GPUs; ours are a model of 8 blocks of width 128 on 32 px pictures for "
     first += "minutes of one thread. Orders can be compared, numbers cannot. *Not told apart*: the ranges over seeds "
     first += "overlap, or the difference is within two standard errors."
-    second = "Published: the paper's own results, not ours. ImageNet at 256 px, FID of 50,000 images without guidance, by "
+    second = (
+        "Published: the paper's own results, not ours. ImageNet at 256 px, FID of 50,000 images without guidance, by "
+    )
     second += "training iterations (arXiv 2606.08788)."
     return "\n\n".join([
         paragraph(first),

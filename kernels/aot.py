@@ -191,26 +191,20 @@ def _nvidia_usage(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
+        text = subprocess.run([_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True)
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
         spills = 0
         if found["STACK"] or found.get("LOCAL"):
             # Spills live in local memory, so there are none without a stack; with one, count its accesses in
             # the SASS.
-            sass = subprocess.run(
-                [_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True
-            )
+            sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
             spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
     stack = found["STACK"] + found.get("LOCAL", 0)
     return {"registers": found["REG"], "scalar_registers": 0, "stack": stack, "spills": spills}
 
 
 def _amd_usage(assembly):
-    found = {
-        key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)
-    }
+    found = {key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
     return {
         # gfx942 counts the accumulation registers inside vgpr_count: the two share one file.
         "registers": max(found["vgpr_count"], found.get("agpr_count", 0)),
@@ -226,9 +220,7 @@ def occupancy(target, threads, registers, shared):
     """
     if TARGETS[target].backend == "hip":
         waves = threads // 64
-        per_simd = min(
-            8, 512 // max(8, -(-registers // 8) * 8)
-        )  # Four SIMDs of 512 registers and 8 waves each.
+        per_simd = min(8, 512 // max(8, -(-registers // 8) * 8))  # Four SIMDs of 512 registers and 8 waves each.
         blocks = min(4 * per_simd // waves, 65536 // shared if shared else 32)
         return blocks * waves / 32
     memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[target] * 1024
@@ -247,9 +239,7 @@ def _widths(assembly, amd):
         pairs = [(kind, size[unit]) for kind, unit in found if unit in size]
     else:
         found = re.findall(r"\b(ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[a-z](\d+)\b", assembly)
-        pairs = [
-            ("load" if kind == "ld" else "store", int(n or 1) * int(bits) // 8) for kind, n, bits in found
-        ]
+        pairs = [("load" if kind == "ld" else "store", int(n or 1) * int(bits) // 8) for kind, n, bits in found]
         pairs += [
             ("load", int(n, 0))
             for n in re.findall(r"cp\.async\.c[ag]\.shared\.global\S* .*?, (0x\w+|\d+)[,;]", assembly)
@@ -343,9 +333,7 @@ def accesses(llir, names):
         for line in body[1:]:
             code = line.split(", !dbg")[0]
             match = re.match(r"\s+(%[\w.]+) = ", code)
-            hit = next(
-                ((kind, size(m)) for pattern, kind, size in _ACCESSES if (m := pattern.search(code))), None
-            )
+            hit = next(((kind, size(m)) for pattern, kind, size in _ACCESSES if (m := pattern.search(code))), None)
             operands = re.findall(r"%[\w.]+", code[match.end() :] if match else code)
             if hit:
                 found |= {(name, *hit) for operand in operands for name in origin.get(operand, ())}

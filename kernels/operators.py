@@ -1,4 +1,4 @@
-"""What both operations share where Triton runs: how a kernel is compiled, launched, and made an operator of PyTorch.
+"""What the operations share where Triton runs: how a kernel is compiled, launched, and made an operator of PyTorch.
 
 Imported with the first call that runs kernels, for `torch.library.triton_op` brings PyTorch's compiler with it. Under
 torch.compile that import happens while the call is traced.

@@ -1,4 +1,4 @@
-"""What both operations share on any machine: where a call runs, and how its arguments are checked.
+"""What the operations share on any machine: where a call runs, and how its arguments are checked.
 
 Neither Triton nor PyTorch's compiler is imported here: a call on a CPU needs neither, and together they take seconds.
 operators.py has what the kernels share.

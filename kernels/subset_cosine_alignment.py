@@ -90,9 +90,7 @@ def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, studen
     student, teacher = _check(op, student, teacher, subset, student_is_subset, eps)
     per_image, scale = None, weight
     if isinstance(weight, torch.Tensor):
-        check_tensor(
-            op, "weight", weight, "B", {"B": subset.shape[0]}, (*FLOATS, torch.float64), subset.device
-        )
+        check_tensor(op, "weight", weight, "B", {"B": subset.shape[0]}, (*FLOATS, torch.float64), subset.device)
         if weight.requires_grad and torch.is_grad_enabled():
             fail(op, "weight", weight, "no gradient: pass weight.detach()")
         per_image, scale = weight.contiguous(), 1.0

@@ -38,9 +38,7 @@ def count_bytes(direction, gather, loss, images, tokens, kept, width, student, t
         fixed = rows + total * (index + saved)
         # The loss: every program reads its image's weight and leaves one sum.
         return (
-            (fixed + programs * 2 * scalar, fixed + images * scalar + scalar)
-            if loss
-            else (fixed + total * cosine,) * 2
+            (fixed + programs * 2 * scalar, fixed + images * scalar + scalar) if loss else (fixed + total * cosine,) * 2
         )
     written = images * (tokens if gather else kept) * width * student
     least = rows + written + total * (index + saved) + (images * scalar + scalar if loss else total * cosine)
@@ -48,9 +46,7 @@ def count_bytes(direction, gather, loss, images, tokens, kept, width, student, t
     if gather:  # Every program reads the whole subset of its image, and the gradients that go with it.
         per_program += kept * (index if loss else index + cosine)
         return rows + written + total * saved + programs * per_program, least
-    return rows + written + total * (index + saved) + (
-        0 if loss else total * cosine
-    ) + programs * per_program, least
+    return rows + written + total * (index + saved) + (0 if loss else total * cosine) + programs * per_program, least
 
 
 def aot_cases(shapes=None, every_configuration=True):
@@ -109,9 +105,7 @@ def _launch(direction, gather, loss, sizes, student, teacher, config):
     kernel = kernels.forward_kernel
     if direction == "backward":
         kernel = kernels.backward_gather_kernel if gather else kernels.backward_kernel
-    pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "saved_ptr", "cosine_ptr"), "*fp32") | {
-        "subset_ptr": "*i64"
-    }
+    pointers = dict.fromkeys(("grad_ptr", "weight_ptr", "saved_ptr", "cosine_ptr"), "*fp32") | {"subset_ptr": "*i64"}
     pointers |= {
         "teacher_ptr": _pointer(teacher),
         "student_ptr": _pointer(student),

@@ -76,9 +76,7 @@ def forward_kernel(
     s_inverse = 1.0 / tl.maximum(s_norm, eps * s_scale)
     t_inverse = 1.0 / tl.maximum(tl.sqrt(tt), eps * t_scale)
     cosine = dot * s_inverse * t_inverse
-    along = tl.where(
-        s_norm < eps * s_scale, 0.0, cosine
-    )  # As in F.normalize: max(|s|, eps) is flat below eps.
+    along = tl.where(s_norm < eps * s_scale, 0.0, cosine)  # As in F.normalize: max(|s|, eps) is flat below eps.
     tl.store(saved_ptr + token, s_inverse * s_scale, mask=live)
     tl.store(saved_ptr + saved_plane + token, t_inverse * t_scale, mask=live)
     tl.store(saved_ptr + 2 * saved_plane + token, along, mask=live)
@@ -191,9 +189,7 @@ def backward_gather_kernel(
         if LOSS:
             grad += tl.sum(tl.where(match, 1.0, 0.0), 1)
         else:
-            here = tl.load(
-                grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=k < kept, other=0.0
-            )
+            here = tl.load(grad_ptr + image * grad_batch + k.to(tl.int64) * grad_token, mask=k < kept, other=0.0)
             grad += tl.sum(tl.where(match, here[None, :], 0.0), 1)
     if LOSS:
         grad *= tl.load(grad_ptr) * (-scale / count)

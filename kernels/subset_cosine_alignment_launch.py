@@ -125,9 +125,7 @@ def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_s
         if student_is_subset:
             wrap_triton(backward_kernel)[grid](*shared, *sizes, **flags)
         else:
-            wrap_triton(backward_gather_kernel)[grid](
-                *shared, tokens, *sizes, BLOCK_K=look_up_block(config), **flags
-            )
+            wrap_triton(backward_gather_kernel)[grid](*shared, tokens, *sizes, BLOCK_K=look_up_block(config), **flags)
 
     configs = configurations(width, _itemsize(student, teacher), gather_backward=not student_is_subset)
     launch(choose("alignment_backward", _key(student, teacher, student_is_subset), configs, student, launch))
@@ -186,9 +184,7 @@ def loss_op(
     if saved.numel() == 0:
         return loss.zero_(), saved
     count = subset.shape[0] * subset.shape[1]
-    wrap_triton(mean_kernel)[(1,)](
-        partial, loss, partial.shape[0], count, scale, BLOCK=1024, num_warps=4, num_stages=1
-    )
+    wrap_triton(mean_kernel)[(1,)](partial, loss, partial.shape[0], count, scale, BLOCK=1024, num_warps=4, num_stages=1)
     return loss, saved
 
 

@@ -8,13 +8,16 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import get_args, get_origin
 
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.home import expand_home
 from maskalign.neighbours import look, make_room
+from maskalign.runtime.files import disk_reason, is_disk_error
 
 STARTED = look()
 
@@ -52,9 +55,22 @@ def run_function(name, function, argv):
     parser.add_function_arguments(function, as_group=False, skip=set(positional))
     add_dashed_names(parser)
     argv = complete_switches(function, join_labels(argv) if name in ("sample", "evaluate") else argv)
-    arguments = parser.parse_args(argv).as_dict()
+    arguments = expand_paths(function, parser.parse_args(argv).as_dict())
     make_room(STARTED)
     function(**arguments)
+
+
+# Options that are text, as they may be a URL or a name instead of a path.
+PATHS = {"source", "data", "latents", "vae", "weights", "teacher_weights", "inception", "held_out", "device"}
+
+
+def expand_paths(function, arguments):
+    """The arguments of a command with the home folder put into its paths."""
+    annotations = function.__annotations__
+    return {
+        name: expand_home(value) if name in PATHS or "Path" in str(annotations.get(name)) else value
+        for name, value in arguments.items()
+    }
 
 
 def add_dashed_names(parser):
@@ -111,9 +127,10 @@ def run_plan(argv):
     parser.add_function_arguments(plan, as_group=False, skip={"config"})
     add_dashed_names(parser)
     given = parser.instantiate(parser.parse_args(argv))
-    config = Config(**{name: getattr(given, name) for name in Config.__dataclass_fields__})
+    config = expand_home(Config(**{name: getattr(given, name) for name in Config.__dataclass_fields__}))
     validate(config)
-    plan(config, **{name: getattr(given, name) for name in plan.__annotations__ if name != "config"})
+    own = {name: getattr(given, name) for name in plan.__annotations__ if name != "config"}
+    plan(config, **expand_paths(plan, own))
 
 
 def dispatch(argv):
@@ -164,13 +181,20 @@ def main(argv=None):
     except RunError as error:
         status = 1
         complain("failed", error)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader of our output has gone (`maskalign ... | head`): say no more.
+            status = 0
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        elif is_disk_error(error):
+            status = 1
+            with suppress(OSError):  # the log may be on the same disk
+                complain("failed", f"{disk_reason(error)}; free space, or write elsewhere")
+        else:
+            raise
     except KeyboardInterrupt:
         status = 130
         print("maskalign: stopped", file=sys.stderr)
-    except BrokenPipeError:
-        # The reader of our output has gone (`maskalign ... | head`): say no more.
-        status = 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         status = 0
     sys.exit(status)

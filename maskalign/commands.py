@@ -21,7 +21,10 @@ def data_build(
     workers: Optional[int] = None,
     seed: int = 0,
     max_bad_fraction: float = 0.01,
+    class_folders: Optional[Literal["top", "leaf", "path", "none"]] = None,
     class_names: Optional[Path] = None,
+    holes: Optional[Literal["keep", "close"]] = None,
+    exif: Literal["apply", "ignore"] = "apply",
     license: Optional[str] = None,
     root: Optional[Path] = None,
 ):
@@ -30,7 +33,8 @@ def data_build(
     Stopped at any moment and started again, it goes on; under torchrun the ranks share the work.
 
     Args:
-        source: openmoji, a folder or .zip/.tar of images (folder name = class), webdataset shards, torchvision:NAME.
+        source: openmoji, a folder or .zip/.tar of images (top folder = class, or dataset.json has the labels),
+            webdataset shards, torchvision:NAME.
         out: the folder for the shards and manifest.json.
         size: side of the stored square images in pixels.
         crop: adm is ADM's centre crop (as REPA), resize squeezes the whole image into the square.
@@ -40,7 +44,12 @@ def data_build(
         workers: processes; by default one per CPU core, and this one alone for few images.
         seed: of the order of the samples.
         max_bad_fraction: share of unusable images that is accepted; they are listed in bad.csv.
-        class_names: text file with a class name per line, for webdataset shards with integer labels.
+        class_folders: an image's class is its top folder (top, as torchvision), the folder it lies in (leaf), all its
+            folders (path), or there is only one (none); by default the labels in dataset.json, else top.
+        class_names: text file with a class name per line, for webdataset shards or dataset.json with integer labels.
+        holes: keep numbers of classes that no image has as classes, or close the holes; without it such labels are
+            refused, unless names tell what they are.
+        exif: apply turns photos as their cameras say, ignore takes them as they are stored (ADM, REPA).
         license: licence of the images, for the manifest.
         root: folder where torchvision has, or puts, its files.
     """
@@ -57,7 +66,10 @@ def data_build(
         workers=workers,
         seed=seed,
         max_bad_fraction=max_bad_fraction,
+        class_folders=class_folders,
         class_names=None if class_names is None else read_names(class_names),
+        holes=holes,
+        exif=exif,
         license=license,
         root=root,
     )
@@ -179,7 +191,8 @@ def sample(
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt file.
         out: folder for the pictures.
-        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags; by default up to ten classes, with --npz all.
+        classes: labels, ranges or class names, e.g. 0,3,5-8 or Flags (name:2, label:2 where it could be either); by
+            default up to ten classes, with --npz all.
         per_class: pictures per class on the sheet.
         sampler: Euler (ode), Heun, or Euler-Maruyama (sde).
         steps: steps of the sampler.

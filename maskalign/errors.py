@@ -7,14 +7,21 @@ def one_line(message):
     return type(message).__name__ if not text and isinstance(message, BaseException) else text
 
 
-class UsageError(ValueError):
+class OneLine(Exception):
+    """An error whose message is told in one line, whatever names are in it."""
+
+    def __str__(self):
+        return one_line(super().__str__())
+
+
+class UsageError(OneLine, ValueError):
     """What was asked for cannot be done: a wrong setting, path, shape or label. Exit status 2.
 
     The message is one line that says what is wrong, where, and how to mend it.
     """
 
 
-class RunError(RuntimeError):
+class RunError(OneLine, RuntimeError):
     """The work itself failed: bad data, a non-finite loss, a full disk. Exit status 1.
 
     The message is one line that says what is wrong, where, and how to mend it.

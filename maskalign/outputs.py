@@ -17,9 +17,15 @@ def make_folder(path, option="--out"):
         Path.
 
     Raises:
-        UsageError: it cannot be made or written to.
+        UsageError: it cannot be made or written to, or is a data set, which readers expect to hold nothing else.
     """
     folder = Path(path)
+    if (folder / "manifest.json").exists():
+        raise UsageError(f"{option}: {folder} is a data set; choose another folder")
+    return _make(folder, option)
+
+
+def _make(folder, option):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -46,5 +52,11 @@ def check_file(path, option="--out"):
     file = Path(path)
     if file.is_dir():
         raise UsageError(f"{option}: {file} is a folder; give the name of a file")
-    make_folder(file.parent, option)
+    _make(file.parent, option)
     return file
+
+
+def is_run(folder):
+    """Whether a folder is that of a training run."""
+    folder = Path(folder)
+    return (folder / "checkpoints").is_dir() or all((folder / name).exists() for name in ("config.yaml", "metrics.csv"))

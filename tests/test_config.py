@@ -161,6 +161,106 @@ def test_settings_that_do_not_fit_the_data(argv, changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+def rows(dim=8, class_token=True, components=4, kind="prefix"):
+    """A teacher's entry in the manifest."""
+    entry = dict(tokens=4, dim=dim, grid=[2, 2], dtype="int8", normalize="none")
+    if class_token:
+        basis = [[float(i == j) for j in range(dim)] for i in range(components)]
+        statistics = dict(mean=[0.0] * dim, std=[1.0] * dim)
+        entry["class_token"] = dict(dim=dim, dtype="float16", kind=kind, **statistics)
+        if components:
+            entry["class_token"]["components"] = dict(mean=[0.0] * dim, basis=basis, scale=[1.0] * components)
+    return entry
+
+
+CLASS = [*BASE, "--training.batch_size", "8", "--model.class_token", "true"]
+
+
+@pytest.mark.parametrize(
+    "argv, teachers, want",
+    [
+        ([], {"dinov2-b": rows()}, ([("dinov2-b", True)], ("dinov2-b", True))),
+        (["--method.align_weight", "0"], {"dinov2-b": rows()}, ([], ("dinov2-b", True))),
+        (["--teacher.mode", "online"], {"dinov2-b": rows()}, ([("dinov2-b", False)], ("dinov2-b", False))),
+        # DINOv2 needs no statistics, so its class token can be computed though none is stored.
+        (["--teacher.mode", "online"], {}, ([("dinov2-b", False)], ("dinov2-b", False))),
+        (["--teacher.mode", "online"], {"dinov2-b": rows(class_token=False)}, ([("dinov2-b", False)],) * 2),
+        ([], {}, ([("dinov2-b", False)], ("dinov2-b", False))),
+        (["--model.class_token_dim", "4"], {"dinov2-b": rows()}, ([("dinov2-b", True)], ("dinov2-b", True))),
+        (
+            ["--teacher.names", "[dinov2-s,dinov2-b]"],
+            {"dinov2-b": rows(), "dinov2-s": rows()},
+            ([("dinov2-s", True), ("dinov2-b", True)], ("dinov2-s", True)),
+        ),
+        (
+            ["--teacher.names", "[dinov2-s,dinov2-b]", "--method.align_weight", "0"],
+            {"dinov2-b": rows(class_token=False), "dinov2-s": rows()},
+            ([], ("dinov2-s", True)),
+        ),
+        (
+            ["--teacher.names", "[efficientnet-lite0]", "--teacher.mode", "online"],
+            {"efficientnet-lite0": rows(kind="mean")},
+            ([("efficientnet-lite0", False)], ("efficientnet-lite0", False)),
+        ),
+    ],
+)
+def test_where_the_class_token_comes_from(argv, teachers, want):
+    facts = validate_with_data(parse_config([*CLASS, *argv]), manifest(teachers=teachers))
+    expected = want[0][0] if isinstance(want[1], list) else want[1]
+    assert facts["teachers"] == want[0] and facts["class_token"] == expected
+
+
+ONLY = "maskalign data encode --data datasets/imagenet256 --teacher dinov2-b --class-token only"
+
+
+@pytest.mark.parametrize(
+    "argv, changes, words",
+    [
+        (["--teacher.names", "[]", "--method.align_weight", "0"], {}, ["teacher.names", "model.class_token false"]),
+        ([], dict(teachers={"dinov2-b": rows(class_token=False)}), ["rows of 'dinov2-b'", ONLY]),
+        (
+            ["--method.align_weight", "0", "--teacher.mode", "cached"],
+            dict(teachers={"dinov2-b": rows(class_token=False)}),
+            [ONLY],
+        ),
+        (
+            ["--teacher.names", "[dinov2-s,dinov2-b]"],
+            dict(teachers={"dinov2-s": rows(), "dinov2-b": rows(class_token=False)}),
+            [ONLY],
+        ),
+        (["--teacher.mode", "cached", "--method.align_weight", "0"], {}, ["dinov2-b", "data encode"]),
+        (["--method.align_weight", "0"], dict(image_format=None), ["teacher.names", "images"]),
+        (["--teacher.names", "[efficientnet-lite0]"], {}, ["statistics", "--teacher efficientnet-lite0"]),
+        (
+            ["--teacher.names", "[efficientnet-lite0]", "--teacher.mode", "online"],
+            dict(teachers={"efficientnet-lite0": rows(class_token=False)}),
+            ["statistics", "--teacher efficientnet-lite0 --class-token only"],
+        ),
+        (
+            ["--model.class_token_dim", "5"],
+            dict(teachers={"dinov2-b": rows()}),
+            ["model.class_token_dim: 5", "has 4 principal components", "--class-components 5 --class-token only"],
+        ),
+        (
+            ["--model.class_token_dim", "9"],
+            dict(teachers={"dinov2-b": rows()}),
+            ["model.class_token_dim: 9", "the class token has 8 numbers"],
+        ),
+        (
+            ["--model.class_token_dim", "2"],
+            dict(teachers={"dinov2-b": rows(components=0)}),
+            ["has 0 principal components", "--class-components 2"],
+        ),
+        (["--model.class_token_dim", "2"], {}, ["has 0 principal components", "--class-components 2, or"]),
+    ],
+)
+def test_class_tokens_that_are_not_there_are_one_line(argv, changes, words):
+    with pytest.raises(UsageError) as error:
+        validate_with_data(parse_config([*CLASS, *argv]), manifest(**changes))
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_every_setting_has_help(capsys):
     with pytest.raises(SystemExit):
         parse_config(["--help"], prog="maskalign train")

@@ -48,9 +48,7 @@ class Classifier(nn.Module):
 
 
 def _convolution(width_in, width_out, stride=1):
-    return nn.Sequential(
-        nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()
-    )
+    return nn.Sequential(nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU())
 
 
 def load_images(path, most=None):

@@ -340,7 +340,6 @@ class Benchmark:
         show = table if self.classifier is None else beside_paper.table
         print(show(read_rows(f"{stem}.csv")))
 
-
     def _about_classifier(self):
         """What is to be known of the distances in the classifier's features; nothing where there is none."""
         if self.classifier is None:

@@ -11,9 +11,10 @@ from maskalign.analysis.gradients import cut_at_tap, token_gradients
 from maskalign.analysis.stability import share_ratio, top_tokens
 from maskalign.evaluation.gap import (
     MASK_RATIO,
-    alignment_by_image,
+    alignment_by_token,
     can_mask,
     ending_at_tap,
+    gaps_by_image,
     kept_patches,
     keyed_subsets,
 )
@@ -34,8 +35,9 @@ def paper_measures(model, heldout, images, path="linear"):
         path: the interpolant's path.
 
     Returns:
-        dict: `gap`, G_r at mask ratio 0.25, and `gap_error`, its standard error over images; `full_align_loss`, the
-        alignment loss on all tokens; `heat_ratio`, the largest over the smallest share of images in which a position is
+        dict: `gap`, G_r at mask ratio 0.25, and `gap_error`, its standard error over images; `gap_matched` and
+        `gap_matched_error`, an estimate of the same with less spread; `full_align_loss`, the alignment loss on all
+        tokens; `heat_ratio`, the largest over the smallest share of images in which a position is
         among the top 10 % of alignment gradients, and `heat_ratio_chance`, up to where chance alone takes it. Empty for
         a model without a projector.
     """
@@ -44,23 +46,28 @@ def paper_measures(model, heldout, images, path="linear"):
     trunk, tokens = cut_at_tap(model), model.num_tokens
     kept = kept_patches(MASK_RATIO, tokens)
     batches = list(_batches(model, heldout, images, path))
-    full, masked, norms = [], [], []
+    full, gaps, norms = [], [], []
     for _, *batch, class_token in batches:
         norms.append(token_gradients(trunk, *batch, class_token=class_token).norms.float().numpy())
     with ending_at_tap(trunk):
         for rows, *batch, class_token in batches:
-            full.append(alignment_by_image(trunk, *batch, class_token=class_token).numpy())
-            subsets = (keyed_subsets(f"gap/{SEED}/{number}", rows, tokens, kept) for number in range(SUBSETS))
-            losses = [alignment_by_image(trunk, *batch, class_token=class_token, subset=of).numpy() for of in subsets]
-            masked.append(np.mean(losses, axis=0))
-    # The batches of a time follow each other: (times, images).
-    full, masked = (np.concatenate(parts).reshape(len(TIMES), -1) for parts in (full, masked))
-    gaps = (masked - full).mean(axis=0)
+            whole, own = alignment_by_token(trunk, *batch, class_token=class_token), []
+            for number in range(SUBSETS):
+                subset = keyed_subsets(f"gap/{SEED}/{number}", rows, tokens, kept)
+                masked = alignment_by_token(trunk, *batch, class_token=class_token, subset=subset)
+                own.append(torch.stack(gaps_by_image(whole, masked, subset, class_token is not None)))
+            full.append(whole.mean(dim=1).numpy())
+            gaps.append(torch.stack(own).mean(dim=0).numpy())
+    # The batches of a time follow each other: (times, images), and for the gaps plain and matched first.
+    full = np.concatenate(full).reshape(len(TIMES), -1)
+    plain, matched = np.concatenate(gaps, axis=1).reshape(2, len(TIMES), -1).mean(axis=1)
     top = top_tokens(np.concatenate(norms).reshape(len(TIMES), -1, tokens))
     heat = share_ratio(top, np.ones_like(top))
     return {
-        "gap": float(gaps.mean()),
-        "gap_error": float(gaps.std(ddof=1) / len(gaps) ** 0.5),
+        "gap": float(plain.mean()),
+        "gap_error": float(plain.std(ddof=1) / len(plain) ** 0.5),
+        "gap_matched": float(matched.mean()),
+        "gap_matched_error": float(matched.std(ddof=1) / len(matched) ** 0.5),
         "full_align_loss": float(full.mean()),
         "heat_ratio": heat.ratio.value,
         "heat_ratio_chance": float(heat.ratio.high),

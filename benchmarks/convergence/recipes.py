@@ -61,8 +61,8 @@ BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
 # All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
-# The papers' recipes, and ours under names of their own. Of the paper's ablations, `maskalign-mask0` is without masking,
-# `maskalign-layers0` without mixing, and without either it is `reg`.
+# The papers' recipes, and ours under names of their own. Of the paper's ablations, `maskalign-mask0` is without
+# masking, `maskalign-layers0` without mixing, and without either it is `reg`.
 PAPERS = {
     "repa": {},
     "reg": CLASS,

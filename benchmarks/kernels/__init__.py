@@ -1,1 +1,1 @@
-"""Time and memory of both operations: `python -m benchmarks.kernels --help`."""
+"""Time and memory of the operations: `python -m benchmarks.kernels --help`."""

@@ -162,6 +162,8 @@ def benchmark(options, shapes=None):
     about = machine(device, {p: matmul_peak(device, p, options.clock) for p in ("bf16", "fp32")})
     rows = []
     for operation in options.operations:
+        if operation not in (shapes or SHAPES):
+            print(f"{operation} is not measured on a CPU, where it is the plain lines", file=sys.stderr)
         for shape in (shapes or SHAPES).get(operation, ())[: 2 if options.quick else None]:
             print(f"measuring {operation} {label(operation, shape)}", file=sys.stderr, flush=True)
             with precision(operation, shape, device):

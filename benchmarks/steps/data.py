@@ -107,7 +107,7 @@ class Batches:
 
 
 def with_class_row(rows, values):
-    """Teacher rows (b, N, Dz), floating or int8, with the class token (b, Dz) in front, as `training.features` has it."""
+    """Teacher rows (b, N, Dz), floating or int8, with the class token (b, Dz) in front, as `Features` gives them."""
     first = quantise_rows(values, check=False) if rows.dtype == torch.int8 else values.to(rows.dtype)
     return torch.cat([first.unsqueeze(1), rows], dim=1)
 
@@ -117,7 +117,7 @@ def moments_to_latents(moments, noise):
 
 
 def write_shards(folder, grid, samples):
-    """A data set in the ImageNet layout: random moments (float16), int8 features on the student's grid, class tokens."""
+    """A data set in the ImageNet layout: random moments (float16), int8 features on the student's grid, classes."""
     rng, tokens, shards = np.random.default_rng(0), grid[0] * grid[1], []
 
     def members(number):

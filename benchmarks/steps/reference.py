@@ -174,7 +174,9 @@ class ReferenceCase:
 def load_file(path):
     """A module from one file of a checkout, without putting the checkout on the path."""
     if not path.is_file():
-        raise UsageError(f"--reference: {path} does not exist; give the root of a checkout of the public REPA or REG code")
+        raise UsageError(
+            f"--reference: {path} does not exist; give the root of a checkout of the public REPA or REG code"
+        )
     name = f"reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

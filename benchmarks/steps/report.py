@@ -10,8 +10,8 @@ import torch
 COLUMNS = (
     ("case", "case", "{}"), ("tokens", "tokens", "{}"), ("images_per_second", "images/s", "{:.2f}"),
     ("step_ms", "ms", "{:.0f}"), ("spread", "p10-p90", "{}"), ("x_repa", "x REPA", "{:.2f}"),
-    ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("time_of_reg", "of REG", "{:.3f}"), ("passes_of_reg", "fwd+bwd", "{:.3f}"),
-    ("mixer_cost", "mixer", "{:+.1%}"),
+    ("ratio_spread", "p10-p90", "{}"), ("x_reference", "x ref", "{:.2f}"), ("time_of_reg", "of REG", "{:.3f}"),
+    ("passes_of_reg", "fwd+bwd", "{:.3f}"), ("mixer_cost", "mixer", "{:+.1%}"),
     ("gflops_per_image", "GFLOP", "{:.1f}"), ("share_of_matmul_peak", "of peak", "{:.0%}"),
     ("share_of_peak_fwd_bwd", "in passes", "{:.0%}"),
     ("saved_mib", "saved MiB", "{:.0f}"), ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"),

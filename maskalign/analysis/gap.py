@@ -6,20 +6,29 @@ import numpy as np
 
 from maskalign.analysis.gradients import cut_at_tap
 from maskalign.errors import UsageError
-from maskalign.evaluation.gap import alignment_by_image, can_mask, ending_at_tap, kept_patches, keyed_subsets
+from maskalign.evaluation.gap import (
+    alignment_by_token,
+    can_mask,
+    ending_at_tap,
+    gaps_by_image,
+    kept_patches,
+    keyed_subsets,
+)
 
 NOISE = 0  # the number of the draw whose noise all subsets share
 
 
 class GapLosses(NamedTuple):
-    """Alignment losses of the images: full (times, images) on all tokens, subset (times, subsets, images); float64."""
+    """Alignment losses of the images: full (times, images) on all tokens, subset (times, subsets, images); and the
+    matched gap (times, subsets, images), see `evaluation.gap`; float64."""
 
     full: np.ndarray
     subset: np.ndarray
+    matched: np.ndarray
 
-    def gaps(self, time=slice(None)):
+    def gaps(self, time=slice(None), matched=False):
         """G_r by subset and image, (subsets, images), a mean over the times chosen (an index or a slice)."""
-        gaps = (self.subset - self.full[:, None])[time]
+        gaps = (self.matched if matched else self.subset - self.full[:, None])[time]
         return gaps if gaps.ndim == 2 else gaps.mean(axis=0)
 
 
@@ -61,8 +70,8 @@ def measure_gap(subject, images, settings, progress=None):
         return None
     kept = check_mask_ratio(subject.model, settings.mask_ratio)
     trunk, tokens = cut_at_tap(subject.model), subject.model.num_tokens
-    full = np.zeros((len(settings.times), images.count))
-    masked = np.zeros((len(settings.times), settings.subsets, images.count))
+    shape = len(settings.times), settings.subsets, images.count
+    found = GapLosses(np.zeros((shape[0], shape[2])), np.zeros(shape), np.zeros(shape))
     with ending_at_tap(trunk):
         for rows in images.batches(settings.batch_size):
             draws = images.draws(subject, settings.keep_ratio, NOISE, rows, settings.seed)
@@ -74,10 +83,14 @@ def measure_gap(subject, images, settings, progress=None):
                 batch = images.noised(subject, draws, rows, time)
                 common = (trunk, batch.x_t, batch.t, batch.labels, batch.teachers)
                 token = {"class_token": batch.class_token}
-                full[place, rows] = alignment_by_image(*common, **token).cpu().numpy()
+                full = alignment_by_token(*common, **token)
+                found.full[place, rows] = full.mean(dim=1).cpu().numpy()
                 for number, subset in enumerate(subsets):
-                    losses = alignment_by_image(*common, **token, subset=subset.to(images.device))
-                    masked[place, number, rows] = losses.cpu().numpy()
+                    subset = subset.to(images.device)
+                    masked = alignment_by_token(*common, **token, subset=subset)
+                    gaps = gaps_by_image(full, masked, subset, batch.class_token is not None)
+                    found.subset[place, number, rows] = masked.mean(dim=1).cpu().numpy()
+                    found.matched[place, number, rows] = gaps.matched.cpu().numpy()
                 if progress is not None:
                     progress(1 + settings.subsets)
-    return GapLosses(full, masked)
+    return found

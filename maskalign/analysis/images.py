@@ -1,5 +1,6 @@
 """The images that are looked at: read once, with labels and teacher features, and noised by keyed draws."""
 
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple, Optional
@@ -59,6 +60,8 @@ class Images:
         self._check(path, model, count)
         self.names = tuple(teachers) or subject.teachers or tuple(manifest.teachers)
         sources = [(name, self._is_cached(path, name)) for name in self.names]
+        if model.class_dim is not None:
+            sources = self._class_sources(path, subject, sources)
         config = replace(
             subject.config,
             parallel=replace(subject.config.parallel, plan="none"),
@@ -109,15 +112,47 @@ class Images:
             )
         return name in self.manifest.teachers
 
+    def _class_sources(self, path, subject, sources):
+        """The sources, with those computed whose class tokens are stored by other statistics than the run's own.
+
+        Averages of rows are standardized, and principal components taken, with statistics of the data set: those of the
+        training count. Where its data set is not there, the given one is taken for it.
+
+        Raises:
+            UsageError: rows without class tokens, or others than the run's, and no images to compute them from.
+        """
+        where, training = subject.config.data.path, None
+        with suppress(UsageError, OSError):
+            training = Manifest.load(where if isinstance(where, str) else next(iter(where)))
+        found = []
+        for name, cached in sources:
+            own = self.manifest.teachers.get(name, {}).get("class_token")
+            if cached and own is None:
+                raise UsageError(f"{path}: {no_class_tokens(name, path)}")
+            trained = training.teachers.get(name) if training is not None and subject.step is not None else None
+            if trained is not None and "class_token" in trained and not self._fits(own, trained, subject):
+                if self.manifest.image_format is None:
+                    raise UsageError(
+                        f"{path}: its class tokens of {name!r} have other statistics than those of the run's data set, "
+                        "and there are no images to compute them from; give --data the data set of its training"
+                    )
+                self.manifest.teachers[name], cached = trained, False
+            found.append((name, cached))
+        return found
+
+    @staticmethod
+    def _fits(own, trained, subject):
+        """Whether a data set's class tokens are what the run was trained on."""
+        keys = ["mean", "std"] if trained["class_token"]["kind"] == "mean" else []
+        keys += ["components"] if subject.config.model.class_token_dim is not None else []
+        return own is not None and all(own.get(key) == trained["class_token"].get(key) for key in keys)
+
     def _components(self, path, subject, sources):
         """How many principal components of the class token the model denoises; None where it is the token as it is.
 
         Raises:
-            UsageError: rows without class tokens, or fewer components than the model takes.
+            UsageError: the data set has fewer components than the model takes.
         """
-        for name, cached in sources:
-            if cached and "class_token" not in self.manifest.teachers[name]:
-                raise UsageError(f"{path}: {no_class_tokens(name, path)}")
         name, wanted = sources[0][0], subject.model.class_dim
         entry = self.manifest.teachers.get(name, {}).get("class_token", {})
         # A file of weights does not name its settings: a narrower class token tells of components.

@@ -75,32 +75,41 @@ def _papers(tables, about):
         "lower bound. The ratio by chance comes from permuting the positions of every image.",
         "",
     ]
-    head = ["run", "step", "largest share", "smallest share", "ratio", "ratio by chance (95 %)"]
+    head = ["run", "step", "largest share", "smallest share", "ratio (95 %)", "ratio by chance (95 %)"]
     if gaps:
         one = next(iter(gaps.values()))
         lines += [
             f"*Stability gap* G_r, mask ratio {one['mask_ratio']:g}: the alignment loss where all blocks see "
             f"{_seen(about)}{one['kept']} of {one['patches']} patches, dropped after the mixing layers, minus the loss "
             f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
-            f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets.",
+            f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets. "
+            "The *matched* gap estimates the same number with less spread: it compares the subset's tokens with the "
+            "same tokens where the model sees all, so that it does not matter how hard the drawn patches are.",
             "",
         ]
-        head += ["loss on all tokens", "G_r", "spread over subsets"]
+        head += ["loss on all tokens", "G_r", "spread over subsets", "G_r, matched"]
     lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     for row in shares:
         cells = [
             row["run"], "unknown" if row["step"] is None else str(row["step"]), f"{row['largest']:.3f}",
-            f"{row['smallest']:.3f}", ratio_text(row), f"{row['ratio_chance']:.1f} (up to {row['ratio_high']:.1f})",
+            f"{row['smallest']:.3f}", f"{ratio_text(row)} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})",
+            f"{row['chance_ratio']:.1f} (up to {row['chance_high']:.1f})",
         ]  # fmt: skip
-        if gaps:
-            gap = gaps.get((row["run"], row["step"]))
-            cells += ["", "not defined", ""] if gap is None else [
-                f"{gap['full_loss']:+.4f}", f"{gap['gap']:+.5f} ± {gap['standard_error']:.5f}",
-                f"{gap['subset_deviation']:.5f}",
+        gap = gaps.get((row["run"], row["step"]))
+        if gap is not None:
+            cells += [
+                f"{gap['full_loss']:+.4f}", _with_error(gap, "gap", "standard_error"),
+                f"{gap['subset_deviation']:.5f}", _with_error(gap, "matched_gap", "matched_error"),
             ]  # fmt: skip
+        elif gaps:
+            cells += ["", "not defined", "", ""]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *[f"- {line}" for line in _papers_in_short(shares, gaps, about)], ""]
     return lines
+
+
+def _with_error(gap, value, error):
+    return f"{gap[value]:+.5f} ± {gap[error]:.5f}"
 
 
 def _seen(about):
@@ -114,19 +123,20 @@ def _papers_in_short(shares, gaps, about):
     last = {row["run"]: row for row in shares}
     lines = []
     for run, row in last.items():
-        beyond = "more than" if row["ratio"] > row["ratio_high"] else "no more than"
+        beyond = "more than" if row["ratio"] > row["chance_high"] else "no more than"
         lines.append(
             f"{run}: at the last checkpoint the position most often among the top {about['top']:.0%} is there in "
             f"{row['largest']:.1%} of the cases, the one least often in {row['smallest']:.1%}: a ratio of "
-            f"{ratio_text(row)}, {beyond} chance gives (up to {row['ratio_high']:.1f})."
+            f"{ratio_text(row)}, {beyond} chance gives (up to {row['chance_high']:.1f})."
         )
         gap = gaps.get((run, row["step"]))
         if gap is None:
             lines.append(f"{run}: no stability gap, since its projector needs the whole token grid.")
         else:
             lines.append(
-                f"{run}: its stability gap is {gap['gap']:+.5f} ± {gap['standard_error']:.5f}, {_from_zero(gap)}, at "
-                f"an alignment loss of {gap['full_loss']:+.4f} on all tokens."
+                f"{run}: its stability gap is {_with_error(gap, 'gap', 'standard_error')} (matched: "
+                f"{_with_error(gap, 'matched_gap', 'matched_error')}, {_from_zero(gap)}), at an alignment loss of "
+                f"{gap['full_loss']:+.4f} on all tokens."
             )
     runs = list(last)
     for run in runs[1:]:
@@ -135,8 +145,8 @@ def _papers_in_short(shares, gaps, about):
 
 
 def _from_zero(gap):
-    error = 2 * gap["standard_error"]
-    return "within two standard errors of zero" if abs(gap["gap"]) <= error else "beyond two standard errors of zero"
+    within = abs(gap["matched_gap"]) <= 2 * gap["matched_error"]
+    return f"{'within' if within else 'beyond'} two standard errors of zero"
 
 
 def _beside(first, run, shares, gaps):
@@ -146,11 +156,12 @@ def _beside(first, run, shares, gaps):
     at = {first: common[-1], run: common[-1]} if common else {name: known[-1] for name, known in steps.items()}
     where = f"at step {common[-1]}" if common else "at their last checkpoints, which are of different steps"
     a, b = ({(row["run"], row["step"]): row for row in shares}[name, at[name]] for name in (first, run))
-    # A bound cannot be ranked against a larger number, nor two bounds against each other.
-    if (b["at_least"] and b["ratio"] <= a["ratio"]) or (a["at_least"] and a["ratio"] <= b["ratio"]):
-        flatter = "which is larger cannot be told, since a smallest share is zero"
+    if b["ratio_high"] < a["ratio_low"]:
+        flatter = f"the map of {run} is flatter"
+    elif b["ratio_low"] > a["ratio_high"]:
+        flatter = f"the map of {run} is less flat"
     else:
-        flatter = f"the map of {run} is {'flatter' if b['ratio'] < a['ratio'] else 'not flatter'}"
+        flatter = "the images are too few to tell them apart"
     lines = [f"{run} beside {first}, {where}: ratios {ratio_text(b)} and {ratio_text(a)}; {flatter}."]
     a, b = (gaps.get((name, at[name])) for name in (first, run))
     if a is None or b is None:
@@ -158,14 +169,14 @@ def _beside(first, run, shares, gaps):
     lower = "lower" if b["full_loss"] < a["full_loss"] else "not lower"
     line = (
         f"{run} beside {first}, {where}: its alignment loss on all tokens is {lower} ({b['full_loss']:+.4f} and "
-        f"{a['full_loss']:+.4f}), its stability gap "
+        f"{a['full_loss']:+.4f}), its matched stability gap "
     )
-    if a["gap"] <= 2 * a["standard_error"]:
-        line += f"{b['gap']:+.5f}; it is not put as a share of {first}'s, which is not clearly above zero"
+    if a["matched_gap"] <= 2 * a["matched_error"]:
+        line += f"{b['matched_gap']:+.5f}; it is not put as a share of {first}'s, which is not clearly above zero"
     else:
-        share = b["gap"] / a["gap"]
-        error = ((b["standard_error"] / a["gap"]) ** 2 + (share * a["standard_error"] / a["gap"]) ** 2) ** 0.5
-        line += f"{share:.1%} ± {error:.1%} of {first}'s"
+        share = b["matched_gap"] / a["matched_gap"]
+        errors = b["matched_error"] / a["matched_gap"], share * a["matched_error"] / a["matched_gap"]
+        line += f"{share:.1%} ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.1%} of {first}'s"
     return [*lines, line + "."]
 
 

@@ -163,10 +163,11 @@ def draw_gaps(gaps, path):
         steps = [0 if row["step"] is None else row["step"] for row in own]
         style = dict(marker="o", ms=3.5, lw=1.4, color=f"C{number}", label=run)
         losses.plot(steps, [row["full_loss"] for row in own], **style)
-        values, errors = ([row[key] for row in own] for key in ("gap", "standard_error"))
+        values, errors = ([row[key] for row in own] for key in ("matched_gap", "matched_error"))
         course.errorbar(steps, values, yerr=errors, capsize=3, **style)
+        course.plot(steps, [row["gap"] for row in own], "x", ms=5, color=f"C{number}")
         own = [row for row in gaps if (row["run"], row["step"]) == (run, step) and row["time"] != ""]
-        values, errors = ([row[key] for row in own] for key in ("gap", "standard_error"))
+        values, errors = ([row[key] for row in own] for key in ("matched_gap", "matched_error"))
         by_time.errorbar([row["time"] for row in own], values, yerr=errors, capsize=3, **style)
     losses.set(title="alignment loss on all tokens", xlabel="step", ylabel="-mean cosine")
     course.set(
@@ -179,7 +180,7 @@ def draw_gaps(gaps, path):
         axis.title.set_fontsize(10)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
-    figure.suptitle("bars: one standard error over images", fontsize=8)
+    figure.suptitle("lines: matched gap, with one standard error over images; crosses: plain gap", fontsize=8)
     return _save(figure, path)
 
 

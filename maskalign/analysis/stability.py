@@ -220,13 +220,14 @@ def concentration(top, present, share=0.1, permutations=200, seed=0):
 class ShareRatio(NamedTuple):
     """The largest and the smallest share of images in which a position is at the top, and their ratio.
 
-    ratio: `Chance` of the largest share over the smallest one. at_least: the smallest share is zero, and counts as one
-    observation for the ratio.
+    ratio: `Chance` of the largest share over the smallest one. interval: what 95 % of random draws of as many of the
+    images give for it (bootstrap). at_least: the smallest share is zero, and counts as one observation for the ratio.
     """
 
     largest: float
     smallest: float
     ratio: Chance
+    interval: tuple
     at_least: bool
 
 
@@ -253,7 +254,10 @@ def share_ratio(top, present, permutations=100, seed=0):
     shares = _frequency(counts.sum(axis=1))
     by_chance = [ratio(one) for one in _permuted(counts, permutations, seed)]
     found = Chance(float(ratio(counts.sum(axis=1))), float(np.mean(by_chance)), *np.percentile(by_chance, SIDES))
-    return ShareRatio(float(shares.max()), float(shares.min()), found, bool(shares.min() == 0))
+    rng, images = np.random.default_rng([seed, 3]), counts.shape[1]
+    drawn = [ratio(counts[:, rng.integers(images, size=images)].sum(axis=1)) for _ in range(max(permutations, 100))]
+    interval = tuple(float(side) for side in np.percentile(drawn, SIDES))
+    return ShareRatio(float(shares.max()), float(shares.min()), found, interval, bool(shares.min() == 0))
 
 
 def _counts(top, present):

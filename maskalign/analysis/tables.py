@@ -23,12 +23,12 @@ from maskalign.analysis.stability import (
 HALVES, TIMES, DRAWS, CHECKPOINTS, WAYS, RUNS = "halves of the data", "times", "draws", "checkpoints", "ways", "runs"
 MEAN_MAP, SINGLE = "mean map", "single images"
 SHARE_COLUMNS = (
-    "run", "step", "time", "patches", "chance", "largest", "smallest", "ratio", "at_least", "ratio_chance", "ratio_low",
-    "ratio_high", "images", "observations",
+    "run", "step", "time", "patches", "chance", "largest", "smallest", "ratio", "ratio_low", "ratio_high", "at_least",
+    "chance_ratio", "chance_high", "images", "observations",
 )  # fmt: skip
 GAP_COLUMNS = (
     "run", "step", "mask_ratio", "time", "patches", "kept", "full_loss", "subset_loss", "gap", "standard_error",
-    "subset_deviation", "images", "subsets",
+    "subset_deviation", "matched_gap", "matched_error", "images", "subsets",
 )  # fmt: skip
 POSITION_COLUMNS = ("run", "step", "mode", "time", "row", "column", "norm", "top_frequency", "cosine")
 STABILITY_COLUMNS = (
@@ -82,8 +82,9 @@ def share_rows(subject, found, settings):
             dict(
                 run=subject.run, step=subject.step, time=time, patches=tokens,
                 chance=top_size(tokens, settings.top) / tokens, largest=ends.largest, smallest=ends.smallest,
-                ratio=ends.ratio.value, at_least=int(ends.at_least), ratio_chance=ends.ratio.expected,
-                ratio_low=ends.ratio.low, ratio_high=ends.ratio.high, images=images, observations=len(flat) * images,
+                ratio=ends.ratio.value, ratio_low=ends.interval[0], ratio_high=ends.interval[1],
+                at_least=int(ends.at_least), chance_ratio=ends.ratio.expected, chance_high=ends.ratio.high,
+                images=images, observations=len(flat) * images,
             )
         )  # fmt: skip
     return rows
@@ -93,20 +94,22 @@ def gap_rows(subject, losses, kept, settings):
     """Rows of gap.csv for one checkpoint: by time (empty: all times) the losses and their gap; [] where there is none.
 
     The standard error is over images, each counted once with the mean over its subsets (and times). The deviation over
-    subsets is that of the mean gap of all images from one draw of subsets to the next.
+    subsets is that of the mean gap of all images from one draw of subsets to the next. The matched gap estimates
+    the same with less spread, see `evaluation.gap`.
     """
     if losses is None:
         return []
     rows, (subsets, images) = [], losses.subset.shape[1:]
     for place, time in [(slice(None), "")] + list(enumerate(settings.times)):
-        gaps = losses.gaps(place)
+        gaps, matched = losses.gaps(place), losses.gaps(place, matched=True)
         rows.append(
             dict(
                 run=subject.run, step=subject.step, mask_ratio=settings.mask_ratio, time=time,
                 patches=subject.model.num_tokens, kept=kept, full_loss=losses.full[place].mean(),
                 subset_loss=losses.subset[place].mean(), gap=gaps.mean(),
                 standard_error=gaps.mean(axis=0).std(ddof=1) / images**0.5,
-                subset_deviation=gaps.mean(axis=1).std(ddof=1), images=images, subsets=subsets,
+                subset_deviation=gaps.mean(axis=1).std(ddof=1), matched_gap=matched.mean(),
+                matched_error=matched.mean(axis=0).std(ddof=1) / images**0.5, images=images, subsets=subsets,
             )
         )  # fmt: skip
     return rows

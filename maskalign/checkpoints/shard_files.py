@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import struct
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from maskalign.checkpoints.layout import PIECE
+from maskalign.runtime.files import sync_file
 
 NAMES = {dtype: name for name, dtype in DTYPE_MAP.items()}
 
@@ -99,7 +99,7 @@ def write_file(path, tensors, offsets):
                 size += len(piece)
                 while piece:
                     piece = piece[file.write(piece) :]
-        os.fsync(file.fileno())
+        sync_file(file)
     return {"size": size, "sha256": digest.hexdigest()}
 
 

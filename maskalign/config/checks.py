@@ -64,6 +64,7 @@ def validate(config):
         "optimizer.warmup_steps": 0,
         "optimizer.grad_clip": 0,
         "optimizer.weight_decay": 0,
+        "optimizer.ema_warmup": 0,
         "method.class_weight": 0,
         "preview.classes": 1,
         "preview.per_class": 1,

@@ -8,6 +8,7 @@ from maskalign.config.checks import validate
 from maskalign.config.messages import plain_message, with_suggestion
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
+from maskalign.home import expand_home
 
 
 def make_config_parser(**kwargs):
@@ -59,7 +60,7 @@ def find_config(path):
     Raises:
         UsageError: no such file or recipe.
     """
-    expanded = os.path.expanduser(path)
+    expanded = expand_home(path)
     if os.path.exists(expanded) or set("{\n") & set(path):
         return expanded
     recipes = packaged_recipes()
@@ -116,6 +117,7 @@ def parse_config(argv, **kwargs):
     parser = make_config_parser(**kwargs)
     config = parser.instantiate(parser.parse_args(argv))
     config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
+    config = expand_home(config)  # of all settings only paths begin with ~
     validate(config)
     return config
 

@@ -160,6 +160,8 @@ class OptimizerConfig:
     """Share of training at which the fall begins."""
     ema_decay: float = 0.9999
     """Decay of the exponential moving average of the weights, every step."""
+    ema_warmup: float = 0.0
+    """Bound the average's half-life by this share of the steps done (EDM's ramp, there 0.05); 0 turns it off."""
 
 
 @dataclass
@@ -195,7 +197,8 @@ class TrainingConfig:
     sample_every: int = 10_000
     """Steps between grids of EMA samples; 0 draws only the last one."""
     resume: str = "auto"
-    """auto: go on from the newest checkpoint of run_dir; never: refuse a used run_dir; or the path of a checkpoint."""
+    """auto: from the newest checkpoint of run_dir; never: refuse a used run_dir; restart: set aside what run_dir holds
+    and begin at step 0; or the path of a checkpoint."""
     init_from: Optional[str] = None
     """Start from the weights of this checkpoint (ours or REPA's), not from its step."""
     max_nonfinite: int = 10

@@ -7,17 +7,22 @@ import bz2
 import gzip
 import lzma
 import os
+import posixpath
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from functools import lru_cache
 
 from maskalign.data.images import MAX_BYTES, BadImage
-from maskalign.data.manifest import sync_folder
-from maskalign.errors import RunError, UsageError
+from maskalign.data.listing import Listing, clean_name, has_image_ending
+from maskalign.errors import RunError, UsageError, one_line
+from maskalign.runtime.files import sync_file, sync_folder
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
+MAX_LINKS = 8  # a link to a link to a link ... that is followed
 
 
 def archive_kind(path):
@@ -39,7 +44,7 @@ def archive_kind(path):
         return "compressed tar"
     try:
         return "tar" if tarfile.is_tarfile(path) else None
-    except (OSError, EOFError):
+    except Exception:  # damaged headers make tarfile raise more than its own errors
         return None
 
 
@@ -56,10 +61,9 @@ def decompress(path, target):
     try:
         with opener(path, "rb") as packed, open(temporary, "wb") as plain:
             shutil.copyfileobj(packed, plain, 2**20)
-            plain.flush()
-            os.fsync(plain.fileno())
+            sync_file(plain)
         os.replace(temporary, target)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
         if getattr(error, "errno", None) is not None:
@@ -68,14 +72,25 @@ def decompress(path, target):
     sync_folder(os.path.dirname(target))
 
 
-def list_tar(path, number=0, depth=1):
-    """Yield (name, (number, offset, size)) of each regular file in a plain tar.
+def list_tar(path, number=0):
+    """List the regular files of a plain tar, with links to them resolved; places are (number, offset, size).
 
-    A tar inside the tar, as ImageNet's training set has one for each class, is opened too: its members are
-    called INNER/NAME, without the ending of the inner tar.
+    A tar inside a tar that has no pictures of its own, as ImageNet's training set has one for each class, is opened
+    too: its members are called INNER/NAME, without the ending of the inner tar.
+
+    Raises:
+        RunError: the tar is damaged or cut short.
     """
     with open(path, "rb") as file:
-        yield from _walk_tar(file, path, number, depth, base=0)
+        listing, hidden = Listing(), set()
+        _walk_tar(file, path, number, 0, "", listing, hidden)
+        if not listing.images:
+            inner = [entry for entry in listing.files if entry[0].lower().endswith(".tar")]
+            listing.files = [entry for entry in listing.files if not entry[0].lower().endswith(".tar")]
+            for name, (_, start, size) in inner:
+                window = _Window(file, start, size)
+                _walk_tar(window, path, number, start, f"{name[:-4]}/", listing, hidden)
+    return listing.settle()
 
 
 class _Window:
@@ -101,40 +116,123 @@ class _Window:
         return data
 
 
-def _walk_tar(file, path, number, depth, base):
+def _walk_tar(file, path, number, base, prefix, listing, hidden):
+    """Add the members of one tar, which begins at byte `base` of the file, to a listing."""
+    links, last = [], -1
+    first = len(listing.files)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 tar.members.clear()  # or tarfile keeps every header: a gigabyte for a million images
-                if not info.isreg() or info.sparse is not None:
-                    continue
-                start = base + info.offset_data
-                if depth and info.name.endswith(".tar"):
-                    outer = file.file if isinstance(file, _Window) else file
-                    inner = _walk_tar(_Window(outer, start, info.size), path, number, depth - 1, start)
-                    for name, where in inner:
-                        yield f"{info.name.removesuffix('.tar')}/{name}", where
+                if info.size < 0 or tar.offset <= last:  # a damaged size would lead back, and round for ever
+                    raise tarfile.ReadError(f"no valid header at byte {base + info.offset}")
+                last = tar.offset
+                name = prefix + info.name
+                if info.isdir():
+                    listing.folders.append(clean_name(name) or ".")
+                elif info.issym() or info.islnk():
+                    links.append((name, info.linkname, info.issym()))
+                elif not info.isreg() or info.sparse is not None:
+                    listing.reject(name, "not a regular file of the tar" if info.sparse is None else "a sparse file")
                 else:
-                    yield info.name, (number, start, info.size)
+                    listing.add(name, (number, base + info.offset_data, info.size), hidden)
             file.seek(tar.offset)
             if file.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end: images would be lost
                 raise tarfile.ReadError(f"no valid header at byte {base + tar.offset}")
-    except (tarfile.TarError, EOFError, OverflowError, ValueError) as error:
-        raise RunError(f"source {path}: damaged or cut short ({error}); get the archive again") from None
+    except TAR_FAULTS as error:
+        raise RunError(f"source {path}: damaged or cut short ({one_line(error)}); get the archive again") from None
+    resolve_links(listing, first, [(name, target, symbolic, prefix) for name, target, symbolic in links], hidden)
+
+
+# What tarfile raises for damaged headers; a chain of extended headers without an end makes it call itself.
+TAR_FAULTS = (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError, KeyError, IndexError, struct.error)
+
+
+def resolve_links(listing, first, links, hidden):
+    """Give links with a picture's name what they lead to inside the archive; the others are rejected with a reason.
+
+    Args:
+        listing: whose files from number `first` on are those of this archive.
+        links: (name, target, symbolic, prefix); a hard link's target is counted from the archive's root (`prefix`),
+            a symbolic one's from the link's own folder.
+    """
+    if not links:
+        return
+    places = dict(listing.files[first:])
+    target_of = {}
+    for name, target, symbolic, prefix in links:
+        origin = name.rpartition("/")[0] if symbolic else prefix.rstrip("/")
+        outside = symbolic and target.startswith("/")
+        path = posixpath.normpath(posixpath.join(origin, target.replace("\\", "/").lstrip("/")))
+        target_of[clean_name(name)] = None if outside else clean_name(path)
+    for name, target, _, _ in links:
+        end = clean_name(name)
+        for _ in range(MAX_LINKS):
+            if end is None or end in places:
+                break
+            end = target_of.get(end)
+        if end in places:
+            listing.add(name, places[end], hidden)
+        else:
+            listing.reject(name, f"a link to {target}, which is no file of the archive")
 
 
 def list_zip(path):
-    """Yield (name, None) of each regular file in a zip; links and encrypted members are passed over."""
+    """List the regular files of a zip, with links to them resolved; a place is a number in its list of members.
+
+    Names without the flag for UTF-8 that are UTF-8 nevertheless, as macOS writes them, are read so.
+
+    Raises:
+        UsageError: every picture in it is encrypted. RunError: it is damaged, or of a version that is not read here.
+    """
+    listing, hidden, links, encrypted = Listing(), set(), [], []
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
+            for number, info in enumerate(archive.infolist()):
+                name = _zip_name(info)
                 kind = stat.S_IFMT(info.external_attr >> 16)
-                if not info.is_dir() and kind in (0, stat.S_IFREG) and not info.flag_bits & 1:
-                    yield info.filename, None
+                if name.endswith(("/", "\\")):
+                    listing.folders.append(clean_name(name) or ".")
+                elif info.flag_bits & 1:
+                    encrypted.append(name)
+                elif kind == stat.S_IFLNK and has_image_ending(name):
+                    links.append((name, _link_target(archive, info), True, ""))
+                elif kind in (0, stat.S_IFREG):
+                    listing.add(name, number, hidden)
+                elif kind == stat.S_IFDIR:
+                    listing.folders.append(clean_name(name) or ".")
+                else:
+                    listing.reject(name, "not a regular file")
     except NotImplementedError as error:  # zipfile's word for a version of the format that it does not read
         raise RunError(f"source {path}: cannot be read here ({error}); pack the images anew") from None
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
-        raise RunError(f"source {path}: damaged or cut short ({error}); get the archive again") from None
+    except (zipfile.BadZipFile, EOFError, ValueError, OverflowError, struct.error, IndexError, OSError) as error:
+        raise RunError(f"source {path}: damaged or cut short ({one_line(error)}); get the archive again") from None
+    resolve_links(listing, 0, links, hidden)
+    before = len(listing.rejected)
+    for name in encrypted:
+        listing.reject(name, "is encrypted; unpack the zip with its password")
+    if len(listing.rejected) > before and not listing.images:
+        raise UsageError(
+            f"source {path}: the zip is encrypted; unpack it with its password and give the folder that comes out"
+        )
+    return listing.settle()
+
+
+def _zip_name(info):
+    if info.flag_bits & 0x800:
+        return info.filename
+    try:
+        return info.filename.encode("cp437").decode("utf-8")
+    except UnicodeError:
+        return info.filename
+
+
+def _link_target(archive, info):
+    """What a link in a zip says; "" where that cannot be read."""
+    try:
+        return archive.read(info).decode("utf-8") if info.file_size < 4096 else ""
+    except Exception:  # damage makes zipfile raise nearly anything, and the link then leads nowhere
+        return ""
 
 
 class TarReader:
@@ -156,17 +254,17 @@ class TarReader:
 
 
 class ZipReader:
-    """Reads members of a zip by their names; picklable, opens the file where it is used."""
+    """Reads members of a zip by their numbers; picklable, opens the file where it is used."""
 
     def __init__(self, path):
         self.path = str(path)
 
     def __call__(self, item):
         archive = _open_zip(self.path)
-        size = archive.getinfo(item.name).file_size
-        if size > MAX_BYTES:
-            raise BadImage(f"{size:,} bytes, over the limit of {MAX_BYTES:,}")
-        return archive.read(item.name)
+        info = archive.infolist()[item.where]
+        if info.file_size > MAX_BYTES:
+            raise BadImage(f"{info.file_size:,} bytes, over the limit of {MAX_BYTES:,}")
+        return archive.read(info)
 
 
 @lru_cache(maxsize=16)

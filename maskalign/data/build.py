@@ -14,14 +14,20 @@ import os
 import random
 import shutil
 import time
-from contextlib import closing
+from collections import Counter
+from contextlib import ExitStack, closing
 
+from maskalign.data.labels import check_names
+from maskalign.data.listing import tell_passed
 from maskalign.data.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard, write_atomically
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.data.pool import Say, available_cores, in_processes, wait_for
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
+from maskalign.home import expand_home
+from maskalign.outputs import is_run
+from maskalign.runtime.lock import locked
 
 WORK = ".build"
 BAD_LIST = "bad.csv"
@@ -41,6 +47,9 @@ def build(
     max_bad_fraction=0.01,
     subset=None,
     class_names=None,
+    class_folders=None,
+    holes=None,
+    exif="apply",
     license=None,
     root=None,
     rank=None,
@@ -63,7 +72,11 @@ def build(
         seed: of the order of the samples, which mixes the classes within a shard.
         max_bad_fraction: share of the images that may be unusable; they are skipped and listed in bad.csv.
         subset: part of the source to take, as "train", where it has several.
-        class_names: names for the integer labels of webdataset shards; a list.
+        class_names: names for the integer labels of webdataset shards or a dataset.json; a list.
+        class_folders: which folders are the classes: "top", "leaf", "path" or "none", see `folders.group_by_class`;
+            None is the labels in dataset.json where it is there, else "top" where nothing speaks against it.
+        holes: "keep" or "close" the holes between numbers of classes, see `labels.number_classes`; None asks.
+        exif: "apply" turns photos as their cameras say; "ignore" takes them as they are stored, as ADM and REPA do.
         license: licence of the images, for the manifest.
         root: folder where torchvision has, or puts, its files.
         rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
@@ -78,58 +91,102 @@ def build(
         UsageError: a bad setting, an unusable source, or `out` holds something else. RunError: too many bad images, a
         full disk, a killed worker.
     """
-    _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction)
-    out = os.path.abspath(out)
+    _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif)
+    source, out = expand_home(os.fspath(source)), os.path.abspath(expand_home(os.fspath(out)))
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    say = Say(quiet or rank > 0)
+    say, job = Say(quiet or rank > 0), None
     if os.path.exists(out) and not os.path.isdir(out):
         raise UsageError(f"{out} is a file; give a folder as --out")
     if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
         raise UsageError(f"source and output folder are the same: {out}; choose another --out")
+    if is_run(out):
+        raise UsageError(f"--out: {out} is the folder of a run; choose another one for the data set")
+    lock = ExitStack()
     try:
+        if rank == 0:
+            lock.enter_context(locked(out, "maskalign data build"))
         os.makedirs(os.path.join(out, WORK), exist_ok=True)
         job = _plan(
             source, out, rank, wait_seconds,
             size=size, crop=crop, image_format=image_format, shard_size=shard_size, seed=seed, subset=subset,
-            class_names=class_names, license=license, root=root,
+            class_names=class_names, class_folders=class_folders, holes=holes, exif=exif, license=license, root=root,
         )  # fmt: skip
         if job.finished is not None:
             shutil.rmtree(job.work, ignore_errors=True)
             say(f"{out} is complete already: {_summary(job.finished)}")
             return job.finished
+        _describe(job.found, say)
         started = time.monotonic()
         made = _make_shards(job, rank, world_size, workers, max_bad_fraction, say)
         if rank > 0:
             return wait_for(lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest")
         rate = f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s" if made else "nothing left to prepare"
         manifest, bad = _finish(job, max_bad_fraction, wait_seconds)
-    except UsageError:
+    except UsageError as error:
+        rejected = [list(entry) for entry in getattr(error, "rejected", ())]
+        if rejected and not any(name.endswith(".tar") or name == FILE_NAME for name in os.listdir(out)):
+            _write_bad(out, rejected)
         _remove_empty(os.path.join(out, WORK), out)
         raise
     except OSError as error:
+        _write_bad_so_far(job)
         raise RunError(f"cannot build {out}: {error.strerror or error} ({error.filename or out})") from error
+    except (RunError, KeyboardInterrupt):
+        _write_bad_so_far(job)
+        raise
+    finally:
+        lock.close()
     say(f"{out}: {_summary(manifest)}, {rate}")
     if bad:
         say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")
-    if empty := job.found.empty:
-        names = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-        say(f"{len(empty):,} folders without an image are no classes, and the labels leave them out: {names}")
+        unusable = {name for name, _ in bad}
+        lost = {item.label for item in job.found.items}
+        lost -= {item.label for item in job.found.items if item.name not in unusable}
+        if lost:
+            names = [job.found.class_names[label] for label in sorted(lost)]
+            say(f"note: no image of these classes is usable, and they cannot be learnt: {_first(names)}")
     if manifest.license:
         say(f"licence: {manifest.license}")
     return manifest
 
 
+def _describe(found, say):
+    """Say before the work what was found: the classes, what is passed over, and what may be meant otherwise."""
+    counts = Counter(item.label for item in found.items)
+    classes = [f"{name} ({counts[label]:,})" for label, name in enumerate(found.class_names)]
+    noun = "class" if len(classes) == 1 else "classes"
+    say(f"{len(classes):,} {noun} from {found.how or 'the source'}: {_first(classes, 10)}")
+    for note in found.notes:
+        say(f"note: {note}")
+    if found.passed:
+        say(f"passed over, as no pictures that can be read here: {tell_passed(found.passed)}")
+    if found.rejected:
+        say(f"{len(found.rejected):,} images cannot be used; first: {': '.join(found.rejected[0])}")
+    if found.empty:
+        say(
+            f"{len(found.empty):,} folders without an image are no classes, and the labels leave them out: "
+            f"{_first(found.empty)}"
+        )
+
+
+def _first(names, most=5):
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
 def read_names(path):
     """The lines of a text file of class names; line i names label i."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return [line.strip() for line in file.read().splitlines()]
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file.read().rstrip().splitlines()]
+            return check_names(names, f"class_names {path}")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"class_names {path}: cannot be read ({error})") from None
 
 
-def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction):
+def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif):
+    if exif not in ("apply", "ignore"):
+        raise UsageError(f"exif is {exif!r}; give apply or ignore")
     if not 1 <= size <= 8192:
         raise UsageError(f"size is {size}; give a side between 1 and 8192 pixels")
     if crop not in ("adm", "resize"):
@@ -182,8 +239,23 @@ class _Job:
     def task(self, shard):
         """The arguments of `make_shard`."""
         settings = {key: self.settings[key] for key in ("size", "crop", "image_format")}
+        settings["exif"] = self.settings.get("exif", "ignore")
         path = os.path.join(self.out, shard_name(shard))
         return self.found.reader, self.part(shard), path, self.record_path(shard), settings
+
+    def mended(self, shard, record):
+        """Whether an image that was bad when the shard was made can be used by now."""
+        from maskalign.data.prepare import load
+
+        bad = {name for name, _ in record["bad"]}
+        for _, item in self.part(shard) if bad else ():
+            if item.name in bad:
+                try:
+                    load(self.found.reader, item, self.settings.get("exif", "ignore"))
+                    return True
+                except Exception:  # still bad, for whatever reason
+                    continue
+        return False
 
     def record_path(self, shard):
         return os.path.join(self.work, f"{shard_name(shard)}.json")
@@ -200,7 +272,7 @@ class _Job:
         return None
 
 
-def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, subset, class_names, root, license, **settings):
+def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, exif, crop, image_format, **listed):
     """List the source and agree with what is in `out` already: nothing, the same plan, or an error."""
     from maskalign.data.sources import open_source
 
@@ -209,18 +281,23 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, subset, cl
     if rank > 0:  # rank 0 downloads and unpacks
         ready = (plan_path, os.path.join(out, FILE_NAME))
         wait_for(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
-    found = open_source(source, size=size, subset=subset, class_names=class_names, root=root, scratch=work)
+    found = open_source(source, size=size, scratch=work, **listed)
     if license is not None:
         found.license = license
     shard_size = shard_size or min(max(-(-len(found.items) // 64), 64), 2048)
-    settings = {"source": found.name, "size": size, "shard_size": shard_size, "seed": seed, **settings}
+    settings = {"source": found.name, "size": size, "shard_size": shard_size, "seed": seed}
+    settings |= {"crop": crop, "image_format": image_format}
     listing = hashlib.sha256(found.identity.encode())
     for item in found.items:
         listing.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
     for entry in (found.class_names, found.rejected, found.license):
         listing.update(json.dumps(entry).encode())
     settings["images"] = f"{len(found.items):,} ({listing.hexdigest()[:16]})"
+    if found.photos and exif == "apply":  # older data sets have no such entry, and are as with ignore
+        settings["exif"] = exif
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if found.photos:
+        settings["exif"] = exif
     job = _Job(found, out, settings, fingerprint, shard_size, seed)
     plan = {"fingerprint": fingerprint, "settings": settings}
     job.finished = _finished(out, fingerprint)
@@ -233,6 +310,7 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, subset, cl
             write_atomically(plan_path, json.dumps(plan, indent=1).encode())
     elif there.get("fingerprint") != fingerprint:
         old = there.get("settings", {})
+        old = {"exif": "ignore"} | old  # what is not turned, and what was built before there was a choice
         changed = [key for key, value in settings.items() if old.get(key) != value]
         changes = ", ".join(f"{key} {old.get(key)!r} (now {settings[key]!r})" for key in changed)
         raise UsageError(
@@ -279,7 +357,7 @@ def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
     from maskalign.data.prepare import make_shard
 
     mine = range(rank, job.num_shards, world_size)
-    todo = [shard for shard in mine if job.record(shard) is None]
+    todo = [shard for shard in mine if (record := job.record(shard)) is None or job.mended(shard, record)]
     total = sum(len(job.part(shard)) for shard in todo)
     if len(todo) < len(mine):
         say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
@@ -287,6 +365,7 @@ def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
         workers = 1 if total < FEW else available_cores()
     workers = min(workers, len(todo))
     bad = len(job.found.rejected)
+    _limit_bad(job, bad, [], max_bad_fraction)
     # On a terminal only: in a log file, every redraw would be a line of its own.
     with tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None) as bar:
         if workers <= 1:
@@ -308,8 +387,30 @@ def _limit_bad(job, bad, latest, max_bad_fraction):
         name, reason = (latest or job.found.rejected)[-1]
         raise RunError(
             f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
-            f"{reason}; mend the source, or allow more with --max_bad_fraction"
+            f"{reason}; mend the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
+            "lists what was found so far"
         )
+
+
+def _write_bad(out, bad):
+    """Write bad.csv from [[name, reason]]."""
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([["image", "reason"], *sorted(bad)])
+    write_atomically(os.path.join(out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _write_bad_so_far(job):
+    """Where a build ends early: list what is known to be bad, as far as the disk lets us."""
+    if job is None:
+        return
+    bad = [list(entry) for entry in job.found.rejected]
+    try:
+        for shard in range(job.num_shards):
+            bad += (job.record(shard) or {}).get("bad", [])
+        if bad:
+            _write_bad(job.out, bad)
+    except OSError:  # the error that ended the build is the one to tell
+        return
 
 
 # The end
@@ -325,9 +426,9 @@ def _finish(job, max_bad_fraction, wait_seconds):
     bad = sorted(bad + [entry for record in records for entry in record["bad"]])
     if bad:
         _limit_bad(job, len(bad), bad, max_bad_fraction)
-        lines = io.StringIO()
-        csv.writer(lines, lineterminator="\n").writerows([["image", "reason"], *bad])
-        write_atomically(os.path.join(job.out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace"))
+        _write_bad(job.out, bad)
+    elif os.path.exists(os.path.join(job.out, BAD_LIST)):
+        os.unlink(os.path.join(job.out, BAD_LIST))  # of a try that failed, and what it lists is mended
     shards = [Shard(**record["shard"]) for record in records]
     if not any(shard.num_samples for shard in shards):
         raise RunError(f"none of the {len(bad):,} images is usable; the first: {': '.join(bad[0])}")
@@ -341,6 +442,7 @@ def _finish(job, max_bad_fraction, wait_seconds):
         source=job.found.name,
         extra={
             MEMBER_CHECKSUMS: MEMBER_CHECKSUM_KIND,
+            **({"exif": job.settings["exif"]} if job.found.photos else {}),
             "build": {"fingerprint": job.fingerprint, "settings": job.settings},
         },
         root=job.out,

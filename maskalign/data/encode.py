@@ -27,6 +27,8 @@ from maskalign.data.pool import Say, in_processes, wait_for
 from maskalign.data.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.staging import Staging, finish_commits, read_json
 from maskalign.errors import RunError, UsageError
+from maskalign.outputs import is_run
+from maskalign.runtime.lock import locked
 from maskalign.teachers.hub import check_weights
 from maskalign.teachers.names import check_normalisation, parse_teachers
 
@@ -107,8 +109,15 @@ def encode(
     if target is None and is_url(os.fspath(data)):
         raise UsageError(f"data set {data} is not a local folder; say where the result shall go with --out")
     target = target or os.path.abspath(data)
+    if is_run(target):
+        raise UsageError(f"--out: {target} is the folder of a run; choose another one for the data set")
+    if out is None:
+        Manifest.load(data)  # where there is none, no folder is made
+    lock = ExitStack()
     try:
         if rank == 0:
+            if not dry_run:
+                lock.enter_context(locked(target, "maskalign data encode", "--out" if out else "--data"))
             finish_commits(target)
         recipe = Recipe(
             tuple(map(Wanted, names, files)),
@@ -123,12 +132,13 @@ def encode(
         job = _plan(data, target, recipe, class_token, dry_run or rank > 0, say)
         if job is None:
             return Manifest.load(target)
-        with ExitStack() as stack:
-            if rank == 0 and not dry_run:
-                stack.enter_context(job.lock())
-            return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+        if rank == 0 and not dry_run:
+            os.makedirs(job.work, exist_ok=True)
+        return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
     except OSError as error:
         raise RunError(f"cannot encode {target}: {error.strerror or error} ({error.filename or target})") from error
+    finally:
+        lock.close()
 
 
 def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device):

@@ -23,18 +23,20 @@ class BadImage(ValueError):
     """Bytes that are not a usable image; the message says in a few words why."""
 
 
-def decode_image(data, max_pixels=MAX_PIXELS):
+def decode_image(data, max_pixels=MAX_PIXELS, exif="ignore"):
     """Decode one image to RGB, reading its header first so that a bomb is refused before it unfolds.
 
     Args:
         data: the file's bytes.
         max_pixels: an image with more pixels is refused.
+        exif: "apply" turns a photo as its camera says it was held, which viewers do; "ignore" takes the pixels as they
+            are stored, which ADM and REPA do.
 
     Returns:
         A loaded PIL image of mode RGB. Transparent parts are laid on white; an animation gives its first frame.
 
     Raises:
-        BadImage: not one of FORMATS, cut short, or too large.
+        BadImage: not one of FORMATS, cut short, too large, or of numbers whose range cannot be told (see `to_rgb`).
     """
     try:
         with warnings.catch_warnings():
@@ -43,7 +45,8 @@ def decode_image(data, max_pixels=MAX_PIXELS):
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width}x{height} pixels, over the limit of {max_pixels:,}")
-            return to_rgb(image)
+            colours = to_rgb(image, *_declared(image, data))
+            return upright(colours, image) if exif == "apply" else colours
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -55,18 +58,96 @@ def decode_image(data, max_pixels=MAX_PIXELS):
         raise BadImage(message[:200] or type(error).__name__) from None
 
 
-def to_rgb(image):
-    """The image in mode RGB, 8 bits per channel, transparent parts on white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
+ORIENTATION = 0x0112  # of EXIF
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def upright(image, original=None):
+    """The image turned as EXIF says: that of `original`, or its own. Damaged EXIF says nothing."""
+    try:
+        turn = TURNS.get((original or image).getexif().get(ORIENTATION))
+    except Exception:  # Pillow's parsers raise nearly anything, and the pixels are fine without it
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image, bits=None, deep=False):
+    """The image in mode RGB, 8 bits per channel, transparent parts on white.
+
+    Args:
+        image: of any mode.
+        bits: how many bits large grey numbers have, where the file says so beyond doubt; else their range tells.
+        deep: the file has 16 bits per channel of colour, of which Pillow keeps the upper eight.
+
+    Raises:
+        BadImage: numbers of 16 bits that may as well be dark pictures as fewer bits in large numbers, or no integers.
+    """
+    if image.mode == "RGB" and "transparency" not in image.info and not deep:
         image.load()
         return image
-    if image.mode.startswith("I"):  # 16 bits per channel: keep the upper eight
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("floating-point pixels, whose range nothing tells; give 8-bit pictures")
+    if image.mode.startswith("I"):
+        return _from_integers(np.asarray(image).astype(np.int64), bits)
+    if deep:  # of 12-bit numbers the upper eight leave four, all but black
+        bands = image.getbands()
+        most = max(high for band, (_, high) in zip(bands, _ranges(image), strict=True) if band not in ("A", "a"))
+        if most < 64:
+            raise BadImage(_untold(most * 256 + 255))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def _ranges(image):
+    ranges = image.getextrema()
+    return ranges if isinstance(ranges[0], tuple) else (ranges,)
+
+
+def _from_integers(values, bits):
+    """An RGB image of grey values of more than 8 bits.
+
+    Where the file does not say how many bits they have, values over 16,383 can only be of 16, and those that end
+    between 2,048 and 4,095 fill 12, as scanners and cameras deliver them. In between lie 14 bits and dark pictures.
+    """
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    if low < 0 or high > 65535:
+        raise BadImage(f"pixels from {low:,} to {high:,}, no brightness of 8 or 16 bits; convert it to 8 bits")
+    if bits is None:
+        bits = 16 if high > 16383 or high == 0 else 12 if 2048 <= high <= 4095 else None
+    if bits is None:
+        raise BadImage(_untold(high))
+    return Image.fromarray((values >> (bits - 8)).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _untold(most):
+    return (
+        f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits, which nothing tells; convert "
+        "it to 8 bits"
+    )
+
+
+def _declared(image, data):
+    """What a file's header says of large numbers: (bits of grey ones or None, whether colours have 16 bits)."""
+    grey = image.mode.startswith(("I", "F"))
+    if image.format == "PPM" and grey:
+        return 16, False  # Pillow has scaled them from the largest number that the header names
+    if image.format == "TIFF":
+        depths = image.tag_v2.get(258, (8,))
+        depths = depths if isinstance(depths, tuple) else (depths,)
+        if grey:
+            return (int(depths[0]) if 8 < depths[0] < 16 else None), False
+        return None, any(depth > 8 for depth in depths)
+    return None, image.format == "PNG" and not grey and data[24:25] == b"\x10"
 
 
 def adm_crop(image, size):

@@ -20,11 +20,12 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 from maskalign.data.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.home import expand_home
+from maskalign.runtime.files import sync_folder, write_atomically  # noqa: F401  (used by their names from here)
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -213,7 +214,7 @@ class Manifest:
             UsageError: nothing there, or not a valid manifest.
             RunError: a server that does not answer after a few tries.
         """
-        path = os.fspath(path)
+        path = expand_home(os.fspath(path))
         if path.startswith("pipe:"):
             raise UsageError(f"data set {path!r}: pipe: commands are refused; give a folder or a URL")
         root = path.removesuffix(FILE_NAME) if os.path.basename(path) == FILE_NAME else path
@@ -253,6 +254,17 @@ class Manifest:
 
 
 KEYS = tuple(item.name for item in fields(Manifest) if item.name not in ("version", "extra", "root"))
+
+
+def other_classes(names, others):
+    """How two lists of class names differ, in a few words; None where they are the same, or one is not known (None)."""
+    if names is None or others is None or names == others:
+        return None
+    if len(names) != len(others):
+        return f"{len(names)} and {len(others)} classes"
+    label = next(number for number, (a, b) in enumerate(zip(names, others, strict=True)) if a != b)
+    order = "the same names in another order, " if sorted(names) == sorted(others) else ""
+    return f"{order}label {label} is {names[label]!r} and {others[label]!r}"
 
 
 def member_name(teacher):
@@ -301,35 +313,6 @@ def class_token_fault(entry, dim):
 def is_url(path):
     """Whether a path names a remote object (http://, s3://, gs://, memory://...) and not a local file."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
-
-
-def write_atomically(path, data):
-    """Write bytes to a file that is there whole or not at all, also after a power cut."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(os.path.dirname(path))
-
-
-def sync_folder(folder):
-    """Make renames in a folder durable (where the system lets a folder be synced)."""
-    try:
-        handle = os.open(folder or ".", os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        return
-    finally:
-        os.close(handle)
 
 
 def _require(fine, where, message, mend="build the data set again, or mend the file"):

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict
 
-from maskalign.data.images import PREPARE, decode_image, encode_image, to_rgb
+from maskalign.data.images import PREPARE, decode_image, encode_image, to_rgb, upright
 from maskalign.data.manifest import write_atomically
 from maskalign.data.shards import write_shard
 from maskalign.errors import one_line
@@ -18,7 +18,7 @@ def make_shard(reader, part, path, record_path, settings, advance=None):
         part: [(key, item)].
         path: of the shard.
         record_path: a JSON file that is written when the shard is in place.
-        settings: {"size", "crop", "image_format"} as `build` takes them.
+        settings: {"size", "crop", "image_format", "exif"} as `build` takes them.
         advance: called after each image.
 
     Returns:
@@ -32,12 +32,19 @@ def make_shard(reader, part, path, record_path, settings, advance=None):
     return record
 
 
-def prepare(reader, part, bad, advance, size, crop, image_format):
+def load(reader, item, exif):
+    """One image of a source in mode RGB; raises whatever is wrong with it."""
+    image = reader(item)
+    if isinstance(image, bytes):
+        return decode_image(image, exif=exif)
+    return upright(to_rgb(image), image) if exif == "apply" else to_rgb(image)
+
+
+def prepare(reader, part, bad, advance, size, crop, image_format, exif):
     """Yield (key, members) of the usable images of a part; [name, reason] of the others is appended to `bad`."""
     for key, item in part:
         try:
-            image = reader(item)
-            image = decode_image(image) if isinstance(image, bytes) else to_rgb(image)
+            image = load(reader, item, exif)
             data = encode_image(PREPARE[crop](image, size), image_format)
         except Exception as error:  # whatever is wrong with one image, the others are still wanted
             bad.append([item.name, one_line(error)])

@@ -7,8 +7,9 @@ import re
 import tarfile
 
 from maskalign.data.index import BLOCK, NAME, pack_index
-from maskalign.data.manifest import Shard, sync_folder
+from maskalign.data.manifest import Shard
 from maskalign.data.members import checksum_field, member_crc
+from maskalign.runtime.files import sync_file, sync_folder
 
 MAX_MEMBER_BYTES = 2**30
 
@@ -69,8 +70,7 @@ def write_shard(path, samples, scratch=None):
                         written.append(add_member(tar, f"{key}.{ending}", data))
                     count += 1
                 add_member(tar, NAME, pack_index(written, tar.offset + BLOCK))
-            raw.flush()
-            os.fsync(raw.fileno())
+            sync_file(raw)
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):

@@ -9,12 +9,11 @@ readers have the old data set; between the first rename and the last, shards wit
 import json
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 from maskalign.data.manifest import FILE_NAME, Manifest, Shard, sync_folder, write_atomically
 from maskalign.data.pool import wait_for
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import RunError
 
 PREFIX = ".encode-"
 DONE = ".done"
@@ -59,24 +58,6 @@ class Staging:
         names = sorted(os.listdir(self.target)) if os.path.isdir(self.target) else []
         paths = [os.path.join(self.target, name) for name in names if name.startswith(PREFIX)]
         return [path for path in paths if path != self.work]
-
-    @contextmanager
-    def lock(self):
-        """Keep a second run of the same encoding away. The system drops the lock of a killed process."""
-        os.makedirs(self.work, exist_ok=True)
-        try:
-            import fcntl
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        with open(os.path.join(self.work, "lock"), "wb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{self.target}: another process is at work on the same encoding") from None
-            except OSError as error:
-                print(f"{self.work}: this file system has no locks ({error.strerror}); do not encode twice at once")
-            yield
 
     def wait(self, wait_seconds):
         """Wait until all shards are whole, those of other ranks too; returns the new manifest but for the features."""

@@ -5,6 +5,7 @@ import os
 from functools import lru_cache
 
 from maskalign.data.items import Item, Source
+from maskalign.data.labels import number_classes
 from maskalign.errors import UsageError, one_line
 
 
@@ -22,16 +23,26 @@ def open_torchvision(name, subset=None, root=None):
     root = os.path.expanduser(root or "~/.cache/maskalign/torchvision")
     dataset = _construct(name, subset or "train", root, True)
     labels = _labels(name, dataset)
-    names = [str(text) for text in getattr(dataset, "classes", None) or range(max(labels, default=0) + 1)]
-    if len(set(names)) != len(names):
-        names = [str(number) for number in range(len(names))]
+    names = _names(dataset, max(labels, default=0) + 1)
     outside = [label for label in labels if not 0 <= label < len(names)]
     if outside:
         raise UsageError(f"source torchvision:{name}: label {outside[0]} is outside [0, {len(names)})")
     width = len(str(len(labels)))
     items = [Item(f"{number:0{width}d}", label, number) for number, label in enumerate(labels)]
     reader = TorchvisionReader(name, subset or "train", root)
-    return Source(f"torchvision {name} {subset or 'train'}", names, items, reader)
+    _, _, notes = number_classes(labels, names, f"torchvision:{name}")
+    return Source(
+        f"torchvision {name} {subset or 'train'}", names, items, reader, notes=notes, how="torchvision's labels"
+    )
+
+
+def _names(dataset, count):
+    """Names of the classes as torchvision has them, told apart where two are alike (ImageNet's cranes)."""
+    names = getattr(dataset, "classes", None) or range(count)
+    names = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
+    twice = {name for name in names if names.count(name) > 1}
+    marks = getattr(dataset, "wnids", None) or range(len(names))
+    return [f"{name} ({mark})" if name in twice else name for name, mark in zip(names, marks, strict=False)]
 
 
 class TorchvisionReader:

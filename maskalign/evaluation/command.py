@@ -1,6 +1,7 @@
 """The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
 
 import os
+import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -8,7 +9,8 @@ import numpy as np
 from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
-from maskalign.data.manifest import Manifest
+from maskalign.data.listing import tell_passed
+from maskalign.data.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features
@@ -90,6 +92,7 @@ def evaluate(
     if is_model(source):
         subject = load(source, ema)
         _check_shape(subject, manifest, source, data)
+        _check_classes(subject, manifest, source, data)
         subject.model.to(device)
         kind = subject.kind
         if settings.held_out_images:
@@ -98,6 +101,8 @@ def evaluate(
             pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
     elif real:
         kind, pictures = open_pictures(source)
+        if kind == "folder" and pictures.passed:
+            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
@@ -146,6 +151,16 @@ def _check_shape(subject, manifest, source, data):
         raise UsageError(
             f"{source} has {model.num_classes} classes, but {data} has {manifest.num_classes}; give the data set that "
             "it was trained on, or its like"
+        )
+
+
+def _check_classes(subject, manifest, source, data):
+    """As many classes are not yet the same ones: label 3 must mean the same to the model and to the data set."""
+    difference = other_classes(subject.about["class_names"], manifest.class_names)
+    if difference:
+        raise UsageError(
+            f"{source} was trained with other classes than {data} has: {difference}; give the data set that it was "
+            "trained on, or one with the same classes in the same order"
         )
 
 
@@ -247,6 +262,7 @@ def _held_out(subject, manifest, held_out, settings, device):
     config, about, class_dim = subject.config, subject.about, subject.model.class_dim
     there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
     _check_input(subject.model, there, held_out)
+    _check_classes(subject, there, subject.label, held_out)
     training, own = None, {}
     if config is not None:
         own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}

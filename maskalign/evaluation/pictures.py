@@ -1,51 +1,50 @@
 """Pictures to evaluate, in batches: of a folder, of an ADM .npz, or of a data set. Numpy and Pillow until a batch."""
 
-import io
-import os
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from maskalign.data.images import ENDINGS, BadImage, decode_image
+from maskalign.data.listing import tell_passed, walk_folder
 from maskalign.errors import UsageError, one_line
 
 ADM_FORM = "expected ADM's layout: arr_0, uint8, (images, height, width, 3)"
 
 
 class PictureFolder:
-    """The pictures below a folder, in the order of their paths.
+    """The pictures below a folder, in the order of their paths: those that `maskalign data build` would take.
 
     Attributes:
         count: how many; size: (height, width) of the first one, which all must have.
+        passed: Counter of the other files by ending, and of hidden ones.
+
+    Raises:
+        UsageError: there are none, or one cannot be had, as a link that leads nowhere.
     """
 
     def __init__(self, root):
         self.root = Path(root)
-        found = (
-            Path(folder, name)
-            for folder, _, names in os.walk(root, followlinks=True)
-            for name in names
-            if name.rpartition(".")[2].lower() in ENDINGS and not name.startswith(".")
-        )
-        self.paths = sorted(found, key=str)
+        listing = walk_folder(root)
+        self.passed = listing.passed
+        self.paths = [self.root / (place or name) for name, place in listing.images]
         if not self.paths:
+            passed = f" (but {tell_passed(self.passed)})" if self.passed else ""
             raise UsageError(
-                f"{root} holds no pictures and is no run; give a run or checkpoint of maskalign train, a folder of "
-                f"pictures ({', '.join(ENDINGS)}), an .npz or a data set"
+                f"{root} holds no pictures{passed} and is no run; give a run or checkpoint of maskalign train, a "
+                f"folder of pictures ({', '.join(ENDINGS)}), an .npz or a data set"
             )
+        if listing.rejected:
+            name, reason = listing.rejected[0]
+            raise UsageError(f"{self.root / name}: {reason}; remove or replace it")
         self.count = len(self.paths)
         self.size = self._read(self.paths[0]).shape[:2]
 
     def _read(self, path):
         try:
-            data = path.read_bytes()
-            if path.suffix.lower() in (".tif", ".tiff") and _is_floating(data):
-                raise BadImage("floating-point pixels, give 8-bit pictures")
-            image = decode_image(data)
+            image = decode_image(path.read_bytes(), exif="apply")
         except OSError as error:
             raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
         except BadImage as error:
@@ -70,14 +69,6 @@ class PictureFolder:
                             "have one size"
                         )
                 yield torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-
-
-def _is_floating(data):
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.mode == "F"
-    except Exception:  # decode_image says what is wrong with it
-        return False
 
 
 class PictureArchive:

@@ -33,7 +33,9 @@ class Reference(NamedTuple):
 def cache_folder():
     """Where references are kept: MASKALIGN_CACHE, or the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
     own = os.environ.get("MASKALIGN_CACHE")
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maskalign") if not own else Path(own)
+    if own:
+        return Path(own).expanduser() / "references"
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "maskalign")
     return root / "references"
 
 

@@ -66,7 +66,7 @@ def table(report):
         means = [f"{metrics[f'held_out_{key}']:>{width}.{digits}f}" for key, _, width, digits in columns]
         lines.append(f"{'mean':<12}{''.join(means)}")
         if "held_out_stability_gap" in metrics:
-            gap, error = metrics["held_out_stability_gap"], metrics["held_out_stability_gap_error"]
+            gap, error = (metrics[f"held_out_stability_gap_matched{end}"] for end in ("", "_error"))
             left = 1 - report["settings"]["mask_ratio"]
             lines += [
                 "",

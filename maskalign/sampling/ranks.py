@@ -6,6 +6,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from maskalign.runtime import rounds
+
 # A rank may draw for long before it meets the others: sets take hours.
 PATIENCE = timedelta(days=7)
 
@@ -44,7 +46,8 @@ def torchrun_ranks():
         yield Ranks()
         return
     # gloo, also with GPUs: only finished pictures are sent.
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    store, rank, world_size = rounds.join(PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), world_size)
     # Not after an error: the others may be in the middle of a meeting, and torchrun ends them.
     dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """How pictures are drawn. Light: read and checked before torch is imported."""
 
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Optional
@@ -96,38 +97,116 @@ def parse_interval(text):
 def parse_classes(text, class_names):
     """`--classes` as a list of labels.
 
+    A word that can be a class's name and another one's label, as "2" where label 1 is called "2", is refused;
+    "name:2" and "label:2" (or "label:2-5") say which.
+
     Args:
         text: labels, ranges of labels and class names, separated by commas or blanks: `0,3,7`, `0-9`, `Flags`.
         class_names: name of every label.
 
     Raises:
-        UsageError: no such class, or none given.
+        UsageError: no such class, none given, or several readings.
     """
-    number = len(class_names)
-    by_name = {str(name).lower(): label for label, name in enumerate(class_names)}
+    names = [str(name) for name in class_names]
     text = text.strip("[]() ")
-    if text.lower() in by_name:
-        return [by_name[text.lower()]]
-    labels = []
     words = text.split(",") if "," in text else text.split()
-    for word in (word.strip(" '\"") for word in words):
-        first, _, last = word.partition("-")
-        if word.lower() in by_name:
-            labels.append(by_name[word.lower()])
-        elif word.isdecimal():
-            labels.append(_label(int(word), number))
-        elif first.isdecimal() and last.isdecimal() and int(first) <= int(last):
-            _label(int(last), number)
-            labels += range(int(first), int(last) + 1)
-        elif word.removeprefix("-").isdecimal():
-            _label(int(word), number)
-        else:
-            near = get_close_matches(word.lower(), by_name, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; give names, or labels 0 to {number - 1}"
-            raise UsageError(f"--classes: there is no class {word!r}{hint}")
+    words = [word.strip(" '\"") for word in words]
+    if len(words) > 1 and (whole := _by_name(text, names)) is not None:
+        try:
+            apart = [label for word in words for label in _labels_of(word, names)]
+        except UsageError:
+            return [whole]  # a name with a comma or a blank in it
+        raise UsageError(
+            f"--classes: {text!r} is the name of label {whole}, and also the labels "
+            f"{', '.join(map(str, apart))}; write name:... or label:... before each"
+        )
+    if len(words) > 1 and text.startswith("name:"):
+        whole = _by_name(text.removeprefix("name:"), names)
+        if whole is not None:
+            return [whole]
+    labels = [label for word in words for label in _labels_of(word, names)]
     if not labels:
-        raise UsageError(f"--classes: none given; the model has labels 0 to {number - 1}")
+        raise UsageError(f"--classes: none given; the model has labels 0 to {len(names) - 1}")
     return labels
+
+
+def _labels_of(word, names):
+    """The labels that one word means: a list, as it may be a range."""
+    kind, _, rest = word.partition(":")
+    if kind in ("name", "label") and rest and _by_name(word, names) is None:
+        if kind == "label":
+            labels = _by_label(rest, len(names))
+            if labels is None:
+                raise UsageError(f"--classes: {rest!r} is no label; give one of 0 to {len(names) - 1}, or a range")
+            return labels
+        named = _by_name(rest, names)
+        if named is None:
+            raise _no_class(rest, names)
+        return [named]
+    named, number = _by_name(word, names), len(names)
+    as_label = _readable_label(word)
+    inside = as_label is not None and max(as_label) < number
+    if named is not None:
+        if inside and list(as_label) != [named]:
+            raise UsageError(_two_readings(word, f"label {named}", as_label, names))
+        return [named]
+    if inside:
+        ends = [_by_name(str(end), names) for end in as_label] if len(as_label) <= number else []
+        other = [end for end, label in zip(ends, as_label, strict=False) if end is not None and end != label]
+        if other and "-" in word:  # 2-5 where the classes are called 1, 2, ...: names or labels?
+            first, _, last = word.partition("-")
+            raise UsageError(_two_readings(word, f"the classes {first!r} to {last!r}", as_label, names))
+    labels = _by_label(word, number)
+    if labels is None:
+        raise _no_class(word, names)
+    return labels
+
+
+def _two_readings(word, named, labels, names):
+    low, high = labels[0], labels[-1]
+    label = f"label {low} ({names[low]!r})" if low == high else f"the labels {low} ({names[low]!r}) to {high}"
+    remedy = f"label:{word}, or the names one by one (name:{low},...)"
+    if not named.startswith("the classes"):
+        remedy = f"name:{word} or label:{word}"
+    return f"--classes: {word!r} may be the name of {named}, or {label}; write {remedy}"
+
+
+def _by_name(word, names):
+    """The label of a name: as it is written, else in any case; None where no class is called so."""
+    for spelled in (str, str.lower):
+        found = [label for label, name in enumerate(names) if spelled(name) == spelled(word)]
+        if len(found) > 1:
+            labels = " and ".join(f"label:{label}" for label in found[:3])
+            raise UsageError(f"--classes: {word!r} is the name of several classes; write {labels}")
+        if found:
+            return found[0]
+    return None
+
+
+def _readable_label(word):
+    """The range of labels that a word spells, whatever the number of classes; None where it is no number."""
+    first, dash, last = word.partition("-")
+    last = last if dash else first
+    if re.fullmatch("[0-9]{1,9}", first) and re.fullmatch("[0-9]{1,9}", last) and int(first) <= int(last):
+        return range(int(first), int(last) + 1)
+    return None
+
+
+def _by_label(word, number):
+    """Labels of "3", "0-9"; None where it is no number; UsageError where there is no such label."""
+    labels = _readable_label(word)
+    if labels is None:
+        if re.fullmatch("-?[0-9]+", word):
+            _label(int(word), number)
+        return None
+    _label(labels[-1], number)
+    return list(labels)
+
+
+def _no_class(word, names):
+    near = get_close_matches(word.lower(), [name.lower() for name in names], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; give names, or labels 0 to {len(names) - 1}"
+    return UsageError(f"--classes: there is no class {word!r}{hint}")
 
 
 def spread_classes(number, most=10):

@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from maskalign.config import as_schedule
+from maskalign.errors import UsageError, one_line
 
 BACKEND = "inductor"
 
@@ -103,3 +104,34 @@ def recompute(block):
 def spread(count, total):
     """`count` of the numbers 0..total-1, evenly spread."""
     return [number for number in range(total) if (number + 1) * count // total > number * count // total]
+
+
+def check_compile(device):
+    """See that torch.compile works here, before a model is built: it needs a C++ compiler, and on GPUs Triton.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if BACKEND != "inductor":
+        return
+    needs = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler (Debian, Ubuntu: apt install g++)"
+    try:
+        if device.type == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()  # also where what is compiled below lies in torch's cache
+        compiled = torch.compile(lambda x: (x * 2).sum(), fullgraph=True, dynamic=False, backend=BACKEND)
+        with torch.no_grad():
+            compiled(torch.ones(16, device=device))
+    except Exception as error:
+        raise UsageError(
+            f"training.compile: torch.compile does not work on {device} here ({_root(error)}); it needs {needs}; "
+            "install that, or set training.compile false"
+        ) from None
+
+
+def _root(error):
+    """The first line of the error at the bottom of a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {one_line(error)[:160]}"

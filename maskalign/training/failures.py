@@ -22,6 +22,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from maskalign.errors import RunError
+from maskalign.runtime import rounds
+from maskalign.runtime.files import write_atomically
 
 REQUEUE = "REQUEUE"
 PATIENT = ("sample", "evaluate", "save", "set up", "end")  # phases in which a rank may take as long as it takes
@@ -96,7 +98,7 @@ class Stop:
 
 def mark_requeue(run_dir, step):
     """Leave RUN/REQUEUE: this run was interrupted at `step` and saved; the same command goes on."""
-    Path(run_dir, REQUEUE).write_text(f"stopped and saved at step {step}; the same command goes on\n")
+    write_atomically(Path(run_dir, REQUEUE), f"stopped and saved at step {step}; the same command resumes\n".encode())
 
 
 def clear_requeue(run_dir):
@@ -243,8 +245,7 @@ def _store():
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=60))
-    start = [os.environ.get(name, "0") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")]
-    return dist.PrefixStore("/".join(["maskalign", *start]), store)
+    return dist.PrefixStore("watchdog", rounds.current_store(store))
 
 
 def _ranks(ranks):

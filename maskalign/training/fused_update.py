@@ -83,11 +83,12 @@ class FusedUpdate:
         self.library.square_sums(self.table, ctypes.c_int64(len(self.grads)), ctypes.c_void_p(sums.data_ptr()), threads)
         return sums.sum().sqrt()
 
-    def __call__(self, lr, divisor):
+    def __call__(self, lr, divisor, pull):
         """One step of all that `prepare` listed, in place.
 
         Args:
-            lr: learning rate; divisor: what the clip divides gradients by, a number.
+            lr: learning rate; divisor: what the clip divides gradients by; pull: weight of the new parameters in the
+                average; numbers.
         """
         beta1, beta2 = self.config.betas
         steps = [self.steps[k] for k in self.which]
@@ -95,9 +96,8 @@ class FusedUpdate:
         for entry, step in zip(self.table, torch.stack(steps).tolist(), strict=True):
             entry.rate = lr / (1 - beta1**step)
             entry.correction = (1 - beta2**step) ** -0.5
-        numbers = Numbers(
-            beta1, beta2, self.config.eps, 1 - lr * self.config.weight_decay, 1 / divisor, 1 - self.config.ema_decay
-        )
+        shrink = 1 - lr * self.config.weight_decay
+        numbers = Numbers(beta1, beta2, self.config.eps, shrink, 1 / divisor, pull)
         threads = torch.get_num_threads()
         self.library.update(self.table, ctypes.c_int64(len(steps)), ctypes.byref(numbers), threads)
 

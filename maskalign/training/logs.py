@@ -1,11 +1,14 @@
 """metrics.csv of a run, written and read, and the curves that are drawn from it; run_log.py keeps them going."""
 
 import csv
+import io
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+from maskalign.runtime.files import replacing, write_atomically
 
 COLUMNS = [
     "step",
@@ -48,36 +51,54 @@ class MetricsFile:
     """
 
     def __init__(self, path, step):
-        rows = [row for row in read_metrics(path) if row["step"] <= step] if Path(path).exists() else []
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, COLUMNS, restval="")
-        self.writer.writeheader()
-        for row in rows:
-            self.write(row)
+        text = up_to(path, step)
+        if not Path(path).exists() or Path(path).read_bytes() != text.encode():
+            write_atomically(path, text.encode())  # a full disk leaves what there was
+        # Unbuffered, so that what could not be written is not tried again when the file is closed.
+        self.file = open(path, "ab", buffering=0)
 
     def write(self, row):
         formatted = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         formatted |= {key: f"{row[key]:.9g}" for key in EXACT}
-        self.writer.writerow({key: formatted[key] for key in COLUMNS})
-        self.file.flush()
+        line = _csv_lines([formatted[key] for key in COLUMNS]).encode()
+        while line:
+            line = line[self.file.write(line) :]
 
     def close(self):
         self.file.close()
 
 
+def up_to(path, step):
+    """The text of a metrics.csv with `COLUMNS` and the rows up to a step; a damaged line is left out."""
+    lines = [COLUMNS]
+    if Path(path).exists():
+        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+            for row in csv.DictReader(line.replace("\0", "") for line in file):
+                if _numbers(row) is not None and _numbers(row)["step"] <= step:
+                    lines.append([row.get(key, 0) for key in COLUMNS])
+    return _csv_lines(*lines)
+
+
+def _csv_lines(*lines):
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    return text.getvalue()
+
+
+def _numbers(row):
+    """A row of a metrics.csv as numbers; None where it is cut short or damaged."""
+    try:
+        numbers = {key: float(row[key]) if key in row else 0.0 for key in COLUMNS}
+        return numbers | {key: int(numbers[key]) for key in ("step", "epoch", "skipped_steps", "bad_samples")}
+    except (TypeError, ValueError, KeyError, OverflowError):
+        return None
+
+
 def read_metrics(path):
     """Rows of a metrics.csv as dicts of numbers; a half-written last line is left out, a column that is not there 0."""
-    rows = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            try:
-                numbers = {key: float(row[key]) if key in row else 0.0 for key in COLUMNS}
-            except (TypeError, ValueError, KeyError):
-                continue
-            for key in ("step", "epoch", "skipped_steps", "bad_samples"):
-                numbers[key] = int(numbers[key])
-            rows.append(numbers)
-    return rows
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        rows = [_numbers(row) for row in csv.DictReader(line.replace("\0", "") for line in file)]
+    return [row for row in rows if row is not None]
 
 
 def draw_curves(rows, path, title, evaluations=()):
@@ -137,5 +158,8 @@ def draw_curves(rows, path, title, evaluations=()):
     for axis in axes[-1]:
         axis.set_xlabel("step")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=110)
+    finally:
+        plt.close(figure)

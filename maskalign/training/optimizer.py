@@ -63,6 +63,10 @@ class Optimizer:
             fused=True,
             capturable=on_gpu,
         )
+        self.pull = 1 - config.ema_decay  # weight of the new parameters in the average
+        # As the rate: where a step is recorded, what changes from step to step is a tensor.
+        ramp_on_gpu = config.ema_warmup and on_gpu and not ema_on_cpu
+        self.pull_tensor = torch.tensor(self.pull, device=self.masters[0].device) if ramp_on_gpu else None
         self.fused_update = None
         plain = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in self.masters)
         if fused and plain and library() is not None:
@@ -73,6 +77,14 @@ class Optimizer:
     @property
     def has_copies(self):
         return self.masters is not self.params and not self.sharded
+
+    def set_step(self, step):
+        """Choose the decay of the average for a step, counted from 0, by `optimizer.ema_warmup`."""
+        if not self.config.ema_warmup:
+            return
+        self.pull = 1 - average_decay(self.config, step)
+        if self.pull_tensor is not None:
+            self.pull_tensor.fill_(self.pull)
 
     @torch.no_grad()
     def step(self, lr, healthy):
@@ -130,7 +142,7 @@ class Optimizer:
         norm = self._over_shards(self.fused_update.norm())
         skipped = ~(healthy & norm.isfinite())
         if not skipped:
-            self.fused_update(lr, float(self._clip_divisor(norm)))
+            self.fused_update(lr, float(self._clip_divisor(norm)), self.pull)
         done = {} if skipped else grads
         self._average([k for k in range(len(self.params)) if k not in done])
         for p in self.params:
@@ -148,7 +160,12 @@ class Optimizer:
             return
         masters, averages = [self.masters[k] for k in which], [self.ema[k] for k in which]
         there = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
-        torch._foreach_lerp_(averages, there, 1 - self.config.ema_decay)
+        if self.pull_tensor is None:
+            torch._foreach_lerp_(averages, there, self.pull)
+        else:
+            gap = torch._foreach_sub(there, averages)
+            torch._foreach_mul_(gap, self.pull_tensor)
+            torch._foreach_add_(averages, gap)
         if self.has_copies:
             torch._foreach_copy_([self.params[k] for k in which], masters)
 
@@ -245,3 +262,18 @@ class Optimizer:
         """Bring the bfloat16 copies up to masters that were loaded in place."""
         if self.has_copies:
             torch._foreach_copy_(self.params, self.masters)
+
+
+def average_decay(config, step):
+    """Decay of the moving average in a step, counted from 0.
+
+    With `ema_warmup` r the half-life is at most r times the steps done before (EDM, arXiv 2206.00364, whose r is 0.05),
+    so the first step forgets the initial weights.
+
+    Args:
+        config: `OptimizerConfig`.
+    """
+    if not config.ema_warmup:
+        return config.ema_decay
+    half_life = config.ema_warmup * step
+    return min(config.ema_decay, 0.5 ** (1 / half_life)) if half_life > 0 else 0.0

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from maskalign.config import ParallelConfig, shard_ranks
 from maskalign.errors import UsageError
+from maskalign.runtime import rounds
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,7 @@ def join_ranks(device, timeout=600):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         patience = timedelta(seconds=4 * timeout + 600)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
-        # After --max-restarts torchrun's store is the one of before, and has the addresses of ranks that are dead.
-        store = dist.PrefixStore("start" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        store, rank, world_size = rounds.join(patience)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 from maskalign.config import validate_with_data, validate_with_ranks
-from maskalign.data.manifest import Manifest
+from maskalign.data.build import WORK
+from maskalign.data.manifest import FILE_NAME, Manifest, other_classes
 from maskalign.data.mixture import check_class_tokens, open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
@@ -40,7 +41,9 @@ def check_data(config):
         raise UsageError(
             f"training.resume: never, but {run_dir} holds checkpoints; choose another run_dir, or resume auto"
         )
-    if resume not in ("auto", "never"):
+    if any((run_dir / name).exists() for name in (FILE_NAME, WORK)):
+        raise UsageError(f"run_dir: {run_dir} is the folder of a data set; choose another one for the run")
+    if resume not in ("auto", "never", "restart"):
         _check_resume(Path(resume))
     for name, cached in sources.items():
         if not cached:
@@ -56,7 +59,7 @@ def check_data(config):
 def _check_resume(path):
     """A checkpoint, or a run with one: whether it is sound is found out when it is read."""
     if not path.is_dir():
-        raise UsageError(f"training.resume: '{path}' is neither auto, never nor the folder of a checkpoint")
+        raise UsageError(f"training.resume: '{path}' is neither auto, never, restart nor the folder of a checkpoint")
     if not (path / "state.json").is_file() and not any(path.glob("checkpoints/step_*")):
         raise UsageError(f"training.resume: {path} holds no checkpoint; give a run folder, or a step_* folder of one")
 
@@ -75,3 +78,6 @@ def _check_evaluation(settings, manifest):
     ):
         if one != other:
             raise UsageError(f"evaluate.data: {settings.data} has the {what} {one}, the training data {other}")
+    difference = other_classes(there.class_names, manifest.class_names)
+    if difference:
+        raise UsageError(f"evaluate.data: {settings.data} has other classes than the training data: {difference}")

@@ -3,6 +3,7 @@
 import logging
 
 from maskalign.errors import RunError, UsageError
+from maskalign.runtime.files import replacing
 from maskalign.sampling.drawing import class_sheet
 from maskalign.sampling.pictures import load_decoder
 from maskalign.sampling.settings import Sampling
@@ -62,5 +63,6 @@ class Previews:
             title=f"step {step}, EMA, {self.sampling.describe()}",
         )
         if path is not None:
-            sheet.save(path)
+            with replacing(path) as temporary:
+                sheet.save(temporary)
         return sheet

@@ -27,9 +27,9 @@ class RunLog:
     def _tensorboard(self, step):
         if not self.training.tensorboard or not self.is_main:
             return None
-        from torch.utils.tensorboard import SummaryWriter
+        from maskalign.training.event_file import EventFile
 
-        return SummaryWriter(self.run_dir / "tensorboard", purge_step=step + 1)
+        return EventFile(self.run_dir / "tensorboard", purge_step=step + 1)
 
     def _bar(self, step, seconds):
         training = self.training
@@ -56,6 +56,8 @@ class RunLog:
             return
         self.metrics.write(row)
         self._scalars("train", row["step"], {key: value for key, value in row.items() if key != "step"})
+        if not self.training.progress:
+            print(self._line(row), flush=True)
         self.bar.set_postfix_str(
             f"step {row['step']}, loss {row['loss']:.4f}, cosine {-row['align_loss']:.3f}, "
             f"{row['images_per_second']:.1f} images/s, {row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, "
@@ -63,13 +65,28 @@ class RunLog:
             f"{row['peak_memory_mib'] / 1024:.1f} GiB"
         )
 
+    def _line(self, row):
+        """A row in words, for logs in which a bar would be redrawn."""
+        training = self.training
+        until = f" of {training.max_steps}" if training.max_seconds is None else ""
+        time = f", {row['time']:.0f} s" + (f" of {training.max_seconds:.0f} s" if training.max_seconds else "")
+        parts = [f"step {row['step']}{until}{time}", f"loss {row['loss']:.4f}", f"velocity {row['velocity_loss']:.4f}"]
+        if row["class_velocity_loss"]:
+            parts.append(f"class token {row['class_velocity_loss']:.4f}")
+        if row["align_weight"]:
+            parts.append(f"cosine {-row['align_loss']:.3f}")
+        parts += [f"lr {row['lr']:.3g}", f"{row['images_per_second']:.1f} images/s"]
+        parts += [f"{row['skipped_steps']} steps skipped"] if row["skipped_steps"] else []
+        parts += [f"{row['bad_samples']} bad samples"] if row["bad_samples"] else []
+        return ", ".join(parts)
+
     def samples(self, step, sheet):
         """Tell of a sheet of samples, a Pillow image, that has been drawn."""
         if not self.is_main:
             return
         self._draw_curves()
         if self.tensorboard is not None:
-            self.tensorboard.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+            self.tensorboard.add_image("samples", np.asarray(sheet), step)
 
     def evaluation(self, step, seconds, found):
         """Tell of an evaluation: dict from a measure's name to its value."""

@@ -29,6 +29,7 @@ from maskalign.checkpoints.layout import (
 from maskalign.checkpoints.loading import quiet
 from maskalign.checkpoints.shard_files import ShardWriter
 from maskalign.errors import RunError
+from maskalign.runtime.files import sync_folder, write_atomically
 
 PATIENCE = timedelta(hours=2)  # for the slowest disk of all ranks; a rank that dies is noticed at once
 
@@ -94,6 +95,11 @@ class Saver:
             self.thread.join()
             self.thread = None
         self.raise_error()
+
+    def settle(self):
+        """Wait until nothing is being written; an error is kept for `wait`."""
+        if self.thread is not None:
+            self.thread.join()
 
     def raise_error(self):
         error, self.error = self.error, None
@@ -182,18 +188,17 @@ class Saver:
         states = [state for state, _ in parts]
         texts = {"state.json": json.dumps(merge(states) if merge else states[0]), "config.yaml": config_yaml}
         for name, text in texts.items():
-            _write_text(partial / name, text)
+            write_atomically(partial / name, text.encode())
             files[name] = digest_of(partial / name)
         for name, entry in files.items():
             if (partial / name).stat().st_size != entry["size"]:
                 raise OSError(f"{name} is not on the disk as it was written; do all ranks share this folder?")
-        _write_text(partial / MARKER, json.dumps(files, indent=1))
-        _sync(partial)
+        write_atomically(partial / MARKER, json.dumps(files, indent=1).encode())
         old = self.root / f"{PARTIAL}old_{final.name}"
         if final.exists():  # from before a resume at an earlier step
             os.rename(final, old)
         os.rename(partial, final)
-        _sync(self.root)
+        sync_folder(self.root)
         shutil.rmtree(old, ignore_errors=True)
         for path in superfluous(complete_checkpoints(self.run_dir), self.keep, self.keep_every):
             # First without its marker: a crash in the middle leaves nothing that looks whole.
@@ -265,18 +270,3 @@ def _reason(error):
         return several + _reason(wrapped[0])
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _write_text(path, text):
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,30 +1,32 @@
-"""What a run starts from: its own last checkpoint, another one, or the weights of a file."""
+"""What a run starts from, and what it says of itself before the first step."""
 
 import logging
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from maskalign.checkpoints.layout import find, newest_sound
-from maskalign.config import as_schedule
+from maskalign.checkpoints.layout import FOLDER, find, newest_sound
+from maskalign.config import as_schedule, load_config
 from maskalign.errors import UsageError
-from maskalign.models.initial import assign
 from maskalign.models.routing import keep_count
+from maskalign.training.logs import read_metrics
 
 log = logging.getLogger(__name__)
-
-# What a plain SiT lacks: it starts at its own initial values.
-OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")
+MUCH = 0.1  # share of the initial weights in an average that is worth a warning
 
 
 def find_resume(config, placement):
     """Path of the checkpoint that `training.resume` asks for, None where the run begins.
 
-    With `auto` the newest sound one; a damaged one is passed over, and said. All ranks come to the same answer.
+    With `auto` the newest sound one; a damaged one is skipped and named. All ranks come to the same answer.
+
+    Raises:
+        UsageError: there are checkpoints, or were, and none can be used: step 0 is not what anybody means then.
     """
     resume = config.training.resume
-    if resume == "never":
+    if resume in ("never", "restart"):
         return None
     if resume != "auto":
         return find(resume)
@@ -36,20 +38,85 @@ def find_resume(config, placement):
         return values
 
     found, passed_over = newest_sound(Path(config.run_dir), (placement.rank, placement.world_size, gather))
+    lost = None if found else gather(_lost(Path(config.run_dir), passed_over))[0]
+    if lost:
+        raise UsageError(
+            f"{lost}; restore a checkpoint, begin anew in another folder with --run_dir NEW, or give --training.resume "
+            "restart to begin at step 0 here (what there is, is set aside)"
+        )
     if passed_over and placement.is_main:
         print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)
     return found
 
 
-def check_facts(path, there, here):
-    """Refuse a checkpoint of another data set's or teacher's shape.
+def _lost(run_dir, passed_over):
+    """Why a run folder without a usable checkpoint is not that of a run which has just begun; None where it may be."""
+    if any(Path(run_dir, FOLDER).glob("step_*")):
+        return f"training.resume: no checkpoint of this run is complete: {passed_over}"
+    try:
+        last = max((row["step"] for row in read_metrics(run_dir / "metrics.csv")), default=0)
+        settings = load_config(run_dir / "config.yaml").training
+    except (OSError, UsageError):
+        return None
+    # Between two checkpoints the first of them is complete, and a run that ends well leaves one.
+    if last >= min(2 * settings.checkpoint_every, settings.max_steps):
+        return f"training.resume: {run_dir} has trained {last} steps, and its checkpoints are gone"
+    return None
+
+
+def start_line(config, manifest, facts, num_samples, model, placement):
+    """What a run is, in one line: model, data, teachers, hardware.
 
     Args:
-        path: of the checkpoint; there, here: `facts` of the checkpoint and of the settings.
+        config: `Config`. manifest: of the (first) data set. facts: of `config.validate_with_data`. num_samples: of all
+            data sets. model: `SiT`. placement: `parallel.Placement`.
     """
-    for key in ("input_size", "in_channels", "num_classes", "teacher_dims", "class_dim"):
-        if there.get(key) != here[key]:  # a run from before class tokens does not name their width
-            raise UsageError(f"{path}: was trained with {key} {there.get(key)}, the settings give {here[key]}")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+    teachers = [f"{name} {'cached' if cached else 'online'}" for name, cached in facts["teachers"]]
+    parts = [
+        f"{size} parameters",
+        f"{num_samples:,} images of {len(manifest.class_names):,} classes",
+        f"teacher {', '.join(teachers)}" if teachers else "no teacher",
+    ]
+    if model.class_dim:
+        name, cached = facts["class_token"]
+        parts.append(f"class token of {name} ({model.class_dim} numbers, {'cached' if cached else 'online'})")
+    parts.append(kept_tokens(config.method, model.num_tokens))
+    precision = "bf16" if placement.dtype == torch.bfloat16 else "fp32"
+    ranks = f" on {placement.world_size} ranks" if placement.world_size > 1 else ""
+    parts += [f"batch {config.training.batch_size}", f"{placement.device}, {precision}"]
+    return f"{config.run_dir}: {'; '.join(parts)}, plan {config.parallel.plan}{ranks}"
+
+
+def kept_tokens(method, tokens):
+    """The number of tokens that a keep ratio really keeps, as text."""
+    counts = [keep_count(ratio, tokens, method.keep_multiple) for ratio in as_schedule(method.keep_ratio).ends]
+    text = " to ".join(str(count) for count in dict.fromkeys(counts))
+    ratio = " to ".join(f"{count / tokens:.3g}" for count in dict.fromkeys(counts))
+    return f"{text} of {tokens} tokens kept (keep ratio {ratio})"
+
+
+def warn_of_short_average(optimizer, steps):
+    """Say where the moving average still holds much of the initial weights after so many steps.
+
+    Args:
+        optimizer: `OptimizerConfig`.
+        steps: of the whole run.
+    """
+    share = initial_share(optimizer, steps)
+    if share > MUCH:
+        log.warning(
+            "optimizer.ema_decay: after %d steps the average, which samples are drawn from, is %.0f %% initial "
+            "weights; set optimizer.ema_decay %.4g, or optimizer.ema_warmup 0.05 (EDM's ramp)",
+            steps, 100 * share, max(0.0, 1 - 10 / steps),
+        )  # fmt: skip
+    return share > MUCH
+
+
+def initial_share(optimizer, steps):
+    """Weight of the initial values in the moving average after so many steps."""
+    return 0.0 if optimizer.ema_warmup else optimizer.ema_decay**steps
 
 
 def warn_of_full_subset(method, tokens):
@@ -60,51 +127,3 @@ def warn_of_full_subset(method, tokens):
             "method.keep_multiple: keep ratio %g of %d tokens, in multiples of %d, keeps all of them; set it lower",
             low, tokens, method.keep_multiple,
         )  # fmt: skip
-
-
-def init_from(model, path):
-    """Start from the weights of a file (`training.init_from`). Only `OWN_PARTS` may be missing, or left unused.
-
-    Args:
-        model: `SiT`, spread over the ranks or not.
-        path: a run, a checkpoint or a file of weights.
-
-    Returns:
-        A line that says what was loaded, what starts fresh and what of the file is not used.
-
-    Raises:
-        UsageError: the file cannot be read, or holds another architecture.
-    """
-    from maskalign.checkpoints.loading import load_weights
-
-    weights = load_weights(path)
-    own = dict(model.named_parameters())
-    for name, tensor in weights.items():
-        if name in own and own[name].shape != tensor.shape:
-            raise UsageError(
-                f"training.init_from: {path}: {name} has shape {tuple(tensor.shape)}, the model's is "
-                f"{tuple(own[name].shape)}"
-            )
-    missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
-    if missing:
-        raise UsageError(f"training.init_from: {path} has no {missing[0]} ({len(missing)} missing); is it a SiT?")
-    there = own.keys() | dict(model.named_buffers()).keys()
-    unused = [name for name in weights if name not in there]
-    foreign = [name for name in unused if not name.startswith(OWN_PARTS)]
-    if foreign:
-        raise UsageError(
-            f"training.init_from: {path} has {foreign[0]} ({len(foreign)} such), which the model has not; "
-            "its model.depth or other sizes differ"
-        )
-    for name, parameter in own.items():
-        if name in weights:
-            assign(parameter, weights[name])
-    line = f"training.init_from: {len(own.keys() & weights.keys())} tensors of {path}"
-    fresh = _parts(name for name in own if name not in weights)
-    line += f"; starting fresh: {fresh}" if fresh else ""
-    return line + (f"; not used: {_parts(unused)}" if unused else "")
-
-
-def _parts(names):
-    """The `OWN_PARTS` that names belong to, as text."""
-    return ", ".join(dict.fromkeys(next(p for p in OWN_PARTS if name.startswith(p)).rstrip(".") for name in names))

@@ -125,6 +125,7 @@ class TrainStep:
         if align_ratio is not None:
             align_ratio = schedule_value(align_ratio, progress)
         lr = learning_rate(config.optimizer, step, progress)
+        self.optimizer.set_step(step)
         micro_batches = self._micro_batches(
             step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare, class_token
         )

@@ -4,6 +4,7 @@ the time in communication.
 
 import os
 import time
+from contextlib import contextmanager
 
 import torch
 
@@ -22,6 +23,47 @@ PEAKS = {
     "MI300X": (1307, 163),
 }
 SAMPLES = (1, 9, 50)  # steps before the first sample, between it and the second (the first is slow), and then on
+
+
+class TeacherShare:
+    """Finds out which part of the first steps is the computation of the teachers' features, and tells of a large one.
+
+    Args:
+        device: where the steps run. online: some features are computed from the images.
+        tell: function of the share, called at most once.
+    """
+
+    SKIPPED, MEASURED = 4, 5  # steps: the first ones compile, tune and record
+    LARGE = 0.5
+
+    def __init__(self, device, online, tell):
+        self.device, self.tell = device, tell
+        self.left = self.SKIPPED + self.MEASURED if online else 0
+        self.seconds = {"features": 0.0, "step": 0.0}
+
+    def features(self):
+        """Context of the computation of a step's inputs."""
+        return self._timed("features")
+
+    def step(self):
+        """Context of the rest of the step."""
+        return self._timed("step")
+
+    @contextmanager
+    def _timed(self, part):
+        if not 0 < self.left <= self.MEASURED:
+            yield
+        else:
+            _synchronise(self.device)
+            start = time.perf_counter()
+            yield
+            _synchronise(self.device)
+            self.seconds[part] += time.perf_counter() - start
+        if part == "step" and self.left:
+            self.left -= 1
+            share = self.seconds["features"] / max(sum(self.seconds.values()), 1e-9)
+            if not self.left and share > self.LARGE:
+                self.tell(share)
 
 
 def device_peak(device, dtype):

@@ -1,23 +1,30 @@
-"""The loop: read, step, log, sample, save; stop cleanly; go on where it stopped."""
+"""The loop: read, step, log, sample, save; stop cleanly; resume where it stopped."""
 
 import logging
+import os
+import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from maskalign.checkpoints.build import build_model
-from maskalign.checkpoints.layout import FOLDER, read_state
-from maskalign.checkpoints.loading import load_tensors
+from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
+from maskalign.checkpoints.loading import load_tensors, read_config
 from maskalign.config import dump_config, model_sizes
 from maskalign.data.position import merge_states
 from maskalign.data.stream import ShardStream
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
+from maskalign.models.routing import keep_count
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.training.compiling import prepare_blocks
+from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
+from maskalign.runtime.lock import locked
+from maskalign.training.compiling import check_compile, prepare_blocks
+from maskalign.training.continuing import changed_settings, check_facts, check_stream, data_facts
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.features import Features
 from maskalign.training.logs import peak_memory_mib
@@ -27,9 +34,10 @@ from maskalign.training.plans import Plan
 from maskalign.training.previews import Previews
 from maskalign.training.run_log import RunLog
 from maskalign.training.saving import Saver
-from maskalign.training.starting import check_facts, find_resume, init_from, warn_of_full_subset
+from maskalign.training.starting import find_resume, start_line, warn_of_full_subset, warn_of_short_average
 from maskalign.training.step import TrainStep
-from maskalign.training.throughput import Throughput
+from maskalign.training.throughput import TeacherShare, Throughput
+from maskalign.training.transfer import init_from
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +59,13 @@ def train(config, manifest, facts):
     failed = True
     watchdog = Watchdog(config.training.timeout)
     try:
-        with Stop() as stop:
+        with own_folder(config), Stop() as stop:
             result = Trainer(config, manifest, facts, stop, watchdog).run()
         failed = False
         return result
     except Exception as error:
+        if is_disk_error(error) and not isinstance(error, (UsageError, RunError)):
+            raise RunError(disk_line(config.run_dir, error)) from None
         lost = lost_contact(error, watchdog)
         if lost is None:
             raise
@@ -64,6 +74,36 @@ def train(config, manifest, facts):
         raise lost from None
     finally:
         leave_ranks(failed)
+
+
+@contextmanager
+def own_folder(config):
+    """Keep other runs out of the run's folder; rank 0 does it for all."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    # torchrun may start ranks again a moment before the last process of another node has ended.
+    patience = 10.0 if "TORCHELASTIC_RUN_ID" in os.environ else 1.0
+    lock = locked(config.run_dir, "maskalign train", "run_dir", patience)
+    try:
+        lock.__enter__()
+    except OSError as error:
+        if is_disk_error(error):
+            raise
+        raise UsageError(f"run_dir: {config.run_dir} cannot be written to ({error.strerror}); choose another") from None
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
+
+
+def disk_line(run_dir, error):
+    """One line about a disk that takes no more: what is left of the run, and what to do."""
+    there = complete_checkpoints(run_dir)
+    kept, mend = "there is no complete checkpoint yet", "the same command begins again"
+    if there:
+        kept, mend = f"{there[-1].name} is the newest complete checkpoint", "the same command resumes from it"
+    return f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, and {mend}"
 
 
 class Trainer:
@@ -82,30 +122,15 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         resume = find_resume(config, self.placement)
         state = read_state(resume) if resume else None
+        changes = []
+        if resume:
+            changes = changed_settings(resume, read_config(resume), config)
+        if config.training.compile:
+            check_compile(self.device)
 
         grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
         self.features = Features(
             config, manifest, facts["teachers"], grid, self.placement, class_token=facts["class_token"]
-        )
-        self.facts = {
-            "input_size": facts["input_size"],
-            "in_channels": facts["in_channels"],
-            "num_classes": facts["num_classes"],
-            "teacher_dims": self.features.dims,
-            "class_dim": self.features.class_dim,
-            "teachers": [name for name, _ in facts["teachers"]],
-            "class_names": manifest.class_names,
-            "latent": manifest.latent,
-        }
-        # On meta, spread, then filled: a model need not fit one device, and every plan starts from the same weights.
-        with torch.device("meta"):
-            self.model = build_model(config, self.facts)
-        self.plan = Plan(self.model, config, self.placement)
-        self.model.to_empty(device=self.device).reset_parameters(config.seed)
-        if config.training.init_from and not resume:
-            self._say(init_from(self.model, config.training.init_from))
-        self.optimizer = Optimizer(
-            self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
         self.stream = ShardStream(
             config.data.path,
@@ -119,12 +144,44 @@ class Trainer:
             cache_dir=config.data.cache_dir,
             fields=self._fields(),
         )
+        self.facts = {
+            "input_size": facts["input_size"],
+            "in_channels": facts["in_channels"],
+            "num_classes": facts["num_classes"],
+            "teacher_dims": self.features.dims,
+            "class_dim": self.features.class_dim,
+            "teachers": [name for name, _ in facts["teachers"]],
+            "class_names": manifest.class_names,
+            "latent": manifest.latent,
+            "data": data_facts(config, self.stream.manifests, facts),
+        }
+        # All that may be refused comes before the model is built.
+        if resume:
+            check_facts(resume, state["facts"], self.facts)
+            changes += check_stream(resume, state["stream"], self.stream, config, state["facts"])
+        # On meta, spread, then filled: a model need not fit one device, and every plan starts from the same weights.
+        with torch.device("meta"):
+            self.model = build_model(config, self.facts)
+        self.plan = Plan(self.model, config, self.placement)
+        self.model.to_empty(device=self.device).reset_parameters(config.seed)
+        # What the run says before its first step.
+        self.notes = [start_line(config, manifest, facts, self.stream.num_samples, self.model, self.placement)]
+        if config.training.init_from and not resume:
+            self.notes.append(init_from(self.model, config.training.init_from, config, self.facts))
+        self.optimizer = Optimizer(
+            self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
+        )
         self.step = 0
         self.seconds = 0.0  # of training, without samples and checkpoints
         self.skipped_steps = 0
         self.bad_samples = 0
         if resume:
             self._resume(resume, state)
+            self.notes.append(f"resumed from step {self.step} of {resume}")
+            if config.training.init_from:
+                self.notes.append("training.init_from: not read, since the run resumes from its own checkpoint")
+            if changes:
+                self.notes.append(f"changed since step {self.step}: {', '.join(changes)}")
         if self.placement.is_main:
             warn_of_full_subset(config.method, self.model.num_tokens)
         prepare_blocks(self.model, config)
@@ -150,7 +207,6 @@ class Trainer:
         return fields
 
     def _resume(self, path, state):
-        check_facts(path, state["facts"], self.facts)
         load_tensors(path, self.optimizer.tensors())
         self.optimizer.after_load()
         self.step = state["step"]
@@ -158,16 +214,18 @@ class Trainer:
         self.skipped_steps = state["skipped_steps"]
         self.bad_samples = state["bad_samples"] if self.placement.is_main else 0  # each rank counts its own
         self.stream.load_state_dict(state["stream"])
-        log.info("resumed from %s at step %d", path, self.step)
 
     def run(self):
         if self.progress() >= 1:
-            self._say(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to go on")
+            self._say(f"{self.run_dir}: this run is complete at step {self.step}; raise training.max_steps to continue")
             if self.placement.is_main:
                 clear_requeue(self.run_dir)
             self.watchdog.close()
             return self._result(finished=True)
         self._prepare_run_dir()
+        for line in self.notes:
+            self._say(line)
+        warned = self.placement.is_main and warn_of_short_average(self.config.optimizer, self.config.training.max_steps)
         try:
             with closing(RunLog(self.config, self.step, self.seconds, self.placement.is_main)) as self.log:
                 self._loop()
@@ -176,19 +234,27 @@ class Trainer:
             self.saver.wait()
         finally:
             self.watchdog.close()
+            self.saver.settle()
         finished = self.progress() >= 1
+        if self.placement.is_main and not warned:
+            warn_of_short_average(self.config.optimizer, self.step)
         if finished:
             self._say(f"done: step {self.step} in {self.seconds:.0f} s of training; see {self.run_dir}")
         else:
             if self.stop.wants_requeue and self.placement.is_main:
                 mark_requeue(self.run_dir, self.step)
             saved = f"at step {self.step}, saved in {self.run_dir / FOLDER}" if self.step else "before step 1"
-            self._say(f"stopped {saved}; with training.resume auto the same command goes on")
+            self._say(f"stopped {saved}; with training.resume auto the same command resumes")
         return self._result(finished)
 
     def _say(self, line):
         if self.placement.is_main:
-            print(line)
+            self.log_line(line)
+
+    def log_line(self, line):
+        """Print a line at once, above the progress bar where there is one."""
+        tqdm.write(line)
+        sys.stdout.flush()
 
     def _result(self, finished):
         return {"step": self.step, "seconds": self.seconds, "run_dir": str(self.run_dir), "finished": finished}
@@ -207,13 +273,19 @@ class Trainer:
             return
         try:
             (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
-            (self.run_dir / "config.yaml").write_text(self.config_yaml)
+            if self.config.training.resume == "restart" and not self.step:
+                for name in ("metrics.csv", history.FILE_NAME):
+                    if (self.run_dir / name).exists():
+                        os.replace(self.run_dir / name, self.run_dir / (ASIDE + name))
+            write_atomically(self.run_dir / "config.yaml", self.config_yaml.encode())
             clear_requeue(self.run_dir)
             history.drop_after(self.run_dir / history.FILE_NAME, self.step)
             moved = self.saver.clear(self.step)
             if moved:
                 log.warning("%s: later checkpoints were set aside: %s", self.run_dir, ", ".join(moved))
         except OSError as error:
+            if is_disk_error(error):
+                raise
             raise UsageError(
                 f"run_dir: {self.run_dir} cannot be written to ({error.strerror}); choose another"
             ) from None
@@ -246,6 +318,7 @@ class Trainer:
         since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
         # Often enough to stop in time, and as seldom as logging where that is more often.
         check_every = min(training.log_every, training.max_nonfinite)
+        teacher_share = TeacherShare(self.device, self.features.needs_images, self._hint)
         batches = iter(self.stream)
         stop = self.stop.agree()  # a signal may have come while the model was built
         while self.progress() < 1 and not stop:
@@ -254,8 +327,10 @@ class Trainer:
             batch = next(batches)
             self.watchdog.enter("step")
             self.bad_samples += batch["bad"]
-            given = self.step_inputs(batch)
-            result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
+            with teacher_share.features():
+                given = self.step_inputs(batch)
+            with teacher_share.step():
+                result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
             self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
             good = ~result.skipped
             losses = [result.loss, result.velocity_loss, result.align_loss, result.class_velocity_loss]
@@ -287,12 +362,24 @@ class Trainer:
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
 
+    def kept_share(self, keep_ratio):
+        """The share of tokens that a keep ratio really keeps, after rounding."""
+        tokens = self.model.num_tokens
+        return keep_count(keep_ratio, tokens, self.config.method.keep_multiple) / tokens
+
+    def _hint(self, share):
+        names = ", ".join(source.name for source in self.features.sources if source.teacher is not None)
+        self._say(
+            f"computing the features of {names} takes {share:.0%} of a step; maskalign data encode "
+            f"--data {self.manifest.root} --teacher {names.replace(' ', '')} computes them once"
+        )
+
     def _check_finite(self, in_a_row):
         count = int(in_a_row)
         if count >= self.config.training.max_nonfinite:
             raise RunError(
                 f"the loss or its gradient was not finite in {count} steps in a row, the last one step {self.step}; "
-                "lower optimizer.lr, or use training.precision fp32, and go on from the last checkpoint"
+                "lower optimizer.lr, or use training.precision fp32, and resume from the last checkpoint"
             )
 
     def _log(self, result, sums, healthy, steps, since):
@@ -312,7 +399,7 @@ class Trainer:
             "class_velocity_loss": class_velocity,
             "grad_norm": norm,
             "lr": result.lr,
-            "keep_ratio": result.keep_ratio,
+            "keep_ratio": self.kept_share(result.keep_ratio),
             "align_weight": result.align_weight,
             "images_per_second": steps * self.config.training.batch_size / seconds,
             **self.throughput.interval(seconds),

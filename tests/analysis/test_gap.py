@@ -82,6 +82,8 @@ def test_the_gap_is_that_of_the_layers(class_run, class_data, seed):
             losses = -torch.cosine_similarity(model.projectors[0](h), wanted, dim=-1).mean(dim=1)
             ours = found.full[1] if number is None else found.subset[1, number]
             np.testing.assert_allclose(ours, losses.numpy(), rtol=1e-4, atol=1e-6)
+    assert found.gaps(1).shape == found.gaps(matched=True).shape == (3, 10)
+    assert found.gaps(matched=True).std() < found.gaps().std()
     other = measure_gap(subject, images, AnalysisSettings(**{**SETTINGS, "batch_size": 3, "seed": seed}))
     np.testing.assert_allclose(other.subset, found.subset, rtol=1e-4, atol=1e-6)
 
@@ -89,7 +91,8 @@ def test_the_gap_is_that_of_the_layers(class_run, class_data, seed):
 def test_rows_of_the_gap_are_means_and_errors(full_run, data_set, seed):
     subject, _, settings = load(full_run, data_set)
     rng = np.random.default_rng(seed)
-    losses = GapLosses(rng.normal(-0.5, 0.1, (2, 9)), rng.normal(-0.45, 0.1, (2, 3, 9)))
+    matched = rng.normal(0.05, 0.01, (2, 3, 9))
+    losses = GapLosses(rng.normal(-0.5, 0.1, (2, 9)), rng.normal(-0.45, 0.1, (2, 3, 9)), matched)
     rows = gap_rows(subject, losses, 12, settings)
     assert [row["time"] for row in rows] == ["", 0.2, 0.8]
     gaps = [losses.subset[:, :, image].mean() - losses.full[:, image].mean() for image in range(9)]
@@ -98,6 +101,8 @@ def test_rows_of_the_gap_are_means_and_errors(full_run, data_set, seed):
     assert rows[0]["standard_error"] == pytest.approx(np.std(gaps, ddof=1) / 3)
     assert rows[0]["subset_deviation"] == pytest.approx(np.std(by_subset, ddof=1))
     assert rows[0]["gap"] == pytest.approx(rows[0]["subset_loss"] - rows[0]["full_loss"])
+    assert rows[0]["matched_gap"] == pytest.approx(matched.mean())
+    assert rows[0]["matched_error"] == pytest.approx(matched.mean(axis=(0, 1)).std(ddof=1) / 3)
     assert rows[2]["gap"] == pytest.approx(losses.subset[1].mean() - losses.full[1].mean())
     assert gap_rows(subject, None, 12, settings) == []
 
@@ -155,6 +160,29 @@ def test_a_class_token_of_principal_components(class_data, make_run, tmp_path):
     assert subject.model.class_dim == 3 and images.class_tokens.shape == (10, 3)
     assert images.features[0].shape == (10, 17, 6)  # what is aligned is the class token itself
     assert np.isfinite(measure_gap(subject, images, settings).subset).all()
+
+
+def test_class_tokens_of_other_statistics_are_computed_anew(class_run, class_data, make_data, tmp_path, monkeypatch):
+    """Averages of rows are standardized with the statistics of the training, whichever data set is looked at."""
+    from maskalign.data.manifest import Manifest
+    from maskalign.training import features
+
+    other = make_data(tmp_path / "other", class_token=True)
+    manifest = Manifest.load(str(other))
+    manifest.teachers["efficientnet-lite0"]["class_token"]["std"] = [2.0] * 6
+    manifest.save(other)
+    asked = []
+
+    def load_teacher_like(name, entry, **own):
+        asked.append(entry["class_token"]["std"])
+        raise UsageError("stop here")
+
+    monkeypatch.setattr(features, "load_teacher_like", load_teacher_like)
+    with pytest.raises(UsageError, match="stop here"):
+        load(class_run, other)
+    assert asked == [[1.0] * 6]
+    load(class_run, class_data)
+    assert len(asked) == 1
 
 
 def test_data_without_class_tokens_is_refused(class_run, data_set):

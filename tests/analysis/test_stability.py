@@ -151,6 +151,7 @@ def test_shares_of_the_top_tenth_and_their_ratio(seed):
     assert found.at_least == (counts.min() == 0)
     assert found.ratio.value == pytest.approx(counts.max() / max(counts.min(), 1))
     assert found.ratio.high < found.ratio.value
+    assert found.interval[0] <= found.ratio.value <= found.interval[1]
 
 
 def test_a_share_of_zero_makes_the_ratio_a_lower_bound():

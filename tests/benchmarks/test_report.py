@@ -29,7 +29,8 @@ def test_pages_and_plots_fit_the_csvs(capsys):
 
 
 @pytest.mark.parametrize(
-    "page, stem", [("benchmarks.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8-compiled")]
+    "page, stem",
+    [("benchmarks.md", "steps-SiT-S-2-bf16-b8-compiled"), ("figures.md", "steps-SiT-S-2-fp32-b8-compiled")],
 )
 def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
     folder, words = copy

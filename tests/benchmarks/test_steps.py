@@ -52,8 +52,6 @@ def test_flops_are_those_that_torch_counts(settings, kept):
     assert forward_flops(model, kept) == counter.get_total_flops()
 
 
-
-
 def test_saved_bytes_follow_the_tokens():
     """The linear part of what is saved halves with the tokens; attention's maps fall faster."""
     full, half = (

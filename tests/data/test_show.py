@@ -31,8 +31,8 @@ def colour_of(label):
     return (40 * label + 20, 255 - 40 * label, 7 * label)
 
 
-def write_set(folder, classes=4, per_class=3, teacher=None, moments=None, images=True):
-    """A data set of plainly coloured pictures; `teacher(label)` and `moments(label)` give arrays."""
+def write_set(folder, classes=4, per_class=3, teacher=None, moments=None, images=True, class_token=None):
+    """A data set of plainly coloured pictures; `teacher`, `class_token` and `moments` of a label give arrays."""
     folder.mkdir(exist_ok=True)
     samples = []
     for number in range(classes * per_class):
@@ -44,6 +44,8 @@ def write_set(folder, classes=4, per_class=3, teacher=None, moments=None, images
             members["moments.npy"] = npy(moments(label))
         if teacher:
             members["net.npy"] = npy(teacher(label))
+        if class_token:
+            members["net.class.npy"] = npy(class_token(label))
         samples.append((f"{number:08d}", members))
     half = len(samples) // 2
     shards = [
@@ -51,6 +53,8 @@ def write_set(folder, classes=4, per_class=3, teacher=None, moments=None, images
         write_shard(folder / "shard-000001.tar", samples[half:]),
     ]
     entry = {"tokens": 16, "dim": 12, "grid": [4, 4], "dtype": "int8", "normalize": "none"}
+    if class_token:
+        entry["class_token"] = {"dim": 12, "dtype": "float16", "kind": "prefix"}
     Manifest(
         len(samples), SIDE, [f"class {label}" for label in range(classes)], shards,
         image_format="png" if images else None, source="a test", license="CC BY-SA 4.0",
@@ -125,6 +129,24 @@ def test_features_become_colours_that_tell_them_apart(tmp_path):
     features = sheet[y + TILE + 4 : y + 2 * TILE + 4, x : x + TILE].astype(float)
     left, right = features[:, : TILE // 2].reshape(-1, 3), features[:, TILE // 2 :].reshape(-1, 3)
     assert abs(left.mean(0) - right.mean(0)).max() > 200 and max(left[:, 0].std(), right[:, 0].std()) < 40
+
+
+def test_class_tokens_are_bars_of_one_colour(tmp_path):
+    draw = np.random.default_rng(0)
+    rows, centres = np.ones((16, 12), np.int8), draw.normal(size=(4, 12)) * 5
+    path = write_set(
+        tmp_path / "set", teacher=lambda label: rows, class_token=lambda label: centres[label].astype(np.float16)
+    )
+    sheet = sheet_of(path, tmp_path, columns=2)
+    colours = []
+    for label in range(4):
+        y, x = np.argwhere((sheet == colour_of(label)).all(axis=2))[0]
+        below = y + 2 * (TILE + 4)  # the picture, the rows, then the bar
+        bars = [sheet[below : below + TILE // 4, left : left + TILE] for left in (x, x + TILE + 4)]
+        assert all((bar == bars[0][0, 0]).all() for bar in bars)  # of the same class the same
+        assert (sheet[below + TILE // 4 : below + TILE // 4 + 3, x : x + TILE] == 255).all()
+        colours.append(tuple(bars[0][0, 0]))
+    assert len(set(colours)) == 4
 
 
 def test_principal_colours_are_those_of_an_svd(seed):

@@ -7,7 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from maskalign.evaluation.gap import alignment_by_image, can_mask, ending_at_tap, kept_patches, keyed_subsets
+from maskalign.evaluation.gap import (
+    alignment_by_image,
+    alignment_by_token,
+    can_mask,
+    ending_at_tap,
+    gaps_by_image,
+    kept_patches,
+    keyed_subsets,
+)
 from maskalign.models import SiT
 from maskalign.models.routing import gather_tokens
 
@@ -163,6 +171,39 @@ def test_blocks_that_do_nothing_have_no_gap_but_by_chance():
     gaps = torch.stack(gaps)
     assert gaps.abs().max() > 1e-4
     torch.testing.assert_close(gaps.mean(dim=0), torch.zeros(3).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("class_dim", [None, 6])
+def test_the_matched_gap_has_the_same_mean_over_all_subsets(seed, class_dim):
+    """All 16 subsets that leave one patch out: the two means agree, and the matched gap spreads less."""
+    model = make_model(seed, class_dim=class_dim)
+    inputs, own, _ = make_inputs(model, seed)
+    everything, gaps = torch.arange(16), []
+    with ending_at_tap(model) as trunk:
+        full = alignment_by_token(trunk, *inputs, **own)
+        for left_out in range(16):
+            subset = everything[everything != left_out].expand(3, -1)
+            masked = alignment_by_token(trunk, *inputs, **own, subset=subset)
+            assert masked.shape == (3, 15 + (class_dim is not None))
+            gaps.append(torch.stack(gaps_by_image(full, masked, subset, class_dim is not None)))
+            torch.testing.assert_close(gaps[-1][0], masked.mean(dim=1) - full.mean(dim=1))
+    plain, matched = torch.stack(gaps, dim=1)
+    torch.testing.assert_close(plain.mean(dim=0), matched.mean(dim=0), rtol=0, atol=1e-12)
+    assert not torch.allclose(plain, matched)
+
+
+def test_the_matched_gap_of_blocks_that_do_nothing_is_none():
+    """Where no token sees the others nothing changes for those that are kept, whichever they are."""
+    model = make_model()
+    with torch.no_grad():
+        for block in model.all_blocks:
+            block.adaLN_modulation[1].weight.zero_()
+            block.adaLN_modulation[1].bias.zero_()
+    inputs, _, subset = make_inputs(model)
+    with ending_at_tap(model) as trunk:
+        full, masked = (alignment_by_token(trunk, *inputs, subset=chosen) for chosen in (None, subset))
+    gaps = gaps_by_image(full, masked, subset, False)
+    assert gaps.plain.abs().max() > 1e-3 and gaps.matched.abs().max() < 1e-12
 
 
 def test_subsets_belong_to_their_images():

@@ -13,6 +13,9 @@ from tests.evaluation.conftest import train_on
 from tests.training.conftest import write_data_set
 
 LITE = "efficientnet-lite0"
+GAP_NAMES = (
+    "align_loss", "stability_gap", "stability_gap_error", "stability_gap_matched", "stability_gap_matched_error",
+)  # fmt: skip
 LIGHT = dict(evaluate__every=2, evaluate__images=16, evaluate__samples=6, evaluate__steps=2, evaluate__reference=16)
 
 
@@ -39,7 +42,7 @@ def test_rows_of_a_run_are_the_commands_numbers(data, tmp_path, command):
     report = json.loads((run / "evaluation.json").read_text())
     # Six pictures have no covariance: no Frechet distance. All else is there, and the same.
     assert f"frechet[{LITE}]" not in rows[-1]
-    measures = ("velocity_loss", "cosine", "align_loss", "stability_gap", "stability_gap_error")
+    measures = ("velocity_loss", "cosine", *GAP_NAMES)
     for key in (f"kernel[{LITE}]", f"kernel_std[{LITE}]", *(f"held_out_{name}" for name in measures)):
         assert rows[-1][key] == pytest.approx(report["metrics"][key], rel=1e-5, abs=1e-7), key
     for name, values in report["held_out"].items():
@@ -61,7 +64,7 @@ def _tensorboard_tags(folder):
     return set(events.Tags()["scalars"])
 
 
-GAP = {"held_out_align_loss", "held_out_stability_gap", "held_out_stability_gap_error"}
+GAP = {f"held_out_{name}" for name in GAP_NAMES}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Ground truth and traps that the tests of both operations share."""
+"""Ground truth and traps that the tests of the operations share."""
 
 import pytest
 import torch

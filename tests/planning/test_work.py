@@ -61,7 +61,9 @@ def test_phases_follow_the_schedules(settings, build):
     step = settings("--method.keep_ratio", "{kind: step, start: 0.5, end: 1.0, begin: 0.9}")
     assert schedule_phases(step, model) == [Phase(32, 32, 0.9), Phase(64, 64, 0.1)]
     assert schedule_phases(step, model, teachers=False) == [Phase(32, 0, 0.9), Phase(64, 0, 0.1)]
-    ending = settings("--method.keep_ratio", "0.5", "--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.25}")
+    ending = settings(
+        "--method.keep_ratio", "0.5", "--method.align_weight", "{kind: step, start: 0.5, end: 0.0, begin: 0.25}"
+    )
     assert schedule_phases(ending, model) == [Phase(32, 0, 0.75), Phase(32, 32, 0.25)]
     linear = schedule_phases(settings("--method.keep_ratio", "{kind: linear, start: 0.25, end: 1.0}"), model)
     assert [phase.kept for phase in linear] == [16, 24, 32, 40, 48, 56, 64]

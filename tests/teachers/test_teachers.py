@@ -21,6 +21,7 @@ from maskalign.teachers import (
     normalise_tokens,
     parse_teachers,
     quantise_rows,
+    standardize_class_token,
 )
 from maskalign.teachers.encoders import _efficientnet_lite0, packaged_efficientnet_lite0
 from maskalign.teachers.weights import read_state_dict
@@ -90,7 +91,7 @@ def dinov2_by_hand(state, images, side, heads=6):
         h = F.layer_norm(x, (384,), b["norm2.weight"], b["norm2.bias"], 1e-6)
         h = F.gelu(h @ b["mlp.fc1.weight"].T + b["mlp.fc1.bias"])
         x = x + b["ls2.gamma"] * (h @ b["mlp.fc2.weight"].T + b["mlp.fc2.bias"])
-    return F.layer_norm(x, (384,), w["norm.weight"], w["norm.bias"], 1e-6)[:, 1:]
+    return F.layer_norm(x, (384,), w["norm.weight"], w["norm.bias"], 1e-6)
 
 
 def test_dinov2_is_what_repa_computes(dino_file, seed):
@@ -100,9 +101,15 @@ def test_dinov2_is_what_repa_computes(dino_file, seed):
     teacher = load_teacher("dinov2-s", weights=path, dtype=torch.float64)
     assert (teacher.grid, teacher.dim, teacher.name) == ((16, 16), 384, "dinov2-s")
     z = teacher(images)
-    want = dinov2_by_hand(state, images, 16)
+    everything = dinov2_by_hand(state, images, 16)
+    want, first = everything[:, 1:], everything[:, 0]
     assert z.shape == (1, 256, 384) and z.dtype == torch.float32
     error = float((z.double() - want).norm() / want.norm())
+    assert error < 1e-6, error
+    rows, class_token = teacher.tokens_and_class(images)
+    assert torch.equal(rows, z) and class_token.shape == (1, 384) and class_token.dtype == torch.float32
+    assert (teacher.class_dim, teacher.class_kind) == (384, "prefix")
+    error = float((class_token.double() - first).norm() / first.norm())
     assert error < 1e-6, error
 
 
@@ -331,6 +338,64 @@ def test_normalised_and_resampled_like_the_manifest_says(lite, pictures):
         load_teacher("efficientnet-lite0", normalize="mean")
     with pytest.raises(UsageError, match="3 numbers, expected 320"):
         load_teacher("efficientnet-lite0", normalize="mean", mean=[0.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        ("test_vit", "prefix"),
+        ("deit_tiny_distilled_patch16_224", "prefix"),  # another prefix token behind the class token
+        ("test_vit2", "mean"),  # a register alone
+        ("test_resnet", "mean"),
+        ("swin_tiny_patch4_window7_224", "mean"),
+    ],
+)
+def test_class_tokens_of_timm_models(model, kind, seed):
+    torch.manual_seed(seed)
+    images = torch.randint(0, 256, (5, 3, 24, 24), dtype=torch.uint8)  # more than a chunk
+    statistics = None
+    if kind == "mean":
+        dim = load_teacher(f"timm:{model}", weights="random").class_dim
+        statistics = torch.rand(dim) - 0.5, torch.rand(dim) + 0.5
+    teacher = load_teacher(f"timm:{model}", weights="random", grid=(3, 2), class_statistics=statistics)
+    assert teacher.class_kind == kind
+    rows, class_token = teacher.tokens_and_class(images)
+    assert torch.equal(rows, teacher(images)) and rows.shape == (5, 6, teacher.dim)
+    assert class_token.shape == (5, teacher.class_dim) and class_token.dtype == torch.float32
+    network = teacher.encoder.network
+    with torch.no_grad():
+        out = network.forward_features(teacher.encoder.preprocess(images))
+    if kind == "prefix":
+        want = out[:, 0]
+        assert network.num_prefix_tokens == (2 if "distilled" in model else 1)
+    else:
+        average = out[:, 1:].mean(dim=1) if out.ndim == 3 else out.mean(dim=(1, 2) if "swin" in model else (2, 3))
+        want = (average - statistics[0]) / statistics[1]
+    torch.testing.assert_close(class_token, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(teacher.class_token(images), class_token)
+
+
+def test_an_averages_statistics_come_from_the_manifest(lite, pictures):
+    average = lite(pictures).mean(dim=1)
+    mean, std = average.mean(dim=0), average.std(dim=0) + 0.1
+    statistics = {"dim": 320, "dtype": "float16", "kind": "mean", "mean": mean.tolist(), "std": std.tolist()}
+    entry = {"grid": [4, 4], "normalize": "spatial", "class_token": statistics}
+    teacher = load_teacher_like("efficientnet-lite0", entry)
+    rows, class_token = teacher.tokens_and_class(pictures)
+    # The average is taken of the rows before they are resampled and normalized.
+    torch.testing.assert_close(class_token, (average - mean) / std, rtol=1e-4, atol=1e-4)
+    assert torch.equal(rows, load_teacher("efficientnet-lite0", grid=(4, 4), normalize="spatial")(pictures))
+    for call in (lite.tokens_and_class, lite.class_token):
+        with pytest.raises(UsageError, match="standardized .* maskalign data encode"):
+            call(pictures)
+    with pytest.raises(UsageError, match="class token have 3 numbers, expected 320"):
+        load_teacher("efficientnet-lite0", class_statistics=([0.0] * 3, [1.0] * 3))
+
+
+def test_a_standardized_value_has_an_end():
+    values = torch.tensor([[1e6, -1e6, 1.0]])
+    got = standardize_class_token(values, [0.0, 0.0, 0.5], [1e-3, 1e-3, 0.5])
+    assert torch.equal(got, torch.tensor([[100.0, -100.0, 1.0]]))
 
 
 @pytest.mark.parametrize("normalize", ["none", "spatial", "mean"])

@@ -201,7 +201,7 @@ def test_a_folder_without_a_checkpoint_is_found_before_torch(run, tmp_path):
 
 def test_resume_with_another_model_is_refused(run):
     run(training__max_steps=2)
-    with pytest.raises(UsageError, match="other model settings"):
+    with pytest.raises(UsageError, match="model.width 16 .now 32."):
         run(training__max_steps=4, model__width=32)
 
 

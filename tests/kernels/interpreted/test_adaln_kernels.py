@@ -134,7 +134,7 @@ def test_every_configuration_computes_the_same(itemsize, adaln_case, assert_adal
 
     monkeypatch.setattr(adaln_launch, "choose", choose)
     dtype = {2: F16, 4: F32}[itemsize]
-    assert_adaln("gated_residual_adaln", *adaln_case("gated_residual_adaln", 1, 35, 530, 20, dtype))
+    assert_adaln("gated_residual_adaln", *adaln_case("gated_residual_adaln", 1, 18, 530, 10, dtype))
     assert asked == {"adaln_forward", "adaln_backward"}
 
 
@@ -172,7 +172,7 @@ def test_autocast_modulates_in_its_dtype_and_keeps_the_residual(adaln_case, adal
 def test_operators_pass_opcheck(operation, adaln_case):
     tensors, subset = adaln_case(operation, 2, 6, 8, 3)
     ops = torch.ops.maskalign_kernels
-    for index in (subset, None):
+    for index in (subset, None) if operation == "gated_residual" else (subset,):
         if index is None:
             tensors, _ = adaln_case(operation, 2, 6, 8, None)
         arguments = (*tensors, index) if operation == "gated_residual" else (*tensors, index, F32)

@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all, on full disks and on file systems that lack something."""
+
+import errno
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+# What the place of a file is to blame for, not the program: the command ends in one line.
+DISK_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "ENODEV", "ENOTCONN", "EREMOTEIO")
+    if hasattr(errno, name)
+}
+# A sync that fails with one of these has lost data. Every other error means that the file system has no such sync:
+# SMB, CIFS, some FUSE and WSL mounts refuse to sync a folder, and a few of them a file.
+LOST = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+def is_disk_error(error):
+    """Whether an exception, or what it was raised from, is a full, lost or read-only disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def disk_reason(error):
+    """What `is_disk_error` found, in a few words: the system's text, and the file where it is known."""
+    while not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
+        error = error.__cause__ or error.__context__
+    return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")
+
+
+def sync_file(file):
+    """Make what was written to an open file durable, where its file system can."""
+    file.flush()
+    _sync(file.fileno())
+
+
+def sync_folder(folder):
+    """Make renames in a folder durable, where its file system can."""
+    try:
+        handle = os.open(folder or ".", os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        _sync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync(handle):
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in LOST:
+            raise
+
+
+def write_atomically(path, data):
+    """Write bytes to a file that is there whole or not at all, also after a power cut."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        sync_file(file)
+
+
+@contextmanager
+def replacing(path):
+    """Context with the path of a temporary file, which takes the place of `path` at the end.
+
+    After an error the temporary file is removed, and `path` is what it was before. Its name keeps the ending of `path`,
+    by which libraries choose a format.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield str(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)

@@ -1,0 +1,121 @@
+"""One writer per folder: a lock that the system drops when its process ends, however it ends."""
+
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from maskalign.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None
+
+NAME = ".lock"
+_held = set()  # descriptors of this process's locks
+
+
+@contextmanager
+def locked(folder, what, option="--out", patience=1.0):
+    """Keep other writers out of a folder while the context lasts.
+
+    The lock is flock's on FOLDER/.lock, which holds the name of the machine and the process. A file that a killed
+    process has left there locks nothing. Where the file system has no locks, a line says so.
+
+    Args:
+        folder: made, with its parents, where it is not there; removed again where it is empty in the end.
+        what: the command, for the message to another one.
+        option: the setting that named the folder.
+        patience: seconds to wait for a process that is about to end.
+
+    Raises:
+        UsageError: another process holds the lock, or the folder cannot be written to.
+    """
+    path = Path(folder, NAME)
+    _make(path.parent, option)
+    handle = _acquire(path, what, option, patience) if fcntl else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            _held.discard(handle)
+            # Removed while it is still locked: who waits for it finds that its file is not this one any more.
+            path.unlink(missing_ok=True)
+            os.close(handle)
+        with suppress(OSError):
+            path.parent.rmdir()  # only an empty folder goes
+
+
+def _make(folder, option):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{option}: {folder} is not a folder; choose another one") from None
+
+
+def _acquire(path, what, option, patience):
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one before has just left, and the folder was empty
+            _make(path.parent, option)
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            holder = _holder(handle)
+            os.close(handle)
+            if time.monotonic() > deadline:
+                raise UsageError(
+                    f"{option}: {path.parent} is in use by {holder}; wait until it ends or stop it, or choose another "
+                    "folder"
+                ) from None
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            print(
+                f"maskalign: {path.parent}: this file system has no locks ({error.strerror}); do not let two commands "
+                "write there at once",
+                file=sys.stderr,
+            )
+        if _is_file(handle, path):
+            break
+        os.close(handle)  # another process has removed it meanwhile
+    _held.add(handle)
+    note = {"what": what, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    with suppress(OSError):  # a full disk locks as well
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(note).encode(), 0)
+    return handle
+
+
+def _is_file(handle, path):
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    mine = os.fstat(handle)
+    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _holder(handle):
+    try:
+        note = json.loads(os.pread(handle, 4096, 0))
+        return f"{note['what']} (process {note['pid']} on {note['host']}, since {note['since']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _leave_to_parent():
+    """A forked child must not keep its parent's lock alive."""
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_parent)

@@ -1,0 +1,214 @@
+"""What may change when a run resumes, and what would make it another run.
+
+A checkpoint has the settings and the facts of the data that it was trained with. What the weights compute, and what
+they are trained to compute, stays: another value is refused, also where all shapes happen to fit. The learning rate,
+the number of steps, logging, the plan and the like may change, and are named with their old and new values.
+"""
+
+import hashlib
+import json
+
+from maskalign.config import all_keys, as_schedule, model_sizes
+from maskalign.data.manifest import other_classes
+from maskalign.data.recipe import weights_label
+from maskalign.errors import UsageError
+
+# Settings that say how fast, where and how often, or what a schedule or the optimizer does from here on.
+MAY_CHANGE = ("data.", "optimizer.", "training.", "preview.", "evaluate.", "parallel.", "teacher.mode")
+MAY_CHANGE_TOO = ("model.attention", "method.keep_ratio", "method.align_weight", "method.align_ratio")
+MAY_CHANGE_TOO += ("method.class_weight", "method.subset", "method.keep_multiple", "teacher.weights")
+# What a run is told anew at every start.
+SILENT = ("run_dir", "training.resume", "training.init_from", "training.progress", "model.preset")
+MOST = 4  # differences that one line names
+
+
+def effective(config):
+    """{dotted name: value} of all settings that have an effect, in one form: sizes are there, a preset is not."""
+    flat = {}
+    for key in all_keys():
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        flat[key] = tuple(value) if isinstance(value, list) else value
+    sizes = model_sizes(config)
+    for name, value in sizes.items():
+        flat[f"method.{name}" if name == "align_depth" else f"model.{name}"] = value
+    route = flat["method.route"]
+    flat["method.route"] = {"all": (0, sizes["depth"]), "none": "none"}.get(route, route)
+    for key in ("method.keep_ratio", "method.align_weight", "method.align_ratio"):
+        schedule = None if flat[key] is None else as_schedule(flat[key])
+        flat[key] = schedule.start if schedule is not None and schedule.kind == "constant" else schedule
+    model = config.model
+    needed = {
+        "model.mixer_hidden": model.mixer == "token_mlp",
+        "model.mixer_layers": model.mixer == "attention",
+        "model.projector_dim": model.projector == "mlp",
+    }
+    return {key: value for key, value in flat.items() if needed.get(key, True)}
+
+
+def changed_settings(path, there, here):
+    """Hold the settings against those of a checkpoint.
+
+    Args:
+        path: of the checkpoint. there, here: `Config` of the checkpoint and of this start.
+
+    Returns:
+        list of texts, one for each setting that may change and did.
+
+    Raises:
+        UsageError: a setting differs that a run keeps.
+    """
+    old, new = effective(there), effective(here)
+    changed = [key for key in new if key in old and old[key] != new[key] and key not in SILENT]
+    # The names are compared below, where it is known which teachers are used; the seed with the data's order.
+    changed = [key for key in changed if key not in ("teacher.names", "teacher.normalize", "seed")]
+    refused = [key for key in changed if not key.startswith(MAY_CHANGE) and key not in MAY_CHANGE_TOO]
+    if refused:
+        differences = [f"{key} {_text(old[key])} (now {_text(new[key])})" for key in refused]
+        other = any(key.startswith("model.") or key == "objective.path" for key in refused)
+        raise UsageError(
+            f"{path} was trained with {_list(differences)}, and a run keeps its model and objective: set "
+            f"{'it' if len(refused) == 1 else 'them'} back, or "
+            + ("train another run with --run_dir NEW" if other else new_run(path))
+        )
+    return [f"{key} {_text(old[key])} -> {_text(new[key])}" for key in changed]
+
+
+def new_run(path):
+    """What to do where a checkpoint cannot be resumed: the words of a command."""
+    return f"start a new run from its weights with --training.init_from {path} --run_dir NEW"
+
+
+def data_facts(config, manifests, facts):
+    """What a checkpoint keeps of the data, for `check_facts` of a later start.
+
+    Args:
+        config: `Config`. manifests: of all data sets. facts: of `config.validate_with_data`.
+    """
+    manifest, features = manifests[0], {}
+    for name, _ in facts["teachers"] or ([facts["class_token"]] if facts["class_token"] else []):
+        entry = manifest.teachers.get(name)
+        if entry is None:
+            features[name] = {
+                "normalize": config.teacher.normalize,
+                "weights": weights_label(config.teacher.weights),
+            }
+        else:
+            features[name] = {"normalize": entry["normalize"], "weights": entry.get("weights", "default")}
+            features[name]["mean"] = _digest(entry.get("mean"))
+    class_token = None
+    if facts["class_token"]:
+        name = facts["class_token"][0]
+        entry = manifest.teachers.get(name, {}).get("class_token", {})
+        count, components = config.model.class_token_dim, entry.get("components") or {}
+        used = {key: entry.get(key) for key in ("mean", "std")}
+        if count is not None:
+            used |= {"components": [components["mean"], components["basis"][:count], components["scale"][:count]]}
+        class_token = {"teacher": name, "statistics": _digest(used)}
+    builds = [(other.extra.get("build") or {}).get("fingerprint") for other in manifests]
+    samples = sum(other.num_samples for other in manifests)
+    return {"samples": samples, "builds": builds, "features": features, "class_token": class_token}
+
+
+def check_facts(path, there, here):
+    """Refuse a checkpoint of other data or another teacher.
+
+    Args:
+        path: of the checkpoint; there, here: `facts` of the checkpoint and of this start. What a checkpoint from an
+            earlier version does not know is not compared.
+    """
+
+    def require(same, what):
+        if not same:
+            raise UsageError(f"{path}: {what}; use the data and the teacher of the run, or {new_run(path)}")
+
+    names = {
+        "input_size": "images or latents of side",
+        "in_channels": "images or latents with channels",
+        "num_classes": "as number of classes",
+    }
+    for key, name in names.items():
+        require(there[key] == here[key], f"was trained with {name} {there[key]}, the data now have {here[key]}")
+    difference = other_classes(there.get("class_names"), here["class_names"])
+    require(not difference, f"the data now have other classes than those it was trained with: {difference}")
+    old, new = there.get("teachers"), here["teachers"]
+    require(old is None or old == new, f"was aligned with {_names(old)}, now it would be with {_names(new)}")
+    for key, name in (("teacher_dims", "teacher features of width"), ("class_dim", "a class token of width")):
+        # A run from before class tokens does not name their width.
+        require(there.get(key) == here[key], f"was trained with {name} {there.get(key)}, now it is {here[key]}")
+    old, new = there.get("latent"), here["latent"]
+    if old is not None and new is not None:
+        for key in ("scale", "bias", "shape"):
+            require(
+                old.get(key) == new.get(key),
+                f"was trained on latents with {key} {old.get(key)}, those of the data have {new.get(key)}",
+            )
+    old, new = there.get("data") or {}, here["data"]
+    for name, entry in (old.get("features") or {}).items():
+        for key, value in entry.items():
+            now = new["features"].get(name, {}).get(key, value)
+            what = {"mean": "another mean token"}.get(key, f"{key} {value} (now {now})")
+            require(value == now, f"the features of {name} were made with {what}")
+    old, new = old.get("class_token"), new["class_token"]
+    if old is not None and new is not None:
+        require(old == new, "the class tokens are of another teacher, or standardized or projected with other numbers")
+
+
+def check_stream(path, state, stream, config, there):
+    """Refuse to resume where the position in the data would mean other images.
+
+    Args:
+        path: of the checkpoint. state: of the stream, as the checkpoint has it. stream: the `ShardStream`.
+        config: `Config`. there: the checkpoint's `facts`.
+
+    Returns:
+        list of texts about what may have changed and did.
+
+    Raises:
+        UsageError: other data, another seed, or a batch size that its streams of samples cannot give.
+    """
+    if state["seed"] != config.seed:
+        raise UsageError(
+            f"seed: {config.seed}, but {path} was trained with {state['seed']}, from which the order of its images and "
+            f"all draws follow; set seed {state['seed']}, or {new_run(path)}"
+        )
+    data = there.get("data") or {}
+    if list(state["data"]) != [manifest.digest() for manifest in stream.manifests]:
+        before = f" {data['samples']:,} images" if "samples" in data else " other shards"
+        shards = sum(len(manifest.shards) for manifest in stream.manifests)
+        raise UsageError(
+            f"data.path: {_text(config.data.path)} holds {stream.num_samples:,} images in {shards:,} shards, but "
+            f"{path} was trained on{before}: images were added, removed or built anew, and the run cannot find its "
+            f"place among them; restore the data set, or {new_run(path)}"
+        )
+    if config.training.batch_size % state["streams"]:
+        raise UsageError(
+            f"training.batch_size: {config.training.batch_size}, but {path} reads its images in {state['streams']} "
+            f"parts and can resume with multiples of {state['streams']} only; choose one, or {new_run(path)}"
+        )
+    builds = [(manifest.extra.get("build") or {}).get("fingerprint") for manifest in stream.manifests]
+    if "builds" in data and data["builds"] != builds:
+        return ["the images were built anew, from other files or with other settings (as many as before)"]
+    return []
+
+
+def _digest(value):
+    return None if value is None else hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _names(teachers):
+    return ", ".join(teachers or []) or "no teacher"
+
+
+def _text(value):
+    if isinstance(value, dict):
+        return ", ".join(map(str, value))
+    if hasattr(value, "kind"):
+        return f"{value.kind} {value.start:g} to {value.end:g}"
+    return str(list(value) if isinstance(value, tuple) else value).replace("'", "")
+
+
+def _list(texts):
+    more = len(texts) - MOST
+    return ", ".join(texts[:MOST]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,47 @@
+"""TensorBoard's event files, written at once and in this thread.
+
+torch's SummaryWriter writes in a thread of its own, where a full disk ends in a traceback, and later in an error of
+another call.
+"""
+
+import os
+import socket
+import time
+from pathlib import Path
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import image, scalar
+
+
+class EventFile:
+    """One file of events in a folder.
+
+    Args:
+        folder: made where it is not there.
+        purge_step: TensorBoard forgets what earlier files in the folder say of this step and later ones.
+    """
+
+    def __init__(self, folder, purge_step):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        # Unbuffered, so that what could not be written is not tried again when the file is closed.
+        self.file = open(Path(folder, name), "ab", buffering=0)
+        self.writer = RecordWriter(self.file)
+        self._add(Event(file_version="brain.Event:2"))
+        self._add(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+
+    def add_scalar(self, tag, value, step):
+        """A number of a step."""
+        self._add(Event(summary=scalar(tag, value), step=step))
+
+    def add_image(self, tag, pixels, step):
+        """A picture of a step: pixels (H, W, C), uint8."""
+        self._add(Event(summary=image(tag, pixels, dataformats="HWC"), step=step))
+
+    def close(self):
+        self.file.close()
+
+    def _add(self, event):
+        event.wall_time = time.time()
+        self.writer.write(event.SerializeToString())

@@ -1,0 +1,183 @@
+"""`training.init_from`: a new run that starts from the weights of another model.
+
+What the two models have in common is loaded. What depends on the data or the teacher (label table, projectors, class
+token) and does not fit starts fresh, as do parts that the other model lacks. Another architecture or another path of
+the objective is refused: its weights would load wherever shapes happen to fit, and compute something else.
+"""
+
+import torch
+
+from maskalign.checkpoints.conversion import to_repa
+from maskalign.checkpoints.layout import read_state
+from maskalign.checkpoints.loading import load
+from maskalign.errors import UsageError
+from maskalign.models.initial import assign
+
+# What a plain SiT lacks: it starts at its own initial values.
+OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")
+LABELS = "y_embedder.embedding_table.weight"
+CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
+# What makes the same shapes another function, or no function at all: attribute of `SiT`, setting.
+SIZES = (
+    ("depth", "model.depth"),
+    ("width", "model.width"),
+    ("heads", "model.heads"),
+    ("patch_size", "model.patch_size"),
+    ("in_channels", "channels of the data"),
+)
+
+
+def init_from(model, path, config, facts):
+    """Start from the averaged weights at a path.
+
+    Args:
+        model: `SiT` with its initial weights, spread over the ranks or not.
+        path: a run, a checkpoint or a file of weights.
+        config: `Config` of the new run.
+        facts: dict of the new run with teachers, class_names and `data` as `continuing.data_facts` gives it.
+
+    Returns:
+        A line that says what was loaded, what starts fresh and why, and what of the file is not used.
+
+    Raises:
+        UsageError: the file cannot be read, or holds another architecture or objective.
+    """
+    loaded = load(path)
+    there, about = loaded.model, loaded.about
+    weights = to_repa(there)
+    own, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    _check_function(path, model, there, own, weights, config, about)
+    fresh = _fresh(model, there, own, weights, facts, loaded)
+    notes = list(fresh.values())
+    if there.input_size != model.input_size:
+        notes.append(
+            f"position embedding for {_grid(model)} tokens instead of {_grid(there)} (input size {model.input_size}, "
+            f"there {there.input_size})"
+        )
+    dropped = {name for name in weights for prefixes in fresh if name.startswith(prefixes)}
+    taken = [name for name in own if name in weights and name not in dropped and name != LABELS]
+    for name in taken:
+        assign(own[name], weights[name])
+    count = len(taken) + 1
+    notes += _labels(own[LABELS], weights[LABELS], about.get("class_names"), facts["class_names"])
+    lacking = [name for name in own if name not in weights]
+    if lacking:
+        notes.append(f"{_parts(lacking)}, not there")
+    latents = [(about.get("latent") or {}).get("scale"), (facts["latent"] or {}).get("scale")]
+    unused = [name for name in weights if name not in own and name not in buffers and name not in dropped]
+    line = f"training.init_from: {count} of {len(own)} tensors from {path}"
+    line += f", step {about['step']}" if about.get("step") is not None else ""
+    line += f"; starting fresh: {'; '.join(notes)}" if notes else "; nothing starts fresh"
+    if None not in latents and latents[0] != latents[1]:
+        line += f"; the latents have the scale {latents[1]}, there {latents[0]}"
+    return line + (f"; not used: {_parts(unused)}" if unused else "")
+
+
+def _check_function(path, model, there, own, weights, config, about):
+    """Refuse weights that compute something else, whether or not their shapes fit."""
+    differences = [
+        f"{setting} {getattr(there, name)} (here {getattr(model, name)})"
+        for name, setting in SIZES
+        if getattr(there, name) != getattr(model, name)
+    ]
+    if not differences:
+        for setting, name in (("model.mlp_ratio", "mlp.fc1.weight"), ("model.qk_norm", "attn.q_norm.weight")):
+            shapes = [w[f"blocks.0.{name}"].shape if f"blocks.0.{name}" in w else None for w in (weights, own)]
+            if shapes[0] != shapes[1]:
+                differences.append(f"another {setting}")
+    if differences:
+        raise UsageError(
+            f"training.init_from: {path} is another model: {', '.join(differences)}; set these as they are there, or "
+            "choose other weights"
+        )
+    if about["path"] != config.objective.path:
+        raise UsageError(
+            f"training.init_from: {path} was trained with objective.path {about['path']}, so its velocities are not "
+            f"those of objective.path {config.objective.path}; set objective.path {about['path']}, or choose other "
+            "weights"
+        )
+    missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
+    foreign = [name for name in weights if name not in own and name != "pos_embed" and not name.startswith(OWN_PARTS)]
+    misfit = [
+        name
+        for name, tensor in weights.items()
+        if name in own and tensor.shape != own[name].shape and name != LABELS and not name.startswith(OWN_PARTS)
+    ]
+    for names, what in ((missing, "lacks"), (foreign, "has"), (misfit, "has another shape of")):
+        if names:
+            raise UsageError(
+                f"training.init_from: {path} {what} {names[0]} ({len(names)} such); it is no SiT of the sizes that the "
+                "settings give"
+            )
+
+
+def _fresh(model, there, own, weights, facts, loaded):
+    """{prefixes of names: what starts fresh and why} of the parts that are there and cannot be used."""
+    fresh, about = {}, loaded.about
+
+    def misfit(prefix):
+        mine = {name: tensor.shape for name, tensor in own.items() if name.startswith(prefix)}
+        theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(prefix)}
+        return mine and theirs and mine != theirs
+
+    teachers = about.get("teachers") or [None] * len(there.teacher_dims)
+    for k in range(min(len(model.teacher_dims), len(there.teacher_dims))):
+        name, old = facts["teachers"][k], teachers[k]
+        prefix = (f"projectors.{k}.",)
+        if there.teacher_dims[k] != model.teacher_dims[k]:
+            fresh[prefix] = f"projector to {name} ({model.teacher_dims[k]} wide, there {there.teacher_dims[k]})"
+        elif old is not None and old != name:
+            fresh[prefix] = f"projector to {name} (there to {old})"
+        elif misfit(prefix[0]):
+            fresh[prefix] = f"projector to {name} (of another kind there)"
+        elif loaded.config is not None and there.align_depth != model.align_depth:
+            fresh[prefix] = f"projector to {name} (at block {model.align_depth}, there at {there.align_depth})"
+    if model.class_dim and there.class_dim:
+        state = read_state(loaded.source) if loaded.kind != "file" else {"facts": {}}
+        old, new = (state["facts"].get("data") or {}).get("class_token"), facts["data"]["class_token"]
+        reason = None
+        if model.class_dim != there.class_dim:
+            reason = f"{model.class_dim} numbers, there {there.class_dim}"
+        elif old is not None and new is not None and old != new:
+            reason = "of another teacher or with other statistics there"
+        elif teachers[:1] and facts["teachers"] and teachers[0] not in (None, facts["teachers"][0]):
+            reason = f"of {facts['teachers'][0]}, there of {teachers[0]}"
+        if reason:
+            fresh[CLASS_PARTS] = f"class token ({reason})"
+    shared = [name for name in own if name.startswith("mixer.") and name in weights]
+    place, place_there = ((each.route or (0, 0))[0] for each in (model, there))
+    if any(own[name].shape != weights[name].shape for name in shared):
+        fresh[("mixer.",)] = "mixer (of other sizes there)"
+    elif shared and place != place_there:
+        fresh[("mixer.",)] = f"mixer (before block {place + 1}, there before {place_there + 1})"
+    return fresh
+
+
+@torch.no_grad()
+def _labels(parameter, table, old, new):
+    """Load the label table, and return what to say about it. Its last row, "no class", is good for any classes."""
+    kept = None
+    if old is None or old == new:
+        kept = "all" if table.shape == parameter.shape else None
+    elif sorted(old) == sorted(new):
+        table = table[[*(old.index(name) for name in new), len(old)]]
+        kept = "sorted"
+    if kept:
+        assign(parameter, table)
+        return ["label table in the data's order of classes"] if kept == "sorted" else []
+    full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter.detach()
+    full = full.clone()
+    full[-1] = table[-1].to(full)
+    assign(parameter, full)
+    before, now = table.shape[0] - 1, full.shape[0] - 1
+    why = f"{now} classes, there {before}" if before != now else "the classes have other names there"
+    return [f'label table ({why}; the row of "no class" is kept)']
+
+
+def _grid(model):
+    return f"{model.grid[0]}x{model.grid[1]}"
+
+
+def _parts(names):
+    """The `OWN_PARTS` that names belong to, as text."""
+    return ", ".join(dict.fromkeys(next(p for p in OWN_PARTS if name.startswith(p)).rstrip(".") for name in names))
