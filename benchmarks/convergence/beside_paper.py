@@ -211,7 +211,7 @@ def published_table():
     """(head, lines) of the paper's own results, as texts."""
     head = ["method", "model", *ITERATIONS]
     lines = [
-        [method, model, *(f"{values[at]:g}" if at in values else "" for at in ITERATIONS)]
+        [method, model, *(str(float(values[at])) if at in values else "" for at in ITERATIONS)]
         for method, model, values in PUBLISHED
     ]
     return head, lines
