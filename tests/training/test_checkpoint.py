@@ -268,11 +268,7 @@ main(["train", *sys.argv[1:]])
 def test_killed_in_the_middle_of_a_save(command, run, tmp_path, capsys):
     argv = command(training__max_steps=100_000, training__checkpoint_every=2)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SAVE, *argv], stdout=subprocess.PIPE, text=True)
-<<<<<<< HEAD
     assert "saving\n" in iter(process.stdout.readline, "")  # lines that the run says come before it
-=======
-    assert "saving\n" in iter(process.stdout.readline, "")
->>>>>>> field-training
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert names(tmp_path / "run") == ["step_00000002"]
