@@ -28,6 +28,7 @@ def test_a_run_is_evaluated_into_its_folder(run, data, command):
     metrics = report["metrics"]
     names = ["frechet", "kernel", "kernel_std", "precision", "recall", "density", "coverage"]
     held_out = ["velocity_loss", "cosine", "align_loss", "stability_gap", "stability_gap_error"]
+    held_out += ["stability_gap_matched", "stability_gap_matched_error"]
     assert list(metrics) == [f"{name}[{LITE}]" for name in names] + [f"held_out_{name}" for name in held_out]
     assert report["kind"] == "run" and (report["samples"], report["reference"]) == (9, 48)
     assert report["settings"]["step"] == 2 and report["settings"]["weights"] == "ema"
@@ -54,6 +55,7 @@ def test_a_checkpoint_has_a_report_of_its_own(run, data, command):
     report = report_of(run, "evaluation-step_00000001.json")
     assert report["kind"] == "checkpoint" and report["settings"]["step"] == 1 and report["samples"] == 0
     losses = {"velocity_loss", "cosine", "align_loss", "stability_gap", "stability_gap_error"}
+    losses |= {"stability_gap_matched", "stability_gap_matched_error"}
     assert set(report["metrics"]) == {f"held_out_{name}" for name in losses}
     if before is not None:
         assert (run / "evaluation.json").read_bytes() == before
