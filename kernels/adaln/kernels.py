@@ -119,17 +119,6 @@ def forward_kernel(
 
 
 @triton.jit
-def _slots(subset, n, K, BLOCK_K: tl.constexpr):
-    """The place of each of the rows n in the subset, -1 for none: comparing is cheaper than an inverse table."""
-    slot = tl.full(n.shape, -1, tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        kept = tl.load(subset + k, mask=k < K, other=-1).to(tl.int32)
-        slot = tl.maximum(slot, tl.max(tl.where(kept[None, :] == n[:, None], k[None, :], -1), axis=1))
-    return slot
-
-
-@triton.jit
 def _add(sums, s: tl.constexpr, value):
     """The tuple `sums` with `value` added to its entry s."""
     out = ()
@@ -180,7 +169,14 @@ def backward_kernel(
         n = begin + i + tl.arange(0, TILE)
         owned = n < N
         if HAS_SUBSET:
-            k = _slots(subset + b * stride_subset, n, K, BLOCK_K)
+            # The place of each row in the subset, -1 for none: comparing is cheaper than an inverse table. This is not a
+            # function of its own, since torch.compile would then conclude that the subset is written to.
+            k = tl.full((TILE,), -1, tl.int32)
+            for start in range(0, K, BLOCK_K):
+                place = start + tl.arange(0, BLOCK_K)
+                kept = tl.load(subset + b * stride_subset + place, mask=place < K, other=-1).to(tl.int32)
+                found = tl.where(kept[None, :] == n[:, None], place[None, :], -1)
+                k = tl.maximum(k, tl.max(found, axis=1))
             live = owned & (k >= 0)
         else:
             k = n
@@ -249,7 +245,9 @@ def sums_kernel(
     summed = tl.sum(total, axis=0)
     if vector == 0:
         tl.store(first + b * D + cols, summed.to(first.dtype.element_ty), mask=inside)
-    elif vector == 1:
-        tl.store(second + b * D + cols, summed.to(second.dtype.element_ty), mask=inside)
-    else:
-        tl.store(third + b * D + cols, summed.to(third.dtype.element_ty), mask=inside)
+    if VECTORS > 1:  # What is not there must not be named in a store: torch.compile would take it for a result.
+        if vector == 1:
+            tl.store(second + b * D + cols, summed.to(second.dtype.element_ty), mask=inside)
+    if VECTORS > 2:
+        if vector == 2:
+            tl.store(third + b * D + cols, summed.to(third.dtype.element_ty), mask=inside)

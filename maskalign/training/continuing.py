@@ -15,7 +15,13 @@ from maskalign.errors import UsageError
 
 # Settings that say how fast, where and how often, or what a schedule or the optimizer does from here on.
 MAY_CHANGE = ("data.", "optimizer.", "training.", "preview.", "evaluate.", "parallel.", "teacher.mode")
-MAY_CHANGE_TOO = ("model.attention", "method.keep_ratio", "method.align_weight", "method.align_ratio")
+MAY_CHANGE_TOO = (
+    "model.attention",
+    "model.fused_adaln",
+    "method.keep_ratio",
+    "method.align_weight",
+    "method.align_ratio",
+)
 MAY_CHANGE_TOO += ("method.class_weight", "method.subset", "method.keep_multiple", "teacher.weights")
 # What a run is told anew at every start.
 SILENT = ("run_dir", "training.resume", "training.init_from", "training.progress", "model.preset")

@@ -5,13 +5,17 @@ token) and does not fit starts fresh, as do parts that the other model lacks. An
 the objective is refused: its weights would load wherever shapes happen to fit, and compute something else.
 """
 
+from pathlib import Path
+
 import torch
 
-from maskalign.checkpoints.conversion import to_repa
+from maskalign.checkpoints.conversion import METADATA_KEY, pick_weights, to_repa
 from maskalign.checkpoints.layout import read_state
-from maskalign.checkpoints.loading import load
+from maskalign.checkpoints.loading import Loaded, load
+from maskalign.checkpoints.weight_files import load_file, read_file
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
+from maskalign.models.presets import SIZES as PRESET_SIZES
 
 # What a plain SiT lacks: it starts at its own initial values.
 OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")
@@ -42,7 +46,7 @@ def init_from(model, path, config, facts):
     Raises:
         UsageError: the file cannot be read, or holds another architecture or objective.
     """
-    loaded = load(path)
+    loaded, knows_heads = _load(path, model.heads)
     there, about = loaded.model, loaded.about
     weights = to_repa(there)
     own, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -62,15 +66,33 @@ def init_from(model, path, config, facts):
     notes += _labels(own[LABELS], weights[LABELS], about.get("class_names"), facts["class_names"])
     lacking = [name for name in own if name not in weights]
     if lacking:
-        notes.append(f"{_parts(lacking)}, not there")
+        notes.append(_parts(lacking))
     latents = [(about.get("latent") or {}).get("scale"), (facts["latent"] or {}).get("scale")]
     unused = [name for name in weights if name not in own and name not in buffers and name not in dropped]
     line = f"training.init_from: {count} of {len(own)} tensors from {path}"
     line += f", step {about['step']}" if about.get("step") is not None else ""
-    line += f"; starting fresh: {'; '.join(notes)}" if notes else "; nothing starts fresh"
+    line += f"; starting fresh: {'; '.join(notes)}" if notes else ""
+    if not knows_heads:
+        line += f"; it does not say its number of heads: model.heads {model.heads} is taken"
     if None not in latents and latents[0] != latents[1]:
         line += f"; the latents have the scale {latents[1]}, there {latents[0]}"
     return line + (f"; not used: {_parts(unused)}" if unused else "")
+
+
+def _load(path, heads):
+    """(`Loaded`, whether its number of heads is known): a bare file of another width than the presets' has none."""
+    if not Path(path).is_file():
+        return load(path), True
+    checkpoint = read_file(path)
+    weights = pick_weights(checkpoint)
+    noted = (getattr(weights, "_metadata", None) or {}).get(METADATA_KEY) or {}
+    table = next((w for name, w in weights.items() if str(name).endswith(LABELS)), None)
+    widths = [size["width"] for size in PRESET_SIZES.values()]
+    if "heads" in noted or table is None or table.shape[-1] in widths:
+        return load(path), True
+    model, about = load_file(path, num_heads=heads)
+    unknown = {"class_names": None, "latent": None, "teachers": []}
+    return Loaded(model, "file", Path(path), None, None, {"name": Path(path).stem} | unknown | about), False
 
 
 def _check_function(path, model, there, own, weights, config, about):

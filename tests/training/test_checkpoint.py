@@ -268,7 +268,7 @@ main(["train", *sys.argv[1:]])
 def test_killed_in_the_middle_of_a_save(command, run, tmp_path, capsys):
     argv = command(training__max_steps=100_000, training__checkpoint_every=2)
     process = subprocess.Popen([sys.executable, "-c", SLOW_SAVE, *argv], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "saving\n"
+    assert "saving\n" in iter(process.stdout.readline, "")  # lines that the run says come before it
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert names(tmp_path / "run") == ["step_00000002"]
@@ -313,7 +313,7 @@ def test_runs_of_one_unnamed_mixing_layer_are_loaded_and_continued(run, tmp_path
     assert loaded.config.model.mixer_layers == 1 and len(loaded.model.mixing_layers) == 1
     assert repr(loaded.model) == repr(before)
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), before.parameters(), strict=True))
-    with pytest.raises(UsageError, match=r"mixer.layers.1\S+; it was saved with other .*\(model.mixer_layers 1\)"):
+    with pytest.raises(UsageError, match=r"model.mixer_layers 1 \(now 2\)"):
         run(**own | dict(model__mixer_layers=2), training__max_steps=6)
     # The state of the optimizer comes back, too: the run ends like an undisturbed one.
     assert run(**own, training__max_steps=6)["step"] == 6
@@ -331,7 +331,7 @@ def test_starting_from_other_weights_says_what_is_fresh_and_what_is_unused(run, 
     assert "starting fresh: mixer\n" in capsys.readouterr().out
     run("less", training__init_from=tmp_path / "more", **repa)
     assert "not used: mixer\n" in capsys.readouterr().out
-    with pytest.raises(UsageError, match=r"has blocks.1\S+ \(\d+ such\), which the model has not"):
+    with pytest.raises(UsageError, match=r"model.depth 2 \(here 1\)"):
         run("shallow", training__init_from=tmp_path / "repa", model__depth=1, **repa)
     wider = {
         name.replace("mixer.", "mixer._orig_mod."): w for name, w in to_repa(load_model(tmp_path / "more")).items()
