@@ -123,7 +123,9 @@ def test_a_class_token_is_planned_for(settings):
     words = "--model.class_token true --method.align_weight 0 --teacher.names [dinov2-s] --method.keep_ratio 0.5"
     cached = plan_run(settings(*words.split()), Options(1, H100))
     online = plan_run(settings(*words.split(), "--teacher.mode", "online"), Options(1, H100))
-    assert cached.parameters["class token"] == 384 * 64 + 3 * 64 + (64 + 1) * 384 and cached.parameters["projector"] == 0
+    assert (
+        cached.parameters["class token"] == 384 * 64 + 3 * 64 + (64 + 1) * 384 and cached.parameters["projector"] == 0
+    )
     assert any("class tokens of dinov2-s are cached as float16" in line for line in cached.assumed)
     (here,), (there,) = cached.phases, online.phases
     assert here["teacher"] == 0 and there["teacher"] == online.teachers["dinov2-s"].flops > 0
