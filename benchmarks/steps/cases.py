@@ -152,6 +152,9 @@ class NoUpdate:
         for p in self.params:
             p.data = p.data.to(dtype)
 
+    def set_step(self, step):
+        """There are no averages that depend on it."""
+
     def step(self, lr, healthy):
         for p in self.params:
             p.grad = None

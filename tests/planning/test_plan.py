@@ -118,6 +118,27 @@ def test_a_wrong_device_file_is_told_in_a_line(tmp_path, content, line):
     assert line in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_class_token_is_planned_for(settings):
+    """Its parameters, its place in memory, and a teacher that runs in every step although nothing is aligned."""
+    words = "--model.class_token true --method.align_weight 0 --teacher.names [dinov2-s] --method.keep_ratio 0.5"
+    cached = plan_run(settings(*words.split()), Options(1, H100))
+    online = plan_run(settings(*words.split(), "--teacher.mode", "online"), Options(1, H100))
+    assert (
+        cached.parameters["class token"] == 384 * 64 + 3 * 64 + (64 + 1) * 384 and cached.parameters["projector"] == 0
+    )
+    assert any("class tokens of dinov2-s are cached as float16" in line for line in cached.assumed)
+    (here,), (there,) = cached.phases, online.phases
+    assert here["teacher"] == 0 and there["teacher"] == online.teachers["dinov2-s"].flops > 0
+    assert here["kept"] == 128 and here["aligned"] == 0
+    without = plan_run(settings("--method.align_weight", "0", "--method.keep_ratio", "0.5"), Options(1, H100))
+    assert here["student"] > without.phases[0]["student"] and here["mixer"] > without.phases[0]["mixer"]
+    (peak,), (less,) = cached.peaks.values(), without.peaks.values()
+    assert peak.kept > less.kept
+    with pytest.raises(UsageError, match="the class token needs a teacher"):
+        plan_run(settings("--model.class_token", "true", "--method.align_weight", "0", "--teacher.names", "[]"),
+                 Options(1, H100))  # fmt: skip
+
+
 def test_devices_have_the_peaks_that_training_uses():
     names = {"a100": "A100", "h100": "H100", "h200": "H200", "b200": "B200", "mi300x": "MI300X"}
     assert set(names) == set(DEVICES)
