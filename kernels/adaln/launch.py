@@ -67,8 +67,8 @@ def backward_configs(width, itemsize, vectors, has_subset):
     """
     configs = []
     stages = 1 if has_subset else 2
-    most, other = (24, 16) if itemsize < 4 else (16, 24)
-    for most, ahead, more in ((most, stages, 1), (most, 1, 1), (other, 1, 1), (most, stages, 2)):
+    first, other = (24, 16) if itemsize < 4 else (16, 24)
+    for most, ahead, more in ((first, stages, 1), (first, 1, 1), (other, 1, 1), (first, stages, 2)):
         tile, block, threads = _tiles(width, itemsize, most, 128)
         rows = max(16 if vectors != 2 and not has_subset else 32, tile)
         configs.append({"ROWS": more * rows, "TILE": tile, "BLOCK": block, "threads": threads, "STAGES": ahead})
