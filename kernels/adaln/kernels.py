@@ -169,8 +169,8 @@ def backward_kernel(
         n = begin + i + tl.arange(0, TILE)
         owned = n < N
         if HAS_SUBSET:
-            # The place of each row in the subset, -1 for none: comparing is cheaper than an inverse table. It is no
-            # function of its own, since torch.compile would then conclude that the subset is written to.
+            # The place of each row in the subset, -1 for none: comparing is cheaper than an inverse table. This is not
+            # a function, from whose result torch.compile would conclude that the subset is written to.
             k = tl.full((TILE,), -1, tl.int32)
             for start in range(0, K, BLOCK_K):
                 place = start + tl.arange(0, BLOCK_K)

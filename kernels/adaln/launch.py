@@ -52,7 +52,8 @@ def forward_configs(width, narrow, wide):
 
 
 def backward_configs(width, itemsize, vectors, has_subset):
-    """Two warps to a row of 1152, one to a row of 768: its numbers and its sums then fit the registers of the lanes.
+    """Two warps to a row of 1152, one to a row of 768, and twice as many in float32: so a row's numbers and its sums
+    fit the registers of the lanes.
 
     Few warps are resident, so the next rows are loaded (into shared memory) while these are computed; with a subset,
     where it takes a search to know which rows are next, that is not possible. A program's rows leave one part of each
@@ -66,7 +67,8 @@ def backward_configs(width, itemsize, vectors, has_subset):
     """
     configs = []
     stages = 1 if has_subset else 2
-    for most, ahead, more in ((24, stages, 1), (24, 1, 1), (16, 1, 1), (24, stages, 2)):
+    first, other = (24, 16) if itemsize < 4 else (16, 24)
+    for most, ahead, more in ((first, stages, 1), (first, 1, 1), (other, 1, 1), (first, stages, 2)):
         tile, block, threads = _tiles(width, itemsize, most, 128)
         rows = max(16 if vectors != 2 and not has_subset else 32, tile)
         configs.append({"ROWS": more * rows, "TILE": tile, "BLOCK": block, "threads": threads, "STAGES": ahead})

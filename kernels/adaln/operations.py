@@ -6,7 +6,7 @@ from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_
 from . import naive
 
 # A longer row does not fit the registers of one program; it takes the naive path on a GPU, too.
-MAX_WIDTH = 8192
+MAX_WIDTH = 4096
 
 
 def adaln_modulate(x, shift, scale, subset=None):

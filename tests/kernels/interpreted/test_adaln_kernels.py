@@ -231,14 +231,14 @@ def test_recomputed_gradients_are_the_same(adaln_case):
 
 def test_too_long_a_row_takes_the_naive_path(adaln_case, monkeypatch):
     monkeypatch.setattr(adaln_launch, "modulate_op", None)
-    (x, shift, scale), _ = adaln_case("adaln_modulate", 1, 2, 8193, None)
+    (x, shift, scale), _ = adaln_case("adaln_modulate", 1, 2, 4097, None)
     assert adaln_modulate(x, shift, scale).shape == x.shape
-    with pytest.raises(TypeError):  # At 8192 the operator, which is not there, is asked for.
+    with pytest.raises(TypeError):  # At 4096 the operator, which is not there, is asked for.
         adaln_modulate(x[:, :, 1:], shift[:, 1:], scale[:, 1:])
 
 
 def test_the_longest_row(adaln_case, assert_adaln, poisoned):
-    assert_adaln("gated_residual_adaln", *adaln_case("gated_residual_adaln", 1, 3, 8192, 2, BF16))
+    assert_adaln("gated_residual_adaln", *adaln_case("gated_residual_adaln", 1, 3, 4096, 2, BF16))
 
 
 def test_float64_is_refused_on_the_triton_path(adaln_case):
