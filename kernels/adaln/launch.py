@@ -39,7 +39,7 @@ def forward_configs(width, narrow, wide):
         width: D.
         narrow, wide: bytes of an element of the narrowest and of the widest of the tensors of rows.
     """
-    most = 8 * 16 // narrow
+    most = 40 if narrow < 4 else 32  # numbers of a row per lane
     rows, block, threads = _tiles(width, narrow, most, 256)
     default = {"ROWS": rows, "BLOCK": block, "threads": threads}
     if (
