@@ -136,7 +136,8 @@ def steps_section(path, note):
     tokens = int(str(first["tokens"]).split("/")[1])
     what = f"{first['preset']}, {first['precision']}, batch {first['batch_size']:.0f}, {tokens} tokens"
     what += ", torch.compile" * (first.get("compiled") == "True")
-    step = "One training step (forward, backward, clip, AdamW, EMA)"
+    whole = "-passes" not in path.stem
+    step = "One training step (forward, backward, clip, AdamW, EMA)" if whole else "Forward and backward"
     clock = "CPU seconds" if first.get("clock") == "cpu" else "seconds"
     text = [
         paragraph(f"{step} of {what}; {first['machine']}; medians of {clock}. {note['conditions']}{names_then(note)}"),

@@ -63,9 +63,9 @@ def summary(rows, rates=None):
         line = {"recipe": recipe, "seeds": len(ends[DISTANCE][recipe])}
         line |= {"lr": rates[recipe]} if rates else {}
         line |= {"steps": own[0]["run_steps"], "PFLOP": f"{max(row['tflop'] for row in own) / 1000:.3g}"}
-        line["Frechet"] = spread(ends[DISTANCE][recipe].values(), "{:.1f}")
+        line["Frechet"] = spread(ends[DISTANCE][recipe].values(), "{:.2f}")
         line["kernel"] = spread(ends["kernel_cnn"][recipe].values(), "{:.3f}")
-        line[f"Frechet after {step} steps"] = spread(common[recipe].values(), "{:.1f}") if recipe in common else "-"
+        line[f"Frechet after {step} steps"] = spread(common[recipe].values(), "{:.2f}") if recipe in common else "-"
         if aligned:
             line["loss on all tokens"] = spread(aligned[recipe].values(), "{:.4f}") if recipe in aligned else "-"
             line["G_r"] = gap_text(ends, recipe)
@@ -132,7 +132,7 @@ def comparison(paper, ablations=None, seconds=None):
     ):
         for values, when in ((steps, f"{step} steps each"), (ends, "equal seconds")):
             if one in values and other in values:
-                here = f"{_mean(values[one]):.1f} against {_mean(values[other]):.1f}, {when}"
+                here = f"{_mean(values[one]):.2f} against {_mean(values[other]):.2f}, {when}"
                 lines.append((f"`{one}` draws better than `{other}`", says, here, verdict(values[one], values[other])))
     lines += _step_time(seconds)
     lines += _finding(paper)
@@ -200,7 +200,7 @@ def _ablations(rows):
             if len(there) < 2:
                 continue
             says = ", ".join(f"{word}: {number:g}" for word, number in published.items()) + f" (FID, {when})"
-            here = ", ".join(f"{word}: {number:.1f}" for word, number in there.items()) + f" ({at})"
+            here = ", ".join(f"{word}: {number:.2f}" for word, number in there.items()) + f" ({at})"
             found = min(there, key=there.get)
             sure = "yes, one seed" if found == best else f"no: {found}, one seed"
             lines.append((f"{what}: {best} is best", says, here, sure))

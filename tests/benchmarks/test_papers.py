@@ -162,7 +162,7 @@ def test_ablations_name_the_best():
     lines = beside_paper.comparison(paper_rows({"repa": [1]}), rows)
     found = {(claim, "steps each" in here): (here, sure) for claim, _, here, sure in lines if "is best" in claim}
     here, sure = found["mask ratio: 0.25 is best", True]
-    assert here == "0: 2.0, 0.25: 3.0, 0.5: 5.0 (10 steps each)" and sure == "no: 0, one seed"
+    assert here == "0: 2.00, 0.25: 3.00, 0.5: 5.00 (10 steps each)" and sure == "no: 0, one seed"
     assert found["mixing layers: 2 is best", False][1] == "yes, one seed"
     assert found["parts: all is best", True][1] == "no: no masking, one seed"
 
