@@ -77,7 +77,7 @@ def keyed(monkeypatch):
 
 @pytest.mark.parametrize("subset, parts", [("uniform", [1, 6, 1]), ("grid", [3, 5]), ("block", [0, 8])])
 def test_any_split_of_the_batch_draws_the_same(keyed, parts, subset, seed):
-    settings = dict(shape=(2, 4, 4), grid=(4, 4), keep=8, align=4, posterior=True, subset=subset)
+    settings = dict(shape=(2, 4, 4), grid=(4, 4), keep=8, align=4, posterior=True, class_dim=5, subset=subset)
     whole = draws.draw(seed, 7, 3, 8, **settings)
     first, pieces = 3, []
     for count in parts:
