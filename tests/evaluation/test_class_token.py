@@ -275,7 +275,7 @@ def test_what_cannot_be_measured_is_told_before_anything_is_drawn(run, classes, 
     model = load(run).model
     plain = make_model(mixer="none")
     write_repa(tmp_path / "reg.pt", reg_checkpoint(plain, plain))
-    facts = {"class_names": ["a", "b", "c"], "teachers": [TEACHER]}
+    facts = {"class_names": ["ant", "bee", "cat"], "teachers": [TEACHER]}
     write_safetensors(tmp_path / "projected.safetensors", model, 2, facts=facts)
     for name, match in [("reg.pt", "whose class token"), ("projected.safetensors", "principal components")]:
         status, _, err = command("evaluate", tmp_path / name, "--data", classes, *WORDS)
