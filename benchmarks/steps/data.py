@@ -8,7 +8,8 @@ from typing import Callable, List, NamedTuple, Optional
 import numpy as np
 import torch
 
-from maskalign.data.manifest import Manifest, class_field, class_member
+from maskalign.config.teacher_names import class_field
+from maskalign.data.manifest import Manifest, class_member
 from maskalign.data.shards import shard_name, write_shard
 from maskalign.data.stream import ShardStream
 from maskalign.objective.flow_matching import sample_posterior

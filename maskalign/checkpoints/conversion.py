@@ -12,8 +12,8 @@ from typing import Any, Dict, Mapping, Optional
 
 import torch
 
+from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
-from maskalign.models.presets import SIZES
 from maskalign.models.sit import SiT
 
 # Modules that neither REPA's nor REG's SiT has.

@@ -25,9 +25,9 @@ from maskalign.data.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.data.pool import Say, available_cores, in_processes, wait_for
 from maskalign.data.shards import shard_name
 from maskalign.errors import RunError, UsageError
-from maskalign.home import expand_home
-from maskalign.outputs import is_run
+from maskalign.runtime.home import expand_home
 from maskalign.runtime.lock import locked
+from maskalign.runtime.outputs import is_run
 
 WORK = ".build"
 BAD_LIST = "bad.csv"

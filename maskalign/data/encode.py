@@ -22,15 +22,15 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 
+from maskalign.config.teacher_names import check_normalisation, parse_teachers
 from maskalign.data.manifest import FILE_NAME, Manifest, is_url, write_atomically
 from maskalign.data.pool import Say, in_processes, wait_for
 from maskalign.data.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.staging import Staging, finish_commits, read_json
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import is_run
 from maskalign.runtime.lock import locked
+from maskalign.runtime.outputs import is_run
 from maskalign.teachers.hub import check_weights
-from maskalign.teachers.names import check_normalisation, parse_teachers
 
 IMAGENET_IMAGES = 1_281_167
 CLASS_TOKEN = ("both", "only", "none")

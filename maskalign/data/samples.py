@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from maskalign.config.teacher_names import class_field
 from maskalign.data.decode import BadSample, decode_image, decode_label
-from maskalign.data.manifest import class_field, class_member, member_name
+from maskalign.data.manifest import class_member, member_name
 from maskalign.data.members import KEY, KIND
 from maskalign.data.order import FLIP, Cursor, drawn_by, hash_key
 from maskalign.data.shard_file import BadShard, ShardFile

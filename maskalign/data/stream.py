@@ -13,16 +13,15 @@ from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Seq
 
 import torch
 
+from maskalign.config.teacher_names import class_field, no_class_tokens
 from maskalign.data.bad_samples import BadSamples
 from maskalign.data.buffers import Layout, Pool
-from maskalign.data.manifest import class_field
 from maskalign.data.mixture import Mixture, check_class_tokens, open_data_sets
 from maskalign.data.order import Order, default_group, default_streams, drawn_by
 from maskalign.data.position import MOST_BAD_IN_STATE, STATE_VERSION, parse_state
 from maskalign.data.samples import SampleReader, Share, Source, columns_of
 from maskalign.data.workers import InProcess, WorkerPool
 from maskalign.errors import UsageError
-from maskalign.teachers.names import no_class_tokens
 
 
 class ShardStream:

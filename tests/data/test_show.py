@@ -10,7 +10,7 @@ from maskalign.data.manifest import Manifest
 from maskalign.data.shards import write_shard
 from maskalign.data.show import principal_colours, show
 from maskalign.errors import RunError, UsageError
-from maskalign.fonts import load_font
+from maskalign.runtime.fonts import load_font
 
 SIDE, TILE = 8, 64
 
