@@ -6,12 +6,12 @@ from typing import Any, Callable, Optional, Sequence, Union
 import torch
 
 from maskalign.errors import RunError, UsageError
+from maskalign.runtime.ranks import Ranks
 from maskalign.sampling.grids import class_grid
 from maskalign.sampling.guidance import Guided
 from maskalign.sampling.network import Network
 from maskalign.sampling.noise import ImageNoise
 from maskalign.sampling.pictures import to_uint8
-from maskalign.sampling.ranks import Ranks
 from maskalign.sampling.samplers import euler, euler_maruyama, heun
 from maskalign.sampling.settings import Sampling
 
