@@ -4,10 +4,10 @@ compute.
 
 import torch
 
-from . import subset_cosine_alignment_kernels as kernels
-from . import subset_cosine_alignment_launch as alignment
-from .aot import Case
-from .subset_cosine_alignment import OP
+from ..aot import Case
+from . import kernels
+from . import launch as alignment
+from .operations import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8"}
 SHAPES = [

@@ -78,10 +78,10 @@ def statistics_kernel(
 
 
 @triton.jit
-def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ b, operands rounded to PRODUCT, accumulated in float32."""
-    a = a.to(PRODUCT)
-    b = b.to(PRODUCT)
+def _dot(a, b, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a @ b, operands rounded to PRODUCT_DTYPE, accumulated in float32."""
+    a = a.to(PRODUCT_DTYPE)
+    b = b.to(PRODUCT_DTYPE)
     if PRECISION == "widened":  # Triton's interpreter multiplies the bit patterns of bfloat16 operands.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
     else:
@@ -89,16 +89,16 @@ def _dot(a, b, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _dot_vector(a, vector, total, PRODUCT: tl.constexpr, PRECISION: tl.constexpr):
+def _dot_vector(a, vector, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory.
 
     Where `a` has to be converted, or split for TF32, it is in registers anyway, and is summed there.
     """
-    if a.dtype == PRODUCT and PRODUCT != tl.float32:
-        columns = tl.broadcast_to(vector.to(PRODUCT)[:, None], (vector.shape[0], 16))
-        return _dot(a, columns, total, PRODUCT, PRECISION)
+    if a.dtype == PRODUCT_DTYPE and PRODUCT_DTYPE != tl.float32:
+        columns = tl.broadcast_to(vector.to(PRODUCT_DTYPE)[:, None], (vector.shape[0], 16))
+        return _dot(a, columns, total, PRODUCT_DTYPE, PRECISION)
     else:
-        return total + tl.sum(a.to(PRODUCT).to(tl.float32) * vector[None, :], axis=1)[:, None]
+        return total + tl.sum(a.to(PRODUCT_DTYPE).to(tl.float32) * vector[None, :], axis=1)[:, None]
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def _kept_rows(subset, offs_k, K, HAS_SUBSET: tl.constexpr):
 @triton.jit
 def _first_product(
     x, mean, rstd, w1, stride_xn, offs_d, in_d, offs_t, in_t,
-    N: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Z = w1 @ LayerNorm(x) for a tile of D, and the row sums of w1."""
@@ -181,8 +181,8 @@ def _first_product(
         rows = _load_rows(x, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
         normed = (rows - _load_vector(mean, offs_n, in_n)[:, None]) * _load_vector(rstd, offs_n, in_n)[:, None]
         w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n)
-        z = _dot(w1_tile, normed, z, PRODUCT, PRECISION)
-        w1_sum = _dot_vector(w1_tile, tl.full((BLOCK_N,), 1.0, tl.float32), w1_sum, PRODUCT, PRECISION)
+        z = _dot(w1_tile, normed, z, PRODUCT_DTYPE, PRECISION)
+        w1_sum = _dot_vector(w1_tile, tl.full((BLOCK_N,), 1.0, tl.float32), w1_sum, PRODUCT_DTYPE, PRECISION)
     return z, _column(w1_sum)
 
 
@@ -191,7 +191,7 @@ def mix_kernel(
     x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset, out,
     stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of D of one image; grid (images * tiles of D,), an image's tiles side by side.
@@ -207,13 +207,13 @@ def mix_kernel(
     in_t = _inside(offs_t, T, BLOCK_T)
     x += b * stride_xb
     z, w1_sum = _first_product(
-        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
+        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT_DTYPE, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_T,
     )  # fmt: skip
     modulation = 1.0 + _load_vector(scale + b * stride_scale, offs_d, in_d)
     shifts = _load_vector(shift + b * stride_shift, offs_d, in_d)
     bias_t = _load_vector(b1, offs_t, in_t)
-    h = _gelu(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None]).to(PRODUCT)
+    h = _gelu(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None]).to(PRODUCT_DTYPE)
 
     gates = _load_vector(gate + b * stride_gate, offs_d, in_d)
     out += b * K * D
@@ -225,7 +225,7 @@ def mix_kernel(
         kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
         w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t)
         y = _load_vector(b2, kept, in_k)[:, None] + tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-        y = gates[None, :] * _dot(w2_tile, h, y, PRODUCT, PRECISION)
+        y = gates[None, :] * _dot(w2_tile, h, y, PRODUCT_DTYPE, PRECISION)
         y += _load_rows(x, kept, offs_d, stride_xn, in_k, in_d).to(tl.float32)
         _store_rows(out, y, offs_k, offs_d, D, in_k, in_d)
 
@@ -236,7 +236,7 @@ def hidden_grad_kernel(
     dshift, dscale, dgate, hidden, ds, sums, gated,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_shift, stride_scale, stride_gate, stride_subset, K,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of D of one image; grid (images * tiles of D,)."""
@@ -265,21 +265,21 @@ def hidden_grad_kernel(
         kept = _kept_rows(subset, offs_k, K, HAS_SUBSET)
         bias_k = _load_vector(b2, kept, in_k)
         grads = _load_rows(dout, offs_k, offs_d, stride_gk, in_k, in_d)
-        w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT)
-        q = _dot(tl.trans(w2_tile), grads, q, PRODUCT, PRECISION)
-        biased = _dot_vector(tl.trans(grads), bias_k, biased, PRODUCT, PRECISION)
-        along_d = _dot_vector(grads, gates, tl.zeros((BLOCK_K, 16), tl.float32), PRODUCT, PRECISION)
+        w2_tile = _load_matrix(w2, kept, offs_t, T, in_k, in_t).to(PRODUCT_DTYPE)
+        q = _dot(tl.trans(w2_tile), grads, q, PRODUCT_DTYPE, PRECISION)
+        biased = _dot_vector(tl.trans(grads), bias_k, biased, PRODUCT_DTYPE, PRECISION)
+        along_d = _dot_vector(grads, gates, tl.zeros((BLOCK_K, 16), tl.float32), PRODUCT_DTYPE, PRECISION)
         tl.store(gated + offs_k, _column(along_d), mask=in_k)
 
     z, w1_sum = _first_product(
-        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT, PRECISION,
+        x, mean + b * N, rstd + b * N, w1, stride_xn, offs_d, in_d, offs_t, in_t, N, PRODUCT_DTYPE, PRECISION,
         BLOCK_N, BLOCK_D, BLOCK_T,
     )  # fmt: skip
     h, slope = _gelu_and_slope(z * modulation[None, :] + w1_sum[:, None] * shifts[None, :] + bias_t[:, None])
     dgates = _column(biased) + tl.sum(h * q, axis=0)
     tl.store(dgate + b * D + offs_d, dgates.to(dgate.dtype.element_ty), mask=in_d)
     at = b * T * D + (offs_t[:, None] * D + offs_d[None, :])
-    tl.store(hidden + at, (h * gates[None, :]).to(PRODUCT), mask=in_t[:, None] & in_d[None, :])
+    tl.store(hidden + at, (h * gates[None, :]).to(PRODUCT_DTYPE), mask=in_t[:, None] & in_d[None, :])
 
     da = q * gates[None, :] * slope
     dshifts = tl.sum(da * w1_sum[:, None], axis=0)
@@ -288,7 +288,7 @@ def hidden_grad_kernel(
     sums += part * 3 * T + offs_t
     tl.store(sums, tl.sum(da, axis=1), mask=in_t)
     tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=in_t)
-    s = (da * modulation[None, :]).to(PRODUCT)
+    s = (da * modulation[None, :]).to(PRODUCT_DTYPE)
     # Sums of S as rounded: the mean that LayerNorm's gradient subtracts then cancels what it should.
     tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
@@ -299,7 +299,8 @@ def token_grad_kernel(
     dout, x, mean, rstd, w1, subset, hidden, ds, sums, gated, dx, dw1, dw2, db2,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
-    HAS_SUBSET: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """A tile of tokens of a few images; grid (groups of images * tiles of N,).
@@ -316,7 +317,7 @@ def token_grad_kernel(
     in_n = _inside(offs_n, N, BLOCK_N)
     in_t = _inside(offs_t, T, BLOCK_T)
     if FIRST:
-        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+        w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT_DTYPE)
         dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if SECOND:
         dw2_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -351,20 +352,20 @@ def token_grad_kernel(
                 shifted += tl.sum(tl.load(sums + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
                 total += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
         if FIRST:
-            middle = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
-            product = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            mean_grad = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
+            s_normed = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             for d in range(0, D, BLOCK_D):
                 offs_d = d + tl.arange(0, BLOCK_D)
                 in_d = _inside(offs_d, D, BLOCK_D)
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
                 normed = (rows - mu[:, None]) * inverse[:, None]
-                product = _dot(s, tl.trans(normed.to(PRODUCT)), product, PRODUCT, PRECISION)
-            dw1_tile += product + shifted[:, None]
+                s_normed = _dot(s, tl.trans(normed.to(PRODUCT_DTYPE)), s_normed, PRODUCT_DTYPE, PRECISION)
+            dw1_tile += s_normed + shifted[:, None]
             if BLOCK_T > 128:  # Kept in registers across the loops, so wide an operand would spill.
-                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+                w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT_DTYPE)
             # The mean of LayerNorm(x) w1^T S along D, from the product that is there: no second pass over N x D.
-            along = tl.sum(w1_tile.to(tl.float32) * product, axis=0) / D
+            mean_normed_grad = tl.sum(w1_tile.to(tl.float32) * s_normed, axis=0) / D
 
         # The second reading of x and S: the rows of this program are still in L2.
         for d in range(0, D, BLOCK_D):
@@ -373,20 +374,21 @@ def token_grad_kernel(
             grads = _load_rows(dout + b * stride_gb, slot, offs_d, stride_gk, is_kept, in_d)
             if SECOND:
                 h = _load_matrix(hidden + b * T * D, offs_t, offs_d, D, in_t, in_d)
-                dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT)), dw2_tile, PRODUCT, PRECISION)
+                dw2_tile = _dot(h, tl.trans(grads.to(PRODUCT_DTYPE)), dw2_tile, PRODUCT_DTYPE, PRECISION)
             if FIRST:
                 s = _load_matrix(ds + b * T * D, offs_t, offs_d, D, in_t, in_d)
                 if BLOCK_T > 128:
-                    w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT)
+                    w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT_DTYPE)
                 if BLOCK_N >= 64:
                     dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                    dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT, PRECISION)
+                    dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT_DTYPE, PRECISION)
                 else:  # Too few rows for the matrix instructions: as its transpose.
                     dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-                    dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT, PRECISION))
+                    dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT_DTYPE, PRECISION))
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
                 normed = (rows - mu[:, None]) * inverse[:, None]
-                grad_x = grads.to(tl.float32) + inverse[:, None] * (dnormed - middle[:, None] - normed * along[:, None])
+                dnormed -= mean_grad[:, None] + normed * mean_normed_grad[:, None]
+                grad_x = grads.to(tl.float32) + inverse[:, None] * dnormed
                 _store_rows(dx + b * N * D, grad_x, offs_n, offs_d, D, in_n, in_d)
     if FIRST:
         dw1 += group.to(tl.int64) * T * N

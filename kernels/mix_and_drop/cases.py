@@ -13,17 +13,17 @@ and shared memory of the builds, fit L2. Another counts loads and stores in the 
 
 import torch
 
-from . import mix_and_drop_kernels as kernels
-from . import mix_and_drop_launch as mixer
-from .aot import Case
-from .mix_and_drop import OP
+from ..aot import Case
+from . import kernels
+from . import launch as mixer
+from .operations import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 # Half of the smallest L2, A100's 40 MiB: its two partitions may hold copies of each other's lines.
 WARM = 20 << 20
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [
-    # (images, tokens, kept, width, hidden, x, weights, product): XL/2 in bfloat16 at every hidden width and at 512 px,
+    # (images, tokens, kept, width, hidden, x, weights, products): XL/2 in bfloat16 at every hidden width and at 512 px,
     # then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, a quarter, and S/2.
     (32, 256, 128, 1152, 64, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 128, _BF16, _BF16, _BF16),
@@ -50,28 +50,29 @@ def aot_cases(shapes=None, every_configuration=True):
 
 
 def _launches(shape):
-    _, tokens, _, width, hidden, x, weight, product = shape
+    _, tokens, _, width, hidden, x, weight, product_dtype = shape
     yield "forward", "statistics", kernels.statistics_kernel, mixer.statistics_configs(width)
-    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product, x, weight)
-    yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product, weight)
-    for first, second, configs in mixer.token_launches(hidden, product):
+    yield "forward", "mix", kernels.mix_kernel, mixer.mix_configs(hidden, tokens, product_dtype, x, weight)
+    yield "backward", "hidden", kernels.hidden_grad_kernel, mixer.hidden_configs(hidden, product_dtype, weight)
+    for first, second, configs in mixer.token_launches(hidden, product_dtype):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
         yield "backward", launch, kernels.token_grad_kernel, configs
 
 
 def _case(shape, direction, launch, kernel, config, number):
-    B, N, K, D, T, x, weight, product = shape
+    B, N, K, D, T, x, weight, product_dtype = shape
     kept = N if K is None else K
     blocks = -(-N // config.get("BLOCK_N", N))
     images = mixer.images_per_program(B, blocks, T, D)
     # The parts that `hidden` leaves: by its own configuration, and by its default one where `tokens` adds them up.
-    tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product, weight)[0])["BLOCK_D"])
+    tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product_dtype, weight)[0])["BLOCK_D"])
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),
     }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
     float32 = ("mean", "rstd", "sums", "gated", "dw1", "dw2", "db2")
-    types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"} | dict.fromkeys(("hidden", "ds"), _pointer(product))
+    types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"}
+    types |= dict.fromkeys(("hidden", "ds"), _pointer(product_dtype))
     types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
     numbers = {
         "K": kept, "B": B, "tiles": tiles, "images": images, "total": B * N, "eps": mixer.EPS, "stride_xb": N * D,
@@ -83,8 +84,8 @@ def _case(shape, direction, launch, kernel, config, number):
         numbers = {k: v for k, v in numbers.items() if k not in ("N", "D")}
         constexprs |= {
             "N": N, "D": D, "T": T, "BLOCK_T": mixer._block_t(T), "HAS_SUBSET": K is not None,
-            "PRODUCT": mixer._tl(product),
-            "PRECISION": "tf32x3" if product == torch.float32 else "ieee",
+            "PRODUCT_DTYPE": mixer._tl(product_dtype),
+            "PRECISION": "tf32x3" if product_dtype == torch.float32 else "ieee",
         }  # fmt: skip
     if launch.startswith("tokens"):
         constexprs |= {"FIRST": launch != "tokens second", "SECOND": launch != "tokens first"}
@@ -95,7 +96,7 @@ def _case(shape, direction, launch, kernel, config, number):
     moved, cached, flops = _cost(shape, launch, config, grid, tiles)
     return Case(
         operation=OP, direction=direction, launch=launch,
-        shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product]}",
+        shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product_dtype]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
         hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=max(1, config["threads"] // 64),
@@ -111,7 +112,7 @@ def _pointer(dtype):
 
 def _cost(shape, launch, config, grid, tiles):
     """(moved, cached, floating-point operations) of one launch."""
-    B, N, K, D, T, x, weight, product = shape
+    B, N, K, D, T, x, weight, product_dtype = shape
     kept, index = (N, 0) if K is None else (K, 8 * B * K)
     rows, out, vector = B * N * D * x.itemsize, B * kept * D * x.itemsize, B * D * x.itemsize
     statistics = 8 * B * N
@@ -125,7 +126,7 @@ def _cost(shape, launch, config, grid, tiles):
         again = (grid[0] - 1) * (statistics + index) + out
         return moved, again + _weights_again(shape, grid), first + second
 
-    between = 2 * B * T * D * product.itemsize  # H and S.
+    between = 2 * B * T * D * product_dtype.itemsize  # H and S.
     if launch == "hidden":
         partial = 4 * B * tiles * (kept + 3 * T)
         moved = rows + out + statistics + index + 6 * vector + weights + between + partial
@@ -155,9 +156,9 @@ def _least(shape, launch, tiles):
     parts (per tile, per group of images) for a later step to add up. `tiles` are those of `hidden`, whose parts
     `tokens` is given.
     """
-    B, N, K, D, T, x, weight, product = shape
+    B, N, K, D, T, x, weight, product_dtype = shape
     tokens, kept = B * N * D * x.itemsize, B * (K or N) * D * x.itemsize
-    vector, hidden = B * D * x.itemsize, B * T * D * product.itemsize
+    vector, hidden = B * D * x.itemsize, B * T * D * product_dtype.itemsize
     w1 = w2 = T * N * weight.itemsize
     b1, b2 = T * weight.itemsize, N * weight.itemsize
     mean = rstd = 4 * B * N

@@ -2,17 +2,17 @@
 
 import torch
 
-from . import reference
-from .runtime import (
+from ..rows import rows_contiguous
+from ..runtime import (
     FLOATS,
     INDICES,
     check_interpretable,
     check_subset,
     check_tensor,
     fail,
-    rows_contiguous,
     use_triton,
 )
+from . import cpu
 
 OP = "subset_cosine_alignment"
 
@@ -46,7 +46,7 @@ def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True,
     Args:
         student: (B, K, C) bfloat16, float16 or float32, row for row with `subset`; or (B, N, C), rows to be
             gathered, with student_is_subset=False, whose gradient is zero outside the subset. float64 on the
-            CPU reference only.
+            CPU only.
         teacher: (B, N, C) of the same types or int8 (the cosine ignores the scale of a row, so int8 rows need
             none). Rows of either tensor may lie at any pitch (views); nothing is copied as long as a row is
             dense.
@@ -65,9 +65,9 @@ def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True,
     """
     student, teacher = _check(OP, student, teacher, subset, student_is_subset, eps)
     if not use_triton(student, teacher, subset):
-        return reference.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
+        return cpu.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
     check_interpretable(OP, student=student, teacher=teacher)
-    from .subset_cosine_alignment_launch import cosine_op  # Triton and PyTorch's compiler: seconds to import.
+    from .launch import cosine_op  # Triton and PyTorch's compiler: seconds to import.
 
     return cosine_op(student, teacher, subset, student_is_subset, float(eps))[0]
 
@@ -95,12 +95,12 @@ def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, studen
             fail(op, "weight", weight, "no gradient: pass weight.detach()")
         per_image, scale = weight.contiguous(), 1.0
     if not use_triton(student, teacher, subset):
-        cosine = reference.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
+        cosine = cpu.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
         if cosine.numel() == 0:
             return cosine.sum()
         return -scale * (cosine if per_image is None else cosine * per_image.unsqueeze(1)).mean()
     check_interpretable(op, student=student, teacher=teacher, weight=per_image)
-    from .subset_cosine_alignment_launch import loss_op
+    from .launch import loss_op
 
     if torch.compiler.is_compiling():
         # A number that changes from step to step is symbolic in a graph; there the product costs nothing

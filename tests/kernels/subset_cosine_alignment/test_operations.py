@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from maskalign_kernels import runtime, subset_cosine_alignment, subset_cosine_alignment_loss
+from maskalign_kernels.subset_cosine_alignment import naive
 
 F32, F16, BF16, F64, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8
 compiled_kernels = pytest.mark.skipif(runtime.INTERPRET, reason="the kernels of this process are interpreted")
@@ -17,6 +18,21 @@ compiled_kernels = pytest.mark.skipif(runtime.INTERPRET, reason="the kernels of 
 def test_forward_and_gradient(student, teacher, gathered, alignment_case, assert_aligned, tolerance, poisoned):
     for shape in [(2, 7, 3, 33), (3, 20, 9, 8), (1, 4, 4, 700), (2, 5, 0, 6)]:
         assert_aligned(alignment_case(*shape, student, teacher, gathered, torch.int32), gathered, tolerance(student))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("teacher", [F64, INT8])
+def test_the_naive_twin_is_the_formula(gathered, teacher, alignment_case, cosine_truth, relative):
+    s, z, subset = alignment_case(2, 6, 4, 5, F64, teacher, gathered, torch.int32)
+    cosine = naive.subset_cosine_alignment(s, z, subset, student_is_subset=not gathered)
+    true = cosine_truth(s, z, subset, not gathered)
+    assert relative(cosine, true) < 1e-12
+    weight = torch.tensor([0.5, 2.0])
+    loss = naive.subset_cosine_alignment_loss(s, z, subset, weight=weight, student_is_subset=not gathered)
+    expected = -(weight[:, None] * true).mean()
+    assert relative(loss, expected) < 1e-12
+    ours, exact = (torch.autograd.grad(value, s)[0] for value in (loss, expected))
+    assert relative(ours, exact) < 1e-12
 
 
 @pytest.mark.parametrize("gathered", [False, True])

@@ -6,6 +6,7 @@ import torch.utils.checkpoint
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskalign_kernels import mix_and_drop, runtime
+from maskalign_kernels.mix_and_drop import naive
 
 F32, F16, BF16, F64 = torch.float32, torch.float16, torch.bfloat16, torch.float64
 NAMES = ("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
@@ -24,6 +25,17 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(shape, dtype, mix_case, assert_mixed):
     assert_mixed(*mix_case(*shape, dtype, index=torch.int32 if shape[1] % 2 else torch.int64))
+
+
+@pytest.mark.parametrize("kept", [3, None])
+def test_the_naive_twin_is_the_formula(kept, mix_case, mix_truth, relative):
+    tensors, subset = mix_case(2, 7, 12, kept, 5, F64)
+    results = []
+    for function in (naive.mix_and_drop, mix_truth):
+        out = function(*tensors, subset)
+        results.append((out, *torch.autograd.grad(out.square().sum(), tensors)))
+    for ours, true in zip(*results, strict=True):
+        assert relative(ours, true) < 1e-12
 
 
 @pytest.mark.parametrize("kept", [3, None])
@@ -233,11 +245,12 @@ CACHES = {
 @pytest.mark.parametrize("tokens, hidden", [(256, 64), (1024, 64), (1024, 128)])
 def test_what_is_read_again_is_in_l2(target, tokens, hidden):
     """The tiles of x that all resident programs go through twice fit L2 together: the byte count rests on it."""
-    from maskalign_kernels import aot, mix_and_drop_cases
+    from maskalign_kernels import aot
+    from maskalign_kernels.mix_and_drop import cases as mix_cases
 
     shape = (32, tokens, tokens // 2, 1152, hidden, BF16, BF16, BF16)
     processors, most, cache = CACHES[target]
-    for case in mix_and_drop_cases.aot_cases([shape]):
+    for case in mix_cases.aot_cases([shape]):
         if case.launch in ("mix", "tokens"):
             warps = case.waves if target == "gfx942" else case.num_warps
             resident = min(case.grid[0], processors * int(aot.build(case, target).occupancy * most / warps))

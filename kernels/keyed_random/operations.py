@@ -7,6 +7,9 @@ these three, and one launch makes them all, on whatever device or rank the rows 
 
 import torch
 
+from ..runtime import use_triton
+from . import naive
+
 
 def keyed_random(key, stream, first, rows, size, *, normal=False, device=None):
     """Rows [first, first + rows) of a table of random numbers; what a row holds depends on nothing but its arguments.
@@ -20,7 +23,7 @@ def keyed_random(key, stream, first, rows, size, *, normal=False, device=None):
         first, rows: ints in [0, 2^31).
         size: numbers per row. Tables of another size have other numbers.
         normal: standard normal numbers instead of uniform ones in [0, 1).
-        device: a CUDA or ROCm device (under TRITON_INTERPRET=1 the CPU).
+        device: a CUDA or ROCm device runs the kernel, the CPU the lines of naive.py.
 
     Returns:
         (rows, size) float32.
@@ -28,7 +31,9 @@ def keyed_random(key, stream, first, rows, size, *, normal=False, device=None):
     out = torch.empty((rows, size), dtype=torch.float32, device=device)
     if out.numel() == 0:
         return out
-    from .keyed_random_kernels import launch  # Triton, which takes a moment to import.
+    if not use_triton(out):
+        return naive.keyed_random(key, stream, first, rows, size, is_normal=normal, device=device)
+    from .kernels import launch  # Triton, which takes a moment to import.
 
     launch(out, key, stream, first, normal)
     return out

@@ -158,7 +158,7 @@ def test_duplicates_add_up_in_the_kernel(alignment_case, cosine_truth, relative)
     """Rejected on the CPU, unchecked on a GPU: there the gradients of a repeated row have to add up, not
     race.
     """
-    from maskalign_kernels.subset_cosine_alignment_launch import cosine_op
+    from maskalign_kernels.subset_cosine_alignment.launch import cosine_op
 
     student, teacher, _ = alignment_case(1, 5, 2, 16, gathered=True)
     subset = torch.tensor([[3, 1, 3, 3]])
@@ -205,8 +205,8 @@ def test_loss_is_the_weighted_mean(
 
 
 def test_bytes_moved_are_what_the_report_says(alignment_case, counted_bytes):
-    from maskalign_kernels.subset_cosine_alignment_cases import count_bytes
-    from maskalign_kernels.subset_cosine_alignment_launch import configurations
+    from maskalign_kernels.subset_cosine_alignment.cases import count_bytes
+    from maskalign_kernels.subset_cosine_alignment.launch import configurations
 
     B, N, K, C = 2, 40, 21, 96
     for student_dtype, teacher_dtype in ((F32, INT8), (F16, F16)):

@@ -105,7 +105,7 @@ def test_benchmark_times_no_wrong_result(pretend_gpu, tmp_path, monkeypatch):
 
 @pytest.fixture
 def gpu_tests(monkeypatch):
-    path = pathlib.Path(__file__).parents[1] / "test_gpu.py"
+    path = pathlib.Path(__file__).with_name("test_gpu.py")
     spec = importlib.util.spec_from_file_location("gpu_tests", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

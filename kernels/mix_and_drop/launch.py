@@ -1,16 +1,17 @@
 """How mix_and_drop is launched: tiles, launches, and the operator with its gradient.
 
-The kernels, and what they compute, are in mix_and_drop_kernels.py.
+The kernels, and what they compute, are in kernels.py.
 """
 
 import functools
 
 import torch
 
-from .mix_and_drop_kernels import hidden_grad_kernel, mix_kernel, statistics_kernel, token_grad_kernel
-from .operators import WARP_SIZE, kernel_op, tl, wrap_triton
-from .runtime import INTERPRET, rows_contiguous
-from .tuning import choose
+from ..operators import WARP_SIZE, kernel_op, tl, wrap_triton
+from ..rows import rows_contiguous
+from ..runtime import INTERPRET
+from ..tuning import choose
+from .kernels import hidden_grad_kernel, mix_kernel, statistics_kernel, token_grad_kernel
 
 EPS = 1e-6
 
@@ -46,7 +47,7 @@ def statistics_configs(D):
     ]
 
 
-def _configs(T, product, table):
+def _configs(T, product_dtype, table):
     """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
 
     Compiled for every target: nothing spills, and each thread reads 16 bytes of a row. What bounds the launches is
@@ -57,42 +58,42 @@ def _configs(T, product, table):
     width = max(64, _block_t(T))
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
     configs = [dict(zip(names, row, strict=True)) for row in table[width]]
-    if product == torch.float32:
+    if product_dtype == torch.float32:
         first = configs[0]
         return [first | {"BLOCK_D": min(32, max(16, first["BLOCK_D"] // 2)), "stages": min(2, first["stages"])}]
     return configs
 
 
-def mix_configs(T, N, product, x, weight):
+def mix_configs(T, N, product_dtype, x, weight):
     # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
     narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
-    if product == torch.float32:
-        return _configs(T, product, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
+    if product_dtype == torch.float32:
+        return _configs(T, product_dtype, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
     few = {64: [(64, 64, 64, 128, 3), (64, 128, 64, 128, 3), (64, 32, 64, 128, 2)], 128: [deep, narrow], 256: [narrow]}
-    if torch.float32 in (x, weight) and product != torch.float32:  # Under autocast wide tiles overfill gfx942.
+    if torch.float32 in (x, weight) and product_dtype != torch.float32:  # Under autocast wide tiles overfill gfx942.
         few[64] = [(32, 64, 64, 256, 2)]
     many = {64: [narrow], 128: [narrow], 256: [narrow]}
-    return _configs(T, product, few if N <= 512 else many)
+    return _configs(T, product_dtype, few if N <= 512 else many)
 
 
-def hidden_configs(T, product, weight):
+def hidden_configs(T, product_dtype, weight):
     small, deep, narrow = (64, 64, 32, 128, 3), (64, 128, 32, 256, 3), (64, 64, 32, 256, 2)
     # Float32 weights under autocast: more loads in flight overfill gfx942.
     few = [(64, 128, 32, 256, 2)] if weight == torch.float32 else [small, deep]
-    return _configs(T, product, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
+    return _configs(T, product_dtype, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
-def token_launches(T, product):
+def token_launches(T, product_dtype):
     """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one.
 
     BLOCK_K is how many kept rows are compared with a tile's tokens at a time: more than 64 take AMD's scalar registers.
     """
     one, two, three = ((32, 64, 64, 256, stages) for stages in (1, 2, 3))
-    together = _configs(T, product, {64: [three, two], 128: [two, three], 256: [two]})
-    if _block_t(T) <= 128 and product != torch.float32:
+    together = _configs(T, product_dtype, {64: [three, two], 128: [two, three], 256: [two]})
+    if _block_t(T) <= 128 and product_dtype != torch.float32:
         return [(True, True, together)]
-    first = _configs(T, product, {64: [one], 128: [one], 256: [(16, 16, 128, 256, 1)]})
-    return [(True, False, first), (False, True, _configs(T, product, dict.fromkeys((64, 128, 256), [one])))]
+    first = _configs(T, product_dtype, {64: [one], 128: [one], 256: [(16, 16, 128, 256, 1)]})
+    return [(True, False, first), (False, True, _configs(T, product_dtype, dict.fromkeys((64, 128, 256), [one])))]
 
 
 def images_per_program(B, blocks, T, D):
@@ -118,28 +119,29 @@ def _options(config):
 # ---- Launches ----------------------------------------------------------------------------------------------------
 
 
-def _precision(product):
+def _precision(product_dtype):
     """How float32 operands are multiplied: in three TF32 products where the machine has no float32 matrix units."""
     if INTERPRET:
         return "widened"
-    return "tf32x3" if product == torch.float32 and torch.version.hip is None else "ieee"
+    return "tf32x3" if product_dtype == torch.float32 and torch.version.hip is None else "ieee"
 
 
 def _tl(dtype):
     return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
 
 
-def _constants(x, w1, subset, product):
+def _constants(x, w1, subset, product_dtype):
     """The sizes of the model, fixed for a run, are compiled in: masks that are always true then cost nothing."""
     return {
         "N": int(x.shape[1]), "D": int(x.shape[2]), "T": int(w1.shape[0]), "HAS_SUBSET": subset is not None,
-        "PRODUCT": _tl(product), "PRECISION": _precision(product), "BLOCK_T": _block_t(int(w1.shape[0])),
+        "PRODUCT_DTYPE": _tl(product_dtype), "PRECISION": _precision(product_dtype),
+        "BLOCK_T": _block_t(int(w1.shape[0])),
     }  # fmt: skip
 
 
-def _key(x, w1, subset, product):
+def _key(x, w1, subset, product_dtype):
     """What the best configuration depends on; the batch and the kept tokens may be symbolic, so they stay out."""
-    return int(x.shape[1]), int(x.shape[2]), int(w1.shape[0]), subset is not None, x.dtype, product
+    return int(x.shape[1]), int(x.shape[2]), int(w1.shape[0]), subset is not None, x.dtype, product_dtype
 
 
 def _cdiv(a, b):
@@ -155,7 +157,7 @@ def _index(x, subset):
 def mix_op(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
     w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-    subset: torch.Tensor | None, product: torch.dtype,
+    subset: torch.Tensor | None, product_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """The kept rows, and the mean and 1/std of all rows."""
     B, N, D = x.shape
@@ -171,7 +173,7 @@ def mix_op(
             x, mean, rstd, x.stride(0), x.stride(1), B * N, N, D, EPS, **_options(config)
         )
 
-    constants = _constants(x, w1, subset, product)
+    constants = _constants(x, w1, subset, product_dtype)
     index, stride_subset = _index(x, subset)
 
     def mix(config):
@@ -182,8 +184,8 @@ def mix_op(
         )  # fmt: skip
 
     statistics(choose("statistics", (constants["D"], x.dtype), statistics_configs(constants["D"]), x, statistics))
-    configs = mix_configs(constants["T"], constants["N"], product, x.dtype, w1.dtype)
-    mix(choose("mix", _key(x, w1, subset, product), configs, x, mix))
+    configs = mix_configs(constants["T"], constants["N"], product_dtype, x.dtype, w1.dtype)
+    mix(choose("mix", _key(x, w1, subset, product_dtype), configs, x, mix))
     return out, mean, rstd
 
 
@@ -191,7 +193,7 @@ def mix_op(
 def mix_backward_op(
     dout: torch.Tensor, x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, gate: torch.Tensor,
     w1: torch.Tensor, b1: torch.Tensor, w2: torch.Tensor, b2: torch.Tensor,
-    subset: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor, product: torch.dtype,
+    subset: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor, product_dtype: torch.dtype,
 ) -> tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
     torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
@@ -200,22 +202,22 @@ def mix_backward_op(
     if dout.numel() == 0:
         return tuple(t.new_zeros(t.shape) for t in (x, shift, scale, gate, w1, b1, w2, b2))
     dshift, dscale, dgate, *between = _hidden_gradients(
-        dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product
+        dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype
     )
-    dx, dw1, dw2, db2 = _token_gradients(dout, x, w1, subset, mean, rstd, product, *between)
+    dx, dw1, dw2, db2 = _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, *between)
     db1 = between[2][:, :, 0].sum((0, 1))
     weights = ((dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
     return dx, dshift, dscale, dgate, *(grad.to(weight.dtype) for grad, weight in weights)
 
 
-def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product):
+def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype):
     """dshift, dscale, dgate; the gated hidden activations and S; sums over tokens and over D, in parts."""
     B, N, D = x.shape
     T = w1.shape[0]
     dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
-    hidden = x.new_empty((B, T, D), dtype=product)
+    hidden = x.new_empty((B, T, D), dtype=product_dtype)
     ds = torch.empty_like(hidden)
-    constants = _constants(x, w1, subset, product)
+    constants = _constants(x, w1, subset, product_dtype)
     index, stride_subset = _index(x, subset)
 
     def launch(config):
@@ -231,17 +233,17 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
         )  # fmt: skip
         return sums, gated
 
-    configs = hidden_configs(constants["T"], product, w1.dtype)
-    parts = launch(choose("hidden", _key(x, w1, subset, product), configs, x, launch))
+    configs = hidden_configs(constants["T"], product_dtype, w1.dtype)
+    parts = launch(choose("hidden", _key(x, w1, subset, product_dtype), configs, x, launch))
     return dshift, dscale, dgate, hidden, ds, *parts
 
 
-def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums, gated):
+def _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, hidden, ds, sums, gated):
     """dx, and dw1, dw2, db2 in float32."""
     B, N, D = x.shape
     T = w1.shape[0]
     dx = x.new_empty((B, N, D))
-    constants = _constants(x, w1, subset, product)
+    constants = _constants(x, w1, subset, product_dtype)
     index, stride_subset = _index(x, subset)
 
     def launch(config, first, second):
@@ -256,9 +258,9 @@ def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums,
         )  # fmt: skip
         return dw1, dw2, db2
 
-    for first, second, configs in token_launches(constants["T"], product):
+    for first, second, configs in token_launches(constants["T"], product_dtype):
         run = functools.partial(launch, first=first, second=second)
-        key = (*_key(x, w1, subset, product), first, second)
+        key = (*_key(x, w1, subset, product_dtype), first, second)
         parts = run(choose("tokens", key, configs, x, run))
         if first:
             dw1 = parts[0].sum(0)
@@ -271,7 +273,7 @@ def _token_gradients(dout, x, w1, subset, mean, rstd, product, hidden, ds, sums,
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.product = inputs
+    *tensors, ctx.product_dtype = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # else zeros are made for the gradients of these two, a launch each
@@ -279,7 +281,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, dout, *_):
-    grads = mix_backward_op(rows_contiguous(dout), *ctx.saved_tensors, ctx.product)
+    grads = mix_backward_op(rows_contiguous(dout), *ctx.saved_tensors, ctx.product_dtype)
     return *grads, None, None
 
 

@@ -8,7 +8,8 @@ import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from maskalign_kernels import mix_and_drop, mix_and_drop_launch, runtime
+from maskalign_kernels import mix_and_drop, runtime
+from maskalign_kernels.mix_and_drop import launch as mix_launch
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 NAMES = ("x", "shift", "scale", "gate", "w1", "b1", "w2", "b2")
@@ -65,7 +66,7 @@ def test_adversarial_rows(block, steps, mix_case, mix_truth, relative, generator
     Once with the statistics in one pass over the row, once by the path of rows too long for that.
     """
     config = {"ROWS": 4, "STEPS": steps, "BLOCK_D": block, "threads": 128, "stages": 1, "WHOLE": block * steps == 128}
-    monkeypatch.setattr(mix_and_drop_launch, "statistics_configs", lambda width: [config])
+    monkeypatch.setattr(mix_launch, "statistics_configs", lambda width: [config])
     tensors, subset = mix_case(2, 9, 96, 7, 4)
     with torch.no_grad():
         x, _, scale, gate = tensors[:4]
@@ -98,8 +99,8 @@ def test_two_runs_agree_bit_for_bit(mix_case, generator):
 
 
 def test_batch_sums_over_several_images_per_program(mix_case, assert_mixed, poisoned, monkeypatch):
-    images_per_program = mix_and_drop_launch.images_per_program
-    monkeypatch.setattr(mix_and_drop_launch, "images_per_program", lambda *sizes: 2)
+    images_per_program = mix_launch.images_per_program
+    monkeypatch.setattr(mix_launch, "images_per_program", lambda *sizes: 2)
     assert_mixed(*mix_case(5, 40, 24, 20, 8))
     assert images_per_program(1, 1, 64, 1152) == 1 and images_per_program(256, 16, 64, 1152) == 8
     assert images_per_program(32, 8, 256, 1152) == 2 and images_per_program(4, 8, 256, 1152) == 1
@@ -115,7 +116,7 @@ def test_every_launch_may_take_another_configuration(mix_case, assert_mixed, poi
         launch(configs[0])  # As tuning would, before the real launch.
         return configs[-1]
 
-    monkeypatch.setattr(mix_and_drop_launch, "choose", choose)
+    monkeypatch.setattr(mix_launch, "choose", choose)
     assert_mixed(*mix_case(2, 40, 70, 20, 8, F16))
     assert asked == {"statistics", "mix", "hidden", "tokens"}
 
@@ -173,7 +174,7 @@ def test_operators_pass_opcheck(mix_case):
 
 def test_launches_load_and_store_what_the_report_counts(mix_case, counted_bytes):
     """The count of the compile report plus the re-reads that it says L2 serves is what the programs really move."""
-    from maskalign_kernels import mix_and_drop_cases as cases
+    from maskalign_kernels.mix_and_drop import cases
 
     B, N, K, D, T = 2, 128, 64, 128, 64  # Whole blocks: masked lanes load nothing, but index 0 is read for them.
     tensors, subset = mix_case(B, N, D, K, T)
@@ -197,7 +198,7 @@ def test_compiles_without_a_graph_break(dynamic, mix_case, relative):
 
 
 def test_too_wide_a_hidden_layer_takes_the_reference(mix_case, assert_mixed, monkeypatch):
-    monkeypatch.setattr(mix_and_drop_launch, "mix_op", None)
+    monkeypatch.setattr(mix_launch, "mix_op", None)
     assert_mixed(*mix_case(1, 5, 8, 3, 257))
     with pytest.raises(TypeError):  # At 256 the operator, which is not there, is asked for.
         mix_and_drop(*mix_case(1, 5, 8, 3, 256)[0])

@@ -1,13 +1,13 @@
 """How subset_cosine_alignment is launched: configurations, launches, and the operators with their gradients.
 
-The kernels, and what they compute, are in subset_cosine_alignment_kernels.py.
+The kernels, and what they compute, are in kernels.py.
 """
 
 import torch
 
-from .operators import WARP_SIZE, kernel_op, wrap_triton
-from .subset_cosine_alignment_kernels import backward_gather_kernel, backward_kernel, forward_kernel, mean_kernel
-from .tuning import choose
+from ..operators import WARP_SIZE, kernel_op, wrap_triton
+from ..tuning import choose
+from .kernels import backward_gather_kernel, backward_kernel, forward_kernel, mean_kernel
 
 
 def configurations(width, itemsize, gather_backward=False):

@@ -2,11 +2,12 @@
 
 import torch
 
-from . import reference
-from .runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, rows_contiguous, use_triton
+from ..rows import rows_contiguous
+from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, use_triton
+from . import cpu
 
 OP = "mix_and_drop"
-# No tile of a wider hidden layer stays in registers: it takes the reference path on a GPU, too (as an empty one does).
+# No tile of a wider hidden layer stays in registers: it takes the CPU path on a GPU, too (as an empty one does).
 MAX_HIDDEN = 256
 
 
@@ -40,17 +41,17 @@ def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
     if subset is not None:
         check_tensor(OP, "subset", subset, "BK", sizes, INDICES, x.device)
         check_subset(OP, subset, sizes["N"], distinct=True)
-    product = x.dtype
+    product_dtype = x.dtype
     device = x.device.type
     # meta has no autocast. Not asked by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        product = torch.get_autocast_dtype(device)
+        product_dtype = torch.get_autocast_dtype(device)
     if not use_triton(x) or not 0 < sizes["T"] <= MAX_HIDDEN:
-        return reference.mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset, product)
+        return cpu.mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype)
     check_interpretable(OP, x=x, shift=shift, scale=scale, gate=gate, w1=w1, b1=b1, w2=w2, b2=b2)
     x, shift, scale, gate = map(rows_contiguous, (x, shift, scale, gate))
     w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
     subset = None if subset is None else rows_contiguous(subset)
-    from .mix_and_drop_launch import mix_op  # Triton and PyTorch's compiler, which take seconds to import.
+    from .launch import mix_op  # Triton and PyTorch's compiler, which take seconds to import.
 
-    return mix_op(x, shift, scale, gate, w1, b1, w2, b2, subset, product)[0]
+    return mix_op(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype)[0]
