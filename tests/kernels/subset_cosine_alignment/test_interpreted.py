@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maskalign_kernels import runtime, subset_cosine_alignment, subset_cosine_alignment_loss
+from maskalign_kernels.rows import rows_contiguous
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 SHAPES = [(2, 7, 3, 33), (1, 5, 5, 768), (3, 20, 9, 8), (2, 16, 8, 320), (1, 4, 3, 2500), (1, 1, 1, 1)]
@@ -65,7 +66,7 @@ def test_views_are_read_in_place(gathered, cosine_truth, relative, generator, po
     expected = cosine_truth(student, teacher, subset, not gathered)
     out = subset_cosine_alignment(student, teacher, subset, student_is_subset=not gathered)
     assert relative(out, expected) < 3e-6
-    assert runtime.rows_contiguous(student) is student and runtime.rows_contiguous(teacher) is teacher
+    assert rows_contiguous(student) is student and rows_contiguous(teacher) is teacher
     # One row for all images, and channels that do not lie side by side (this one is copied).
     shared = torch.randn(1, N, C, generator=generator).expand(B, -1, -1)
     wide = torch.randn(B, C, N, generator=generator).transpose(1, 2)
