@@ -8,8 +8,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from maskalign.config import as_schedule
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw

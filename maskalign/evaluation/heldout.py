@@ -11,8 +11,8 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from maskalign.data.manifest import Manifest, class_field
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest, class_field
 from maskalign.errors import UsageError
 from maskalign.evaluation.losses import velocity_and_cosine
 from maskalign.objective.flow_matching import sample_posterior

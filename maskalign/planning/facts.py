@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.teachers.names import parse_teachers
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from maskalign.data.manifest import class_field
+from maskalign.data.format.manifest import class_field
 from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows, resample_tokens
 from maskalign.teachers.tokens import class_projection
 from maskalign.training.compiling import compile_units
