@@ -309,7 +309,7 @@ def analyze(
         mask_ratio=mask_ratio,
         subsets=subsets,
     )
-    from maskalign.teachers.names import parse_teachers
+    from maskalign.config.teacher_names import parse_teachers
 
     teachers = tuple(parse_teachers(teacher)) if teacher else ()
     from maskalign.analysis.command import analyze as measure
@@ -434,7 +434,7 @@ def evaluate(
         batch_size=batch_size,
         precision=precision,
     )
-    from maskalign.teachers.names import parse_teachers
+    from maskalign.config.teacher_names import parse_teachers
 
     parse_teachers(teacher)
     from maskalign.evaluation.command import evaluate as measure

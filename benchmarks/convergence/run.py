@@ -113,7 +113,7 @@ def precision_of(config):
     """Samples are drawn in the precision of training, as `maskalign train` draws its previews."""
     import torch
 
-    from maskalign.training.parallel import compute_dtype
+    from maskalign.runtime.device import compute_dtype
 
     return "bf16" if compute_dtype(config.training.precision, torch.device("cpu")) == torch.bfloat16 else "fp32"
 

@@ -11,8 +11,8 @@ from collections import OrderedDict
 
 import torch
 
+from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
-from maskalign.models.presets import SIZES
 from maskalign.models.sit import SiT
 
 # Modules that neither REPA's nor REG's SiT has.

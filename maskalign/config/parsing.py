@@ -8,7 +8,7 @@ from maskalign.config.checks import validate
 from maskalign.config.messages import plain_message, with_suggestion
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
-from maskalign.home import expand_home
+from maskalign.runtime.home import expand_home
 
 
 def make_config_parser(**kwargs):

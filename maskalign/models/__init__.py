@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "SiT": "sit",
         "SiTOutput": "sit",
-        "PRESETS": "presets",
+        "PRESETS": ".config.presets",
         "draw_subset": "routing",
         "keep_count": "routing",
         "from_repa": ".checkpoints.conversion",

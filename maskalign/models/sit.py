@@ -10,6 +10,7 @@ from typing import List, NamedTuple, Optional
 import torch
 from torch import nn
 
+from maskalign.config.presets import preset_sizes
 from maskalign.models.initial import initialise
 from maskalign.models.layers import (
     Block,
@@ -22,7 +23,6 @@ from maskalign.models.layers import (
     unpatchify,
 )
 from maskalign.models.mixer import make_mixer
-from maskalign.models.presets import preset_sizes
 from maskalign.models.projector import make_projector
 from maskalign.models.routing import Fuse, gather_tokens, scatter_tokens
 

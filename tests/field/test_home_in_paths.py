@@ -12,7 +12,7 @@ from maskalign.config import dump_config, load_config, parse_config
 from maskalign.config.settings import Config
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from maskalign.home import expand_home
+from maskalign.runtime.home import expand_home
 
 
 @pytest.fixture

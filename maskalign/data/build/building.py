@@ -19,16 +19,16 @@ from contextlib import ExitStack, closing
 
 from maskalign.data.build.labels import check_names
 from maskalign.data.build.listing import tell_passed
+from maskalign.data.build.processes import LinePrinter, available_cores, in_processes, wait_for
 from maskalign.data.format.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard
 from maskalign.data.format.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.format.members import KIND as MEMBER_CHECKSUM_KIND
-from maskalign.data.build.processes import LinePrinter, available_cores, in_processes, wait_for
 from maskalign.data.format.tar_shards import shard_name
 from maskalign.errors import RunError, UsageError
-from maskalign.home import expand_home
-from maskalign.outputs import is_run
 from maskalign.runtime.files import write_atomically
+from maskalign.runtime.home import expand_home
 from maskalign.runtime.lock import locked
+from maskalign.runtime.outputs import is_run
 
 WORK = ".build"
 BAD_LIST = "bad.csv"

@@ -14,8 +14,8 @@ from collections import Counter
 from contextlib import closing
 from typing import NamedTuple
 
-from maskalign.data.format.manifest import Manifest, class_member, is_url, teacher_member
 from maskalign.data.build.processes import available_cores, in_processes
+from maskalign.data.format.manifest import Manifest, class_member, is_url, teacher_member
 
 SHOWN_PER_SHARD = 20
 

@@ -9,9 +9,9 @@ import os
 import numpy as np
 import torch
 
-from maskalign.data.stream.decode import BadSample
 from maskalign.data.build.features import MEND, mean_sample
 from maskalign.data.format.manifest import class_member
+from maskalign.data.stream.decode import BadSample
 from maskalign.data.stream.open_shard import BadShard, OpenShard
 from maskalign.errors import RunError
 

@@ -22,16 +22,16 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 
-from maskalign.data.format.manifest import FILE_NAME, Manifest, is_url
+from maskalign.config.teacher_names import check_normalisation, parse_teachers
 from maskalign.data.build.processes import LinePrinter, in_processes, wait_for
 from maskalign.data.build.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.build.staging import Staging, finish_commits, read_json
+from maskalign.data.format.manifest import FILE_NAME, Manifest, is_url
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import is_run
 from maskalign.runtime.files import write_atomically
 from maskalign.runtime.lock import locked
+from maskalign.runtime.outputs import is_run
 from maskalign.teachers.hub import check_weights
-from maskalign.teachers.names import check_normalisation, parse_teachers
 
 IMAGENET_IMAGES = 1_281_167
 CLASS_TOKEN = ("both", "only", "none")

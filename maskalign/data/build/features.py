@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from maskalign.data.build.images import BadImage, decode_image
-from maskalign.data.format.manifest import class_member, is_url, teacher_member
 from maskalign.data.build.recipe import weights_label
-from maskalign.data.format.tar_shards import HashingReader, read_shard
 from maskalign.data.build.vae import latent_entry, load_vae, vae_moments
+from maskalign.data.format.manifest import class_member, is_url, teacher_member
+from maskalign.data.format.tar_shards import HashingReader, read_shard
 from maskalign.errors import RunError, one_line
 from maskalign.teachers import load_teacher, quantise_rows, standardize_class_token
 from maskalign.teachers.tokens import normalise_tokens

@@ -5,9 +5,9 @@ import os
 from dataclasses import asdict
 
 from maskalign.data.build.images import PREPARE, decode_image, encode_image, to_rgb, upright
-from maskalign.runtime.files import write_atomically
 from maskalign.data.format.tar_shards import write_shard
 from maskalign.errors import one_line
+from maskalign.runtime.files import write_atomically
 
 
 def make_shard(reader, part, path, record_path, settings, advance=None):

@@ -10,8 +10,8 @@ from maskalign.data.format.manifest import Manifest, class_member, is_url, teach
 from maskalign.data.format.npy import load_npy
 from maskalign.data.format.tar_shards import read_shard
 from maskalign.errors import RunError, UsageError
-from maskalign.fonts import load_font
-from maskalign.outputs import check_file
+from maskalign.runtime.fonts import load_font
+from maskalign.runtime.outputs import check_file
 
 GAP, TEXT = 4, 13
 INK, FAINT = (20, 20, 20), (110, 110, 110)

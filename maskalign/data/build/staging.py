@@ -11,8 +11,8 @@ import os
 import shutil
 from dataclasses import replace
 
-from maskalign.data.format.manifest import FILE_NAME, Manifest, Shard
 from maskalign.data.build.processes import wait_for
+from maskalign.data.format.manifest import FILE_NAME, Manifest, Shard
 from maskalign.errors import RunError
 from maskalign.runtime.files import sync_folder, write_atomically
 

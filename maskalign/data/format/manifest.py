@@ -24,8 +24,8 @@ from dataclasses import asdict, dataclass, field, fields
 from maskalign.data.format.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.format.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.home import expand_home
 from maskalign.runtime.files import write_atomically
+from maskalign.runtime.home import expand_home
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -275,11 +275,6 @@ def teacher_member(teacher):
 def class_member(teacher):
     """Ending of the member that holds a teacher's class token."""
     return f"{teacher_member(teacher)}.class.npy"
-
-
-def class_field(teacher):
-    """Name of a teacher's class token in a batch, and in the `fields` of a stream."""
-    return f"{teacher}.class"
 
 
 def class_token_fault(entry, dim):

@@ -3,10 +3,10 @@
 from fractions import Fraction
 from math import gcd, lcm
 
+from maskalign.config.teacher_names import no_class_tokens
 from maskalign.data.stream.opening import Opener
 from maskalign.data.stream.samples import columns_of
 from maskalign.errors import UsageError
-from maskalign.teachers.names import no_class_tokens
 
 LONGEST = 65536  # draws in a cycle; weights that need a longer one are rounded to 1/65536
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maskalign.data.format.manifest import class_field, class_member, teacher_member
+from maskalign.config.teacher_names import class_field
+from maskalign.data.format.manifest import class_member, teacher_member
 from maskalign.data.format.members import KEY, KIND
 from maskalign.data.stream.decode import BadSample, decode_label, decode_stored_image
 from maskalign.data.stream.open_shard import BadShard, OpenShard

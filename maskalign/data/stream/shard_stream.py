@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from maskalign.data.format.manifest import class_field
+from maskalign.config.teacher_names import class_field, no_class_tokens
 from maskalign.data.stream.bad_samples import BadSamples
 from maskalign.data.stream.buffers import BlockPool, Layout
 from maskalign.data.stream.mixture import Mixture, check_class_tokens, open_data_sets
@@ -20,7 +20,6 @@ from maskalign.data.stream.position import MOST_BAD_IN_STATE, STATE_VERSION, par
 from maskalign.data.stream.samples import OpenDataSet, SampleReader, Share, columns_of
 from maskalign.data.stream.workers import InProcess, WorkerPool
 from maskalign.errors import UsageError
-from maskalign.teachers.names import no_class_tokens
 
 
 class ShardStream:

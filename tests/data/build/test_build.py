@@ -19,8 +19,8 @@ import pytest
 import webdataset
 from PIL import Image
 
-from maskalign.data.build.building import build, read_names
 from maskalign.data.build import check
+from maskalign.data.build.building import build, read_names
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import RunError, UsageError
 

@@ -11,9 +11,8 @@ import timm
 import torch
 
 from maskalign.data import ShardStream
-from maskalign.data.build import check
+from maskalign.data.build import check, encode
 from maskalign.data.build.class_tokens import channel_statistics, principal_components
-from maskalign.data.build import encode
 from maskalign.data.format.manifest import Manifest
 from maskalign.data.format.tar_shards import read_shard, write_shard
 from maskalign.errors import RunError, UsageError

@@ -19,8 +19,8 @@ from PIL import Image
 
 from maskalign.data.build.encoding import IMAGENET_IMAGES, encode
 from maskalign.data.build.features import mean_sample
-from maskalign.data.format.manifest import Manifest, teacher_member
 from maskalign.data.build.recipe import entry_bytes
+from maskalign.data.format.manifest import Manifest, teacher_member
 from maskalign.data.format.tar_shards import read_shard, write_shard
 from maskalign.errors import RunError, UsageError
 from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows

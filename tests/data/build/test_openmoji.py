@@ -9,8 +9,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from PIL import Image, ImageChops, ImageDraw, ImageFont, features
 
-from maskalign.data.build import openmoji
-from maskalign.data.build import build
+from maskalign.data.build import build, openmoji
 from maskalign.data.build.openmoji import FIRST, EmojiFont
 
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="this Pillow has no raqm, or no FriBidi for it")

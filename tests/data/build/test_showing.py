@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskalign.data.build.showing import principal_colours, show
 from maskalign.data.format.manifest import Manifest
 from maskalign.data.format.tar_shards import write_shard
-from maskalign.data.build.showing import principal_colours, show
 from maskalign.errors import RunError, UsageError
-from maskalign.fonts import load_font
+from maskalign.runtime.fonts import load_font
 
 SIDE, TILE = 8, 64
 

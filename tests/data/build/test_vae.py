@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from maskalign.data.build import encode
+from maskalign.data.build.vae import latent_entry, load_vae, vae_moments
 from maskalign.data.format.manifest import Manifest
 from maskalign.data.format.tar_shards import read_shard, write_shard
-from maskalign.data.build.vae import latent_entry, load_vae, vae_moments
 from maskalign.errors import UsageError
 
 

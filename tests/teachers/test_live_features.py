@@ -1,7 +1,5 @@
 """What a step is given of the teachers: rows with the class token in front, and the class token to be denoised."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -12,10 +10,10 @@ from maskalign.data.build import encode
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.teachers import load_teacher_like, quantise_rows, resample_tokens
-from maskalign.training.features import Features
+from maskalign.teachers.features import Features
 from tests.data.build.test_encoding import RESNET, VIT, make_data_set
 
-PLACE = SimpleNamespace(device=torch.device("cpu"))
+CPU = torch.device("cpu")
 GRID = (10, 10)  # that of VIT
 
 
@@ -38,7 +36,7 @@ def build(folder, names=VIT, grid=GRID, **settings):
     config = parse_config([word for key, value in own.items() for word in (f"--{key}", str(value))])
     manifest = Manifest.load(folder)
     facts = validate_with_data(config, manifest)
-    features = Features(config, manifest, facts["teachers"], grid, PLACE, class_token=facts["class_token"])
+    features = Features(config, manifest, facts["teachers"], grid, CPU, class_token=facts["class_token"])
     fields = [*features.fields, *(["image"] if features.needs_images else [])]
     read = next(iter(ShardStream(str(folder), 4, streams=1, fields=fields)))
     everything = ["image", VIT, RESNET, f"{VIT}.class", f"{RESNET}.class"]
@@ -84,7 +82,7 @@ def test_a_teacher_without_statistics_says_so_before_training(tmp_path):
         build(tmp_path, RESNET)
     features = Features(
         parse_config(["--model.preset", "SiT-S/2", "--model.class_token", "true", "--teacher.weights", "random"]),
-        Manifest.load(tmp_path), [(VIT, False)], GRID, PLACE, class_token=(VIT, False),
+        Manifest.load(tmp_path), [(VIT, False)], GRID, CPU, class_token=(VIT, False),
     )  # fmt: skip
     (z,), r = features(next(iter(ShardStream(str(tmp_path), 4, fields=["image"]))))
     assert z.shape == (4, 101, 64) and torch.equal(z[:, 0], r)

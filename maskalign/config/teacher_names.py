@@ -25,6 +25,11 @@ def class_kind_of(name):
     return "prefix" if name.startswith("dinov2-") else "mean"
 
 
+def class_field(teacher):
+    """Name of a teacher's class token in a batch, and in the `fields` of a stream."""
+    return f"{teacher}.class"
+
+
 def no_class_tokens(teacher, path):
     """The line about a data set whose rows were encoded without class tokens, and how to add them."""
     return (

@@ -1,14 +1,12 @@
-"""The teachers' features of a batch: read from the shards, or computed by frozen encoders, compiled and sharded."""
+"""The teachers' features of a batch: read from the shards, or computed by frozen encoders."""
 
 from typing import NamedTuple
 
 import torch
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from maskalign.data.format.manifest import class_field
+from maskalign.config.teacher_names import class_field
 from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows, resample_tokens
 from maskalign.teachers.tokens import class_projection
-from maskalign.training.compiling import compile_units
 
 
 class Source(NamedTuple):
@@ -27,9 +25,10 @@ class Features:
         config, manifest: of the run.
         teachers: list of (name, cached).
         grid: (rows, columns) of the student's tokens.
-        placement: `parallel.Placement`.
+        device: torch.device.
         class_token: None, or (name, cached) of the teacher whose class token the model denoises: the first of
             `teachers` where there are some.
+        prepare: called with the network of each live teacher, to compile or shard it.
 
     Attributes:
         sources: a `Source` per teacher; with a class token and no alignment the one that gives it.
@@ -39,9 +38,9 @@ class Features:
         UsageError: a class token that cannot be computed without statistics of the data set.
     """
 
-    def __init__(self, config, manifest, teachers, grid, placement, class_token=None):
+    def __init__(self, config, manifest, teachers, grid, device, class_token=None, prepare=None):
         self.grid = grid
-        self.device = device = placement.device
+        self.device = device
         self.aligned = bool(teachers)
         self.with_class = class_token is not None
         self.sources = []
@@ -58,7 +57,8 @@ class Features:
                 teacher = load_teacher(name, normalize=config.teacher.normalize, **own)
             if self.with_class:
                 teacher.check_class_statistics()
-            prepare_teacher(teacher.encoder.network, config, placement)
+            if prepare is not None:
+                prepare(teacher.encoder.network)
             self.sources.append(Source(name, teacher, teacher.grid, teacher.dim))
         self._projection = None
         self.class_dim = self._class_dim(config, manifest) if self.with_class else None
@@ -128,24 +128,3 @@ class Features:
         if not self.aligned:
             return None, source.teacher.class_token(images)
         return source.teacher.tokens_and_class(images)
-
-
-def prepare_teacher(network, config, placement):
-    """Compile a frozen network's blocks, and shard it where the plan shards and it is large.
-
-    Args:
-        network: nn.Module; what it calls `blocks` (a ViT's) are the units, else it is one unit itself.
-        config: `Config`; training.compile and parallel.shard_teacher_above.
-        placement: `parallel.Placement`.
-    """
-    blocks = list(getattr(network, "blocks", ()))
-    if config.training.compile:
-        compile_units(blocks or [network])
-    size = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
-    if config.parallel.plan not in ("fsdp", "hsdp") or size <= config.parallel.shard_teacher_above:
-        return
-    mesh = placement.mesh if config.parallel.plan == "hsdp" else placement.mesh["shard"]
-    for block in blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(network, mesh=mesh)
-    register_fsdp_forward_method(network, "forward_features")  # what encoders.py calls of a ViT

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from maskalign import neighbours
-from maskalign.neighbours import Reading, look, make_room, share_of_others
+from maskalign.runtime import thread_waiting
+from maskalign.runtime.thread_waiting import Reading, look, make_room, share_of_others
 
 
 @pytest.mark.parametrize(
@@ -40,17 +40,17 @@ def test_reading(tmp_path, monkeypatch):
 
 @pytest.fixture
 def clean(monkeypatch):
-    for name in (*neighbours.OWN_CHOICE, "TORCHELASTIC_RUN_ID"):
+    for name in (*thread_waiting.OWN_CHOICE, "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "x")  # noted, so that what make_room sets is undone
         monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
-    monkeypatch.setattr(neighbours, "LEAST_SECONDS", 0)
+    monkeypatch.setattr(thread_waiting, "LEAST_SECONDS", 0)
 
 
 @pytest.mark.parametrize("busy, sleeps", [(1.9, True), (0.1, False)])
 def test_threads_sleep_where_others_are_busy(busy, sleeps, clean, monkeypatch):
     before = Reading(time.monotonic() - 1, 0.0, 0.0, 2)
-    monkeypatch.setattr(neighbours, "look", lambda: Reading(before.clock + 1, busy, 0.0, 2))
+    monkeypatch.setattr(thread_waiting, "look", lambda: Reading(before.clock + 1, busy, 0.0, 2))
     make_room(before)
     assert os.environ.get("OMP_WAIT_POLICY") == ("passive" if sleeps else None)
 
@@ -58,7 +58,7 @@ def test_threads_sleep_where_others_are_busy(busy, sleeps, clean, monkeypatch):
 @pytest.mark.parametrize("reason", ["chosen", "torch", "torchrun", "unknown"])
 def test_left_alone(reason, clean, monkeypatch):
     before = Reading(time.monotonic() - 1, 0.0, 0.0, 2)
-    monkeypatch.setattr(neighbours, "look", lambda: Reading(before.clock + 1, 2.0, 0.0, 2))
+    monkeypatch.setattr(thread_waiting, "look", lambda: Reading(before.clock + 1, 2.0, 0.0, 2))
     if reason == "chosen":
         monkeypatch.setenv("GOMP_SPINCOUNT", "5")
     elif reason == "torch":
@@ -76,7 +76,7 @@ def test_busy_processes_are_seen():
         time.sleep(0.3)
         before = look()
         time.sleep(0.7)
-        assert share_of_others(before, look()) > neighbours.SHARE
+        assert share_of_others(before, look()) > thread_waiting.SHARE
     finally:
         for process in spinning:
             process.kill()
