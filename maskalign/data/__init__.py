@@ -5,7 +5,13 @@ is the hot path of training. `build/` makes, encodes, checks and shows data sets
 `format` imports neither.
 """
 
+from typing import TYPE_CHECKING
+
 from maskalign._lazy import lazy_exports
+
+if TYPE_CHECKING:  # the public names, for editors and type checkers
+    from maskalign.data.stream.shard_stream import ShardStream as ShardStream
+    from maskalign.data.stream.position import merge_states as merge_states
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

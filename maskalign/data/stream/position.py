@@ -1,5 +1,7 @@
 """The position of a stream as plain data: read back with care, and joined from the states of all ranks."""
 
+from typing import Any, Dict, Iterable, Mapping
+
 from maskalign.errors import UsageError
 
 STATE_VERSION = 1
@@ -39,7 +41,7 @@ def parse_state(state, here):
     return there["streams"], there["group"], there["served"], positions, bad
 
 
-def merge_states(states):
+def merge_states(states: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
     """One state for the whole job from the states of all its ranks, taken after the same step.
 
     Raises:
@@ -56,7 +58,7 @@ def merge_states(states):
         positions.update(zip(state["stream"], state["position"], strict=True))
         bad.update(dict.fromkeys(tuple(place) for place in state["bad"]))
     streams = sorted(positions)
-    return states[0] | {
+    return dict(states[0]) | {
         "stream": streams,
         "position": [list(positions[stream]) for stream in streams],
         "bad": [list(place) for place in sorted(bad)][:MOST_BAD_IN_STATE],

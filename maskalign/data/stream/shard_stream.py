@@ -8,6 +8,8 @@ workers.py reads ahead. This file deals a step's samples to the ranks and keeps 
 import os
 import resource
 import time
+from pathlib import Path
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
 
@@ -72,26 +74,26 @@ class ShardStream:
 
     def __init__(
         self,
-        path,
-        batch_size,
-        seed=0,
-        rank=0,
-        world_size=1,
-        num_workers=0,
-        epochs=None,
+        path: Union[str, Path, Sequence[str], Mapping[str, float]],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        epochs: Optional[int] = None,
         *,
-        streams=None,
-        group=None,
-        fields=None,
-        max_bad_fraction=0.01,
-        hflip=True,
-        verify=True,
-        prefetch=4,
-        pin_memory=None,
-        timeout=30.0,
-        retries=5,
-        cache_dir=None,
-        allow_pipe=False,
+        streams: Optional[int] = None,
+        group: Optional[int] = None,
+        fields: Optional[Collection[str]] = None,
+        max_bad_fraction: float = 0.01,
+        hflip: bool = True,
+        verify: bool = True,
+        prefetch: int = 4,
+        pin_memory: Optional[bool] = None,
+        timeout: float = 30.0,
+        retries: int = 5,
+        cache_dir: Union[str, Path, None] = None,
+        allow_pipe: bool = False,
     ):
         for name, value, least in (
             ("batch_size", batch_size, 1),
@@ -138,7 +140,8 @@ class ShardStream:
 
         self.wait_seconds = 0.0
         self._bad = BadSamples(self.openers[0].root, self.manifests, max_bad_fraction)
-        self._engine, self._generation = None, 0
+        self._engine: Any = None  # InProcess or WorkerPool, while an iterator is open
+        self._generation = 0
         self.served = 0  # samples of the whole job that have been dealt out, bad ones not counted twice
         self._deal(streams or default_streams(batch_size), group)
         self.positions = {share.stream: [0] * len(self.openers) for share in self.shares}
@@ -163,17 +166,17 @@ class ShardStream:
         self.mixture = Mixture(self.weights, streams)
 
     @property
-    def bad_samples(self):
+    def bad_samples(self) -> List[str]:
         """One line per bad sample met so far."""
         return self._bad.lines
 
     # -- batches
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Dict[str, Any]]:
         self.close()
         return self._batches(self._generation)
 
-    def close(self):
+    def close(self) -> None:
         """End the workers and close all shards. The position stays; iterating starts again from it."""
         self._generation += 1
         if self._engine is not None:
@@ -284,7 +287,7 @@ class ShardStream:
 
     # -- position
 
-    def state_dict(self):
+    def state_dict(self) -> Dict[str, Any]:
         """The position after the last batch that was yielded: plain integers, strings and lists, below 1 MB.
 
         It has this rank's streams; `merge_states` joins those of all ranks.
@@ -302,7 +305,7 @@ class ShardStream:
             "bad": [list(place) for place in list(self._bad.places)[:MOST_BAD_IN_STATE]],
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a position; the next batch is the one that followed it.
 
         The world size and the number of workers may be others than when it was saved, and so may the batch
