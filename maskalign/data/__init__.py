@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from maskalign._lazy import lazy_exports
 
 if TYPE_CHECKING:  # the public names, for editors and type checkers
-    from maskalign.data.stream.shard_stream import ShardStream as ShardStream
     from maskalign.data.stream.position import merge_states as merge_states
+    from maskalign.data.stream.shard_stream import ShardStream as ShardStream
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
