@@ -48,7 +48,17 @@ setup(
     extras_require={
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "diffusers>=0.30", "selenium>=4.20"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pytest-benchmark>=4",
+            "diffusers>=0.30",
+            "selenium>=4.20",
+            "build>=1.2",
+        ],
+        # What `make lint` runs. Exact versions: a new release formats or reports differently.
+        "dev": ["ruff==0.17.6", "codespell==2.4.3", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
+        "docs": ["mkdocs-material==9.8.2"],
     },
     entry_points={"console_scripts": ["maskalign=maskalign.cli:main"]},
 )

@@ -15,9 +15,9 @@ from typing import get_args, get_origin
 from maskalign import __version__
 from maskalign.commands import COMMANDS, POSITIONAL, SUMMARIES
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.home import expand_home
-from maskalign.neighbours import look, make_room
 from maskalign.runtime.files import disk_reason, is_disk_error
+from maskalign.runtime.home import expand_home
+from maskalign.runtime.thread_waiting import look, make_room
 
 STARTED = look()
 

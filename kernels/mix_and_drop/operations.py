@@ -1,5 +1,7 @@
 """Token mixing fused with the row gather: only the kept rows of the mixed tokens are ever written."""
 
+from typing import Optional
+
 import torch
 
 from ..rows import rows_contiguous
@@ -11,7 +13,17 @@ OP = "mix_and_drop"
 MAX_HIDDEN = 256
 
 
-def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
+def mix_and_drop(
+    x: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    gate: torch.Tensor,
+    w1: torch.Tensor,
+    b1: torch.Tensor,
+    w2: torch.Tensor,
+    b2: torch.Tensor,
+    subset: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """Rows `subset` of x + gate * (w2 @ gelu(w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1) + b2).
 
     The products run along the tokens, so every kept token has seen all of them (mixer of MLP-Mixer, arXiv 2105.01601,

@@ -1,5 +1,7 @@
 """Cosine similarity of student tokens with teacher tokens on a subset of the tokens, and the loss made of it."""
 
+from typing import Union
+
 import torch
 
 from ..rows import rows_contiguous
@@ -37,7 +39,14 @@ def _check(op, student, teacher, subset, student_is_subset, eps):
     return rows_contiguous(student), rows_contiguous(teacher)
 
 
-def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True, eps=1e-12):
+def subset_cosine_alignment(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    subset: torch.Tensor,
+    *,
+    student_is_subset: bool = True,
+    eps: float = 1e-12,
+) -> torch.Tensor:
     """Cosine of student and teacher rows on a subset of the tokens; its negative mean is REPA's alignment
     loss.
 
@@ -72,7 +81,15 @@ def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True,
     return cosine_op(student, teacher, subset, student_is_subset, float(eps))[0]
 
 
-def subset_cosine_alignment_loss(student, teacher, subset, *, weight=1.0, student_is_subset=True, eps=1e-12):
+def subset_cosine_alignment_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    subset: torch.Tensor,
+    *,
+    weight: Union[float, torch.Tensor] = 1.0,
+    student_is_subset: bool = True,
+    eps: float = 1e-12,
+) -> torch.Tensor:
     """The alignment loss -mean(weight * cosine) over all B x K tokens, with the mean and the weight inside
     the kernels.
 
