@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 stack = find_packages(include=["maskalign", "maskalign.*"])
+kernels = ["maskalign_kernels", *(f"maskalign_kernels.{name}" for name in find_packages("kernels"))]
 
 setup(
     name="maskalign",
@@ -10,7 +11,7 @@ setup(
     description="Train diffusion transformers with representation alignment on random token subsets",
     python_requires=">=3.11",
     # A widely used package owns the import name `kernels`, so the folder is installed under another one.
-    packages=stack + ["maskalign_kernels", "maskalign_kernels.adaln", "maskalign_configs"],
+    packages=stack + kernels + ["maskalign_configs"],
     package_dir={"maskalign_kernels": "kernels", "maskalign_configs": "configs"},
     license="Apache-2.0",
     package_data={
