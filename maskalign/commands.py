@@ -53,7 +53,7 @@ def data_build(
         license: licence of the images, for the manifest.
         root: folder where torchvision has, or puts, its files.
     """
-    from maskalign.data.build import build, read_names
+    from maskalign.data.build.building import build, read_names
 
     build(
         source,
@@ -114,7 +114,7 @@ def data_encode(
         device: auto, cpu, cuda or cuda:N.
         dry_run: only print the size to come.
     """
-    from maskalign.data.encode import encode
+    from maskalign.data.build import encode
 
     encode(
         data,
@@ -143,7 +143,7 @@ def data_check(data: str, workers: Optional[int] = None, decode: bool = False):
         workers: processes; by default one per CPU core.
         decode: decode every image whole, instead of reading its header.
     """
-    from maskalign.data.check import check, report
+    from maskalign.data.build.checking import check, report
 
     report(check(data, workers=workers, decode=decode), data)
 
@@ -157,7 +157,7 @@ def data_show(data: str, out: Path, columns: int = 8, rows: int = 12):
         columns: samples per class.
         rows: classes to show.
     """
-    from maskalign.data.show import show
+    from maskalign.data.build import show
 
     show(data, out, columns=columns, rows=rows)
 

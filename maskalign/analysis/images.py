@@ -8,8 +8,8 @@ import torch
 
 from maskalign.config import as_schedule
 from maskalign.config.teacher_names import no_class_tokens
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw

@@ -10,6 +10,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 
@@ -41,17 +42,17 @@ class HeadsUnknown(UsageError):
 
 
 def from_repa(
-    state_dict,
+    state_dict: Mapping[str, Any],
     *,
-    heads=None,
-    align_depth=None,
-    mixer=None,
-    mixer_layers=None,
-    class_dim=None,
-    weights="ema",
-    layout="auto",
-    **settings,
-):
+    heads: Optional[int] = None,
+    align_depth: Optional[int] = None,
+    mixer: Optional[str] = None,
+    mixer_layers: Optional[int] = None,
+    class_dim: Optional[int] = None,
+    weights: str = "ema",
+    layout: str = "auto",
+    **settings: Any,
+) -> SiT:
     """A model with the weights of a REPA, REG or SiT checkpoint or of an export of ours, sizes read off the shapes.
 
     What shapes do not tell comes from, in this order: the arguments, what `to_repa` or `to_reg` noted, the checkpoint's
@@ -162,7 +163,7 @@ def _guess_heads(sizes):
     sizes["heads"] = preset[0]["heads"]
 
 
-def from_reg(state_dict, **settings):
+def from_reg(state_dict: Mapping[str, Any], **settings: Any) -> SiT:
     """A model with the weights of a REG checkpoint, as `from_repa` reads them; without a class token they are refused.
 
     Args:
@@ -181,7 +182,7 @@ def from_reg(state_dict, **settings):
     return from_repa(state_dict, **settings)
 
 
-def to_repa(model, *, strict=False):
+def to_repa(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
     """A model's weights under REPA's names.
 
     Args:
@@ -204,7 +205,7 @@ def to_repa(model, *, strict=False):
     return _noted(model, source)
 
 
-def to_reg(model, *, strict=False):
+def to_reg(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
     """The weights of a model with a class token under REG's names, in REG's order.
 
     Args:
@@ -266,7 +267,7 @@ def _noted(model, source):
     route = list(model.route) if model.route else "none"
     attention = model.blocks[0].attn.implementation
     noted = dict(zip(NOTED, (model.heads, model.align_depth, route, model.restore, attention), strict=True))
-    out._metadata = {METADATA_KEY: noted}
+    setattr(out, "_metadata", {METADATA_KEY: noted})  # noqa: B010  torch's own attribute, unknown to type checkers
     return out
 
 

@@ -3,6 +3,7 @@
 import os
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, List, Union
 
 from maskalign.config.checks import validate
 from maskalign.config.messages import plain_message, with_suggestion
@@ -60,7 +61,7 @@ def find_config(path):
     Raises:
         UsageError: no such file or recipe.
     """
-    expanded = expand_home(path)
+    expanded = str(expand_home(path))
     if os.path.exists(expanded) or set("{\n") & set(path):
         return expanded
     recipes = packaged_recipes()
@@ -103,7 +104,7 @@ def check_yaml(path):
         )
 
 
-def parse_config(argv, **kwargs):
+def parse_config(argv: List[str], **kwargs: Any) -> Config:
     """Read a command line into a checked `Config`.
 
     Args:
@@ -117,17 +118,17 @@ def parse_config(argv, **kwargs):
     parser = make_config_parser(**kwargs)
     config = parser.instantiate(parser.parse_args(argv))
     config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
-    config = expand_home(config)  # of all settings only paths begin with ~
+    expand_home(config)  # in place; of all settings only paths begin with ~
     validate(config)
     return config
 
 
-def load_config(path):
+def load_config(path: Union[str, Path]) -> Config:
     """A checked `Config` from a YAML file, or from a packaged recipe by its name (`imagenet256/b2/maskalign`)."""
     return parse_config(["--config", str(path)])
 
 
-def dump_config(config):
+def dump_config(config: Config) -> str:
     """All settings as YAML that `load_config` reads back."""
     import yaml
 

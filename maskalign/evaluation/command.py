@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
 from maskalign.config.teacher_names import parse_teachers
-from maskalign.data.listing import tell_passed
-from maskalign.data.manifest import Manifest, other_classes
+from maskalign.data.build.listing import tell_passed
+from maskalign.data.format.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features

@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
 from maskalign.config.teacher_names import parse_teachers
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set

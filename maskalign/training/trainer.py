@@ -14,8 +14,8 @@ from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
 from maskalign.checkpoints.loading import load_tensors, read_config
 from maskalign.config import dump_config, model_sizes
-from maskalign.data.position import merge_states
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation

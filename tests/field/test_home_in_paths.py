@@ -10,7 +10,7 @@ from maskalign import cli
 from maskalign.commands import COMMANDS
 from maskalign.config import dump_config, load_config, parse_config
 from maskalign.config.settings import Config
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.runtime.home import expand_home
 

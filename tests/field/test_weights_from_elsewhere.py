@@ -143,7 +143,12 @@ def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed, capsys):
         return ended.value.code or 0, captured.out + captured.err
 
     code, text = call(path, tmp_path / "b.safetensors")
-    assert code == 2 and "2 blocks of width 24" in text and "--heads N" in text and not (tmp_path / "b.safetensors").exists()
+    assert (
+        code == 2
+        and "2 blocks of width 24" in text
+        and "--heads N" in text
+        and not (tmp_path / "b.safetensors").exists()
+    )
     code, text = call(path, tmp_path / "b.safetensors", "--heads", 5)
     assert code == 2 and "do not make a SiT" in text
     code, text = call(path, tmp_path / "b.safetensors", "--heads", 3)
