@@ -489,6 +489,8 @@ def _check_tensors(state_dict):
         if value.dtype not in DTYPES or value.layout != torch.strided:
             kind = value.dtype if value.layout == torch.strided else value.layout
             raise UsageError(f"the weights' {name} is {kind}; weights are {', '.join(map(str, DTYPES))}")
+        if not value.numel():
+            raise UsageError(f"the weights' {name} is empty: {tuple(value.shape)}")
         if not value.is_meta and not value.isfinite().all():
             raise UsageError(
                 f"the weights' {name} has numbers that are not finite: the training diverged, or the file is damaged"

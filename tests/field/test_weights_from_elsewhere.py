@@ -84,7 +84,7 @@ def velocity_of_sit(core, weights, x, t, labels):
     tokens = core.x_embedder(x) + core.pos_embed
     for block in core.blocks:
         tokens = block(tokens, c)
-    shift, scale = core.final_layer.adaLN_modulation(c).chunk(2, dim=1)
+    shift, scale = core.final_layer.adaLN_modulation(c)
     tokens = core.final_layer.norm_final(tokens) * (1 + scale[:, None]) + shift[:, None]
     tokens = tokens @ weights["final_layer.linear.weight"].T + weights["final_layer.linear.bias"]
     image = tokens.reshape(len(x), 4, 4, 2, 2, -1).permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, 8, 8)
@@ -129,30 +129,15 @@ def test_a_bare_state_dict_is_taken_with_a_warning(tmp_path, seed, caplog):
     assert not caplog.records
 
 
-def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed, capsys):
+def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed):
     """They are 64 wide in no preset of these sizes, and a guess would give another function without a word."""
-    from maskalign.cli.main import main
-
-    model, weights = weights_of(seed, 4)
+    _, weights = weights_of(seed, 4)
     path = save(tmp_path / "a.pt", weights, **REPA)
-
-    def call(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["convert", *map(str, words)])
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out + captured.err
-
-    code, text = call(path, tmp_path / "b.safetensors")
-    assert (
-        code == 2
-        and "2 blocks of width 24" in text
-        and "--heads N" in text
-        and not (tmp_path / "b.safetensors").exists()
-    )
-    code, text = call(path, tmp_path / "b.safetensors", "--heads", 5)
-    assert code == 2 and "do not make a SiT" in text
-    code, text = call(path, tmp_path / "b.safetensors", "--heads", 3)
-    assert code == 0 and "3 heads" in text
+    for heads, message in ((None, "2 blocks of width 24.*--heads N"), (5, "do not make a SiT"), (0, "heads is 0")):
+        with pytest.raises(UsageError, match=message):
+            convert(path, tmp_path / "b.safetensors", heads=heads)
+        assert not (tmp_path / "b.safetensors").exists()
+    assert "3 heads" in convert(path, tmp_path / "b.safetensors", heads=3)
     again = load_model(tmp_path / "b.safetensors")
     assert again.heads == 3 and again.align_depth == 2  # from args.encoder_depth
     x, t, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 3])
