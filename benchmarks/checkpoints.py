@@ -22,8 +22,8 @@ def measure(preset, folder, rounds):
 
     from maskalign.config import OptimizerConfig
     from maskalign.models import SiT
+    from maskalign.runtime.device import tune_host
     from maskalign.training.optimizer import Optimizer
-    from maskalign.training.parallel import tune_host
     from maskalign.training.saving import Saver
 
     tune_host(torch.device("cpu"))

@@ -91,7 +91,7 @@ class Case:
 
 def measure(options):
     """The table's rows, on every rank alike."""
-    from maskalign.training.parallel import find_device, tune_host
+    from maskalign.runtime.device import find_device, tune_host
 
     tune_host(find_device("auto"))
     cases = [Case(name, options) for name in options.plans]
@@ -159,7 +159,7 @@ def main():
             csv.writer(file).writerows([COLUMNS, *rows])
         print(path)
 
-    from maskalign.training.parallel import leave_ranks
+    from maskalign.runtime.ranks import leave_ranks
 
     leave_ranks()
 

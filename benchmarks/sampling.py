@@ -4,7 +4,7 @@
 
 The same sampler (Euler, guidance 2, state in float64) draws the same pictures in four ways, which take turns in another
 order every round: float32 eager (the matmul precision that torch starts with), float32 with the matmuls that training
-allows ("medium", see `parallel.tune_host`), bf16 by autocast, and bf16 as `maskalign sample` does it, with weights cast
+allows ("medium", see `device.tune_host`), bf16 by autocast, and bf16 as `maskalign sample` does it, with weights cast
 once. Figures are medians over rounds, ratios medians of the ratios within a round, of wall time and of CPU seconds: the
 latter hardly feel other work on the machine.
 

@@ -14,7 +14,7 @@ from maskalign.config import (
     parse_config,
     validate_with_data,
 )
-from maskalign.data.manifest import Manifest, Shard
+from maskalign.data.format.manifest import Manifest, Shard
 from maskalign.errors import UsageError
 from maskalign.training.schedules import schedule_value
 

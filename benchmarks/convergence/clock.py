@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from benchmarks.convergence.recipes import recipe_config
 from maskalign.config import as_schedule, model_sizes
-from maskalign.data.manifest import write_atomically
 from maskalign.errors import UsageError
+from maskalign.runtime.files import write_atomically
 
 EMPTY = {"about": "", "clock": "", "threads": 0, "repa_key": "", "repa_seconds": 0.0, "steps": {}}
 

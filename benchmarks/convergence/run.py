@@ -13,8 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from maskalign.data.manifest import write_atomically
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.runtime.files import write_atomically
 
 JOB = "job.json"
 
@@ -113,7 +113,7 @@ def precision_of(config):
     """Samples are drawn in the precision of training, as `maskalign train` draws its previews."""
     import torch
 
-    from maskalign.training.parallel import compute_dtype
+    from maskalign.runtime.device import compute_dtype
 
     return "bf16" if compute_dtype(config.training.precision, torch.device("cpu")) == torch.bfloat16 else "fp32"
 

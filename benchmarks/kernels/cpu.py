@@ -1,4 +1,4 @@
-"""Time of both operations on the CPU, where the public functions run kernels/reference.py: `--device cpu`.
+"""Time of both operations on the CPU, where the public functions run their cpu.py: `--device cpu`.
 
     python -m benchmarks.kernels --device cpu [--threads 1 --clock cpu] [--rounds 25] [--operations ...] [--out DIR]
 
@@ -24,7 +24,7 @@ from benchmarks.kernels.cases import DIRECTIONS, PROVIDERS, SETUPS, label, preci
 from benchmarks.steps.clock import CLOCKS, matmul_peak
 from benchmarks.steps.command import can_compile
 from benchmarks.steps.report import machine
-from maskalign.training.parallel import tune_host
+from maskalign.runtime.device import tune_host
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
 # What CPUs train: 256 tokens, a half and a quarter of them kept, batch 8. The alignment is that of any preset with

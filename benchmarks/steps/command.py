@@ -39,10 +39,11 @@ from benchmarks.steps.data import LATENT, write_shards
 from benchmarks.steps.reference import SETTINGS, Reference, ReferenceCase
 from benchmarks.steps.report import machine, table, write
 from maskalign.config import Config
+from maskalign.config.presets import preset_sizes
 from maskalign.errors import UsageError
 from maskalign.models.flops import step_flops
-from maskalign.models.presets import preset_sizes
-from maskalign.training.parallel import place, tune_host
+from maskalign.runtime.device import tune_host
+from maskalign.training.parallel import place
 
 
 def case_names(options):

@@ -32,7 +32,7 @@ from maskalign.analysis.tables import (
     write_csv,
 )
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import make_folder
+from maskalign.runtime.outputs import make_folder
 
 TABLES = {
     "shares": SHARE_COLUMNS,

@@ -2,21 +2,20 @@
 
 from contextlib import suppress
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import NamedTuple, Optional
 
 import torch
 
 from maskalign.config import as_schedule
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.config.teacher_names import no_class_tokens
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.objective.interpolant import Interpolant
-from maskalign.teachers.names import no_class_tokens
-from maskalign.training.features import Features
+from maskalign.teachers.features import Features
 
 
 class Noised(NamedTuple):
@@ -62,17 +61,12 @@ class Images:
         sources = [(name, self._is_cached(path, name)) for name in self.names]
         if model.class_dim is not None:
             sources = self._class_sources(path, subject, sources)
-        config = replace(
-            subject.config,
-            parallel=replace(subject.config.parallel, plan="none"),
-            training=replace(subject.config.training, compile=False),
-        )
+        config = replace(subject.config)
         class_token = None
         if model.class_dim is not None and sources:
             class_token = sources[0]
             config.model = replace(config.model, class_token_dim=self._components(path, subject, sources))
-        placement = SimpleNamespace(device=self.device)
-        features = Features(config, manifest, sources, model.grid, placement, class_token=class_token)
+        features = Features(config, manifest, sources, model.grid, self.device, class_token=class_token)
         if tuple(features.dims) != model.teacher_dims:
             raise UsageError(
                 f"{path}: the teachers {', '.join(self.names) or '(none)'} have widths {features.dims}, the model's "

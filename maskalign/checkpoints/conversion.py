@@ -8,11 +8,12 @@ a checkpoint runs it the other way.
 import math
 import re
 from collections import OrderedDict
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 
+from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
-from maskalign.models.presets import SIZES
 from maskalign.models.sit import SiT
 
 # Modules that neither REPA's nor REG's SiT has.
@@ -31,17 +32,17 @@ NOTED = ("heads", "align_depth", "route", "restore", "attention")  # settings th
 
 
 def from_repa(
-    state_dict,
+    state_dict: Mapping[str, Any],
     *,
-    num_heads=None,
-    align_depth=None,
-    mixer=None,
-    mixer_layers=None,
-    class_dim=None,
-    weights="ema",
-    layout="auto",
-    **settings,
-):
+    num_heads: Optional[int] = None,
+    align_depth: Optional[int] = None,
+    mixer: Optional[str] = None,
+    mixer_layers: Optional[int] = None,
+    class_dim: Optional[int] = None,
+    weights: str = "ema",
+    layout: str = "auto",
+    **settings: Any,
+) -> SiT:
     """A model with the weights of a REPA, REG or SiT checkpoint or of an export of ours, sizes read off the shapes.
 
     What shapes do not tell comes from, in this order: the arguments, the checkpoint's `args` (encoder_depth), what
@@ -83,8 +84,9 @@ def from_repa(
         state_dict = _turn_time(state_dict, sizes)
 
     sizes.update(noted)
-    if encoder_depth or getattr(args, "encoder_depth", None):
-        sizes["align_depth"] = encoder_depth or args.encoder_depth
+    encoder_depth = encoder_depth or getattr(args, "encoder_depth", None)
+    if encoder_depth:
+        sizes["align_depth"] = encoder_depth
     if num_heads is not None:
         sizes["heads"] = num_heads
     if align_depth is not None:
@@ -102,7 +104,7 @@ def from_repa(
     return model
 
 
-def from_reg(state_dict, **settings):
+def from_reg(state_dict: Mapping[str, Any], **settings: Any) -> SiT:
     """A model with the weights of a REG checkpoint, as `from_repa` reads them; without a class token they are refused.
 
     Args:
@@ -121,7 +123,7 @@ def from_reg(state_dict, **settings):
     return from_repa(state_dict, **settings)
 
 
-def to_repa(model, *, strict=False):
+def to_repa(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
     """A model's weights under REPA's names.
 
     Args:
@@ -144,7 +146,7 @@ def to_repa(model, *, strict=False):
     return _noted(model, source)
 
 
-def to_reg(model, *, strict=False):
+def to_reg(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
     """The weights of a model with a class token under REG's names, in REG's order.
 
     Args:
@@ -206,7 +208,7 @@ def _noted(model, source):
     route = list(model.route) if model.route else "none"
     attention = model.blocks[0].attn.implementation
     noted = dict(zip(NOTED, (model.heads, model.align_depth, route, model.restore, attention), strict=True))
-    out._metadata = {METADATA_KEY: noted}
+    setattr(out, "_metadata", {METADATA_KEY: noted})  # noqa: B010  torch's own attribute, unknown to type checkers
     return out
 
 

@@ -4,7 +4,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Dict, Optional, Union
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,6 +16,7 @@ from maskalign.checkpoints.layout import find, read_state
 from maskalign.checkpoints.weight_files import load_file
 from maskalign.config import Config, load_config
 from maskalign.errors import RunError, UsageError
+from maskalign.models.sit import SiT
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Loaded:
             teachers (names, else an empty list).
     """
 
-    model: object
+    model: SiT
     kind: str
     source: Path
     folder: Optional[Path]
@@ -47,7 +48,7 @@ class Loaded:
         return name if step is None else f"{name}, step {step}"
 
 
-def load(path, ema=True):
+def load(path: Union[str, Path], ema: bool = True) -> Loaded:
     """A trained model, and what is known about it.
 
     Args:
@@ -98,7 +99,7 @@ def read_config(checkpoint):
     return config
 
 
-def load_model(path, ema=True, device="cpu"):
+def load_model(path: Union[str, Path], ema: bool = True, device: Union[str, torch.device] = "cpu") -> SiT:
     """The model of a run, a checkpoint or a file of weights, ready to sample.
 
     Args:
@@ -114,7 +115,7 @@ def load_model(path, ema=True, device="cpu"):
     return load(path, ema).model.to(device)
 
 
-def load_weights(path):
+def load_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     """The averaged weights at `path` (as `load` takes it) under our names: dict from name to tensor."""
     return to_repa(load_model(path))
 

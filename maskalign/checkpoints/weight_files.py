@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from maskalign.checkpoints.conversion import METADATA_KEY, from_repa, to_reg, to_repa
+from maskalign.config.presets import SIZES
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.models.presets import SIZES
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 PATHS = ("linear", "cosine")

@@ -49,7 +49,7 @@ def run(argv, start):
     for path in settings.checkpoints:
         if not path.exists():
             raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
-    from maskalign.teachers.names import parse_teachers
+    from maskalign.config.teacher_names import parse_teachers
 
     teachers = tuple(parse_teachers(settings.teacher)) if settings.teacher else ()
     start()

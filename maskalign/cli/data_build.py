@@ -63,7 +63,7 @@ SETTINGS = DataBuild
 def run(argv, start):
     settings, _ = parse_options(DataBuild, "data build", argv)
     start()
-    from maskalign.data.build import build, read_names
+    from maskalign.data.build.building import build, read_names
 
     options = asdict(settings)
     source, out, names = (options.pop(name) for name in ("source", "out", "class_names"))

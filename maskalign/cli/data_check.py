@@ -29,6 +29,6 @@ SETTINGS = DataCheck
 def run(argv, start):
     settings, _ = parse_options(DataCheck, "data check", argv)
     start()
-    from maskalign.data import check
+    from maskalign.data.build import checking
 
-    check.report(check.check(settings.data, workers=settings.workers, decode=settings.decode), settings.data)
+    checking.report(checking.check(settings.data, workers=settings.workers, decode=settings.decode), settings.data)

@@ -59,7 +59,7 @@ SETTINGS = DataEncode
 def run(argv, start):
     settings, _ = parse_options(DataEncode, "data encode", argv)
     start()
-    from maskalign.data.encode import encode
+    from maskalign.data.build.encoding import encode
 
     options = asdict(settings)
     encode(options.pop("data"), **options)

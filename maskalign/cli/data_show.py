@@ -28,6 +28,6 @@ SETTINGS = DataShow
 def run(argv, start):
     settings, _ = parse_options(DataShow, "data show", argv)
     start()
-    from maskalign.data.show import show
+    from maskalign.data.build.showing import show
 
     show(settings.data, settings.out, columns=settings.columns, rows=settings.rows)

@@ -41,8 +41,8 @@ class Evaluate(EvaluationSettings, Sampling):
     held_out: Optional[str] = option(None, path=True, group="losses", metavar="DIR")
     """Data set for the velocity loss and the alignment cosine by time; by default --data."""
     preset: Optional[Literal["paper"]] = option(None, group="sampler")
-    """paper: the sampler, steps and guidance that the paper of the model's recipe evaluates with (REG for MaskAlign, REPA
-    or SiT); options that are given too are kept."""
+    """paper: the sampler, steps and guidance that the paper of the model's recipe evaluates with (REG for MaskAlign,
+    REPA or SiT); options that are given too are kept."""
     labels: Literal["reference", "uniform"] = option("reference", group="sampler")
     """Labels of the samples: those of the real images in turn, or drawn uniformly at random, as REG and REPA do."""
     precision: Literal["auto", "fp32", "bf16"] = option("auto", group="sampler")
@@ -68,7 +68,7 @@ def run(argv, start):
     settings, given = parse_options(Evaluate, "evaluate", argv)
     if not settings.source.exists():
         raise UsageError(f"{settings.source} does not exist; give a run, a checkpoint, a folder of pictures or an .npz")
-    from maskalign.teachers.names import parse_teachers
+    from maskalign.config.teacher_names import parse_teachers
 
     parse_teachers(settings.teacher)
     start()

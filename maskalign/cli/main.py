@@ -9,8 +9,8 @@ from difflib import get_close_matches
 
 from maskalign import __version__
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.neighbours import look, make_room
 from maskalign.runtime.files import disk_reason, is_disk_error
+from maskalign.runtime.thread_waiting import look, make_room
 
 # A command's module has `run(argv, start)`, which calls `start` once the command line is known to be good.
 COMMANDS = {

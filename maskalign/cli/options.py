@@ -13,7 +13,7 @@ from typing import Literal, Union, get_args, get_origin
 
 from maskalign.config.messages import explain
 from maskalign.errors import UsageError
-from maskalign.home import expand_home
+from maskalign.runtime.home import expand_home
 
 
 def parse_options(settings, name, argv):

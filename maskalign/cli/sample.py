@@ -38,8 +38,8 @@ class Sample(Sampling):
     """Labels of --npz: equally many of every class, or drawn uniformly at random, as REG and REPA do. By default
     uniform, and balanced with --classes."""
     preset: Optional[Literal["paper"]] = option(None, group="sampler")
-    """paper: the sampler, steps and guidance that the paper of the model's recipe evaluates with (REG for MaskAlign, REPA
-    or SiT); options that are given too are kept."""
+    """paper: the sampler, steps and guidance that the paper of the model's recipe evaluates with (REG for MaskAlign,
+    REPA or SiT); options that are given too are kept."""
     cfg_scale: Optional[float] = option(None, group="sampler")
     """Classifier-free guidance scale, 1 is none; by default 2 for a sheet and 1 for --npz."""
     precision: Literal["auto", "fp32", "bf16"] = option("auto", group="sampler")

@@ -5,8 +5,8 @@ mistake is found before torch is loaded.
 """
 
 from maskalign.config.settings import as_schedule, model_sizes
+from maskalign.config.teacher_names import check_teacher_name, class_kind_of, no_class_tokens, parse_teachers
 from maskalign.errors import UsageError
-from maskalign.teachers.names import check_teacher_name, class_kind_of, no_class_tokens, parse_teachers
 
 DEVICES = ("auto", "cpu", "cuda")
 

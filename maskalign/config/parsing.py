@@ -4,12 +4,13 @@ import os
 from argparse import RawDescriptionHelpFormatter
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any, List, Union
 
 from maskalign.config.checks import validate
 from maskalign.config.messages import explain
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
-from maskalign.home import expand_home
+from maskalign.runtime.home import expand_home
 
 
 def make_config_parser(more_names=(), shown=str, **kwargs):
@@ -82,7 +83,7 @@ def find_config(path):
     Raises:
         UsageError: no such file or recipe.
     """
-    expanded = expand_home(path)
+    expanded = str(expand_home(path))
     if os.path.exists(expanded) or set("{\n") & set(path):
         return expanded
     recipes = packaged_recipes()
@@ -125,7 +126,7 @@ def check_yaml(path):
         )
 
 
-def parse_config(argv, **kwargs):
+def parse_config(argv: List[str], **kwargs: Any) -> Config:
     """Read a command line into a checked `Config`.
 
     Args:
@@ -147,17 +148,17 @@ def config_of(values):
         UsageError: a rule of `validate`.
     """
     config = Config(**{name: getattr(values, name) for name in Config.__dataclass_fields__})
-    config = expand_home(config)  # of all settings only paths begin with ~
+    expand_home(config)  # in place; of all settings only paths begin with ~
     validate(config)
     return config
 
 
-def load_config(path):
+def load_config(path: Union[str, Path]) -> Config:
     """A checked `Config` from a YAML file, or from a packaged recipe by its name (`imagenet256/b2/maskalign`)."""
     return parse_config(["--config", str(path)])
 
 
-def dump_config(config):
+def dump_config(config: Config) -> str:
     """All settings as YAML that `load_config` reads back."""
     import yaml
 

@@ -6,8 +6,8 @@ The text under a field is its help line. What types cannot say is in checks.py, 
 from dataclasses import dataclass, field
 from typing import Dict, List, Literal, Optional, Tuple, Union
 
+from maskalign.config.presets import preset_sizes
 from maskalign.errors import UsageError
-from maskalign.models.presets import preset_sizes
 
 
 @dataclass

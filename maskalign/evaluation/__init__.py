@@ -10,8 +10,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "frechet_distance": "distances",
         "kernel_distance": "distances",
         "kernel_distance_subsets": "distances",
-        "precision_recall": "neighbours",
-        "density_coverage": "neighbours",
+        "precision_recall": "manifolds",
+        "density_coverage": "manifolds",
         "velocity_and_cosine": "losses",
     },
 )

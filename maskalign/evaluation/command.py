@@ -9,8 +9,9 @@ import numpy as np
 from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
-from maskalign.data.listing import tell_passed
-from maskalign.data.manifest import Manifest, other_classes
+from maskalign.config.teacher_names import parse_teachers
+from maskalign.data.build.listing import tell_passed
+from maskalign.data.format.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures
 from maskalign.evaluation.features import load_features
@@ -23,11 +24,10 @@ from maskalign.evaluation.reference import data_fingerprint, load_references
 from maskalign.evaluation.report import write_report
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, open_pictures
-from maskalign.outputs import make_folder
+from maskalign.runtime.device import tune_host
+from maskalign.runtime.outputs import make_folder
 from maskalign.sampling.command import apply_preset, decoder_for
 from maskalign.sampling.settings import Sampling, parse_classes
-from maskalign.teachers.names import parse_teachers
-from maskalign.training.parallel import tune_host
 
 SAMPLES = 2000  # drawn from a model where nobody says how many
 
@@ -75,7 +75,7 @@ def evaluate(
     Raises:
         UsageError: what was asked for cannot be measured. RunError: the model draws numbers that are not finite.
     """
-    from maskalign.training.parallel import find_device
+    from maskalign.runtime.device import find_device
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from maskalign.config.teacher_names import check_teacher_name
 from maskalign.errors import UsageError
 from maskalign.teachers import load_teacher
 from maskalign.teachers.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, TimmEncoder
 from maskalign.teachers.hub import dinov2_model
-from maskalign.teachers.names import check_teacher_name
 from maskalign.teachers.weights import build_network
 
 CPU_CHUNK = 16  # more images do not run faster on a CPU

@@ -11,8 +11,9 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from maskalign.data.manifest import Manifest, class_field
-from maskalign.data.stream import ShardStream
+from maskalign.config.teacher_names import class_field, no_class_tokens, parse_teachers
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.losses import velocity_and_cosine
 from maskalign.objective.flow_matching import sample_posterior
@@ -20,7 +21,6 @@ from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import evaluating
 from maskalign.sampling.noise import ImageNoise
 from maskalign.teachers import load_teacher, load_teacher_like
-from maskalign.teachers.names import no_class_tokens, parse_teachers
 from maskalign.teachers.tokens import project_class_token, standardize_class_token
 
 SEED = 20_260_608

@@ -3,7 +3,7 @@
 import numpy as np
 
 from maskalign.evaluation.distances import enough_for_covariance, frechet_distance, kernel_distance_subsets
-from maskalign.evaluation.neighbours import density_coverage, precision_recall
+from maskalign.evaluation.manifolds import density_coverage, precision_recall
 from maskalign.evaluation.settings import METRICS
 
 MOST_NEIGHBOURS = 10_000  # pictures of either set for precision, recall, density and coverage, as ADM's evaluator

@@ -5,6 +5,7 @@ The keep ratio and the samplers are settings because the MaskAlign abstract (arX
 """
 
 from functools import partial
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 SUBSET_SAMPLERS = ("uniform", "grid", "block")
 
 
-def keep_count(keep_ratio, tokens, multiple=8):
+def keep_count(keep_ratio: float, tokens: int, multiple: int = 8) -> int:
     """Number of tokens K that a keep ratio stands for, rounded so that compiled graphs see few shapes.
 
     Args:
@@ -28,7 +29,16 @@ def keep_count(keep_ratio, tokens, multiple=8):
     return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
 
 
-def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device=None, uniform=None):
+def draw_subset(
+    batch: int,
+    grid: Tuple[int, int],
+    count: int,
+    sampler: str = "uniform",
+    *,
+    generator: Optional[torch.Generator] = None,
+    device: Union[str, torch.device, None] = None,
+    uniform: Optional[Callable[..., torch.Tensor]] = None,
+) -> torch.Tensor:
     """Draw `count` distinct token indices per image.
 
     Every sampler gives each token a random priority and keeps the lowest ones, so that one launch serves the batch.

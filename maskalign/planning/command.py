@@ -1,9 +1,9 @@
 """`maskalign plan`: estimate, print, write; a run that does not fit ends in a line and status 1."""
 
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import make_folder
 from maskalign.planning.devices import load_device
 from maskalign.planning.options import Options, check_ranks
+from maskalign.runtime.outputs import make_folder
 
 
 def plan(config, *, device="h100", out=None, **options):

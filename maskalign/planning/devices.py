@@ -16,7 +16,7 @@ class Device:
         memory_gib: memory that programs can allocate from, GiB.
         bandwidth_gbs: memory bandwidth, GB/s.
         bf16_tflops: dense peak with bfloat16 operands and float32 sums, TFLOP/s.
-        fp32_tflops: dense peak of what a float32 matmul may use here (TF32, see training/parallel.py), TFLOP/s.
+        fp32_tflops: dense peak of what a float32 matmul may use here (TF32, see runtime/device.py), TFLOP/s.
         intra_node_gbs: GB/s that one accelerator sends to the others of its node, in one direction.
         inter_node_gbs: GB/s of the network port of one accelerator, in one direction.
         watts: power limit of the accelerator alone.

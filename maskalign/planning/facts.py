@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
-from maskalign.data.manifest import Manifest
+from maskalign.config.teacher_names import parse_teachers
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from maskalign.teachers.names import parse_teachers
 
 IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
 IMAGENET_CLASSES = 1000

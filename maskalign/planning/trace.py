@@ -25,9 +25,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from maskalign.checkpoints.build import build_model
 from maskalign.objective.draws import Draws
 from maskalign.objective.flow_matching import sample_posterior
+from maskalign.runtime.ranks import Placement
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import Placement
 from maskalign.training.plans import Plan
 from maskalign.training.step import TrainStep
 

@@ -117,7 +117,7 @@ def teacher_facts(name, image_size):
     """What a teacher costs, counted on the meta device: nothing is loaded or allocated.
 
     Args:
-        name: see `teachers.names`. image_size: side of the images in pixels.
+        name: see `config.teacher_names`. image_size: side of the images in pixels.
 
     Raises:
         UsageError: no such teacher.

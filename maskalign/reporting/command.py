@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import check_file
 from maskalign.reporting.page import render
 from maskalign.reporting.run import names_of, read_run
+from maskalign.runtime.outputs import check_file
 
 
 def report(runs, out, title=None):

@@ -8,16 +8,16 @@ from tqdm import tqdm
 
 from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
-from maskalign.outputs import make_folder
+from maskalign.runtime.device import find_device
+from maskalign.runtime.outputs import make_folder
+from maskalign.runtime.ranks import torchrun_ranks
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
 from maskalign.sampling.drawing import INDICES_PER_CLASS, check_class_guidance, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
 from maskalign.sampling.network import Network
 from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
-from maskalign.sampling.ranks import torchrun_ranks
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes, with_preset
-from maskalign.training.parallel import find_device
 
 PAPER_NAMES = {"reg": "REG and MaskAlign", "repa": "REPA", "sit": "SiT"}
 

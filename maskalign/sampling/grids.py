@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from maskalign.fonts import load_font
+from maskalign.runtime.fonts import load_font
 
 PAPER = (255, 255, 255)
 INK = (45, 45, 50)

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from maskalign.runtime.device import compute_dtype
 from maskalign.sampling.state import StateLayout
-from maskalign.training.parallel import compute_dtype
 
 
 class Network:

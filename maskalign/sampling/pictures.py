@@ -2,7 +2,7 @@
 
 import torch
 
-from maskalign.data.vae import load_vae
+from maskalign.data.build.vae import load_vae
 from maskalign.errors import RunError
 
 # sd-vae-ft-mse's, for data sets that do not say otherwise.

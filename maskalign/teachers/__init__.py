@@ -10,7 +10,7 @@ from maskalign._lazy import lazy_exports
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "parse_teachers": "names",
+        "parse_teachers": ".config.teacher_names",
         "Teacher": "teacher",
         "load_teacher": "teacher",
         "load_teachers": "teacher",

@@ -5,8 +5,8 @@ import threading
 import urllib.error
 import urllib.request
 
+from maskalign.config.teacher_names import DINOV2_SIZES
 from maskalign.errors import UsageError
-from maskalign.teachers.names import DINOV2_SIZES
 
 HUB_TIMEOUT = 5.0
 SOURCES = ("hub", "random")

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
+from maskalign.config.teacher_names import check_normalisation, check_teacher_name, parse_teachers
 from maskalign.errors import UsageError
 from maskalign.teachers.encoders import Dinov2, EfficientNetLite0, TimmEncoder
-from maskalign.teachers.names import check_normalisation, check_teacher_name, parse_teachers
 from maskalign.teachers.tokens import normalise_tokens, resample_tokens, standardize_class_token
 
 # Images per pass on CPUs. Larger activations are given back to the system after every layer and faulted in

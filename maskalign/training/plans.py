@@ -10,11 +10,12 @@ from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from maskalign.config import as_schedule
 from maskalign.models.routing import keep_count
+from maskalign.training.compiling import compile_units
 
 
 class Replicated(DistributedDataParallel):
@@ -33,7 +34,7 @@ class Plan:
     Args:
         model: the `SiT`, on the placement's device.
         config: `Config`.
-        placement: `parallel.Placement`.
+        placement: `ranks.Placement`.
 
     """
 
@@ -160,3 +161,24 @@ def reduce_in_float32(_, bucket):
     total = bucket.buffer().float().div_(dist.get_world_size())
     work = dist.all_reduce(total, async_op=True).get_future()
     return work.then(lambda done: bucket.buffer().copy_(done.value()[0]))
+
+
+def prepare_teacher(network, config, placement):
+    """Compile a frozen network's blocks, and shard it where the plan shards and it is large.
+
+    Args:
+        network: nn.Module; what it calls `blocks` (a ViT's) are the units, else it is one unit itself.
+        config: `Config`; training.compile and parallel.shard_teacher_above.
+        placement: `ranks.Placement`.
+    """
+    blocks = list(getattr(network, "blocks", ()))
+    if config.training.compile:
+        compile_units(blocks or [network])
+    size = sum(p.numel() * p.element_size() for p in network.parameters()) / 2**20
+    if config.parallel.plan not in ("fsdp", "hsdp") or size <= config.parallel.shard_teacher_above:
+        return
+    mesh = placement.mesh if config.parallel.plan == "hsdp" else placement.mesh["shard"]
+    for block in blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(network, mesh=mesh)
+    register_fsdp_forward_method(network, "forward_features")  # what encoders.py calls of a ViT

@@ -69,7 +69,7 @@ def start_line(config, manifest, facts, num_samples, model, placement):
 
     Args:
         config: `Config`. manifest: of the (first) data set. facts: of `config.validate_with_data`. num_samples: of all
-            data sets. model: `SiT`. placement: `parallel.Placement`.
+            data sets. model: `SiT`. placement: `ranks.Placement`.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"

@@ -64,7 +64,7 @@ class TrainStep:
         model: a `SiT`.
         optimizer: an `Optimizer` over it.
         config: `Config`.
-        placement: `parallel.Placement`.
+        placement: `ranks.Placement`.
         plan: `plans.Plan` over the model; by default one process.
     """
 

@@ -12,7 +12,7 @@ from maskalign.models.flops import step_flops
 from maskalign.models.routing import keep_count
 
 # Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
-# here (TF32, see parallel.tune_host; MI300X: its float32 matrix rate).
+# here (TF32, see device.tune_host; MI300X: its float32 matrix rate).
 PEAKS = {
     "A100": (312, 156),
     "H100 PCIe": (756, 378),
@@ -91,7 +91,7 @@ class Throughput:
     """Counts the work of the steps of an interval.
 
     Args:
-        model: the `SiT`. config: `Config`. placement: `parallel.Placement`.
+        model: the `SiT`. config: `Config`. placement: `ranks.Placement`.
     """
 
     def __init__(self, model, config, placement):

@@ -14,23 +14,25 @@ from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
 from maskalign.checkpoints.loading import load_tensors, read_config
 from maskalign.config import dump_config, model_sizes
-from maskalign.data.position import merge_states
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
 from maskalign.models.routing import keep_count
 from maskalign.objective.flow_matching import sample_posterior
+from maskalign.runtime.device import tune_host
 from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
 from maskalign.runtime.lock import locked
+from maskalign.runtime.ranks import leave_ranks
+from maskalign.teachers.features import Features
 from maskalign.training.compiling import check_compile, prepare_blocks
 from maskalign.training.continuing import changed_settings, check_facts, check_stream, data_facts
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
-from maskalign.training.features import Features
 from maskalign.training.logs import peak_memory_mib
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import leave_ranks, place, tune_host
-from maskalign.training.plans import Plan
+from maskalign.training.parallel import place
+from maskalign.training.plans import Plan, prepare_teacher
 from maskalign.training.previews import Previews
 from maskalign.training.run_log import RunLog
 from maskalign.training.saving import Saver
@@ -130,8 +132,9 @@ class Trainer:
 
         grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
         self.features = Features(
-            config, manifest, facts["teachers"], grid, self.placement, class_token=facts["class_token"]
-        )
+            config, manifest, facts["teachers"], grid, self.device, class_token=facts["class_token"],
+            prepare=lambda network: prepare_teacher(network, config, self.placement),
+        )  # fmt: skip
         self.stream = ShardStream(
             config.data.path,
             batch_size=config.training.batch_size,

@@ -13,9 +13,9 @@ from maskalign.checkpoints.conversion import METADATA_KEY, pick_weights, to_repa
 from maskalign.checkpoints.layout import read_state
 from maskalign.checkpoints.loading import Loaded, load
 from maskalign.checkpoints.weight_files import load_file, read_file
+from maskalign.config.presets import SIZES as PRESET_SIZES
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
-from maskalign.models.presets import SIZES as PRESET_SIZES
 
 # What a plain SiT lacks: it starts at its own initial values.
 OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")

@@ -10,9 +10,9 @@ import torch
 
 from maskalign.checkpoints import convert, from_repa, load, load_weights, to_repa
 from maskalign.checkpoints.weight_files import load_file, read_file, repa_checkpoint, write_repa, write_safetensors
+from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
 from maskalign.models import SiT
-from maskalign.models.presets import SIZES
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, num_classes=5, depth=4, width=24, heads=3, teacher_dims=(7, 9),

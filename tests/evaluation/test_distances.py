@@ -131,7 +131,7 @@ def test_precision_and_recall_are_torch_fidelitys(k):
 
 
 def test_density_and_coverage_are_the_definition(monkeypatch):
-    monkeypatch.setattr("maskalign.evaluation.neighbours.ROWS", 16)
+    monkeypatch.setattr("maskalign.evaluation.manifolds.ROWS", 16)
     real, samples = features(3, 60, 50, dim=5)
     k = 4
     within = np.linalg.norm(real[:, None] - real[None], axis=-1)

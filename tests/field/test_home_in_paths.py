@@ -9,9 +9,9 @@ from maskalign.cli.main import COMMANDS, command_module
 from maskalign.cli.options import build_settings, options_of
 from maskalign.config import dump_config, load_config, parse_config
 from maskalign.config.settings import Config
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from maskalign.home import expand_home
+from maskalign.runtime.home import expand_home
 
 PATHS = {"source", "data", "out", "run", "runs", "checkpoints", "vae", "held_out", "inception", "teacher_weights"}
 

@@ -69,7 +69,7 @@ def test_a_source_without_one_usable_picture_is_listed_too(on_disk, build, tmp_p
 
 
 def test_a_full_disk_leaves_the_list(on_disk, build, tmp_path, monkeypatch):
-    import maskalign.data.prepare as prepare
+    import maskalign.data.build.prepare as prepare
 
     original, calls = prepare.make_shard, []
 

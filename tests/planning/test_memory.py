@@ -13,9 +13,9 @@ from maskalign.planning.communication import step_collectives
 from maskalign.planning.memory import Memory, shard_bytes
 from maskalign.planning.trace import trace_step
 from maskalign.planning.work import Phase, schedule_phases
+from maskalign.runtime.ranks import Placement
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import Placement
 from maskalign.training.step import TrainStep
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -182,7 +182,7 @@ def test_more_efficient_products_and_fewer_tokens_make_a_faster_plan(settings):
 
 
 def test_a_data_set_that_is_there_is_believed(settings, tmp_path):
-    from maskalign.data.manifest import Manifest, Shard
+    from maskalign.data.format.manifest import Manifest, Shard
     from maskalign.planning.facts import find_facts
 
     shard = Shard("0.tar", 100, 1, "0" * 64)

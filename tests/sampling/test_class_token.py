@@ -15,6 +15,7 @@ from maskalign.checkpoints import Loaded
 from maskalign.cli import main
 from maskalign.config import parse_config
 from maskalign.errors import RunError, UsageError
+from maskalign.runtime.ranks import Ranks
 from maskalign.sampling import Sampling, class_sheet, euler, generate, heun
 from maskalign.sampling.command import sample
 from maskalign.sampling.denoising import Trajectory, denoising_strip, save_animation
@@ -23,7 +24,6 @@ from maskalign.sampling.interpolation import BlendedNoise, interpolate
 from maskalign.sampling.network import Network
 from maskalign.sampling.noise import ImageNoise, image_seed
 from maskalign.sampling.pictures import to_uint8
-from maskalign.sampling.ranks import Ranks
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.state import StateLayout
 from maskalign.training.previews import Previews

@@ -90,7 +90,7 @@ def test_a_compiled_model_runs_under_autocast(model):
 
 def test_auto_precision_follows_the_processor(model, monkeypatch):
     for native, name in [(True, "bf16"), (False, "fp32")]:
-        monkeypatch.setattr("maskalign.training.parallel.cpu_has_bf16", lambda native=native: native)
+        monkeypatch.setattr("maskalign.runtime.device.cpu_has_bf16", lambda native=native: native)
         assert Network(model, "auto").precision == name
 
 

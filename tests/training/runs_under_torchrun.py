@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from maskalign.config import parse_config
-from maskalign.training import compiling, parallel, trainer
+from maskalign.runtime import ranks
+from maskalign.training import compiling, trainer
 from maskalign.training.preflight import check_data
 from maskalign.training.step import TrainStep
 
@@ -44,14 +45,14 @@ def run(case):
     for parameter in seen["model"].parameters():
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         digest.update(whole.detach().float().numpy().tobytes())
-    ranks = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, {"digest": digest.hexdigest(), "skipped": skipped})
+    digests = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, {"digest": digest.hexdigest(), "skipped": skipped})
     if dist.get_rank() == 0:
-        Path(config.run_dir, "ranks.json").write_text(json.dumps(ranks))
+        Path(config.run_dir, "ranks.json").write_text(json.dumps(digests))
 
 
 def main():
-    parallel.join_ranks(torch.device("cpu"))
+    ranks.join_ranks(torch.device("cpu"))
     trainer.leave_ranks = lambda failed: None  # one process group for all runs
     for case in json.loads(Path(sys.argv[1]).read_text()):
         torch._dynamo.reset()

@@ -8,9 +8,9 @@ import torch
 from maskalign.checkpoints.build import build_model
 from maskalign.config import parse_config
 from maskalign.objective.draws import Draws
+from maskalign.runtime.ranks import Placement
 from maskalign.training import graphs
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import Placement
 from maskalign.training.step import MicroBatch, TrainStep
 
 # A large eps: else Adam turns the rounding errors of gradients that are zero (keys' biases) into steps.

@@ -1,0 +1,115 @@
+"""The processes of torchrun: how they join and leave, the mesh of a plan, and work that is shared without a mesh.
+
+`Placement`, `join_ranks` and `make_mesh` serve training; `Ranks` and `torchrun_ranks` serve sampling, where batches are
+dealt to the ranks and only results are exchanged.
+"""
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Optional
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from maskalign.runtime import rounds
+
+# A rank may draw for long before it meets the others: sets take hours.
+PATIENCE = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where this process stands.
+
+    device: torch.device; dtype: of parameters and activations in forward and backward; rank, world_size, local_rank:
+    as torchrun counts; mesh: DeviceMesh with the dimensions `replicate` and `shard`, None for the plan `none`.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    mesh: Optional[DeviceMesh] = None
+
+    @property
+    def is_main(self):
+        """True on the one rank that writes logs, pictures and the bar."""
+        return self.rank == 0
+
+
+def join_ranks(device, timeout=600):
+    """Start the process group, with torchrun's ranks, or alone where there is no torchrun.
+
+    The watchdog of training ends a hung job after `timeout` seconds, and says more than torch's own time-out, which
+    comes later. That one also covers the time in which rank 0 draws samples and the others wait for it.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        patience = timedelta(seconds=4 * timeout + 600)
+        store, rank, world_size = rounds.join(patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def leave_ranks(failed=False):
+    """End the process group. After a failure the others may be stuck in a collective: only the process's end frees us
+    then, and torchrun stops them."""
+    if dist.is_initialized() and (not failed or dist.get_world_size() == 1):
+        dist.destroy_process_group()
+
+
+def make_mesh(device, shards):
+    """DeviceMesh (replicate, shard) over all ranks, with `shards` ranks in each shard group."""
+    return init_device_mesh(
+        device.type, (dist.get_world_size() // shards, shards), mesh_dim_names=("replicate", "shard")
+    )
+
+
+class Ranks:
+    """This process among the others; alone, nothing is sent anywhere."""
+
+    def __init__(self, rank=0, world_size=1):
+        self.rank, self.world_size = rank, world_size
+
+    def barrier(self):
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, value):
+        """Every rank's value (anything that pickles), as a list by rank, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, items, function):
+        """[function(item) for item in items], each computed by one rank, on all of them."""
+        mine = [function(item) for item in items[self.rank :: self.world_size]]
+        parts = [iter(part) for part in self.gather(mine)]
+        return [next(parts[number % self.world_size]) for number in range(len(items))]
+
+
+@contextmanager
+def torchrun_ranks():
+    """`Ranks` of this process: those of torchrun, or one alone. The group ends with the context."""
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size == 1:
+        yield Ranks()
+        return
+    # gloo, also with GPUs: only finished pictures are sent.
+    store, rank, world_size = rounds.join(PATIENCE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    yield Ranks(dist.get_rank(), world_size)
+    # Not after an error: the others may be in the middle of a meeting, and torchrun ends them.
+    dist.destroy_process_group()
