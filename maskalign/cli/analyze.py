@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import List, Literal, Optional
 
 from maskalign.analysis.settings import AnalysisSettings
-from maskalign.cli.options import option, parse_options, part
+from maskalign.cli.options import parse_options, part
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from maskalign.cli.options import dashed, help_texts, option, options_of, parse_options
+from maskalign.cli.options import dashed, help_texts, options_of, parse_options
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 
 

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from maskalign.cli.options import option, parse_options
+from maskalign.cli.options import parse_options
+from maskalign.config.option import option
 
 
 @dataclass(kw_only=True)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Optional
 
-from maskalign.cli.options import option, parse_options
+from maskalign.cli.options import parse_options
+from maskalign.config.option import option
 
 
 @dataclass(kw_only=True)

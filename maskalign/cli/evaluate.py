@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
-from maskalign.cli.options import option, parse_options, part
+from maskalign.cli.options import parse_options, part
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.sampling.settings import Sampling

@@ -10,10 +10,10 @@ from maskalign.cli.options import (
     description_of,
     epilog_of,
     normalize,
-    option,
     options_of,
     shown_name,
 )
+from maskalign.config.option import option
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import List, Optional
 
-from maskalign.cli.options import option, parse_options
+from maskalign.cli.options import parse_options
+from maskalign.config.option import option
 
 
 @dataclass(kw_only=True)

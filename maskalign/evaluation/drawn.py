@@ -37,7 +37,7 @@ class DrawnPictures:
             raise UsageError(f"the model draws {channels} channels; only RGB pictures can be evaluated")
 
     def choose_labels(self, reference):
-        """Set the labels: those of the real pictures in turn (`reference`), or random ones of their classes (`uniform`).
+        """Set the labels: those of the real pictures in turn (`reference`), or random ones (`uniform`).
 
         Args:
             reference: (n,) labels of the real pictures, in their order.

@@ -22,8 +22,8 @@ def draw_set(network, count, out, settings, about, ranks, *, classes=None, label
         about: dict with the model's name, step and ema; kept beside the set, with the settings.
         ranks: `Ranks` that share the work.
         classes: the classes of the set; by default all of them.
-        labels: `balanced` deals the classes to the images in turn, `uniform` draws them at random, keyed by the index of
-            an image, as REG and REPA do; None is uniform over all classes, and balanced where `classes` are given.
+        labels: `balanced` deals the classes to the images in turn, `uniform` draws them at random, keyed by the index
+            of an image, as REG and REPA do; None is uniform over all classes, and balanced where `classes` are given.
         decoder: latents -> images; None for pixels.
         on_images: called with a number of finished images of the whole set.
 

@@ -97,7 +97,7 @@ def with_preset(settings, preset, given, *, class_token, aligned):
         settings: `Sampling`.
         preset: `paper`, or None for the settings as they are.
         given: names of the settings that the command line gives.
-        class_token: the model denoises a class token: the published settings of REG, which MaskAlign evaluates with too.
+        class_token: the model denoises a class token: the published settings of REG, and MaskAlign's.
         aligned: the model has a projector: those of REPA; else those of SiT.
 
     Returns:

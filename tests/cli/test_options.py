@@ -7,7 +7,8 @@ from typing import List, Literal, Optional
 import pytest
 
 from maskalign.cli.main import COMMANDS, command_module
-from maskalign.cli.options import help_texts, option, options_of, parse_options, part
+from maskalign.cli.options import help_texts, options_of, parse_options, part
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 from maskalign.sampling.settings import Sampling
 
