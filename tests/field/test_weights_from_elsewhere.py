@@ -11,6 +11,7 @@ import torch
 
 from maskalign.checkpoints import convert, from_repa, load, load_model, to_repa
 from maskalign.checkpoints.weight_files import read_file, write_safetensors
+from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
 from maskalign.models import SiT
 
@@ -129,7 +130,7 @@ def test_a_bare_state_dict_is_taken_with_a_warning(tmp_path, seed, caplog):
     assert not caplog.records
 
 
-def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed):
+def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed, capsys):
     """They are 64 wide in no preset of these sizes, and a guess would give another function without a word."""
     _, weights = weights_of(seed, 4)
     path = save(tmp_path / "a.pt", weights, **REPA)
@@ -137,7 +138,10 @@ def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed):
         with pytest.raises(UsageError, match=message):
             convert(path, tmp_path / "b.safetensors", heads=heads)
         assert not (tmp_path / "b.safetensors").exists()
-    assert "3 heads" in convert(path, tmp_path / "b.safetensors", heads=3)
+    with pytest.raises(SystemExit) as ended:
+        main(["convert", str(path), str(tmp_path / "b.safetensors"), "--heads", "3"])
+    assert ended.value.code == 0
+    assert "3 heads" in capsys.readouterr().out
     again = load_model(tmp_path / "b.safetensors")
     assert again.heads == 3 and again.align_depth == 2  # from args.encoder_depth
     x, t, labels = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 3])
