@@ -4,7 +4,8 @@ from typing import Optional, Tuple
 
 import torch
 
-from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, rows_contiguous, use_triton
+from ..rows import rows_contiguous
+from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, use_triton
 from . import naive
 
 # A longer row does not fit the registers of one program; it takes the naive path on a GPU, too.

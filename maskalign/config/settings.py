@@ -54,15 +54,19 @@ class DataConfig:
 class TeacherConfig:
     """The frozen encoders whose features the student is aligned with."""
 
-    names: List[str] = field(default_factory=lambda: ["dinov2-b"])
-    """Teachers: dinov2-{s,b,l,g}, efficientnet-lite0[:16] or timm:MODEL; [] is the one whose features the data set has,
-    or efficientnet-lite0, computed in the loop, where it has none."""
+    names: Union[List[str], str] = field(default_factory=lambda: ["dinov2-b"])
+    """Teachers: dinov2-{s,b,l,g}, efficientnet-lite0[:16] or timm:MODEL; one name, or a list of them. [] is the one whose
+    features the data set has, or efficientnet-lite0, computed in the loop, where it has none."""
     mode: Literal["auto", "cached", "online"] = "auto"
     """Features from the shards (cached), computed in the loop (online), or whichever the data set allows."""
     weights: Optional[str] = None
     """Weights for online teachers: a local file, hub, or random (for tests)."""
     normalize: Literal["none", "spatial"] = "none"
-    """Normalisation of online features; spatial is iREPA's, over the tokens of an image."""
+    """Normalization of online features; spatial is iREPA's, over the tokens of an image."""
+
+    def __post_init__(self):
+        if isinstance(self.names, str):
+            self.names = [name.strip() for name in self.names.split(",") if name.strip()]
 
 
 @dataclass
@@ -234,7 +238,7 @@ class PreviewConfig:
 
 @dataclass
 class EvaluateConfig:
-    """The light evaluation of the averaged weights during training; maskalign evaluate is the thorough one."""
+    """A light evaluation during training; maskalign evaluate is the thorough one."""
 
     every: int = 0
     """Steps between evaluations, written to evaluation.csv; 0 is none, else one is also made at the end."""

@@ -309,14 +309,14 @@ def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
 
 
 def test_imagenet_with_dinov2_b_takes_what_the_help_says():
-    from maskalign.commands import data_encode
+    from maskalign.cli.data_encode import DataEncode
 
     for dtype, said in (("int8", 252), ("float16", 504)):
         entry = {"tokens": 256, "dim": 768, "dtype": dtype}
         numbers = 256 * 768 * (1 if dtype == "int8" else 2) * IMAGENET_IMAGES
         assert round(numbers / 1e9) == said
         assert 1 <= entry_bytes(entry) * IMAGENET_IMAGES / numbers < 1.01  # headers included
-        assert f"{said} GB as {dtype}" in " ".join(data_encode.__doc__.split())
+        assert f"{said} GB as {dtype}" in " ".join(DataEncode.__doc__.split())
 
 
 CRASHES = textwrap.dedent(
@@ -574,8 +574,8 @@ def test_a_wrong_name_on_the_command_line_is_answered_at_once(data):
 
 
 def test_the_command_hands_every_option_on(monkeypatch):
-    import maskalign.cli
     import maskalign.data.build.encoding as module
+    from maskalign.cli import main
 
     seen = {}
     monkeypatch.setattr(module, "encode", lambda data, **settings: seen.update(settings, data=data))
@@ -583,7 +583,7 @@ def test_the_command_hands_every_option_on(monkeypatch):
         "data encode --data d --teacher a,b --hflip --dtype float16 --normalize mean --grid 8 --batch-size 4 --dry_run"
     )
     with pytest.raises(SystemExit) as end:
-        maskalign.cli.main(words.split())
+        main(words.split())
     assert end.value.code == 0
     given = {"data": "d", "teacher": "a,b", "hflip": True, "dtype": "float16", "normalize": "mean", "grid": 8}
     assert seen == given | {"batch_size": 4, "dry_run": True} | {
