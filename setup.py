@@ -56,6 +56,7 @@ setup(
             "diffusers>=0.30",
             "selenium>=4.20",
             "build>=1.2",
+            "setuptools>=77",
         ],
         # What `make lint` runs. Exact versions: a new release formats or reports differently.
         "dev": ["ruff==0.17.6", "codespell==2.4.3", "pyright[nodejs]==1.1.414", "pre-commit>=4"],

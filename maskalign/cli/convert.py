@@ -27,6 +27,8 @@ class Convert:
     token and REPA's for others."""
     weights: Literal["ema", "model"] = "ema"
     """The set of weights that safetensors holds, averaged (ema) or not (model); a .pt holds both."""
+    heads: Optional[int] = None
+    """Attention heads of the model, for a .pt of sizes that no preset has and that does not say it."""
 
 
 SETTINGS = Convert
@@ -39,4 +41,4 @@ def run(argv, start):
     start()
     from maskalign.checkpoints.command import convert
 
-    print(convert(settings.src, settings.dst, to=settings.to, weights=settings.weights))
+    print(convert(settings.src, settings.dst, to=settings.to, weights=settings.weights, heads=settings.heads))

@@ -32,7 +32,8 @@ class TeacherConfig:
     """The frozen encoders whose features the student is aligned with."""
 
     names: Union[List[str], str] = field(default_factory=lambda: ["dinov2-b"])
-    """Teachers: dinov2-{s,b,l,g}, efficientnet-lite0[:16] or timm:MODEL; one name, or a list of them."""
+    """Teachers: dinov2-{s,b,l,g}, efficientnet-lite0[:16] or timm:MODEL; one name, or a list of them. [] is the one
+    whose features the data set has, or efficientnet-lite0, computed in the loop, where it has none."""
     mode: Literal["auto", "cached", "online"] = "auto"
     """Features from the shards (cached), computed in the loop (online), or whichever the data set allows."""
     weights: Optional[str] = None
