@@ -132,7 +132,11 @@ def _known_facts(facts):
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
     def latent(value):
-        return isinstance(value, dict) and all(map(number, (value.get("scale"), value.get("bias")))) and value["scale"]
+        if not isinstance(value, dict) or not all(map(number, (value.get("scale"), value.get("bias")))):
+            return False
+        statistics = [value[key] for key in ("mean", "std") if value.get(key) is not None]
+        good = all(isinstance(values, list) and all(map(number, values)) for values in statistics)
+        return value["scale"] != 0 and good and len(statistics) != 1
 
     kinds = {"class_names": texts, "teachers": texts, "latent": latent, "vae": lambda value: isinstance(value, str)}
     facts = facts if isinstance(facts, dict) else {}

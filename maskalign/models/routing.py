@@ -13,22 +13,6 @@ from torch import nn
 SUBSET_SAMPLERS = ("uniform", "grid", "block")
 
 
-def keep_count(keep_ratio: float, tokens: int, multiple: int = 8) -> int:
-    """Number of tokens K that a keep ratio stands for, rounded so that compiled graphs see few shapes.
-
-    Args:
-        keep_ratio: share of tokens to keep, in (0, 1].
-        tokens: number of tokens N.
-        multiple: K is the nearest multiple of this (at least one multiple, at most N); a ratio of 1 gives N.
-    """
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-    if keep_ratio == 1:
-        return tokens
-    # Halves go up: the banker's rounding of Python's round() would pull 0.5 of 144 tokens down.
-    return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
-
-
 def draw_subset(
     batch: int,
     grid: Tuple[int, int],

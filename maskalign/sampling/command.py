@@ -15,7 +15,7 @@ from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, de
 from maskalign.sampling.drawing import INDICES_PER_CLASS, check_class_guidance, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
 from maskalign.sampling.network import Network
-from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
+from maskalign.sampling.pictures import load_decoder
 from maskalign.sampling.sets import draw_set
 from maskalign.sampling.settings import Sampling, parse_classes, spread_classes, with_preset
 
@@ -196,8 +196,7 @@ def decoder_for(network, about, vae):
         )
     if vae is None and latent is None and network.in_channels == 3:
         return None
-    scale, bias = (latent["scale"], latent["bias"]) if latent else (LATENT_SCALE, 0.0)
-    return load_decoder(name, scale=scale, bias=bias, device=network.device)
+    return load_decoder(name, latent=latent, channels=network.in_channels, device=network.device)
 
 
 def _of_all(bar, ranks):

@@ -13,8 +13,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from maskalign.config import as_schedule
-from maskalign.models.routing import keep_count
+from maskalign.config import TokenBudget, as_schedule
 from maskalign.training.compiling import compile_units
 
 
@@ -150,8 +149,7 @@ def shard_model(model, mesh, dtype, parallel):
 def some_parameters_idle(config, model):
     """True where some steps of a run leave parameters without a gradient: the projectors once the alignment ends, the
     mask token once all tokens are kept."""
-    weight, keep = as_schedule(config.method.align_weight), as_schedule(config.method.keep_ratio)
-    counts = [keep_count(ratio, model.num_tokens, config.method.keep_multiple) for ratio in keep.ends]
+    weight, counts = as_schedule(config.method.align_weight), TokenBudget(config.method, model).ends
     ends = len(model.projectors) > 0 and 0 in weight.ends
     return ends or (model.fuse is not None and model.num_tokens in counts)
 
