@@ -1,7 +1,8 @@
-# Two commands do everything on a fresh machine: `make quickstart` and `make test`. Either makes .venv if need be.
+# `make quickstart` and `make test` are all that a fresh machine needs: both create .venv where it is missing.
 
 PYTHON ?= python3
 VENV ?= .venv
+PYTHON_IN := $(VENV)/bin/python
 RUN := runs/quickstart
 DATA := datasets/openmoji32
 MASKALIGN := $(VENV)/bin/maskalign
@@ -20,12 +21,14 @@ The pictures are by OpenMoji (openmoji.org), CC BY-SA 4.0; so are samples of a m
 endef
 export NEXT
 
-.PHONY: help quickstart test install clean
+.PHONY: help quickstart test lint docs install clean
 
 help:
 	@echo "make quickstart   install, build the example data, train for about seven minutes, draw pictures"
 	@echo "make test         install and run the tests (PYTEST_ARGS='-m slow' chooses others)"
-	@echo "make install      only make $(VENV)"
+	@echo "make lint         formatting, imports, spelling, types of the public functions, and the order of the layers"
+	@echo "make docs         build the documentation into site/ and check its links"
+	@echo "make install      only create $(VENV)"
 	@echo "make clean        remove $(VENV), the example data and its run"
 
 install: $(VENV)/.installed
@@ -42,8 +45,26 @@ quickstart: install
 	$(MASKALIGN) train --config configs/quickstart.yaml
 	@echo "$$NEXT"
 
+$(VENV)/.lint: setup.py | install
+	$(PYTHON_IN) -m pip install --disable-pip-version-check -q -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: setup.py | install
+	$(PYTHON_IN) -m pip install --disable-pip-version-check -q -e '.[docs]'
+	@touch $@
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/codespell
+	$(VENV)/bin/pyright --pythonpath $(PYTHON_IN)
+	$(PYTHON_IN) -m pytest -q tests/test_layers.py
+
+docs: $(VENV)/.docs
+	$(VENV)/bin/mkdocs build --strict
+
 test: install
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(DATA) $(RUN)
+	rm -rf $(VENV) $(DATA) $(RUN) site build

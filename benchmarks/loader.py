@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from maskalign.data import Manifest, ShardStream
-from maskalign.data.shards import shard_name, write_shard
+from maskalign.data.format.tar_shards import shard_name, write_shard
 
 BATCH = 256
 CLASSES = 1000

@@ -1,8 +1,7 @@
 """The operations of the method and of its blocks as Triton kernels, each with its plain PyTorch twin.
 
-CUDA and ROCm tensors run the kernels, CPU tensors run the reference (see runtime.use_triton); callers never
-branch. Beside them, keyed random numbers, which are for GPUs only: a CPU has torch's generators. This package imports
-nothing of `maskalign`.
+A folder per operation. CUDA and ROCm tensors run the kernels, CPU tensors run PyTorch (see runtime.use_triton); callers
+never branch. This package imports nothing of `maskalign`.
 """
 
 from .adaln import adaln_modulate, gated_residual, gated_residual_adaln

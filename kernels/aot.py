@@ -1,6 +1,6 @@
 """Build kernels ahead of time for GPUs that are not here, and read off what the compiler made of them.
 
-Beside each operation's file lies `<operation>_cases.py` with `aot_cases()`, which yields one `Case` per
+Each operation's folder has `cases.py` with `aot_cases()`, which yields one `Case` per
 launch and configuration worth looking at. A case says how the launch is made (arguments, grid, configuration)
 and how many bytes and FLOPs it costs by its geometry; `build` compiles it for a target with the argument
 specialisation that the JIT would apply, and returns a `Build`.

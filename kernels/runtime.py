@@ -112,11 +112,6 @@ def is_abstract(tensor):
     return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 
 
-def rows_contiguous(tensor):
-    """The tensor with its last dimension laid out densely; any pitch between rows is left as it is."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
 def check_interpretable(op, **tensors):
     """Refuse float64 on the Triton path, whose arithmetic is float32."""
     for name, tensor in tensors.items():

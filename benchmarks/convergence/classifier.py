@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import RunError
 
 EPOCHS, BATCH, RATE, FEATURES = 8, 128, 0.01, 128

@@ -46,7 +46,7 @@ from benchmarks.convergence.recipes import BASE, RECIPES, SUITES, arguments, own
 from benchmarks.convergence.report import read_rows, table, write_rows
 from benchmarks.report import draw
 from maskalign.config import model_sizes, validate_with_data
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import RunError, UsageError, one_line
 
 RUN = (sys.executable, "-m", "benchmarks.convergence.run")  # the process of a run; its folder follows

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-from maskalign.data.build import build
-from maskalign.data.encode import encode
-from maskalign.data.manifest import FILE_NAME, Manifest
+from maskalign.data.build import build, encode
+from maskalign.data.format.manifest import FILE_NAME, Manifest
 from maskalign.errors import UsageError
 
 PARTS = ("train", "test")

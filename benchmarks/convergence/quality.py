@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks.convergence.classifier import load_classifier, load_images
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.evaluation import frechet_distance, kernel_distance, velocity_and_cosine
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.drawing import generate

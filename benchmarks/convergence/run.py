@@ -13,8 +13,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from maskalign.data.manifest import write_atomically
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.runtime.files import write_atomically
 
 JOB = "job.json"
 

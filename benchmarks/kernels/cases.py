@@ -1,6 +1,6 @@
 """What `benchmarks.kernels` runs, on any device: arguments, providers, precision, and how far off a result is.
 
-The providers: `kernel` (maskalign_kernels: Triton on a GPU, reference.py on a CPU), `eager` (the chain as training
+The providers: `kernel` (maskalign_kernels: Triton on a GPU, PyTorch on a CPU), `eager` (the chain as training
 codes write it, from benchmarks.kernel_report), `compiled` (torch.compile of the same chain).
 """
 
@@ -41,9 +41,7 @@ def alignment_setup(shape, device):
     z = (z * 40).round().clamp(-127, 127).to(teacher) if teacher == torch.int8 else z.to(teacher)
     subset = torch.rand(images, tokens, device=device).argsort(1)[:, :kept].sort(1).values
 
-    def chain(s, z, subset):
-        return kernel_report.unfused_alignment(s, z, subset, True)
-
+    chain = kernel_report.unfused_alignment
     return (s, z, subset), [s], {"kernel": subset_cosine_alignment, "eager": chain, "compiled": torch.compile(chain)}
 
 

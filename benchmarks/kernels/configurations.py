@@ -16,9 +16,10 @@ import torch
 from benchmarks import kernel_report
 from benchmarks.kernels.cases import SETUPS, default_launches, label, precision
 from benchmarks.kernels.timing import copy_bandwidth, graph_ms
-from maskalign_kernels import mix_and_drop_launch, subset_cosine_alignment_launch
 from maskalign_kernels.adaln import launch as adaln_launch
+from maskalign_kernels.mix_and_drop import launch as mix_launch
 from maskalign_kernels.operators import triton
+from maskalign_kernels.subset_cosine_alignment import launch as alignment_launch
 
 COLUMNS = ["operation", "shape", "launch", "configuration", "default", "us", "us_20", "us_80", "bytes", "of_same_copy"]
 
@@ -74,7 +75,7 @@ def default_bytes(operation, shape):
 @contextlib.contextmanager
 def choosing(choose):
     """Inside, all operations ask `choose` for a configuration, as they else ask `tuning.choose`."""
-    modules = (subset_cosine_alignment_launch, mix_and_drop_launch, adaln_launch)
+    modules = (alignment_launch, mix_launch, adaln_launch)
     before = [module.choose for module in modules]
     for module in modules:
         module.choose = choose

@@ -1,4 +1,4 @@
-"""Time of both operations on the CPU, where the public functions run kernels/reference.py: `--device cpu`.
+"""Time of both operations on the CPU, where the public functions run their cpu.py: `--device cpu`.
 
     python -m benchmarks.kernels --device cpu [--threads 1 --clock cpu] [--rounds 25] [--operations ...] [--out DIR]
 

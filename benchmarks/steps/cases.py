@@ -8,8 +8,7 @@ import torch
 from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.checkpoints.build import build_model
-from maskalign.config import as_schedule, model_sizes, parse_config
-from maskalign.models.routing import keep_count
+from maskalign.config import as_schedule, keep_count, model_sizes, parse_config
 from maskalign.training import step as step_module
 from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from maskalign.config.teacher_names import class_field
-from maskalign.data.manifest import Manifest, class_member
-from maskalign.data.shards import shard_name, write_shard
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest, class_member
+from maskalign.data.format.tar_shards import shard_name, write_shard
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.teachers import load_teacher, quantise_rows, resample_tokens
 

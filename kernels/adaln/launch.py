@@ -6,7 +6,7 @@ The kernels, and what they compute, are in kernels.py.
 import torch
 
 from ..operators import WARP_SIZE, kernel_op, wrap_triton
-from ..runtime import rows_contiguous
+from ..rows import rows_contiguous
 from ..tuning import choose
 from .kernels import backward_kernel, forward_kernel, sums_kernel
 from .naive import EPS

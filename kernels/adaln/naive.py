@@ -7,7 +7,7 @@ same numbers with these functions as without them.
 import torch
 import torch.nn.functional as F
 
-from ..reference import gather_rows
+from ..rows import gather_rows
 
 EPS = 1e-6
 

@@ -1,15 +1,20 @@
 """LayerNorm with adaLN's modulation, and the gated residual before it, on all tokens or on a subset of them."""
 
+from typing import Optional, Tuple
+
 import torch
 
-from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, rows_contiguous, use_triton
+from ..rows import rows_contiguous
+from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, use_triton
 from . import naive
 
 # A longer row does not fit the registers of one program; it takes the naive path on a GPU, too.
 MAX_WIDTH = 4096
 
 
-def adaln_modulate(x, shift, scale, subset=None):
+def adaln_modulate(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, subset: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     """Rows `subset` of LayerNorm(x) * (1 + scale) + shift.
 
     LayerNorm without affine, eps 1e-6; the modulation is that of DiT's adaLN (arXiv 2212.09748). Only the rows asked
@@ -33,11 +38,13 @@ def adaln_modulate(x, shift, scale, subset=None):
         return naive.adaln_modulate(x, shift, scale, subset, _product_dtype(x))
     from .launch import modulate_op  # Triton and PyTorch's compiler, which take seconds to import.
 
-    x, shift, scale, subset = map(_dense, (x, shift, scale, subset))
-    return modulate_op(x, shift, scale, subset, _product_dtype(x))[0]
+    x, shift, scale = map(rows_contiguous, (x, shift, scale))
+    return modulate_op(x, shift, scale, _dense_subset(subset), _product_dtype(x))[0]
 
 
-def gated_residual(x, branch, gate, subset=None):
+def gated_residual(
+    x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, subset: Optional[torch.Tensor] = None
+) -> torch.Tensor:
     """Rows `subset` of x, plus gate * branch.
 
     The gradient of x is zero outside the subset and written in the same pass as those of branch and gate.
@@ -58,10 +65,18 @@ def gated_residual(x, branch, gate, subset=None):
         return naive.gated_residual(x, branch, gate, subset)
     from .launch import residual_op
 
-    return residual_op(*map(_dense, (x, branch, gate, subset)))
+    x, branch, gate = map(rows_contiguous, (x, branch, gate))
+    return residual_op(x, branch, gate, _dense_subset(subset))
 
 
-def gated_residual_adaln(x, branch, gate, shift, scale, subset=None):
+def gated_residual_adaln(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    subset: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, torch.Tensor]:
     """`y = gated_residual(x, branch, gate, subset)` and `adaln_modulate(y, shift, scale)` in one pass over the rows.
 
     Args:
@@ -79,8 +94,9 @@ def gated_residual_adaln(x, branch, gate, shift, scale, subset=None):
         return naive.gated_residual_adaln(x, branch, gate, shift, scale, subset, _product_dtype(x))
     from .launch import residual_modulate_op
 
-    x, branch, gate, shift, scale, subset = map(_dense, (x, branch, gate, shift, scale, subset))
-    return residual_modulate_op(x, branch, gate, shift, scale, subset, _product_dtype(x))[:2]
+    x, branch, gate, shift, scale = map(rows_contiguous, (x, branch, gate, shift, scale))
+    y, modulated, *_ = residual_modulate_op(x, branch, gate, shift, scale, _dense_subset(subset), _product_dtype(x))
+    return y, modulated
 
 
 def _runs_kernels(op, tensors, subset):
@@ -111,5 +127,5 @@ def _product_dtype(x):
     return x.dtype
 
 
-def _dense(tensor):
-    return None if tensor is None else rows_contiguous(tensor)
+def _dense_subset(subset):
+    return None if subset is None else rows_contiguous(subset)

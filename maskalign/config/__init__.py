@@ -1,6 +1,13 @@
 """The settings of a run: the typed tree, its rules, and how it is read from YAML and the command line."""
 
+from typing import TYPE_CHECKING
+
 from maskalign._lazy import lazy_exports
+
+if TYPE_CHECKING:  # the public names, for editors and type checkers
+    from maskalign.config.parsing import dump_config as dump_config
+    from maskalign.config.parsing import load_config as load_config
+    from maskalign.config.settings import Config as Config
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -14,10 +21,13 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "OptimizerConfig": "settings",
         "ParallelConfig": "settings",
         "PreviewConfig": "settings",
-        "Schedule": "settings",
+        "Schedule": "schedules",
         "TeacherConfig": "settings",
         "TrainingConfig": "settings",
-        "as_schedule": "settings",
+        "TokenBudget": "schedules",
+        "as_schedule": "schedules",
+        "keep_count": "schedules",
+        "schedule_value": "schedules",
         "model_sizes": "settings",
         "shard_ranks": "checks",
         "validate": "checks",

@@ -1,6 +1,6 @@
 """The sizes of SiT by name (SiT, Ma et al. 2024, table 1; REPA uses the same), readable without torch."""
 
-import re
+from typing import Dict
 
 from maskalign.errors import UsageError
 
@@ -16,7 +16,7 @@ PATCH_SIZES = (2, 4, 8)
 PRESETS = [f"SiT-{size}/{patch}" for size in SIZES for patch in PATCH_SIZES]
 
 
-def preset_sizes(name):
+def preset_sizes(name: str) -> Dict[str, int]:
     """Sizes of a preset such as `SiT-B/2`.
 
     Returns:
@@ -27,5 +27,5 @@ def preset_sizes(name):
     """
     if name not in PRESETS:
         raise UsageError(f"model.preset: there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
-    size, patch = re.fullmatch(r"SiT-(\w+)/(\d)", name).groups()
+    size, patch = name.removeprefix("SiT-").split("/")
     return {**SIZES[size], "patch_size": int(patch)}

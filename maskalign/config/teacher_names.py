@@ -6,6 +6,7 @@ from maskalign.errors import UsageError
 
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 PLAIN_NAMES = (*(f"dinov2-{size}" for size in DINOV2_SIZES), "efficientnet-lite0", "efficientnet-lite0:16")
+INSTALLED_TEACHER = "efficientnet-lite0"  # its weights come with the package, without a network
 NORMALISATIONS = ("none", "spatial", "mean")
 
 

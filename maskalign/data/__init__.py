@@ -1,16 +1,24 @@
-"""Data: shard writer, manifest, resumable stream, example data set.
+"""Data sets: what they are on disk, the resumable stream of batches, and the tools that make them.
 
-The functions behind the commands live in modules of their own name: `from maskalign.data.build import build`.
+`format/` says what a data set is (manifest, tar shards, their index and members). `stream/` reads batches from one and
+is the hot path of training. `build/` makes, encodes, checks and shows data sets. `stream` never imports `build`, and
+`format` imports neither.
 """
 
+from typing import TYPE_CHECKING
+
 from maskalign._lazy import lazy_exports
+
+if TYPE_CHECKING:  # the public names, for editors and type checkers
+    from maskalign.data.stream.position import merge_states as merge_states
+    from maskalign.data.stream.shard_stream import ShardStream as ShardStream
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "Manifest": "manifest",
-        "Shard": "manifest",
-        "ShardStream": "stream",
-        "merge_states": "position",
+        "Manifest": "format.manifest",
+        "Shard": "format.manifest",
+        "ShardStream": "stream.shard_stream",
+        "merge_states": "stream.position",
     },
 )

@@ -4,6 +4,7 @@ import torch
 
 from maskalign.errors import UsageError
 from maskalign.sampling.drawing import generate
+from maskalign.sampling.noise import image_labels
 from maskalign.sampling.pictures import to_uint8
 
 
@@ -15,6 +16,7 @@ class DrawnPictures:
         count: how many.
         settings: `Sampling`.
         decoder: latents -> images; None for pixels.
+        label_choice: see `choose_labels`.
 
     Attributes:
         count; size: (height, width).
@@ -22,7 +24,8 @@ class DrawnPictures:
         on_images: called with a (fractional) number of pictures as they progress; may be set.
     """
 
-    def __init__(self, network, count, settings, decoder=None):
+    def __init__(self, network, count, settings, decoder=None, label_choice="reference"):
+        self.label_choice = label_choice
         self.network, self.count, self.settings, self.decoder = network, count, settings, decoder
         self.labels = self.on_images = None
         self.size, channels = (network.input_size,) * 2, network.in_channels
@@ -32,6 +35,17 @@ class DrawnPictures:
             self.size = tuple(size)
         if channels != 3:
             raise UsageError(f"the model draws {channels} channels; only RGB pictures can be evaluated")
+
+    def choose_labels(self, reference):
+        """Set the labels: those of the real pictures in turn (`reference`), or random ones (`uniform`).
+
+        Args:
+            reference: (n,) labels of the real pictures, in their order.
+        """
+        self.labels = labels_like(reference, self.count)
+        if self.label_choice == "uniform":
+            classes = torch.as_tensor(reference).unique()
+            self.labels = classes[image_labels(self.settings.seed, range(self.count), len(classes))]
 
     def batches(self, size):
         """Yield (b, 3, H, W) uint8 tensors on the CPU.

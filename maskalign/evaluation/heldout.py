@@ -12,8 +12,8 @@ from typing import NamedTuple, Optional
 import torch
 
 from maskalign.config.teacher_names import class_field, no_class_tokens, parse_teachers
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation.losses import velocity_and_cosine
 from maskalign.objective.flow_matching import sample_posterior

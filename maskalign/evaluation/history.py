@@ -4,7 +4,7 @@ import csv
 import io
 from pathlib import Path
 
-from maskalign.data.manifest import write_atomically
+from maskalign.runtime.files import write_atomically
 
 FILE_NAME = "evaluation.csv"
 

@@ -4,7 +4,7 @@ import logging
 
 import numpy as np
 
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.evaluation.distances import enough_for_covariance
 from maskalign.evaluation.drawn import DrawnPictures, labels_like
 from maskalign.evaluation.features import load_features

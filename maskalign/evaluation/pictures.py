@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maskalign.data.images import ENDINGS, BadImage, decode_image
-from maskalign.data.listing import tell_passed, walk_folder
+from maskalign.data.build.images import ENDINGS, BadImage, decode_image
+from maskalign.data.build.listing import tell_passed, walk_folder
+from maskalign.data.format.npy import read_header
 from maskalign.errors import UsageError, one_line
 
 ADM_FORM = "expected ADM's layout: arr_0, uint8, (images, height, width, 3)"
@@ -129,9 +130,7 @@ class _OpenArray:
                 there = ", ".join(name.removesuffix(".npy") for name in names[:5]) or "nothing"
                 raise UsageError(f"{self.path}: holds {there} and no arr_0; {ADM_FORM}")
             self.file = self.archive.open("arr_0.npy")
-            version = np.lib.format.read_magic(self.file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, column_major, dtype = read(self.file)
+            shape, column_major, dtype = read_header(self.file)
             if dtype.hasobject:
                 raise UsageError(f"{self.path}: arr_0 holds Python objects, which are never unpickled; {ADM_FORM}")
             if column_major:
@@ -167,7 +166,7 @@ class PictureDataSet:
     SEED = 0  # of the order; a part of every cached reference's fingerprint
 
     def __init__(self, path, count=0, classes=None):
-        from maskalign.data.manifest import Manifest
+        from maskalign.data.format.manifest import Manifest
 
         self.classes = None if classes is None else sorted(set(classes))
         self.path, self.manifest = path, Manifest.load(path)
@@ -180,7 +179,7 @@ class PictureDataSet:
 
     def batches(self, size):
         """Yield (b, 3, H, W) uint8 tensors; `labels`, (count,) int64, is complete at the end."""
-        from maskalign.data.stream import ShardStream
+        from maskalign.data import ShardStream
 
         labels, left = [], self.count
         stream = ShardStream(self.path, size, seed=self.SEED, epochs=1, streams=1, fields=["image"])

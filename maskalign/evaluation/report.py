@@ -5,8 +5,8 @@ import io
 import json
 from pathlib import Path
 
-from maskalign.data.manifest import write_atomically
 from maskalign.errors import RunError
+from maskalign.runtime.files import write_atomically
 
 TITLES = {
     "frechet": "Frechet distance",

@@ -91,7 +91,7 @@ class TimestepEmbedder(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
     def forward(self, t):
-        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))
+        return self.mlp(self.sinusoid(t).to(self.mlp[0].weight.dtype))  # pyright: ignore
 
 
 class LabelEmbedder(nn.Module):

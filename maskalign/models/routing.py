@@ -5,6 +5,7 @@ The keep ratio and the samplers are settings because the MaskAlign abstract (arX
 """
 
 from functools import partial
+from typing import Callable, Optional, Tuple, Union
 
 import torch
 from torch import nn
@@ -12,23 +13,16 @@ from torch import nn
 SUBSET_SAMPLERS = ("uniform", "grid", "block")
 
 
-def keep_count(keep_ratio, tokens, multiple=8):
-    """Number of tokens K that a keep ratio stands for, rounded so that compiled graphs see few shapes.
-
-    Args:
-        keep_ratio: share of tokens to keep, in (0, 1].
-        tokens: number of tokens N.
-        multiple: K is the nearest multiple of this (at least one multiple, at most N); a ratio of 1 gives N.
-    """
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-    if keep_ratio == 1:
-        return tokens
-    # Halves go up: the banker's rounding of Python's round() would pull 0.5 of 144 tokens down.
-    return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
-
-
-def draw_subset(batch, grid, count, sampler="uniform", *, generator=None, device=None, uniform=None):
+def draw_subset(
+    batch: int,
+    grid: Tuple[int, int],
+    count: int,
+    sampler: str = "uniform",
+    *,
+    generator: Optional[torch.Generator] = None,
+    device: Union[str, torch.device, None] = None,
+    uniform: Optional[Callable[..., torch.Tensor]] = None,
+) -> torch.Tensor:
     """Draw `count` distinct token indices per image.
 
     Every sampler gives each token a random priority and keeps the lowest ones, so that one launch serves the batch.

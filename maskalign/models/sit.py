@@ -5,7 +5,7 @@ SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), and with `clas
 weight for weight. With two mixing layers and a subset of the patches it is MaskAlign (arXiv 2606.08788).
 """
 
-from typing import List, NamedTuple, Optional
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -76,30 +76,32 @@ class SiT(nn.Module):
         num_tokens: N, the number of patch tokens; the class token is not counted.
     """
 
+    pos_embed: torch.Tensor
+
     def __init__(
         self,
         *,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        num_classes=1000,
-        depth=28,
-        width=1152,
-        heads=16,
-        mlp_ratio=4.0,
-        qk_norm=False,
-        teacher_dims=(768,),
-        class_dim=None,
-        align_depth=8,
-        projector="mlp",
-        projector_dim=2048,
-        mixer="attention",
-        mixer_hidden=64,
-        mixer_layers=2,
-        route="all",
-        restore="none",
-        attention="auto",
-        fused_adaln=False,
+        input_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        num_classes: int = 1000,
+        depth: int = 28,
+        width: int = 1152,
+        heads: int = 16,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        teacher_dims: Sequence[int] = (768,),
+        class_dim: Optional[int] = None,
+        align_depth: int = 8,
+        projector: str = "mlp",
+        projector_dim: int = 2048,
+        mixer: str = "attention",
+        mixer_hidden: int = 64,
+        mixer_layers: int = 2,
+        route: Union[str, Tuple[int, int]] = "all",
+        restore: str = "none",
+        attention: str = "auto",
+        fused_adaln: bool = False,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -172,7 +174,7 @@ class SiT(nn.Module):
         return self.align_depth <= self.route[1] or self.restore == "none"
 
     @classmethod
-    def from_preset(cls, name, **settings):
+    def from_preset(cls, name: str, **settings) -> "SiT":
         """A model of a named size, e.g. `SiT.from_preset("SiT-B/2", in_channels=3)`; settings override the preset.
 
         Raises:
@@ -180,7 +182,7 @@ class SiT(nn.Module):
         """
         return cls(**{**preset_sizes(name), **settings})
 
-    def reset_parameters(self, seed=None):
+    def reset_parameters(self, seed: Optional[int] = None) -> None:
         """REPA's initialisation, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
 
         Args:
@@ -191,7 +193,16 @@ class SiT(nn.Module):
             self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
         initialise(self, seed)
 
-    def forward(self, x, t, labels, subset=None, align_subset=None, align=True, class_token=None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        labels: torch.Tensor,
+        subset: Optional[torch.Tensor] = None,
+        align_subset: Optional[torch.Tensor] = None,
+        align: bool = True,
+        class_token: Optional[torch.Tensor] = None,
+    ) -> SiTOutput:
         """Predict the velocity, on all tokens or on a subset of them.
 
         Args:
@@ -248,11 +259,11 @@ class SiT(nn.Module):
 
     def _with_class_token(self, tokens, class_token):
         """The class token in front of the patches, where the model has one."""
-        if (class_token is None) != (self.class_embedder is None):
+        if class_token is None and self.class_embedder is None:
+            return tokens
+        if class_token is None or self.class_embedder is None:
             has = "has none" if self.class_embedder is None else f"needs one of {self.class_dim} numbers"
             raise ValueError(f"class_token is {'missing' if class_token is None else 'given'}; this model {has}")
-        if class_token is None:
-            return tokens
         if class_token.shape != (len(tokens), self.class_dim):
             raise ValueError(
                 f"class_token is of shape {tuple(class_token.shape)}, not ({len(tokens)}, {self.class_dim})"
@@ -296,16 +307,18 @@ class SiT(nn.Module):
         return outputs, index if index is None else index + shift
 
     def _restore(self, tokens, before, subset):
-        if self.restore == "fuse":
+        if self.fuse is not None:
             return self.fuse(before, tokens, subset)
         return tokens if subset is None else scatter_tokens(before, subset, tokens)
 
 
-def resolve_route(route, depth):
+def resolve_route(route: Union[str, Tuple[int, int], None], depth: int) -> Optional[Tuple[int, int]]:
     """`all`, `none` or (start, end) as (start, end), or None where all blocks see all tokens."""
-    if route == "all":
-        return (0, depth)
-    if route is None or route == "none":
+    if isinstance(route, str):
+        if route not in ("all", "none"):
+            raise ValueError(f"route must be all, none or (start, end), got {route!r}")
+        return (0, depth) if route == "all" else None
+    if route is None:
         return None
     start, end = route
     if not 0 <= start < end <= depth:

@@ -1,10 +1,12 @@
 """Draw images from a model, in batches, each with noise of its own; and sheets of them by class."""
 
 from contextlib import contextmanager
+from typing import Any, Callable, Optional, Sequence, Union
 
 import torch
 
 from maskalign.errors import RunError, UsageError
+from maskalign.runtime.ranks import Ranks
 from maskalign.sampling.grids import class_grid
 from maskalign.sampling.guidance import Guided
 from maskalign.sampling.network import Network
@@ -29,7 +31,17 @@ def evaluating(model):
 
 
 @torch.no_grad()
-def generate(model, labels, settings=None, *, indices=None, noise=None, on_images=None, record=None, ranks=None):
+def generate(
+    model: Any,
+    labels: Union[torch.Tensor, Sequence[int]],
+    settings: Optional[Sampling] = None,
+    *,
+    indices: Optional[Sequence[int]] = None,
+    noise: Optional[Callable[[slice], Any]] = None,
+    on_images: Optional[Callable[[float], object]] = None,
+    record: Optional[Callable[..., object]] = None,
+    ranks: Optional[Ranks] = None,
+) -> torch.Tensor:
     """Draw one image per label.
 
     Args:

@@ -8,6 +8,8 @@ Every number of the state goes its own way, so that x may hold anything: images,
 by side (`state.StateLayout`).
 """
 
+from typing import Callable, Optional
+
 import torch
 
 from maskalign.objective.interpolant import Interpolant
@@ -15,6 +17,12 @@ from maskalign.sampling.guidance import Guided
 
 # REPA leaves the SDE's grid here and takes the rest in one noiseless step: the score's scale grows as t goes to 0.
 LAST_SDE_TIME = 0.04
+
+
+# (x, t) -> velocity, all of x's shape and dtype but t, which is (B,).
+Velocity = Callable[..., torch.Tensor]
+OnStep = Optional[Callable[[], object]]
+OnState = Optional[Callable[[int, float, torch.Tensor, Optional[torch.Tensor]], object]]
 
 
 def _check(steps):
@@ -31,7 +39,9 @@ def _velocity(velocity_fn, x, time, dtype, guidance_time=None):
     return velocity_fn(x.to(dtype), t, **known).to(torch.float64)
 
 
-def score_from_velocity(velocity, x, t, path="linear"):
+def score_from_velocity(
+    velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor | float, path: str = "linear"
+) -> torch.Tensor:
     """Score of the marginal at time t: with r = alpha / alpha', (r v - x) / (sigma^2 - r sigma' sigma).
 
     (SiT, arXiv 2401.08740, eq. 9.)
@@ -51,7 +61,7 @@ def score_from_velocity(velocity, x, t, path="linear"):
     return (ratio * velocity - x) / (sigma.square() - ratio * d_sigma * sigma)
 
 
-def data_from_velocity(velocity, x, time, path="linear"):
+def data_from_velocity(velocity: torch.Tensor, x: torch.Tensor, time: float, path: str = "linear") -> torch.Tensor:
     """The clean image that a velocity points at: (sigma' x - sigma v) / (alpha sigma' - sigma alpha').
 
     Solves x = alpha x0 + sigma eps and v = alpha' x0 + sigma' eps for x0; on the linear path it is x - t v.
@@ -70,7 +80,9 @@ def data_from_velocity(velocity, x, time, path="linear"):
 
 
 @torch.no_grad()
-def euler(velocity_fn, noise, steps, *, on_step=None, on_state=None):
+def euler(
+    velocity_fn: Velocity, noise: torch.Tensor, steps: int, *, on_step: OnStep = None, on_state: OnState = None
+) -> torch.Tensor:
     """Euler's method on `linspace(1, 0, steps + 1)`; one evaluation a step.
 
     Args:
@@ -99,7 +111,9 @@ def euler(velocity_fn, noise, steps, *, on_step=None, on_state=None):
 
 
 @torch.no_grad()
-def heun(velocity_fn, noise, steps, *, on_step=None, on_state=None):
+def heun(
+    velocity_fn: Velocity, noise: torch.Tensor, steps: int, *, on_step: OnStep = None, on_state: OnState = None
+) -> torch.Tensor:
     """Heun's method on Euler's grid: 2 * steps - 1 evaluations, the last step is one of Euler's.
 
     Both evaluations of a step are guided, or both are not, by the time at which the step begins.
@@ -125,8 +139,16 @@ def heun(velocity_fn, noise, steps, *, on_step=None, on_state=None):
 
 @torch.no_grad()
 def euler_maruyama(
-    velocity_fn, noise, steps, *, path="linear", last=LAST_SDE_TIME, randn=None, on_step=None, on_state=None
-):
+    velocity_fn: Velocity,
+    noise: torch.Tensor,
+    steps: int,
+    *,
+    path: str = "linear",
+    last: float = LAST_SDE_TIME,
+    randn: Optional[Callable[[torch.Tensor], torch.Tensor]] = None,
+    on_step: OnStep = None,
+    on_state: OnState = None,
+) -> torch.Tensor:
     """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2 t: `linspace(1, last, steps)`, then 0.
 
     dx = (v - w/2 score) dt + sqrt(w) dW; the step from `last` to 0 takes the mean only. Guidance of the velocity is

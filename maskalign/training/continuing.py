@@ -9,8 +9,8 @@ import hashlib
 import json
 
 from maskalign.config import all_keys, as_schedule, model_sizes
-from maskalign.data.manifest import other_classes
-from maskalign.data.recipe import weights_label
+from maskalign.data.build.recipe import weights_label
+from maskalign.data.format.manifest import other_classes
 from maskalign.errors import UsageError
 
 # Settings that say how fast, where and how often, or what a schedule or the optimizer does from here on.

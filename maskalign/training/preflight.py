@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 from maskalign.config import validate_with_data, validate_with_ranks
-from maskalign.data.build import WORK
-from maskalign.data.manifest import FILE_NAME, Manifest, other_classes
-from maskalign.data.mixture import check_class_tokens, open_data_sets
+from maskalign.data.build.building import WORK
+from maskalign.data.format.manifest import FILE_NAME, Manifest, other_classes
+from maskalign.data.stream.mixture import check_class_tokens, open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
 from maskalign.teachers.hub import check_weights

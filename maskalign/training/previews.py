@@ -41,7 +41,7 @@ class Previews:
         if latent is None:
             return None
         try:
-            return load_decoder(asked or latent["name"], scale=latent["scale"], bias=latent["bias"], device=device)
+            return load_decoder(asked or latent["name"], latent=latent, device=device)
         except (UsageError, RunError) as error:
             if asked:
                 raise

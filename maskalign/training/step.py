@@ -4,12 +4,12 @@ from typing import List, NamedTuple, Optional
 
 import torch
 
-from maskalign.models.routing import keep_count
+from maskalign.config.schedules import TokenBudget, schedule_value
 from maskalign.objective.draws import Draws, draw
 from maskalign.objective.flow_matching import training_loss
 from maskalign.training.graphs import StepGraphs
 from maskalign.training.plans import Plan
-from maskalign.training.schedules import learning_rate, schedule_value
+from maskalign.training.schedules import learning_rate
 
 
 class StepResult(NamedTuple):
@@ -22,7 +22,8 @@ class StepResult(NamedTuple):
     grad_norm: torch.Tensor
     skipped: torch.Tensor
     lr: float
-    keep_ratio: float
+    kept: int
+    drawn: Optional[int]
     align_weight: float
 
 
@@ -75,16 +76,16 @@ class TrainStep:
         self.optimizer = optimizer
         self.config = config
         self.placement = placement
+        self.tokens = TokenBudget(config.method, model)
         self.graphs = None if self.plan.stream is None else StepGraphs(self.gradients, self.update, self.plan)
 
-    def draws(self, step, first_slot, count, keep_ratio, align_ratio, posterior):
-        """The keyed random numbers of `count` images, see `objective.draws`."""
+    def draws(self, step, first_slot, count, kept, drawn, posterior):
+        """The keyed random numbers of `count` images, see `objective.draws`.
+
+        Args:
+            kept, drawn: numbers of patch tokens, see `TokenBudget`.
+        """
         config, model = self.config, self.model
-        keep = keep_count(keep_ratio, model.num_tokens, config.method.keep_multiple)
-        align = None
-        if align_ratio is not None:
-            present = keep if model.tap_sees_subset else model.num_tokens
-            align = keep_count(align_ratio, present, config.method.keep_multiple)
         return draw(
             config.seed,
             step,
@@ -92,8 +93,8 @@ class TrainStep:
             count,
             shape=(model.in_channels, model.input_size, model.input_size),
             grid=model.grid,
-            keep=keep,
-            align=align,
+            keep=kept,
+            align=drawn,
             time=config.objective.time,
             path=config.objective.path,
             label_dropout=config.objective.label_dropout,
@@ -120,17 +121,14 @@ class TrainStep:
             StepResult.
         """
         config = self.config
-        keep_ratio = schedule_value(config.method.keep_ratio, progress)
+        kept, drawn = self.tokens.kept(progress), self.tokens.drawn(progress)
         align_weight = schedule_value(config.method.align_weight, progress)
-        align_ratio = config.method.align_ratio
-        if align_ratio is not None:
-            align_ratio = schedule_value(align_ratio, progress)
         lr = learning_rate(config.optimizer, step, progress)
         self.optimizer.set_step(step)
         if align_weight == 0:
             teachers = []
         micro_batches = self._micro_batches(
-            step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare, class_token
+            step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token
         )
         if self.graphs is None:
             losses = self.gradients(micro_batches, align_weight)
@@ -138,15 +136,15 @@ class TrainStep:
         else:
             losses, norm, skipped = self.graphs(list(micro_batches), align_weight, lr)
         self.optimizer.average_on_host()
-        return StepResult(*losses.unbind(), norm, skipped, lr, keep_ratio, align_weight)
+        return StepResult(*losses.unbind(), norm, skipped, lr, kept, drawn, align_weight)
 
-    def _micro_batches(self, step, keep_ratio, align_ratio, inputs, labels, teachers, first_slot, prepare, class_token):
+    def _micro_batches(self, step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token):
         """Yield the parts of the batch, each with its draws."""
         size = labels.shape[0]
         parts = self.config.training.accumulation
         for part in range(parts):
             low, high = part * (size // parts), size if part == parts - 1 else (part + 1) * (size // parts)
-            draws = self.draws(step, first_slot + low, high - low, keep_ratio, align_ratio, prepare is not None)
+            draws = self.draws(step, first_slot + low, high - low, kept, drawn, prepare is not None)
             x = inputs[low:high] if prepare is None else prepare(inputs[low:high], draws.posterior)
             draws = draws._replace(posterior=None)  # it is in x
             teachers_of = [z[low:high] for z in teachers]

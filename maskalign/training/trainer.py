@@ -13,13 +13,12 @@ from tqdm import tqdm
 from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
 from maskalign.checkpoints.loading import load_tensors, read_config
-from maskalign.config import dump_config, model_sizes
-from maskalign.data.position import merge_states
-from maskalign.data.stream import ShardStream
+from maskalign.config import TokenBudget, dump_config, model_sizes
+from maskalign.data import ShardStream
+from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
-from maskalign.models.routing import keep_count
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.runtime.device import tune_host
 from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
@@ -186,7 +185,7 @@ class Trainer:
             if changes:
                 self.notes.append(f"changed since step {self.step}: {', '.join(changes)}")
         if self.placement.is_main:
-            warn_of_full_subset(config.method, self.model.num_tokens)
+            warn_of_full_subset(TokenBudget(config.method, self.model))
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         self.throughput = Throughput(self.model, config, self.placement)
@@ -335,7 +334,7 @@ class Trainer:
                 given = self.step_inputs(batch)
             with teacher_share.step():
                 result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
-            self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
+            self.throughput.count(result.kept, result.drawn, result.align_weight > 0 and len(given["teachers"]) > 0)
             good = ~result.skipped
             losses = [result.loss, result.velocity_loss, result.align_loss, result.class_velocity_loss]
             sums += torch.where(good, torch.stack([*losses, result.grad_norm.float()]).double(), 0)
@@ -365,11 +364,6 @@ class Trainer:
                 self._evaluate()
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
-
-    def kept_share(self, keep_ratio):
-        """The share of tokens that a keep ratio really keeps, after rounding."""
-        tokens = self.model.num_tokens
-        return keep_count(keep_ratio, tokens, self.config.method.keep_multiple) / tokens
 
     def _hint(self, share):
         names = ", ".join(source.name for source in self.features.sources if source.teacher is not None)
@@ -403,7 +397,7 @@ class Trainer:
             "class_velocity_loss": class_velocity,
             "grad_norm": norm,
             "lr": result.lr,
-            "keep_ratio": self.kept_share(result.keep_ratio),
+            "keep_ratio": result.kept / self.model.num_tokens,
             "align_weight": result.align_weight,
             "images_per_second": steps * self.config.training.batch_size / seconds,
             **self.throughput.interval(seconds),

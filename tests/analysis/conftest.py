@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from maskalign.config import parse_config
-from maskalign.data.manifest import Manifest, Shard
+from maskalign.data.format.manifest import Manifest, Shard
 from maskalign.models import SiT
 
 TEACHER = "efficientnet-lite0"

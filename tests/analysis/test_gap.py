@@ -164,7 +164,7 @@ def test_a_class_token_of_principal_components(class_data, make_run, tmp_path):
 
 def test_class_tokens_of_other_statistics_are_computed_anew(class_run, class_data, make_data, tmp_path, monkeypatch):
     """Averages of rows are standardized with the statistics of the training, whichever data set is looked at."""
-    from maskalign.data.manifest import Manifest
+    from maskalign.data.format.manifest import Manifest
     from maskalign.teachers import features
 
     other = make_data(tmp_path / "other", class_token=True)

@@ -24,7 +24,7 @@ from benchmarks.convergence.quality import heldout_losses
 from benchmarks.convergence.recipes import RECIPES, SUITES, own_recipe, recipe_config
 from benchmarks.convergence.report import draw_curves, draw_ends, ratios_to_repa, read_rows, table, time_to
 from benchmarks.convergence.run import read_job, write_job
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.models import SiT
 

@@ -67,7 +67,7 @@ def make_shards(tmp_path):
     ):
         import webdataset
 
-        from maskalign.data.shards import write_shard
+        from maskalign.data.format.tar_shards import write_shard
 
         folder = tmp_path / name
         folder.mkdir()

@@ -9,8 +9,8 @@ import torch
 from maskalign.checkpoints import load
 from maskalign.checkpoints.weight_files import reg_checkpoint, write_repa, write_safetensors
 from maskalign.config import parse_config
-from maskalign.data.manifest import Manifest
-from maskalign.data.stream import ShardStream
+from maskalign.data import ShardStream
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.heldout import (

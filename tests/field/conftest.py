@@ -98,7 +98,7 @@ def command(capfd):
 @pytest.fixture
 def build(tmp_path, command):
     """build(source, *options, out="out") -> (exit status, manifest or None, stdout, the error's line or "")."""
-    from maskalign.data.manifest import Manifest
+    from maskalign.data.format.manifest import Manifest
 
     def run(source, *options, out="out"):
         words = ["data", "build", source, "--out", tmp_path / out, "--size", 8, "--workers", 0, *options]

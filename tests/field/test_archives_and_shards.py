@@ -270,6 +270,6 @@ def test_folders_that_cannot_be_read_are_listed(on_disk, build, tmp_path, monkey
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 
-    monkeypatch.setattr("maskalign.data.listing.os.scandir", refuse)
+    monkeypatch.setattr("maskalign.data.build.listing.os.scandir", refuse)
     build(source, "--max_bad_fraction", 0.5)
     assert on_disk.bad(tmp_path / "out") == {"dog": "the folder cannot be read (Permission denied)"}

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from maskalign.data.build import build
-from maskalign.data.images import ENDINGS
-from maskalign.data.manifest import Manifest
-from maskalign.data.sources import open_source
+from maskalign.data.build.images import ENDINGS
+from maskalign.data.build.sources import open_source
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import RunError, UsageError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Duplicate name")

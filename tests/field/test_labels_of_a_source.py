@@ -207,7 +207,7 @@ def test_a_file_of_names_from_windows(on_disk, build, tmp_path):
 def test_torchvisions_repeated_names_are_told_apart():
     from types import SimpleNamespace
 
-    from maskalign.data.torchvision_source import _names
+    from maskalign.data.build.torchvision_source import _names
 
     imagenet = SimpleNamespace(classes=[("crane",), ("tench", "Tinca"), ("crane",)], wnids=["n1", "n2", "n3"])
     assert _names(imagenet, 3) == ["crane (n1)", "tench, Tinca", "crane (n3)"]

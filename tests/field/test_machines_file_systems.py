@@ -10,9 +10,7 @@ import pytest
 
 from maskalign.checkpoints.command import convert
 from maskalign.checkpoints.layout import complete_checkpoints, damage
-from maskalign.data.build import build
-from maskalign.data.check import check
-from maskalign.data.encode import encode
+from maskalign.data.build import build, check, encode
 from maskalign.runtime.files import sync_folder
 from tests.evaluation.conftest import pictures, write_folder
 from tests.training.conftest import command, data_set, run

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskalign.data.images import BadImage, decode_image
+from maskalign.data.build.images import BadImage, decode_image
 from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureFolder
 

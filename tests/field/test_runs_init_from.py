@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints import load_model
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from tests.training import conftest
 from tests.training.conftest import TEACHER, command, data_set, data_set_of, run, write_data_set

@@ -11,8 +11,7 @@ import pytest
 
 from maskalign.checkpoints.layout import complete_checkpoints
 from maskalign.cli import main
-from maskalign.data.build import build
-from maskalign.data.encode import encode
+from maskalign.data.build import build, encode
 from maskalign.errors import UsageError
 from maskalign.runtime import lock as lock_module
 from maskalign.runtime.lock import NAME, locked
@@ -143,7 +142,7 @@ def test_a_folder_is_a_run_or_a_data_set(command, run, data_set, tmp_path, capsy
 
 
 def test_an_evaluation_with_other_classes_of_equal_number(run, data_set, tmp_path, capsys):
-    from maskalign.data.manifest import Manifest
+    from maskalign.data.format.manifest import Manifest
 
     run(training__max_steps=1)
     manifest = Manifest.load(data_set)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from maskalign.checkpoints.layout import complete_checkpoints
-from maskalign.data.manifest import Manifest
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.training.logs import read_metrics
 from tests.training.conftest import command, data_set, data_set_of, run, write_data_set

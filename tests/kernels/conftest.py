@@ -1,7 +1,21 @@
-"""Ground truth and traps that the tests of the operations share."""
+"""Ground truth and traps that the tests of the operations share.
 
+Files called test_interpreted*.py run the Triton kernels in Triton's interpreter, which has to be chosen before Triton
+is imported. An ordinary session does not collect them; there test_interpreter.py runs each in a process of its own. By
+hand:
+
+    TRITON_INTERPRET=1 pytest tests/kernels
+"""
+
+import collections
+import contextlib
+import os
+
+import numpy as np
 import pytest
 import torch
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["*test_interpreted*.py"]
 
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
@@ -337,8 +351,8 @@ def gpu_graphs(monkeypatch):
         def get_active_torch_device(self):
             return torch.device("cpu")
 
-    for operation in ("subset_cosine_alignment", "mix_and_drop", "adaln.operations"):
-        module = importlib.import_module(f"maskalign_kernels.{operation}")
+    for operation in ("subset_cosine_alignment", "mix_and_drop", "adaln"):
+        module = importlib.import_module(f"maskalign_kernels.{operation}.operations")
         monkeypatch.setattr(module, "use_triton", lambda *tensors: True)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
 
@@ -372,3 +386,45 @@ def gpu_graphs(monkeypatch):
         return graphs
 
     return compile_for_gpu
+
+
+@pytest.fixture
+def counted_bytes():
+    """with counted_bytes() as count: ... -> dict from kernel name to the bytes that its programs loaded and stored, in
+    Triton's interpreter.
+    """
+    from triton.runtime import interpreter
+
+    @contextlib.contextmanager
+    def count():
+        found = collections.Counter()
+        builder = interpreter.InterpreterBuilder
+        load, store, call = (
+            builder.create_masked_load,
+            builder.create_masked_store,
+            interpreter.GridExecutor.__call__,
+        )
+        running = []
+
+        def counting_load(self, ptrs, mask, *rest):
+            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            return load(self, ptrs, mask, *rest)
+
+        def counting_store(self, ptrs, value, mask, *rest):
+            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            return store(self, ptrs, value, mask, *rest)
+
+        def counting_call(self, *args, **kwargs):
+            running.append(self.fn.__name__)
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                running.pop()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(builder, "create_masked_load", counting_load)
+            patch.setattr(builder, "create_masked_store", counting_store)
+            patch.setattr(interpreter.GridExecutor, "__call__", counting_call)
+            yield found
+
+    return count

@@ -1,4 +1,4 @@
-"""Run every file of interpreted/ in a process with TRITON_INTERPRET=1."""
+"""Run every file that is called test_interpreted*.py in a process with TRITON_INTERPRET=1."""
 
 import os
 import pathlib
@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-FOLDER = pathlib.Path(__file__).parent / "interpreted"
+FOLDER = pathlib.Path(__file__).parent
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session runs the folder itself")
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("test_*.py")))
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session runs the files itself")
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("test_interpreted*.py")))
 def test_kernels_in_the_interpreter(file):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER / file)],

@@ -13,12 +13,14 @@ from maskalign_kernels import runtime
 pytestmark = pytest.mark.skipif(runtime.INTERPRET, reason="the kernels of this process are interpreted")
 if not runtime.INTERPRET:
     from benchmarks import kernel_report
-    from maskalign_kernels import aot, mix_and_drop_cases, subset_cosine_alignment_cases
+    from maskalign_kernels import aot
     from maskalign_kernels.adaln import cases as adaln_cases
+    from maskalign_kernels.mix_and_drop import cases as mix_cases
+    from maskalign_kernels.subset_cosine_alignment import cases as alignment_cases
 
     # For every run: the sizes of XL/2 in bfloat16 (the last mixing layer's), and the alignment of float32 with int8.
-    ALIGNMENT = [subset_cosine_alignment_cases.SHAPES[i] for i in (0, 4)]
-    MIX = mix_and_drop_cases.SHAPES[:1]
+    ALIGNMENT = [alignment_cases.SHAPES[i] for i in (0, 4)]
+    MIX = mix_cases.SHAPES[:1]
     ADALN = adaln_cases.SHAPES[1:2]
     TENSOR_CORES = {"sm_80": {"mma.sync"}, "sm_90": {"wgmma", "mma.sync"}, "sm_100": {"tcgen05", "mma.sync"}}
     TENSOR_CORES["gfx942"] = {"mfma"}
@@ -42,13 +44,13 @@ def judge(cases, target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_default_builds(target):
-    cases = list(subset_cosine_alignment_cases.aot_cases(ALIGNMENT, every_configuration=False))
+    cases = list(alignment_cases.aot_cases(ALIGNMENT, every_configuration=False))
     # The loss's kernels differ by a few scalars: one of them will do here.
     cases = [
         c for c in cases if not c.operation.endswith("loss") or (c.direction == "forward" and "bf16/bf16" in c.shape)
     ]
     adaln = [case for operation in adaln_cases.OPERATIONS.values() for case in operation.aot_cases(ADALN, False)]
-    judge([*cases, *mix_and_drop_cases.aot_cases(MIX, every_configuration=False), *adaln], target)
+    judge([*cases, *mix_cases.aot_cases(MIX, every_configuration=False), *adaln], target)
 
 
 def every_shape():
@@ -73,13 +75,13 @@ def test_every_launch_moves_close_to_the_least_it_must():
 
 def test_the_rule_of_the_least_finds_what_tiles_add(monkeypatch):
     """Weight gradients in parts per image, and sums per narrow tile: the launches then move too much, and it shows."""
-    launch = mix_and_drop_cases.mixer
+    launch = mix_cases.mixer
     monkeypatch.setattr(launch, "images_per_program", lambda *sizes: 1)
     narrow = [launch.hidden_configs(64, torch.bfloat16, torch.bfloat16)[0] | {"BLOCK_D": 8}]
     monkeypatch.setattr(launch, "hidden_configs", lambda *sizes: narrow)
     over = {
         (case.launch, case.shape): case.moved / case.least
-        for case in mix_and_drop_cases.aot_cases([MIX[0], mix_and_drop_cases.SHAPES[2]], every_configuration=False)
+        for case in mix_cases.aot_cases([MIX[0], mix_cases.SHAPES[2]], every_configuration=False)
     }  # fmt: skip
     assert {launch for (launch, _), ratio in over.items() if ratio > 1.15} >= {"hidden", "tokens second"}
     assert all(ratio == 1 for (launch, _), ratio in over.items() if launch in ("statistics", "mix"))
@@ -162,10 +164,10 @@ def test_what_counts_as_still_in_l2_is(keep, tokens, at_a_time):
     would not.
     """
     shape = (32, tokens, int(keep * tokens), 1152, 64, torch.bfloat16, torch.bfloat16, torch.bfloat16)
-    warm = {case.launch: case.warm for case in mix_and_drop_cases.aot_cases([shape], every_configuration=False)}
+    warm = {case.launch: case.warm for case in mix_cases.aot_cases([shape], every_configuration=False)}
     assert {launch for launch, size in warm.items() if size} == {"mix"}
     tile = tokens * 1152 * 2 // 8
-    sizes = (32, tile, int(keep * tile), at_a_time, mix_and_drop_cases.WARM)
+    sizes = (32, tile, int(keep * tile), at_a_time, mix_cases.WARM)
     rows, missed, forwards = 32 * 8 * tile, mix_misses(*sizes, True), mix_misses(*sizes, False)
     assert rows - missed >= 0.93 * warm["mix"], (rows - missed, warm["mix"])  # In whole tiles of images.
     if tokens == 1024:
@@ -193,7 +195,7 @@ def test_widths_of_an_unaligned_build_are_seen():
     """The check has teeth: rows of odd pitch cannot be read 16 bytes at a time, and the report says so."""
     import dataclasses
 
-    case = next(iter(subset_cosine_alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
+    case = next(iter(alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
     odd = dataclasses.replace(case, arguments={**case.arguments, "student_row": 771, "student_batch": 771 * 128})
     for target in ("sm_90", "gfx942"):
         assert aot.build(case, target).narrowest_row == 16
@@ -206,7 +208,7 @@ def test_spills_are_seen():
     """A launch in far too few threads has to spill."""
     import dataclasses
 
-    case = next(iter(subset_cosine_alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
+    case = next(iter(alignment_cases.aot_cases(ALIGNMENT[:1], every_configuration=False)))
     case = dataclasses.replace(case, num_warps=1, waves=1, constexprs={**case.constexprs, "ROWS": 8, "BLOCK_C": 512})
     build = aot.build(case, "sm_80")
     assert build.stack > 0 and build.spills > 0 and build.registers == 255

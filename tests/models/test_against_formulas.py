@@ -317,7 +317,7 @@ def weights_of(model):
 
 def parameters_of(weights):
     """Weights by REPA's and REG's names as a dict by ours."""
-    return dict(from_repa(weights, num_heads=SIZES["heads"], align_depth=SIZES["align_depth"]).named_parameters())
+    return dict(from_repa(weights, heads=SIZES["heads"], align_depth=SIZES["align_depth"]).named_parameters())
 
 
 def distance(a, b):

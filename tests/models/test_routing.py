@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from maskalign.models.routing import SUBSET_SAMPLERS, Fuse, draw_subset, gather_tokens, keep_count, scatter_tokens
+from maskalign.config import keep_count
+from maskalign.models.routing import SUBSET_SAMPLERS, Fuse, draw_subset, gather_tokens, scatter_tokens
 
 
 @pytest.mark.parametrize(

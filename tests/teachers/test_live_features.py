@@ -6,12 +6,12 @@ import torch
 
 from maskalign.config import parse_config, validate_with_data
 from maskalign.data import ShardStream
-from maskalign.data.encode import encode
-from maskalign.data.manifest import Manifest
+from maskalign.data.build import encode
+from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.teachers import load_teacher_like, quantise_rows, resample_tokens
 from maskalign.teachers.features import Features
-from tests.data.test_encode import RESNET, VIT, make_data_set
+from tests.data.build.test_encoding import RESNET, VIT, make_data_set
 
 CPU = torch.device("cpu")
 GRID = (10, 10)  # that of VIT

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torchvision.transforms import Normalize
 
-from maskalign.data.openmoji import draw_emoji, font_path
+from maskalign.data.build.openmoji import draw_emoji, font_path
 from maskalign.errors import UsageError
 from maskalign.teachers import (
     load_teacher,

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from maskalign.config import parse_config
-from maskalign.data.manifest import Manifest, Shard
+from maskalign.data.format.manifest import Manifest, Shard
 
 TEACHER = "efficientnet-lite0"
 

@@ -104,7 +104,7 @@ def test_too_many_bad_samples_stop_the_run_and_name_the_shards(run, data_set):
 
 
 def test_the_wait_for_data_is_a_column(run, tmp_path, monkeypatch):
-    from maskalign.data.samples import SampleReader
+    from maskalign.data.stream.samples import SampleReader
 
     plain = SampleReader.fill
     monkeypatch.setattr(SampleReader, "fill", lambda self, *args: (time.sleep(0.25), plain(self, *args))[1])

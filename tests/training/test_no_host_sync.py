@@ -18,7 +18,6 @@ from maskalign.training import step as step_module
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import place
 from maskalign.training.plans import Plan
-from maskalign.training.schedules import schedule_value
 from maskalign.training.step import MicroBatch, TrainStep
 
 SETTINGS = [
@@ -62,9 +61,7 @@ def make(device, changes=(), dtype=torch.float32, plan="none"):
     spread = Plan(model, config, placement)
     model.to(device)
     step = TrainStep(model, Optimizer(model, config.optimizer, dtype), config, placement, spread)
-    keep = schedule_value(config.method.keep_ratio, 0.0)
-    keep = schedule_value(config.method.keep_ratio, 0.0)
-    draws = step.draws(0, 0, 2, keep, config.method.align_ratio, posterior=False)
+    draws = step.draws(0, 0, 2, step.tokens.kept(0.0), step.tokens.drawn(0.0), posterior=False)
     object.__setattr__(placement, "device", torch.device(device))
     batch = MicroBatch(
         torch.randn(2, 3, 8, 8), torch.zeros(2, dtype=torch.int64), [torch.randn(2, 17, 6)], draws, 0.5, False,
@@ -101,9 +98,8 @@ def gpu_kernels(monkeypatch):
         return None if params[0].is_meta else own(params, *args, **kwargs)
 
     monkeypatch.setattr(torch, "_fused_adamw_", adamw)
-    monkeypatch.setattr(
-        importlib.import_module("torch.optim.adam"), "_device_dtype_check_for_fused", lambda *args, **kwargs: None
-    )
+    adam = importlib.import_module("torch.optim.adam")
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("recipe, dtype", [("maskalign", torch.bfloat16), *((name, torch.float32) for name in RECIPES)])

@@ -1,0 +1,79 @@
+"""The CPU path of subset_cosine_alignment: the numbers of naive.py, in fewer passes over memory.
+
+CPU users train with these lines. Unlike the naive chain, the forward keeps only the inputs and three scalars per token
+for the backward, and products overwrite gathered copies instead of allocating.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..rows import gather_rows
+
+
+def _cosine(s, t, s_eps, t_eps):
+    """The cosines of rows, 1/|s|, 1/|t|, and the cosines again, with zeros where |s| < eps. Overwrites t."""
+    s_norm = torch.linalg.vector_norm(s, dim=-1)
+    s_inverse = s_norm.clamp_min(s_eps).reciprocal()
+    t_inverse = torch.linalg.vector_norm(t, dim=-1).clamp_min(t_eps).reciprocal()
+    cosine = t.mul_(s).sum(-1) * s_inverse * t_inverse  # vecdot would write the product to memory of its own.
+    # A norm below eps is a constant eps, as in F.normalize: the part of the gradient along the row vanishes.
+    return cosine, s_inverse, t_inverse, torch.where(s_norm < s_eps, 0, cosine)
+
+
+def _cosine_of_large_rows(s, t, eps):
+    """`_cosine` of rows whose squares may overflow: large ones are made smaller first."""
+    s_largest, t_largest = (rows.abs().amax(-1).clamp_min(1) for rows in (s, t))
+    s, t = s / s_largest.unsqueeze(-1), t / t_largest.unsqueeze(-1)
+    cosine, s_inverse, t_inverse, along = _cosine(s, t, eps / s_largest, eps / t_largest)
+    return cosine, s_inverse / s_largest, t_inverse / t_largest, along
+
+
+class SubsetCosineAlignment(torch.autograd.Function):
+    """Keeps the inputs and three scalars per token; no normalized, gathered or widened copy survives the forward."""
+
+    @staticmethod
+    def forward(student, teacher, subset, student_is_subset, eps):
+        dtype = torch.promote_types(student.dtype, torch.float32)
+        if teacher.dtype.is_floating_point:
+            dtype = torch.promote_types(dtype, teacher.dtype)
+        s = (student if student_is_subset else gather_rows(student, subset)).to(dtype)
+        t = gather_rows(teacher, subset).to(dtype)  # A copy, widened or not: it is overwritten.
+        if torch.compiler.is_compiling():  # The passes are fused, and the graph cannot branch.
+            return _cosine_of_large_rows(s, t, eps)
+        result = _cosine(s, t, eps, eps)
+        if not bool((result[1] * result[2]).all()):
+            # A square above 3.4e38 made a norm infinite: such rows do not occur in a healthy run, so only they pay.
+            result = _cosine_of_large_rows(s, gather_rows(teacher, subset).to(dtype), eps)
+        return result
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        student, teacher, subset, ctx.student_is_subset, _ = inputs
+        _, s_inverse, t_inverse, along = output
+        ctx.mark_non_differentiable(s_inverse, t_inverse, along)
+        ctx.save_for_backward(student, teacher, subset, s_inverse, t_inverse, along)
+
+    @staticmethod
+    @once_differentiable  # A second derivative through the saved scalars would silently lack their part.
+    def backward(ctx, grad, *_):
+        student, teacher, subset, s_inverse, t_inverse, along = ctx.saved_tensors
+        s = (student if ctx.student_is_subset else gather_rows(student, subset)).to(s_inverse.dtype)
+        grad_s = gather_rows(teacher, subset).to(s_inverse.dtype)  # A copy already: it is overwritten below.
+        scale = grad * s_inverse
+        if torch.compiler.is_compiling() or bool((s_inverse * torch.minimum(s_inverse, t_inverse) < 1e-30).any()):
+            # In an order in which no product of two inverses of large norms vanishes.
+            grad_s.mul_(t_inverse.unsqueeze(-1)).addcmul_(s, (s_inverse * along).unsqueeze(-1), value=-1)
+            grad_s.mul_(scale.unsqueeze(-1))
+        else:
+            grad_s.mul_((scale * t_inverse).unsqueeze(-1))
+            grad_s.addcmul_(s, (scale * s_inverse * along).unsqueeze(-1), value=-1)
+        grad_s = grad_s.to(student.dtype)
+        if not ctx.student_is_subset:
+            index = subset.long().unsqueeze(-1).expand_as(grad_s)
+            grad_s = torch.zeros_like(student).scatter_add_(1, index, grad_s)
+        return grad_s, None, None, None, None
+
+
+def subset_cosine_alignment(student, teacher, subset, student_is_subset=True, eps=1e-12):
+    """Cosines (B, K) in float32; in float64 where student or teacher is. Arguments as in operations.py."""
+    return SubsetCosineAlignment.apply(student, teacher, subset, student_is_subset, eps)[0]

@@ -1,0 +1,470 @@
+"""`maskalign data build`: from a source of images to shards and a manifest, restartable at any moment.
+
+The source is listed and shuffled, and the shuffled list is cut into shards: that is the plan, and its fingerprint is
+kept in OUT/.build/plan.json. A shard depends on nothing but its part of the plan, is renamed into place when it is
+whole, and is then recorded in OUT/.build. So any number of processes, on any number of machines that share the folder,
+killed and started again as often as you like, write the same bytes. The manifest comes last.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import random
+import shutil
+import time
+from collections import Counter
+from contextlib import ExitStack, closing
+
+from maskalign.data.build.labels import check_names
+from maskalign.data.build.listing import tell_passed
+from maskalign.data.build.processes import LinePrinter, available_cores, in_processes, wait_for
+from maskalign.data.format.manifest import FILE_NAME, IMAGE_FORMATS, Manifest, Shard
+from maskalign.data.format.members import KEY as MEMBER_CHECKSUMS
+from maskalign.data.format.members import KIND as MEMBER_CHECKSUM_KIND
+from maskalign.data.format.tar_shards import shard_name
+from maskalign.errors import RunError, UsageError
+from maskalign.runtime.files import write_atomically
+from maskalign.runtime.home import expand_home
+from maskalign.runtime.lock import locked
+from maskalign.runtime.outputs import is_run
+
+WORK = ".build"
+BAD_LIST = "bad.csv"
+FEW = 4000  # images below which starting worker processes costs more than it brings
+
+
+def build(
+    source,
+    out,
+    *,
+    size=32,
+    crop="adm",
+    image_format="png",
+    shard_size=None,
+    workers=None,
+    seed=0,
+    max_bad_fraction=0.01,
+    subset=None,
+    class_names=None,
+    class_folders=None,
+    holes=None,
+    exif="apply",
+    license=None,
+    root=None,
+    rank=None,
+    world_size=None,
+    wait_seconds=1800.0,
+    quiet=False,
+):
+    """Build a data set, or go on with one whose building was stopped.
+
+    Args:
+        source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz) with one folder per class, or webdataset
+            shards (see `sources.open_source`).
+        out: folder for the shards and manifest.json; made if need be.
+        size: side of the stored square RGB images in pixels.
+        crop: "adm" (ADM's centre crop) or "resize" (the whole image, aspect ratio lost).
+        image_format: "png" or "webp" (both lossless), or "jpg".
+        shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
+        workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core, and
+            this process alone for few images.
+        seed: of the order of the samples, which mixes the classes within a shard.
+        max_bad_fraction: share of the images that may be unusable; they are skipped and listed in bad.csv.
+        subset: part of the source to take, as "train", where it has several.
+        class_names: names for the integer labels of webdataset shards or a dataset.json; a list.
+        class_folders: which folders are the classes: "top", "leaf", "path" or "none", see `folders.group_by_class`;
+            None is the labels in dataset.json where it is there, else "top" where nothing speaks against it.
+        holes: "keep" or "close" the holes between numbers of classes, see `labels.number_classes`; None asks.
+        exif: "apply" turns photos as their cameras say; "ignore" takes them as they are stored, as ADM and REPA do.
+        license: licence of the images, for the manifest.
+        root: folder where torchvision has, or puts, its files.
+        rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
+            them. Rank 0 waits for the others and writes the manifest.
+        wait_seconds: how long to wait for other ranks while none of their shards comes.
+        quiet: print nothing.
+
+    Returns:
+        The data set's `Manifest`.
+
+    Raises:
+        UsageError: a bad setting, an unusable source, or `out` holds something else. RunError: too many bad images, a
+        full disk, a killed worker.
+    """
+    _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif)
+    source, out = expand_home(os.fspath(source)), os.path.abspath(expand_home(os.fspath(out)))
+    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    say, job = LinePrinter(quiet or rank > 0), None
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UsageError(f"{out} is a file; give a folder as --out")
+    if os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(out):
+        raise UsageError(f"source and output folder are the same: {out}; choose another --out")
+    if is_run(out):
+        raise UsageError(f"--out: {out} is the folder of a run; choose another one for the data set")
+    lock = ExitStack()
+    try:
+        if rank == 0:
+            lock.enter_context(locked(out, "maskalign data build"))
+        os.makedirs(os.path.join(out, WORK), exist_ok=True)
+        job = _plan(
+            source, out, rank, wait_seconds,
+            size=size, crop=crop, image_format=image_format, shard_size=shard_size, seed=seed, subset=subset,
+            class_names=class_names, class_folders=class_folders, holes=holes, exif=exif, license=license, root=root,
+        )  # fmt: skip
+        if job.finished is not None:
+            shutil.rmtree(job.work, ignore_errors=True)
+            say(f"{out} is complete already: {_summary(job.finished)}")
+            return job.finished
+        _describe(job.found, say)
+        started = time.monotonic()
+        made = _make_shards(job, rank, world_size, workers, max_bad_fraction, say)
+        if rank > 0:
+            return wait_for(lambda: _finished(out, job.fingerprint), wait_seconds, "rank 0 to write the manifest")
+        rate = f"{made / max(time.monotonic() - started, 1e-9):,.0f} images/s" if made else "nothing left to prepare"
+        manifest, bad = _finish(job, max_bad_fraction, wait_seconds)
+    except UsageError as error:
+        rejected = [list(entry) for entry in getattr(error, "rejected", ())]
+        if rejected and not any(name.endswith(".tar") or name == FILE_NAME for name in os.listdir(out)):
+            _write_bad(out, rejected)
+        _remove_empty(os.path.join(out, WORK), out)
+        raise
+    except OSError as error:
+        _write_bad_so_far(job)
+        raise RunError(f"cannot build {out}: {error.strerror or error} ({error.filename or out})") from error
+    except (RunError, KeyboardInterrupt):
+        _write_bad_so_far(job)
+        raise
+    finally:
+        lock.close()
+    say(f"{out}: {_summary(manifest)}, {rate}")
+    if bad:
+        say(f"skipped {len(bad):,} bad images, listed in {os.path.join(out, BAD_LIST)}; first: {': '.join(bad[0])}")
+        unusable = {name for name, _ in bad}
+        lost = {item.label for item in job.found.items}
+        lost -= {item.label for item in job.found.items if item.name not in unusable}
+        if lost:
+            names = [job.found.class_names[label] for label in sorted(lost)]
+            say(f"note: no image of these classes is usable, and they cannot be learnt: {_first(names)}")
+    if manifest.license:
+        say(f"licence: {manifest.license}")
+    return manifest
+
+
+def _describe(found, say):
+    """Say before the work what was found: the classes, what is passed over, and what may be meant otherwise."""
+    counts = Counter(item.label for item in found.items)
+    classes = [f"{name} ({counts[label]:,})" for label, name in enumerate(found.class_names)]
+    noun = "class" if len(classes) == 1 else "classes"
+    say(f"{len(classes):,} {noun} from {found.how or 'the source'}: {_first(classes, 10)}")
+    for note in found.notes:
+        say(f"note: {note}")
+    if found.passed:
+        say(f"passed over, as no pictures that can be read here: {tell_passed(found.passed)}")
+    if found.rejected:
+        say(f"{len(found.rejected):,} images cannot be used; first: {': '.join(found.rejected[0])}")
+    if found.empty:
+        say(
+            f"{len(found.empty):,} folders without an image are no classes, and the labels leave them out: "
+            f"{_first(found.empty)}"
+        )
+
+
+def _first(names, most=5):
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def read_names(path):
+    """The lines of a text file of class names; line i names label i."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file.read().rstrip().splitlines()]
+            return check_names(names, f"class_names {path}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"class_names {path}: cannot be read ({error})") from None
+
+
+def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif):
+    if exif not in ("apply", "ignore"):
+        raise UsageError(f"exif is {exif!r}; give apply or ignore")
+    if not 1 <= size <= 8192:
+        raise UsageError(f"size is {size}; give a side between 1 and 8192 pixels")
+    if crop not in ("adm", "resize"):
+        raise UsageError(f"crop is {crop!r}; give adm or resize")
+    if image_format not in IMAGE_FORMATS:
+        raise UsageError(f"image_format is {image_format!r}; give one of {', '.join(IMAGE_FORMATS)}")
+    if shard_size is not None and shard_size < 1:
+        raise UsageError(f"shard_size is {shard_size}; give at least 1 sample per shard")
+    if workers is not None and workers < 0:
+        raise UsageError(f"workers is {workers}; give 0 or more processes")
+    if not 0 <= max_bad_fraction <= 1:
+        raise UsageError(f"max_bad_fraction is {max_bad_fraction}; give a share between 0 and 1")
+
+
+def _remove_empty(*folders):
+    for folder in folders:
+        if os.path.isdir(folder) and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+def _summary(manifest):
+    return (
+        f"{manifest.num_samples:,} images, {manifest.num_classes:,} classes, {len(manifest.shards):,} shards, "
+        f"{manifest.bytes:,} bytes"
+    )
+
+
+# The plan
+
+
+class _Job:
+    """The plan of one data set: the shuffled items, cut into shards, and where things go."""
+
+    def __init__(self, found, out, settings, fingerprint, shard_size, seed):
+        self.found, self.out, self.settings, self.fingerprint = found, out, settings, fingerprint
+        self.work = os.path.join(out, WORK)
+        order = list(range(len(found.items)))
+        random.Random(seed).shuffle(order)
+        self.order, self.shard_size = order, shard_size
+        self.num_shards = -(-len(order) // shard_size)
+        self.finished = None
+
+    def part(self, shard):
+        """[(key, item)] of one shard. Keys number the whole data set."""
+        first = shard * self.shard_size
+        width = max(8, len(str(len(self.order))))
+        part = self.order[first : first + self.shard_size]
+        return [(f"{first + i:0{width}d}", self.found.items[index]) for i, index in enumerate(part)]
+
+    def task(self, shard):
+        """The arguments of `make_shard`."""
+        settings = {key: self.settings[key] for key in ("size", "crop", "image_format")}
+        settings["exif"] = self.settings.get("exif", "ignore")
+        path = os.path.join(self.out, shard_name(shard))
+        return self.found.reader, self.part(shard), path, self.record_path(shard), settings
+
+    def mended(self, shard, record):
+        """Whether an image that was bad when the shard was made can be used by now."""
+        from maskalign.data.build.prepare import load
+
+        bad = {name for name, _ in record["bad"]}
+        for _, item in self.part(shard) if bad else ():
+            if item.name in bad:
+                try:
+                    load(self.found.reader, item, self.settings.get("exif", "ignore"))
+                    return True
+                except Exception:  # still bad, for whatever reason
+                    continue
+        return False
+
+    def record_path(self, shard):
+        return os.path.join(self.work, f"{shard_name(shard)}.json")
+
+    def record(self, shard):
+        """What was noted when the shard was finished; None while it is not, or its file is not as noted."""
+        try:
+            with open(self.record_path(shard), encoding="utf-8") as file:
+                record = json.load(file)
+            if os.path.getsize(os.path.join(self.out, shard_name(shard))) == record["shard"]["bytes"]:
+                return record
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+        return None
+
+
+def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, exif, crop, image_format, **listed):
+    """List the source and agree with what is in `out` already: nothing, the same plan, or an error."""
+    from maskalign.data.build.sources import open_source
+
+    work = os.path.join(out, WORK)
+    plan_path = os.path.join(work, "plan.json")
+    if rank > 0:  # rank 0 downloads and unpacks
+        ready = (plan_path, os.path.join(out, FILE_NAME))
+        wait_for(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
+    found = open_source(source, size=size, scratch=work, **listed)
+    if license is not None:
+        found.license = license
+    shard_size = shard_size or min(max(-(-len(found.items) // 64), 64), 2048)
+    settings = {"source": found.name, "size": size, "shard_size": shard_size, "seed": seed}
+    settings |= {"crop": crop, "image_format": image_format}
+    listing = hashlib.sha256(found.identity.encode())
+    for item in found.items:
+        listing.update(f"{item.name}\0{item.label}\n".encode("utf-8", "surrogateescape"))
+    for entry in (found.class_names, found.rejected, found.license):
+        listing.update(json.dumps(entry).encode())
+    settings["images"] = f"{len(found.items):,} ({listing.hexdigest()[:16]})"
+    if found.photos and exif == "apply":  # older data sets have no such entry, and are as with ignore
+        settings["exif"] = exif
+    fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    if found.photos:
+        settings["exif"] = exif
+    job = _Job(found, out, settings, fingerprint, shard_size, seed)
+    plan = {"fingerprint": fingerprint, "settings": settings}
+    job.finished = _finished(out, fingerprint)
+    there = _read_plan(out, plan_path)
+    if there is not None and there.get("fingerprint") != fingerprint and not _begun(out):
+        # It was stopped before its first shard, so nothing of it is lost.
+        if rank == 0:
+            there = None
+        else:
+            there = wait_for(lambda: _replaced(out, plan_path, there), wait_seconds, "rank 0 to list the source")
+    if there is None:
+        strange = [name for name in sorted(os.listdir(out)) if name.endswith(".tar") or name == FILE_NAME]
+        if strange:
+            raise UsageError(f"{out} holds {strange[0]} of another data set; choose another --out, or delete it first")
+        if rank == 0:
+            write_atomically(plan_path, json.dumps(plan, indent=1).encode())
+    elif there.get("fingerprint") != fingerprint:
+        old = there.get("settings", {})
+        old = {"exif": "ignore"} | old  # what is not turned, and what was built before there was a choice
+        changed = [key for key, value in settings.items() if old.get(key) != value]
+        changes = ", ".join(f"{key} {old.get(key)!r} (now {settings[key]!r})" for key in changed)
+        raise UsageError(
+            f"{out} holds a data set built with other settings: {changes or 'another version'}; "
+            "choose another --out, or delete it first"
+        )
+    return job
+
+
+def _read_plan(out, path):
+    """The plan in `out`: of a build under way, or that of the finished data set; None where there is neither."""
+    if os.path.exists(os.path.join(out, FILE_NAME)):
+        return Manifest.load(out).extra.get("build")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _begun(out):
+    """Whether a folder holds shards, or is a data set."""
+    return any(name.endswith(".tar") or name == FILE_NAME for name in os.listdir(out))
+
+
+def _replaced(out, path, old):
+    """The plan in `out` once it is another one than `old`, else None."""
+    plan = _read_plan(out, path)
+    return plan if plan != old else None
+
+
+def _finished(out, fingerprint):
+    """The manifest in `out` where it is this plan's, else None; RunError where its shards are not all there."""
+    if not os.path.exists(os.path.join(out, FILE_NAME)):
+        return None
+    manifest = Manifest.load(out)
+    if manifest.extra.get("build", {}).get("fingerprint") != fingerprint:
+        return None
+    for shard in manifest.shards:
+        path = manifest.shard_path(shard)
+        if not os.path.exists(path) or os.path.getsize(path) != shard.bytes:
+            raise RunError(
+                f"{path} is missing or damaged in a finished data set; copy it back, or delete {out} and rerun"
+            )
+    return manifest
+
+
+# The shards
+
+
+def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
+    """Write this rank's shards that are not there yet; returns the number of images prepared."""
+    from tqdm import tqdm
+
+    from maskalign.data.build.prepare import make_shard
+
+    mine = range(rank, job.num_shards, world_size)
+    todo = [shard for shard in mine if (record := job.record(shard)) is None or job.mended(shard, record)]
+    total = sum(len(job.part(shard)) for shard in todo)
+    if len(todo) < len(mine):
+        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+    if workers is None:
+        workers = 1 if total < FEW else available_cores()
+    workers = min(workers, len(todo))
+    bad = len(job.found.rejected)
+    _limit_bad(job, bad, [], max_bad_fraction)
+    # On a terminal only: in a log file, every redraw would be a line of its own.
+    with tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None) as bar:
+        if workers <= 1:
+            records = (make_shard(*job.task(shard), advance=bar.update) for shard in todo)
+        else:
+            records = in_processes(make_shard, map(job.task, todo), workers)
+        with closing(records):
+            for record in records:
+                if workers > 1:
+                    bar.update(record["shard"]["num_samples"] + len(record["bad"]))
+                bad += len(record["bad"])
+                _limit_bad(job, bad, record["bad"], max_bad_fraction)
+    return total
+
+
+def _limit_bad(job, bad, latest, max_bad_fraction):
+    total = len(job.found.items) + len(job.found.rejected)
+    if bad > max_bad_fraction * total:
+        name, reason = (latest or job.found.rejected)[-1]
+        raise RunError(
+            f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
+            f"{reason}; mend the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
+            "lists what was found so far"
+        )
+
+
+def _write_bad(out, bad):
+    """Write bad.csv from [[name, reason]]."""
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows([["image", "reason"], *sorted(bad)])
+    write_atomically(os.path.join(out, BAD_LIST), lines.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def _write_bad_so_far(job):
+    """Where a build ends early: list what is known to be bad, as far as the disk lets us."""
+    if job is None:
+        return
+    bad = [list(entry) for entry in job.found.rejected]
+    try:
+        for shard in range(job.num_shards):
+            bad += (job.record(shard) or {}).get("bad", [])
+        if bad:
+            _write_bad(job.out, bad)
+    except OSError:  # the error that ended the build is the one to tell
+        return
+
+
+# The end
+
+
+def _finish(job, max_bad_fraction, wait_seconds):
+    """Wait for all shards, then write bad.csv and the manifest; returns (manifest, list of bad images)."""
+    records = [
+        wait_for(lambda shard=shard: job.record(shard), wait_seconds, f"{shard_name(shard)} of another rank")
+        for shard in range(job.num_shards)
+    ]
+    bad = [list(entry) for entry in job.found.rejected]
+    bad = sorted(bad + [entry for record in records for entry in record["bad"]])
+    if bad:
+        _limit_bad(job, len(bad), bad, max_bad_fraction)
+        _write_bad(job.out, bad)
+    elif os.path.exists(os.path.join(job.out, BAD_LIST)):
+        os.unlink(os.path.join(job.out, BAD_LIST))  # of a try that failed, and what it lists is mended
+    shards = [Shard(**record["shard"]) for record in records]
+    if not any(shard.num_samples for shard in shards):
+        raise RunError(f"none of the {len(bad):,} images is usable; the first: {': '.join(bad[0])}")
+    manifest = Manifest(
+        num_samples=sum(shard.num_samples for shard in shards),
+        resolution=job.settings["size"],
+        class_names=job.found.class_names,
+        shards=shards,
+        image_format=job.settings["image_format"],
+        license=job.found.license,
+        source=job.found.name,
+        extra={
+            MEMBER_CHECKSUMS: MEMBER_CHECKSUM_KIND,
+            **({"exif": job.settings["exif"]} if job.found.photos else {}),
+            "build": {"fingerprint": job.fingerprint, "settings": job.settings},
+        },
+        root=job.out,
+    )
+    manifest.save(job.out)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return manifest, bad

@@ -1,0 +1,192 @@
+"""How folder names become classes: the top folders, as torchvision's ImageFolder has it, or what the user says."""
+
+import os
+import re
+from collections import Counter
+
+from maskalign.data.build.items import Item, Source
+from maskalign.data.build.labels import in_order, is_number
+from maskalign.errors import UsageError
+
+CLASS_FOLDERS = ("top", "leaf", "path", "none")
+SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval|extra)[-_ ]?\d*", re.IGNORECASE)
+INNER = {"images", "image", "imgs", "img"}  # CLASS/images/IMAGE, as in Tiny ImageNet
+FEW = 0.1  # share of pictures of a folder's own below which its folders, not it, may be the classes
+
+
+def group_by_class(name, listing, reader, *, subset=None, where, class_folders=None, stem=None):
+    """Make a Source of a listing of PREFIX/CLASS/.../IMAGE.
+
+    Folders around all classes are taken off. Of what is left, the top folder is an image's class, and folders below it
+    do not count ("top", torchvision's rule); or the folder that holds the image ("leaf"); or all folders together
+    ("path"); or all images are of one class ("none"). Images in no folder at all are one class.
+
+    Args:
+        name: of the source, for the manifest.
+        listing: `Listing` of all its files.
+        reader: see `Source`.
+        subset: one or more folder names, as "train" or "cifar10/train"; only images below it count.
+        where: the source's path, for messages.
+        class_folders: one of CLASS_FOLDERS; None is "top" with a look at whether it can be meant.
+        stem: name of the class where there is only one; by default that of `where`.
+
+    Raises:
+        UsageError: train and test images would be mixed, or it is not clear which folders are meant.
+    """
+    wanted = [part for part in (subset or "").split("/") if part]
+    rejected, images, flat, available = list(listing.rejected), [], [], Counter()
+    for path, place in listing.images:
+        folders = _class_folders(path)
+        available[_part_of(folders)] += 1
+        if wanted:
+            below = [i for i in range(len(folders)) if folders[i : i + len(wanted)] == wanted]
+            if not below:
+                continue
+            folders = folders[: below[0]] + folders[below[0] + len(wanted) :]
+        (images if folders else flat).append((path, folders, place))
+    parts = ", ".join(f"{part or '.'} ({count:,} images)" for part, count in sorted(available.items())[:8])
+    if wanted:
+        inside = f"/{'/'.join(wanted)}/"
+        rejected = [entry for entry in rejected if inside in f"/{entry[0]}"]
+        if not images and not flat:
+            raise UsageError(f"source {where}: no images below {subset!r}; there are: {parts or 'none at all'}")
+    if class_folders != "top" and class_folders != "path":
+        _refuse_mixing([folders for _, folders, _ in images], where, parts, class_folders)
+    if class_folders is None:
+        _refuse_running_folders(images, where)
+    name += f", {subset}" if subset else ""
+    stem = stem or os.path.basename(os.path.abspath(where))
+    if class_folders == "none" or not images:
+        items = sorted(Item(path, 0, place) for path, _, place in images + flat)
+        how = "a flat folder" if not images else "--class-folders none"
+        found = Source(name, [wanted[-1] if wanted else stem], items, reader, rejected=sorted(rejected), how=how)
+        if items and not images:
+            found.notes.append("no picture lies in a folder of a class: all are one class, without labels to learn")
+        found.passed = listing.passed
+        return found
+    rejected += [(path, "lies outside any class folder") for path, _, _ in flat]
+    prefix, images = _take_off(images, where, class_folders)
+    labelled, notes = _name_images(images, where, class_folders or "top")
+    names = in_order(label for _, label, _ in labelled)
+    number = {label: index for index, label in enumerate(names)}
+    items = sorted(Item(path, number[label], place) for path, label, place in labelled)
+    how = {"leaf": "the folders of the pictures", "path": "the paths of folders"}.get(class_folders, "the top folders")
+    if prefix:
+        how += f" of {'/'.join(prefix)}"
+    found = Source(name, names, items, reader, rejected=sorted(rejected), notes=notes, how=how)
+    found.passed = listing.passed
+    found.empty = [] if wanted else _empty(listing.folders, prefix, labelled)
+    if all(map(is_number, names)) and any(int(name) != label for label, name in enumerate(names)):
+        found.notes.append(
+            f"the names of the classes are numbers, but not their labels: label 0 is {names[0]!r}, and "
+            f"{len(names) - 1} is {names[-1]!r}"
+        )
+    found.notes += _alike(names)
+    return found
+
+
+def _class_folders(path):
+    """The folders above an image, without one that is called images inside a class."""
+    folders = path.split("/")[:-1]
+    return folders[:-1] if len(folders) > 1 and folders[-1].lower() in INNER else folders
+
+
+def _part_of(folders):
+    """What a subset might be called that an image belongs to: its path down to a folder like train, or its top one."""
+    for number, folder in enumerate(folders):
+        if SPLIT.fullmatch(folder):
+            return "/".join(folders[: number + 1])
+    return "/".join(folders[:1])
+
+
+def _refuse_mixing(all_folders, where, parts, class_folders):
+    """Training and test images in one data set are never meant."""
+    marks = {tuple(f for f in folders if SPLIT.fullmatch(f)) if len(folders) > 1 else () for folders in all_folders}
+    tops = {folders[0] for folders in all_folders}
+    flat = len(tops) > 1 and all(SPLIT.fullmatch(top) for top in tops)
+    if len(marks) > 1 or flat and class_folders != "none":
+        first = sorted({mark for mark in marks if mark} or {(top,) for top in tops})[-1][0]
+        raise UsageError(
+            f"source {where}: images sit under several folders: {parts}; choose one with --subset, as in "
+            f"--subset {first}, or say with --class-folders top that these are the classes"
+        )
+
+
+def _refuse_running_folders(images, where):
+    """00000/img00000000.png, of which folder 00000 is the first thousand and no class."""
+    tops = {folders[-1] for _, folders, _ in images}
+    if not tops or not all(re.fullmatch(r"\d{5}", top) for top in tops):
+        return
+    for path, folders, _ in images:
+        digits = re.fullmatch(r"(?:img)?(\d{8,9})\.[A-Za-z]+", path.rpartition("/")[2])
+        if not digits or not digits[1].startswith(folders[-1]):
+            return
+    raise UsageError(
+        f"source {where}: the folders ({min(tops)} to {max(tops)}) only number the images, as in the EDM / REPA layout "
+        "or img2dataset's, and are no classes; put dataset.json with the labels beside them, or give --class-folders "
+        "none for one class, top to take them as classes"
+    )
+
+
+def _take_off(images, where, class_folders):
+    """(folders around all classes, images without them)."""
+    prefix = []
+    while len({folders[0] for _, folders, _ in images}) == 1 and all(len(folders) > 1 for _, folders, _ in images):
+        prefix.append(images[0][1][0])
+        images = [(path, folders[1:], place) for path, folders, place in images]
+    tops = {folders[0] for _, folders, _ in images}
+    own = sum(len(folders) == 1 for _, folders, _ in images)
+    below = sorted({folders[1] for _, folders, _ in images if len(folders) > 1})
+    if class_folders is None and len(tops) == 1 and len(below) > 1 and own < FEW * len(images):
+        (top,) = tops
+        raise UsageError(
+            f"source {where}: {top} holds {own:,} pictures of its own and {len(images) - own:,} in {len(below):,} "
+            f"folders ({', '.join(below[:3])}, ...); give --class-folders top for the one class {top}, path for a "
+            f"class of each folder, or move the {own:,} away"
+        )
+    return prefix, images
+
+
+def _name_images(images, where, class_folders):
+    """([(path, class name, place)], notes)."""
+    if class_folders == "top":
+        deep = Counter(folders[0] for _, folders, _ in images if len(folders) > 1)
+        notes = []
+        if deep:
+            examples = ", ".join(sorted({"/".join(folders) for _, folders, _ in images if len(folders) > 1})[:3])
+            notes.append(
+                f"{sum(deep.values()):,} pictures lie in folders below that of their class ({examples}, ...), which do "
+                "not count; --class-folders path makes a class of each, leaf of each name"
+            )
+        return [(path, folders[0], place) for path, folders, place in images], notes
+    if class_folders == "path":
+        return [(path, "/".join(folders), place) for path, folders, place in images], []
+    home = {}
+    for _, folders, _ in images:
+        other = home.setdefault(folders[-1], folders)
+        if other != folders:
+            raise UsageError(
+                f"source {where}: {'/'.join(other)} and {'/'.join(folders)} end alike; --class-folders path tells them "
+                "apart, --subset takes one of several parts"
+            )
+    return [(path, folders[-1], place) for path, folders, place in images], []
+
+
+def _empty(folders, prefix, labelled):
+    """Folders beside those of the classes that hold no image: labels are not what a look at the folders tells."""
+    full = {path[:end] for path, _, _ in labelled for end in range(len(path)) if path[end] == "/"}
+    depth = len(prefix) + 1
+    beside = (path for path in folders if path.count("/") + 1 == depth and path.split("/")[:-1] == prefix)
+    return sorted(path for path in beside if path not in full and not path.rpartition("/")[2].startswith("."))
+
+
+def _alike(names):
+    """A note where two class names differ in nothing that people see or say."""
+    from unicodedata import normalize
+
+    first = {}
+    for name in names:
+        other = first.setdefault(" ".join(normalize("NFKC", name).casefold().split()), name)
+        if other != name:
+            return [f"the classes {other!r} and {name!r} are two; put their pictures into one folder if one is meant"]
+    return []

@@ -1,0 +1,113 @@
+"""torchvision data sets as a source: downloaded by torchvision, or found where it keeps them."""
+
+import inspect
+import os
+from functools import lru_cache
+
+from maskalign.data.build.items import Item, Source
+from maskalign.data.build.labels import number_classes
+from maskalign.errors import UsageError, one_line
+
+
+def open_torchvision(name, subset=None, root=None):
+    """List a labelled torchvision data set.
+
+    Args:
+        name: a class of torchvision.datasets, as "CIFAR10".
+        subset: "train" (default), "test" or what its `split` argument knows.
+        root: folder of its files; ~/.cache/maskalign/torchvision by default.
+
+    Raises:
+        UsageError: no such class, files neither there nor to be had, or no integer labels.
+    """
+    root = os.path.expanduser(root or "~/.cache/maskalign/torchvision")
+    dataset = _construct(name, subset or "train", root, True)
+    labels = _labels(name, dataset)
+    names = _names(dataset, max(labels, default=0) + 1)
+    outside = [label for label in labels if not 0 <= label < len(names)]
+    if outside:
+        raise UsageError(f"source torchvision:{name}: label {outside[0]} is outside [0, {len(names)})")
+    width = len(str(len(labels)))
+    items = [Item(f"{number:0{width}d}", label, number) for number, label in enumerate(labels)]
+    reader = TorchvisionReader(name, subset or "train", root)
+    _, _, notes = number_classes(labels, names, f"torchvision:{name}")
+    return Source(
+        f"torchvision {name} {subset or 'train'}", names, items, reader, notes=notes, how="torchvision's labels"
+    )
+
+
+def _names(dataset, count):
+    """Names of the classes as torchvision has them, told apart where two are alike (ImageNet's cranes)."""
+    names = getattr(dataset, "classes", None) or range(count)
+    names = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
+    twice = {name for name in names if names.count(name) > 1}
+    marks = getattr(dataset, "wnids", None) or range(len(names))
+    return [f"{name} ({mark})" if name in twice else name for name, mark in zip(names, marks, strict=False)]
+
+
+class TorchvisionReader:
+    """Gives item number `where` of the data set as a PIL image; picklable, constructs it where it is used."""
+
+    def __init__(self, name, subset, root):
+        self.name, self.subset, self.root = name, subset, root
+
+    def __call__(self, item):
+        image = _cached(self.name, self.subset, self.root)[item.where][0]
+        if not hasattr(image, "convert"):
+            raise ValueError(f"gives {type(image).__name__}, not an image")
+        return image
+
+
+@lru_cache(maxsize=1)
+def _cached(name, subset, root):
+    return _construct(name, subset, root, False)
+
+
+def _construct(name, subset, root, download):
+    what = f"source torchvision:{name}"
+    try:
+        import torchvision.datasets as datasets
+    except ImportError as error:
+        raise UsageError(f"{what} needs torchvision: pip install torchvision ({error})") from None
+    kind = getattr(datasets, name, None)
+    if not inspect.isclass(kind) or not name[:1].isupper():
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, datasets.__all__, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{what}: torchvision has no such data set{hint}")
+    accepted = inspect.signature(kind).parameters
+    arguments = {}
+    if "root" in accepted:
+        arguments["root"] = root
+    if "train" in accepted:
+        if subset not in ("train", "test"):
+            raise UsageError(f"{what} has the subsets train and test, not {subset!r}")
+        arguments["train"] = subset == "train"
+    elif "split" in accepted:
+        arguments["split"] = subset
+    if "download" in accepted:
+        arguments["download"] = download
+    try:
+        if "root" in arguments:
+            os.makedirs(root, exist_ok=True)
+        return kind(**arguments)
+    except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
+        reason = one_line(error)[:200]
+        raise UsageError(
+            f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} (--root names another place)"
+        ) from None
+
+
+def _labels(name, dataset):
+    labels = None
+    for attribute in ("targets", "_labels", "labels"):
+        labels = getattr(dataset, attribute, None)
+        if labels is not None and len(labels) == len(dataset):
+            break
+    else:
+        labels = [dataset[number][1] for number in range(len(dataset))]  # slow, as it decodes, but always right
+    try:
+        return [int(label) for label in labels]
+    except (TypeError, ValueError):
+        raise UsageError(f"source torchvision:{name} has no integer class labels") from None

@@ -1,0 +1,69 @@
+"""Turn the bytes of a member into a label, an array or an image: bounded, and never by unpickling.
+
+Only these formats exist here, whatever else a shard holds: ASCII integers (.cls), numpy's .npy with a plain
+dtype, PNG, JPEG and WebP. Each function raises BadSample with a reason that names the fault.
+"""
+
+import io
+import warnings
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from maskalign.data.format.npy import read_header
+
+MAX_NPY_HEADER = 4096
+MAX_IMAGE_BYTES = 64 * 2**20
+
+
+class BadSample(Exception):
+    """One sample cannot be used; the message says why."""
+
+
+def decode_label(data, num_classes):
+    """The class in [0, num_classes) from the bytes of a .cls member."""
+    text = bytes(data).strip()
+    if not text.isdigit() or len(text) > 9:
+        raise BadSample(f"label {text[:20]!r} is not an integer")
+    label = int(text)
+    if label >= num_classes:
+        raise BadSample(f"label {label} is out of range, there are {num_classes} classes")
+    return label
+
+
+@lru_cache(maxsize=256)
+def array_of_header(header):
+    """(dtype string, shape) of the bytes of a .npy file up to its data; BadSample where it is not one."""
+    file = io.BytesIO(header)
+    try:
+        shape, fortran, dtype = read_header(file, MAX_NPY_HEADER)
+    except Exception as error:  # numpy's parser raises whatever the bytes make it raise
+        raise BadSample(f"no valid .npy header ({type(error).__name__})") from None
+    if dtype.hasobject:
+        raise BadSample("an array of Python objects, which would have to be unpickled")
+    if fortran and len(shape) > 1:
+        raise BadSample("an array in Fortran order")
+    if file.tell() != len(header):
+        raise BadSample(f"an array of shape {shape} and dtype {dtype}, whose bytes do not fit")
+    return dtype.str, shape
+
+
+def decode_stored_image(data, resolution):
+    """(resolution, resolution, 3) uint8 from the bytes of an image, which must have that size.
+
+    The size is compared before any pixel is decoded, so a 100-megapixel image costs no more than its header.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told by the size below
+        try:
+            with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+                if image.size != (resolution, resolution):
+                    width, height = image.size
+                    raise BadSample(f"image of {width} x {height} pixels, the manifest says {resolution}")
+                pixels = (image if image.mode == "RGB" else image.convert("RGB")).tobytes()
+        except BadSample:
+            raise
+        except Exception as error:  # decoders raise many types on damaged bytes
+            raise BadSample(f"not a readable image ({type(error).__name__}: {str(error)[:80]})") from None
+    return np.frombuffer(pixels, np.uint8).reshape(resolution, resolution, 3)

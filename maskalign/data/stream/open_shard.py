@@ -1,0 +1,265 @@
+"""One open shard: an index of its members, and reads of single members straight into their place in a batch.
+
+webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The
+stream permutes a few shards together and takes its place again in the middle of them, so it reads members by
+their offset, from the shard's index (format/index.py) or from a walk over its headers: nothing of a group waits in
+memory, a resumed run reads no sample twice, and bytes go from the page cache into the batch in one copy
+(benchmarks/loader.py compares the two). Keys and grouping are webdataset's; tests compare every sample with
+what it reads. `pread` and not mmap, because a shard that gets shorter while it is mapped would kill the
+process.
+"""
+
+import hashlib
+import os
+import tarfile
+import zlib
+
+import numpy as np
+
+from maskalign.data.format.index import BLOCK, read_index
+from maskalign.data.format.members import name_crc, name_in_header, parse_crc, parse_field, split_name
+from maskalign.data.stream.decode import MAX_IMAGE_BYTES, MAX_NPY_HEADER, BadSample, array_of_header
+
+
+class BadShard(BadSample):
+    """No sample of a shard can be used; the message says why."""
+
+
+class MemberTable:
+    """Where the members of one ending are: arrays with one entry per sample.
+
+    offset (-1: no such member), size, crc (CRC-32, -1: none, -2: mangled), seed (CRC-32 of the name).
+    """
+
+    def __init__(self, n):
+        self.offset, self.size, self.crc, self.seed = (np.full(n, -1, np.int64) for _ in range(4))
+
+
+class OpenShard:
+    """An open shard.
+
+    Args:
+        fd: descriptor of the tar; the object owns it.
+        shard: the manifest's entry (name, num_samples, bytes, sha256).
+        endings: the member endings that will be asked for ("cls", "png", ...); others are never read.
+        checked: whether the data set's writer gives each member a checksum (see format/members.py).
+        verify: compare checksums.
+
+    Raises:
+        BadShard: nothing in it can be trusted.
+    """
+
+    def __init__(self, fd, shard, endings, checked=False, verify=True):
+        self.fd, self.shard, self.verify = fd, shard, verify
+        self.keys, self.columns = [], {}
+        status = os.fstat(fd)
+        self.bytes, self.identity = status.st_size, (status.st_ino, status.st_size, status.st_mtime_ns)
+        self.proven = bytearray(shard.num_samples)  # bits of the variants whose checksums have been compared
+        try:
+            members, intact = read_index(fd, self.bytes), True
+            if members is None:
+                members, intact = self._scan()
+            if not intact and (checked or any(crc != -1 for *_, crc in members)):
+                # Each member proves itself by its checksum, so what lies behind the damage can be used too.
+                members = self._salvage()
+            if not members and shard.num_samples:
+                raise BadShard("holds nothing that can be read")
+            self._build(members, {ending.encode() for ending in endings}, merge=not intact)
+            if verify and not checked and self._unchecked():
+                self._compare_sha256()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """Close the descriptor."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def __len__(self):
+        return len(self.keys)
+
+    # -- the index
+
+    def _scan(self):
+        """[(name, offset, size, crc)] of all plain files, and whether the tar is whole."""
+        headers, offsets, sizes, position, intact = [], [], [], 0, True
+        while True:
+            header = os.pread(self.fd, BLOCK, position)
+            if len(header) < BLOCK or header[:1] == b"\0":
+                # Writers end a tar with two zero blocks; without them it has been cut off.
+                intact = len(header) == BLOCK and not header.strip(b"\0")
+                break
+            if header[156:157] not in b"0\0":
+                return self._scan_by_tarfile()  # long names, PAX records, folders, links
+            try:
+                size = int(header[124:136].strip(b" \0") or b"0", 8)
+            except ValueError:
+                intact = False
+                break
+            headers.append(header)
+            offsets.append(position + BLOCK)
+            sizes.append(size)
+            position += BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        valid = checksums_hold(b"".join(headers))
+        if not valid.all():
+            first = int(np.argmin(valid))
+            headers, intact = headers[:first], False
+        names = [(name_in_header(header), parse_crc(header)) for header in headers]
+        members = [(name, offsets[i], sizes[i], crc) for i, (name, crc) in enumerate(names)]
+        return members, intact and position <= self.bytes
+
+    def _scan_by_tarfile(self):
+        """The same by the standard library, which knows every dialect of tar."""
+        members = []
+        try:
+            with os.fdopen(os.dup(self.fd), "rb") as file:
+                file.seek(0)
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    for info in tar:
+                        if info.isreg() and not info.issparse():
+                            crc = parse_field(info.gname)
+                            name = info.name.encode("utf-8", "surrogateescape")
+                            crc = {None: -1, -1: -2}.get(crc, crc)
+                            members.append((name, info.offset_data, info.size, crc))
+                    tail = os.pread(self.fd, BLOCK, tar.offset)
+            return members, len(tail) == 0 or not tail.strip(b"\0")
+        except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError):
+            return members, False
+
+    def _salvage(self):
+        """Every member whose header is valid and which carries a checksum, wherever in the file it lies."""
+        members, step = [], 4 * 2**20
+        for start in range(0, self.bytes, step):
+            data = os.pread(self.fd, step, start)
+            blocks = np.frombuffer(data[: len(data) // BLOCK * BLOCK], np.uint8).reshape(-1, BLOCK)
+            magic = np.flatnonzero((blocks[:, 257:262] == np.frombuffer(b"ustar", np.uint8)).all(axis=1))
+            for number in magic[checksums_hold(blocks[magic].tobytes())].tolist():
+                header = blocks[number].tobytes()
+                crc = parse_crc(header)
+                try:
+                    size = int(header[124:136].strip(b" \0") or b"0", 8)
+                except ValueError:
+                    continue
+                if crc >= 0 and header[156:157] in b"0\0":
+                    members.append((name_in_header(header), start + (number + 1) * BLOCK, size, crc))
+        return members
+
+    def _build(self, members, endings, merge):
+        """Group members by key (neighbours, as webdataset does; anywhere with `merge`) into columns."""
+        rows, current, places = {ending: [] for ending in endings}, None, {}
+        for name, offset, size, crc in members:
+            key, ending = split_name(name)
+            if key is None or name.startswith(b"__"):  # webdataset's metadata
+                continue
+            ending = ending.lower()
+            if merge and key in places:
+                current = key
+            elif key != current:
+                places[key], current = len(self.keys), key
+                self.keys.append(key)
+            if ending in rows:
+                rows[ending].append((places[key], offset, size, crc, name_crc(name)))
+        for ending, found in rows.items():
+            column = self.columns[ending.decode()] = MemberTable(len(self.keys))
+            found.reverse()  # of two members with one name the first shall count
+            place, *values = np.array(found, np.int64).reshape(-1, 5).T
+            column.offset[place], column.size[place], column.crc[place], column.seed[place] = values
+        starts = [np.where(column.offset < 0, self.bytes, column.offset) for column in self.columns.values()]
+        self.starts = np.min(starts, axis=0)
+        self.stops = np.max([column.offset + column.size for column in self.columns.values()], axis=0)
+
+    def _unchecked(self):
+        """Whether some member carries no checksum."""
+        return any((column.crc[column.offset >= 0] < 0).any() for column in self.columns.values())
+
+    def _compare_sha256(self):
+        """Labels have no other protection: a shard of another writer is used whole or not at all."""
+        digest, position = hashlib.sha256(), 0
+        while data := os.pread(self.fd, 2**20, position):
+            digest.update(data)
+            position += len(data)
+        if digest.hexdigest() != self.shard.sha256:
+            raise BadShard("its SHA-256 is not the manifest's, and its samples carry no checksums")
+
+    # -- reads
+
+    def has(self, i, ending):
+        """Whether sample i has a member with this ending."""
+        return self.columns[ending].offset[i] >= 0
+
+    def _find(self, i, ending):
+        column = self.columns[ending]
+        offset = int(column.offset[i])
+        if offset < 0:
+            raise BadSample(f"no .{ending}")
+        return offset, int(column.size[i]), int(column.crc[i]), int(column.seed[i])
+
+    def read_ahead(self, i):
+        """Have the system fetch sample i from the disk while others are being read."""
+        if i < len(self.keys) and hasattr(os, "posix_fadvise"):  # macOS has none
+            start = int(self.starts[i])
+            length = max(int(self.stops[i]) - start, 1)
+            os.posix_fadvise(self.fd, start, length, os.POSIX_FADV_WILLNEED)
+
+    def _check(self, crc, seed, ending, *parts):
+        if not self.verify or crc == -1:
+            return
+        for part in parts:
+            seed = zlib.crc32(part, seed)
+        if seed != crc:
+            raise BadSample(f"the checksum of .{ending} does not hold: damaged bytes")
+
+    def read(self, i, ending, limit=MAX_IMAGE_BYTES):
+        """The bytes of a member, at most `limit` of them."""
+        offset, size, crc, seed = self._find(i, ending)
+        if size > limit:
+            raise BadSample(f".{ending} has {size:,} bytes")
+        data = os.pread(self.fd, size, offset)
+        if len(data) != size:
+            raise BadSample(f".{ending} is cut off: the shard ends inside it")
+        self._check(crc, seed, ending, data)
+        return data
+
+    def read_array(self, i, ending, out, proven=False):
+        """Copy the data of a .npy member into `out`, a C-contiguous array of the expected shape and dtype.
+
+        With `proven` the checksum is taken to hold.
+        """
+        offset, size, crc, seed = self._find(i, ending)
+        header = bytearray(size - out.nbytes) if 10 < size - out.nbytes <= MAX_NPY_HEADER else None
+        if header is None:
+            self._explain(i, ending, out)
+        view = memoryview(out).cast("B")
+        if os.preadv(self.fd, (header, view), offset) != size:
+            raise BadSample(f".{ending} is cut off: the shard ends inside it")
+        if not proven:
+            self._check(crc, seed, ending, header, view)
+        try:
+            expected = array_of_header(bytes(header)) == (out.dtype.str, out.shape)
+        except BadSample:
+            expected = False
+        if not expected:
+            self._explain(i, ending, out)
+
+    def _explain(self, i, ending, out):
+        """Raise BadSample with what an array is, as against what the manifest says."""
+        offset, size, _, _ = self._find(i, ending)
+        head = os.pread(self.fd, min(size, MAX_NPY_HEADER), offset)
+        length = 10 + int.from_bytes(head[8:10], "little")
+        dtype, shape = array_of_header(head[:length])
+        raise BadSample(f".{ending} is {shape} of {np.dtype(dtype)}, the manifest says {out.shape} of {out.dtype}")
+
+
+def checksums_hold(headers):
+    """Whether tar's own checksum holds, for each of the 512-byte headers laid end to end: bool array."""
+    blocks = np.frombuffer(headers, np.uint8).reshape(-1, BLOCK)
+    sums = blocks.sum(axis=1, dtype=np.int64) - blocks[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    stored = np.full(len(blocks), -1, np.int64)
+    for number, block in enumerate(blocks[:, 148:156]):
+        try:
+            stored[number] = int(block.tobytes().strip(b" \0"), 8)
+        except ValueError:
+            continue
+    return sums == stored
