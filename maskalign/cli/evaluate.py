@@ -17,8 +17,8 @@ class Evaluate(EvaluationSettings, Sampling):
 
     Prints a table and, for a run or with --out, writes evaluation.json and evaluation-table.csv. The defaults are a
     quick look that takes minutes on a CPU; published numbers are of 50,000 samples, all real images and the sampler of
-    the paper: --samples 50000 --reference 0 --preset paper. Features of the real images are kept in the user's cache folder
-    (MASKALIGN_CACHE).
+    the paper: --samples 50000 --reference 0 --preset paper. Features of the real images are kept in the user's cache
+    folder (MASKALIGN_CACHE).
     """
 
     EXAMPLES = (
