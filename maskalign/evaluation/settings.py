@@ -23,7 +23,7 @@ class EvaluationSettings:
     metrics: tuple = option(METRICS, parse=parse_metrics, metavar="NAMES")
     """Of frechet, kernel, neighbors (precision, recall, density, coverage), with commas; all, or none."""
     samples: int | None = None
-    """Pictures to draw, by default 2000; of pictures that exist the first so many, by default all."""
+    """Pictures to draw, by default 1000; of pictures that exist the first so many, by default all."""
     reference: int = 5000
     """Real images to compare with, 0 for all; the distances depend on this number, so keep it."""
     held_out_images: int = option(1000, group="losses")

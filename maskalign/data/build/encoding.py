@@ -134,8 +134,13 @@ def encode(
         if job is None:
             return Manifest.load(target)
         if rank == 0 and not dry_run:
-            os.makedirs(job.work, exist_ok=True)
-        return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+            job.begin()
+        try:
+            return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+        except BaseException:
+            if world_size == 1 and not dry_run and not job.can_go_on():  # others may write there
+                shutil.rmtree(job.work, ignore_errors=True)
+            raise
     except OSError as error:
         raise RunError(f"cannot encode {target}: {error.strerror or error} ({error.filename or target})") from error
     finally:
@@ -236,7 +241,10 @@ def _plan(data, target, recipe, class_token, only_look, say):
     job = Staging(manifest, target, recipe, fingerprint)
     job.renew = renew
     for folder in job.strangers():
-        say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
+        if job.can_go_on(folder):
+            say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
+        elif not only_look:  # stopped before its first shard, or of shards that have been replaced
+            shutil.rmtree(folder, ignore_errors=True)
     return job
 
 

@@ -10,7 +10,7 @@ from maskalign.data.format.manifest import Manifest, class_member, is_url, teach
 from maskalign.data.format.npy import load_npy
 from maskalign.data.format.tar_shards import read_shard
 from maskalign.errors import RunError, UsageError
-from maskalign.runtime.fonts import load_font
+from maskalign.runtime.fonts import drawable_names, load_font
 from maskalign.runtime.outputs import check_file
 
 GAP, TEXT = 4, 13
@@ -160,8 +160,9 @@ def principal_colors(rows):
 
 def _draw(manifest, classes, samples, strips, columns, tile):
     """The sheet; `strips` are (name, pictures by class, height of a picture), one below the other in a class's row."""
-    font = load_font(TEXT)
-    names = [manifest.class_names[label] for label in classes]
+    every = drawable_names(manifest.class_names, classes)
+    names = [every[label] for label in classes]
+    font = load_font(TEXT, names)
     margin = 2 * GAP + round(max([font.getlength(_short(name)) for name in names] + [font.getlength("Label")]))
     heights = [height + GAP for _, _, height in strips]
     step = sum(heights) + GAP

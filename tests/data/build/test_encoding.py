@@ -467,6 +467,37 @@ def flip_bit(path, position):
         file.write(bytes([byte ^ 4]))
 
 
+def stop(data, monkeypatch, shards, **settings):
+    """Encode until Ctrl-C comes after a number of shards."""
+    import maskalign.data.build.encoding as module
+
+    original, left = module._encode_shard, iter(range(shards))
+
+    def encode_shard(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_encode_shard", encode_shard)
+        quiet(data, **settings)
+
+
+def test_what_a_stopped_encoding_leaves(data, monkeypatch, capsys):
+    before = sorted(os.listdir(data))
+    stop(data, monkeypatch, 0, normalize="mean")
+    assert sorted(os.listdir(data)) == before  # nothing was whole, so there is nothing to go on from
+    (data / ".encode-0123456789ab").mkdir()  # of a process that was killed
+    (data / ".encode-0123456789ab" / "statistics.json").write_text("{}")
+    stop(data, monkeypatch, 1, dtype="float16")
+    (left,) = [name for name in os.listdir(data) if name.startswith(".encode-")]
+    assert left != ".encode-0123456789ab"
+    quiet(data, quiet=False)
+    assert f"{left} is left of an encoding with other settings" in capsys.readouterr().out
+    quiet(data, dtype="float16")  # the shards are others by now: what was begun with the old ones is of no use
+    assert sorted(os.listdir(data)) == before and Manifest.load(data).teachers[VIT]["dtype"] == "float16"
+
+
 def test_damaged_shards_stop_it_and_are_named(tmp_path):
     def damaged(name):
         make_data_set(tmp_path / name)
