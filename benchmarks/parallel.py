@@ -29,7 +29,7 @@ COLUMNS += ["rounds", "about"]
 
 
 class Case:
-    """One plan's model, optimiser and step, on a batch that stays."""
+    """One plan's model, optimizer and step, on a batch that stays."""
 
     def __init__(self, name, options):
         import torch

@@ -1,4 +1,4 @@
-"""What is analysed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
+"""What is analyzed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def find_checkpoints(paths, most=8):
         list of Entry: series in the order given, each in the order of its steps (files: as given).
 
     Raises:
-        UsageError: nothing there that could be analysed, or one thing twice.
+        UsageError: nothing there that could be analyzed, or one thing twice.
     """
     series = {}
     for path in map(Path, paths):
@@ -122,7 +122,7 @@ def load_subject(entry, ema=True):
             config.method.keep_ratio = 1.0
     if not model.projectors:
         raise UsageError(
-            f"{entry.path}: has no projectors, so there is no alignment to analyse; it is a SiT, or was trained with "
+            f"{entry.path}: has no projectors, so there is no alignment to analyze; it is a SiT, or was trained with "
             "method.align_weight 0"
         )
     return Subject(model, config, entry.run, loaded.about["step"], tuple(loaded.about["teachers"]))

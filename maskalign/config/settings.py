@@ -151,13 +151,13 @@ class TrainingConfig:
     """The loop."""
 
     max_steps: int = 400_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     max_seconds: Optional[float] = None
     """Stop, with every schedule complete, after this much training time if max_steps is not reached before."""
     batch_size: int = 256
-    """Images per optimiser step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     accumulation: int = 1
-    """Micro-batches per optimiser step; it divides the batch of a rank."""
+    """Micro-batches per optimizer step; it divides the batch of a rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the processor has it, else fp32; master weights stay float32."""
     compile: bool = False
