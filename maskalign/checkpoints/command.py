@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from maskalign.checkpoints.conversion import from_repa, pick_weights, to_reg, to_repa
+from maskalign.checkpoints.conversion import pick_weights, to_reg, to_repa
 from maskalign.checkpoints.loading import load
 from maskalign.checkpoints.weight_files import (
-    describe,
-    read_file,
+    load_sets,
     reg_checkpoint,
     repa_checkpoint,
     write_repa,
@@ -19,7 +18,7 @@ LAYOUTS = ("repa", "reg", "safetensors")
 ENDINGS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 
 
-def convert(src, dst, to=None, weights="ema"):
+def convert(src, dst, to=None, weights="ema", heads=None):
     """Convert a checkpoint.
 
     Args:
@@ -28,6 +27,7 @@ def convert(src, dst, to=None, weights="ema"):
         to: `repa`, `reg` or `safetensors`. None: by the ending of dst, and for .pt REG's layout where the model has a
             class token, else REPA's.
         weights: `ema` or `model`, the set that safetensors holds; the layouts of REPA and REG hold both.
+        heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
 
     Returns:
         A line that says what was written.
@@ -43,7 +43,7 @@ def convert(src, dst, to=None, weights="ema"):
         raise UsageError(f"{dst} is a folder; name the file to write")
     if src.exists() and dst.exists() and src.samefile(dst):
         raise UsageError(f"{dst} is the file to read; write another one")
-    models, about, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,))
+    models, about, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,), heads)
     chosen = models[weights]
     if to == "pt":
         to = "repa" if chosen.class_dim is None else "reg"
@@ -54,21 +54,17 @@ def convert(src, dst, to=None, weights="ema"):
         step, opt = about["step"] or 0, _optimizer(raw, models, names)
         write_repa(dst, whole(models["model"], models["ema"], step, about["path"], opt))
     million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
-    sizes = f"depth {chosen.depth}, width {chosen.width}, patch {chosen.patch_size}, {million:.1f} M parameters"
+    sizes = f"depth {chosen.depth}, width {chosen.width}, {chosen.heads} heads, patch {chosen.patch_size}"
+    sizes += f", {million:.1f} M parameters, {about['path']} path"
     return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}")
 
 
-def _read(src, wanted):
+def _read(src, wanted, heads):
     """({kind: model} for the wanted of `model` and `ema`, what is known, the file's dict or None for a run)."""
     if src.is_dir():
-        loaded = {kind: load(src, ema=kind == "ema") for kind in wanted}
+        loaded = {kind: load(src, ema=kind == "ema", heads=heads) for kind in wanted}
         return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].about, None
-    checkpoint = read_file(src)
-    try:
-        models = {kind: from_repa(checkpoint, weights=kind) for kind in wanted}
-    except UsageError as error:
-        raise UsageError(f"{src}: {error}") from None
-    return models, describe(checkpoint), checkpoint
+    return load_sets(src, wanted, heads=heads)
 
 
 def _optimizer(checkpoint, models, names):

@@ -5,6 +5,8 @@ and a row of zeros for it in front of its position embedding. Sizes are read off
 a checkpoint runs it the other way.
 """
 
+import functools
+import logging
 import math
 import re
 from collections import OrderedDict
@@ -12,9 +14,12 @@ from typing import Any, Dict, Mapping, Optional
 
 import torch
 
+from maskalign.checkpoints.origins import read_origin
 from maskalign.config.presets import SIZES
-from maskalign.errors import UsageError
+from maskalign.errors import UsageError, one_line
 from maskalign.models.sit import SiT
+
+log = logging.getLogger(__name__)
 
 # Modules that neither REPA's nor REG's SiT has.
 OWN_MODULES = ("mixer.", "fuse.")
@@ -28,13 +33,18 @@ CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
 # What compilation, DDP, FSDP and recomputation put into parameter names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 METADATA_KEY = "maskalign"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NOTED = ("heads", "align_depth", "route", "restore", "attention")  # settings that shapes do not tell
+
+
+class HeadsUnknown(UsageError):
+    """Weights of sizes that no preset has, without a word on the number of their attention heads."""
 
 
 def from_repa(
     state_dict: Mapping[str, Any],
     *,
-    num_heads: Optional[int] = None,
+    heads: Optional[int] = None,
     align_depth: Optional[int] = None,
     mixer: Optional[str] = None,
     mixer_layers: Optional[int] = None,
@@ -45,52 +55,74 @@ def from_repa(
 ) -> SiT:
     """A model with the weights of a REPA, REG or SiT checkpoint or of an export of ours, sizes read off the shapes.
 
-    What shapes do not tell comes from, in this order: the arguments, the checkpoint's `args` (encoder_depth), what
-    `to_repa` or `to_reg` noted, the preset of that width; outside the presets heads are 64 wide, and the tap is after a
-    third of the blocks.
+    What shapes do not tell comes from, in this order: the arguments, what `to_repa` or `to_reg` noted, the checkpoint's
+    `args` (model, encoder_depth), the preset of these sizes. `args` also tells a SiT's path and the direction of its
+    time, and which checkpoints cannot be read at all: a DiT's, and those that predict noise or a score.
 
     Args:
         state_dict: a state dict, or the whole dict of a checkpoint (`model`, `ema`, `args`...). Prefixes that
             torch.compile, DDP and FSDP put into names are dropped.
-        num_heads: attention heads.
-        align_depth: the block that is aligned, counted from 1.
+        heads: attention heads; needed for sizes that no preset has where nothing else tells them. `num_heads` is
+            another name of it.
+        align_depth: the block that is aligned, counted from 1; by default after a third of the blocks.
         mixer: kind of a mixer to add where the weights have none; a fresh one is the identity.
         mixer_layers: layers of the mixer `attention`, by default 2 fresh ones, or as many as the weights have; further
             ones are fresh.
         class_dim: width of a class token to add where the weights have none. Its parts are fresh, and unlike a mixer's
             they change what the model predicts: one more token is attended to.
         weights: `ema` or `model`, which weights of a whole checkpoint to take.
-        layout: `repa` (also REG's); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` takes a
-            checkpoint that predicts twice its input channels (learn_sigma) for one of SiT's.
+        layout: `repa` (also REG's); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` asks `args`, and
+            without them takes a checkpoint that predicts twice its input channels (learn_sigma) for one of SiT's.
         settings: other arguments of `SiT`, e.g. route, restore, attention, and teacher_dims for weights that have no
             projectors.
 
     Returns:
-        SiT in the weights' dtype, in training mode as torch makes it.
+        SiT in the weights' dtype (the widest of them), in training mode as torch makes it. A warning is logged where
+        nothing says how the weights were trained.
 
     Raises:
-        UsageError: not the weights of a SiT, or settings that do not fit them.
+        HeadsUnknown: `heads` is needed.
+        UsageError: not the weights of a SiT that predicts velocities, or settings that do not fit them.
     """
     if layout not in ("auto", "repa", "sit"):
         raise ValueError(f"layout must be auto, repa or sit, got {layout!r}")
-    args = state_dict.get("args") if isinstance(state_dict, dict) else None
-    state_dict = pick_weights(state_dict, weights)
-    noted = (getattr(state_dict, "_metadata", None) or {}).get(METADATA_KEY, {})
-    noted = {name: noted[name] for name in NOTED if name in noted}  # a file from elsewhere may hold anything
+    model, doubt = read_model(
+        state_dict, heads=settings.pop("num_heads", heads), align_depth=align_depth, mixer=mixer,
+        mixer_layers=mixer_layers, class_dim=class_dim, weights=weights, layout=layout, **settings,
+    )  # fmt: skip
+    if doubt:
+        log.warning("%s", doubt)
+    return model
+
+
+def read_model(
+    checkpoint, *, heads=None, align_depth=None, mixer=None, mixer_layers=None, class_dim=None, weights="ema",
+    layout="auto", **settings,
+):  # fmt: skip
+    """`from_repa` without its warning: (model, the warning or None)."""
+    origin = read_origin(checkpoint)
+    state_dict = pick_weights(checkpoint, weights)
+    noted = (getattr(state_dict, "_metadata", None) or {}).get(METADATA_KEY)
+    noted = noted if isinstance(noted, dict) else {}
     state_dict, encoder_depth = _own_names(state_dict)
+    _check_tensors(state_dict)
     sizes = read_sizes(state_dict)
+    _check_origin(origin, sizes, heads)
     predicted = state_dict["final_layer.linear.weight"].shape[0] // sizes["patch_size"] ** 2
-    if layout == "sit" or (layout == "auto" and predicted == 2 * sizes["in_channels"]):
+    variance = predicted == 2 * sizes["in_channels"]
+    layout = origin.layout or ("sit" if variance else "repa") if layout == "auto" else layout
+    if layout == "sit":
         state_dict = _turn_time(state_dict, sizes)
 
-    sizes.update(noted)
-    encoder_depth = encoder_depth or getattr(args, "encoder_depth", None)
-    if encoder_depth:
-        sizes["align_depth"] = encoder_depth
-    if num_heads is not None:
-        sizes["heads"] = num_heads
-    if align_depth is not None:
-        sizes["align_depth"] = align_depth
+    told = {"heads": sizes["heads"] or origin.heads, "align_depth": encoder_depth or origin.align_depth}
+    told |= {name: noted[name] for name in NOTED if name in noted}  # a file from elsewhere may hold anything
+    told |= {name: value for name, value in (("heads", heads), ("align_depth", align_depth)) if value is not None}
+    sizes.update({name: value for name, value in told.items() if value is not None})
+    if sizes["heads"] is None:
+        _guess_heads(sizes)
+    for name in ("heads", "align_depth"):
+        if not isinstance(sizes[name], int) or isinstance(sizes[name], bool) or sizes[name] < 1:
+            raise UsageError(f"{name} is {sizes[name]!r}, which is no number of at least 1")
     fresh = _fresh_mixer(sizes, mixer, mixer_layers) + _fresh_class_token(sizes, class_dim)
     if settings.get("restore") == "fuse" and "fuse.linear.weight" not in state_dict:
         fresh.append("fuse.")
@@ -98,10 +130,37 @@ def from_repa(
         fresh.append("projectors.")  # where `settings` names teachers
     try:
         model = SiT(**{**sizes, **settings})
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UsageError(f"the weights do not make a SiT: {error}") from None
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"the weights do not make a SiT: {one_line(error)}") from None
     _load(model, state_dict, fresh)
-    return model
+    return model, None if noted else origin.doubt(variance)
+
+
+def _check_origin(origin, sizes, heads):
+    """Refuse weights that are not those that the checkpoint's `args` describe."""
+    differ = [f"{name} {value}" for name, value in origin.sizes.items() if sizes[name] != value]
+    if differ and heads is None:
+        raise UsageError(
+            f"the checkpoint's args name a preset with {', '.join(differ)}, but the weights have "
+            + ", ".join(f"{name} {sizes[name]}" for name in origin.sizes)
+            + "; if they are right, give their number of heads (--heads N, from_repa(..., heads=N))"
+        )
+    if origin.num_classes is not None and origin.num_classes != sizes["num_classes"]:
+        raise UsageError(
+            f"the checkpoint's args say {origin.num_classes} classes, but the label table has "
+            f"{sizes['num_classes'] + 1} rows, one for each class and one for no class"
+        )
+
+
+def _guess_heads(sizes):
+    """Enter the number of heads of the preset of these sizes."""
+    preset = [size for size in SIZES.values() if (size["depth"], size["width"]) == (sizes["depth"], sizes["width"])]
+    if not preset:
+        raise HeadsUnknown(
+            f"the weights have {sizes['depth']} blocks of width {sizes['width']}, which no preset has, and nothing "
+            "says their number of attention heads; give it: maskalign convert IN OUT --heads N, or heads=N in Python"
+        )
+    sizes["heads"] = preset[0]["heads"]
 
 
 def from_reg(state_dict: Mapping[str, Any], **settings: Any) -> SiT:
@@ -226,6 +285,10 @@ def pick_weights(checkpoint, weights="ema"):
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UsageError(f"no weights: expected a dict of tensors, got {type(checkpoint).__name__}")
     nested = [name for name in ("ema", "model", "state_dict") if isinstance(checkpoint.get(name), dict)]
+    other = [name for name in ("ema", "model") if checkpoint.get(name) is not None and name not in nested]
+    if other:
+        kind = type(checkpoint[other[0]]).__name__
+        raise UsageError(f"the checkpoint's {other[0]!r} is a {kind}, not a dict of weights")
     if not nested:
         return checkpoint
     chosen = weights if weights in nested else nested[0] if len(nested) == 1 else None
@@ -235,7 +298,7 @@ def pick_weights(checkpoint, weights="ema"):
 
 
 def read_sizes(state_dict):
-    """The arguments of `SiT` that a state dict's names and shapes tell, and the presets' guess at the others.
+    """The arguments of `SiT` that a state dict's names and shapes tell, `heads` None where they do not.
 
     Raises:
         UsageError: not the weights of a SiT.
@@ -246,7 +309,9 @@ def read_sizes(state_dict):
     side = math.isqrt(positions.shape[1])
     if side**2 != positions.shape[1] or patch.shape[2] != patch.shape[3]:
         raise UsageError(f"the weights are for {positions.shape[1]} tokens, which is not a square grid")
-    depth = _count(state_dict, r"blocks\.(\d+)\.")
+    if not (width and channels and patch_size and positions.shape[1]):
+        raise UsageError("the weights' patch or position embedding is empty: not a SiT, REPA or REG checkpoint")
+    depth = _count(state_dict, "blocks.")
     if depth == 0:
         raise UsageError("the weights have no blocks: not a SiT, REPA or REG checkpoint")
     hidden = _tensor(state_dict, "blocks.0.mlp.fc1.weight", 2).shape[0]
@@ -258,7 +323,7 @@ def read_sizes(state_dict):
         num_classes=_tensor(state_dict, "y_embedder.embedding_table.weight", 2).shape[0] - 1,
         depth=depth,
         width=width,
-        heads=preset["heads"] if preset else max(1, width // 64),
+        heads=_heads_of_norm(state_dict, width),
         # The model cuts width * mlp_ratio to a whole number, which must not fall one below.
         mlp_ratio=hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
         qk_norm="blocks.0.attn.q_norm.weight" in state_dict,
@@ -269,8 +334,14 @@ def read_sizes(state_dict):
     return {**sizes, **_projector_sizes(state_dict), **_mixer_sizes(state_dict), **_class_sizes(state_dict)}
 
 
+def _heads_of_norm(state_dict, width):
+    """Number of heads by the width of a head, which qk_norm's weights have; None without them."""
+    norm = state_dict.get("blocks.0.attn.q_norm.weight")
+    return width // norm.shape[0] if norm is not None and norm.dim() == 1 and norm.shape[0] else None
+
+
 def _projector_sizes(state_dict):
-    teachers = range(_count(state_dict, r"projectors\.(\d+)\."))
+    teachers = range(_count(state_dict, "projectors."))
     if "projectors.0.conv.weight" in state_dict:
         dims = [_tensor(state_dict, f"projectors.{k}.conv.weight", 4).shape[0] for k in teachers]
         return {"projector": "conv", "teacher_dims": tuple(dims)}
@@ -284,7 +355,7 @@ def _mixer_sizes(state_dict):
         return {"mixer": "token_mlp", "mixer_hidden": _tensor(state_dict, "mixer.fc1.weight", 2).shape[0]}
     if "mixer.conv.weight" in state_dict:
         return {"mixer": "depthwise_conv"}
-    layers = _count(state_dict, r"mixer\.layers\.(\d+)\.")
+    layers = _count(state_dict, "mixer.layers.")
     return {"mixer": "attention", "mixer_layers": layers} if layers else {"mixer": "none"}
 
 
@@ -328,15 +399,21 @@ def _own_names(state_dict):
     REPA's first checkpoints call the blocks after the tap `decoder_blocks`; ours once had a single mixing layer, called
     `mixer.block`.
     """
-    own = {WRAPPERS.sub("", name) if isinstance(name, str) else name: value for name, value in state_dict.items()}
-    own = {own_name(name) if isinstance(name, str) else name: value for name, value in own.items()}
+    own = {}
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise UsageError(f"the weights have an entry {name!r}, which is no name: not a SiT, REPA or REG checkpoint")
+        new = own_name(WRAPPERS.sub("", name))
+        if new in own:
+            raise UsageError(f"the weights have {new} twice, under different prefixes: the file is two models in one")
+        own[new] = value
     if "class_embedder.proj.weight" in own:
         own["pos_embed"] = _without_class_row(own)
     encoder_depth = None
-    if any(isinstance(name, str) and name.startswith("decoder_blocks.") for name in own):
-        encoder_depth = depth = _count(own, r"blocks\.(\d+)\.")
+    if any(name.startswith("decoder_blocks.") for name in own):
+        encoder_depth = depth = _count(own, "blocks.")
         own = {
-            re.sub(r"^decoder_blocks\.(\d+)\.", lambda match: f"blocks.{int(match.group(1)) + depth}.", name): value
+            re.sub(r"^decoder_blocks\.(\d{1,4})\.", lambda match: f"blocks.{int(match.group(1)) + depth}.", name): value
             for name, value in own.items()
         }
     return own, encoder_depth
@@ -371,6 +448,7 @@ def _turn_time(state_dict, sizes):
     """
     out = dict(state_dict)
     p, channels = sizes["patch_size"], sizes["in_channels"]
+    _check_official(state_dict, p * p * channels)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = state_dict[name].unflatten(0, (p, p, -1))
         # The channels after the first C are the variance that learn_sigma predicts; sampling never uses them.
@@ -387,6 +465,38 @@ def _turn_time(state_dict, sizes):
     return out
 
 
+def _check_official(state_dict, numbers):
+    """Refuse shapes that the turning of time cannot work on; `numbers` of a patch are predicted, or twice as many."""
+    weight, bias = (
+        _tensor(state_dict, "final_layer.linear.weight", 2),
+        _tensor(state_dict, "final_layer.linear.bias", 1),
+    )
+    if weight.shape[0] not in (numbers, 2 * numbers) or bias.shape[0] != weight.shape[0]:
+        raise UsageError(
+            f"the weights' final_layer.linear predicts {weight.shape[0]} numbers for a patch (bias {bias.shape[0]}); a "
+            f"SiT of these sizes predicts {numbers} or {2 * numbers}"
+        )
+    time = _tensor(state_dict, "t_embedder.mlp.0.weight", 2)
+    if time.shape[1] % 2 or not time.shape[1]:
+        raise UsageError(f"the weights' t_embedder.mlp.0.weight is {tuple(time.shape)}; cosines and sines go in pairs")
+
+
+def _check_tensors(state_dict):
+    """Refuse what is no weight: anything but dense floating tensors of finite numbers."""
+    for name, value in state_dict.items():
+        if not isinstance(value, torch.Tensor):
+            raise UsageError(f"the weights' {name} is a {type(value).__name__}, not a tensor")
+        if value.dtype not in DTYPES or value.layout != torch.strided:
+            kind = value.dtype if value.layout == torch.strided else value.layout
+            raise UsageError(f"the weights' {name} is {kind}; weights are {', '.join(map(str, DTYPES))}")
+        if not value.numel():
+            raise UsageError(f"the weights' {name} is empty: {tuple(value.shape)}")
+        if not value.is_meta and not value.isfinite().all():
+            raise UsageError(
+                f"the weights' {name} has numbers that are not finite: the training diverged, or the file is damaged"
+            )
+
+
 def _load(model, state_dict, fresh):
     expected = model.state_dict()
     missing = [name for name in expected if name not in state_dict and not name.startswith(tuple(fresh))]
@@ -400,7 +510,7 @@ def _load(model, state_dict, fresh):
             raise UsageError(
                 f"the weights' {name} is {tuple(value.shape)}; a SiT of these sizes has {tuple(expected[name].shape)}"
             )
-    model.to(state_dict["x_embedder.proj.weight"].dtype)
+    model.to(functools.reduce(torch.promote_types, (value.dtype for value in state_dict.values())))
     model.load_state_dict(state_dict, strict=False)
 
 
@@ -411,7 +521,11 @@ def _tensor(state_dict, name, rank):
     return value
 
 
-def _count(state_dict, pattern):
-    """One more than the largest number that `pattern` finds at the start of a name."""
-    found = [re.match(pattern, name) for name in state_dict if isinstance(name, str)]
-    return max((int(match.group(1)) + 1 for match in found if match), default=0)
+def _count(state_dict, prefix):
+    """Number of modules whose names are `prefix` and a number; they count from 0 without a hole."""
+    pattern = re.compile(rf"{re.escape(prefix)}(0|[1-9]\d{{0,3}})\.")
+    found = {int(match.group(1)) for name in state_dict if isinstance(name, str) and (match := pattern.match(name))}
+    if found != set(range(len(found))):
+        hole = next(number for number in range(len(found)) if number not in found)
+        raise UsageError(f"the weights have {prefix}{max(found)}, but no {prefix}{hole}: parts of the file are missing")
+    return len(found)

@@ -48,25 +48,27 @@ class Loaded:
         return name if step is None else f"{name}, step {step}"
 
 
-def load(path: Union[str, Path], ema: bool = True) -> Loaded:
+def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) -> Loaded:
     """A trained model, and what is known about it.
 
     Args:
         path: a run folder (its newest complete checkpoint), a checkpoint folder, saved under any plan and number of
             ranks, or a file of weights (.pt of REPA, REG or SiT, .safetensors).
         ema: take the moving average of the weights instead of the weights. A file with one set of weights gives that.
+        heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
 
     Returns:
         Loaded.
 
     Raises:
+        HeadsUnknown: `heads` is needed.
         UsageError: there is nothing that can be loaded, or it does not fit its settings.
     """
     path = Path(path)
     if not path.is_dir():
         if not path.exists():
             raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
-        model, about = load_file(path, ema)
+        model, about = load_file(path, ema, heads=heads)
         unknown = {"class_names": None, "latent": None, "vae": None, "teachers": []}
         return Loaded(model, "file", path, None, None, {"name": path.stem, "ema": ema} | unknown | about)
     checkpoint = find(path)
@@ -74,6 +76,8 @@ def load(path: Union[str, Path], ema: bool = True) -> Loaded:
     state = read_state(checkpoint)
     facts = state["facts"]
     model = build_model(config, facts)
+    if heads not in (None, model.heads):
+        raise UsageError(f"{path}: this run has {model.heads} attention heads; leave out the heads ({heads})")
     kind = "ema" if ema else "model"
     load_tensors(checkpoint, {f"{kind}/{name}": p.detach() for name, p in model.named_parameters()})
     run = path if checkpoint != path else path.resolve().parent.parent
@@ -99,11 +103,13 @@ def read_config(checkpoint):
     return config
 
 
-def load_model(path: Union[str, Path], ema: bool = True, device: Union[str, torch.device] = "cpu") -> SiT:
+def load_model(
+    path: Union[str, Path], ema: bool = True, device: Union[str, torch.device] = "cpu", heads: Optional[int] = None
+) -> SiT:
     """The model of a run, a checkpoint or a file of weights, ready to sample.
 
     Args:
-        path, ema: as for `load`.
+        path, ema, heads: as for `load`.
         device: where to put it.
 
     Returns:
@@ -112,7 +118,7 @@ def load_model(path: Union[str, Path], ema: bool = True, device: Union[str, torc
     Raises:
         UsageError: there is nothing that can be loaded, or it does not fit its settings.
     """
-    return load(path, ema).model.to(device)
+    return load(path, ema, heads).model.to(device)
 
 
 def load_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import logging
+import math
 import os
 import pickle
 import struct
@@ -11,12 +13,15 @@ from pathlib import Path
 
 import torch
 
-from maskalign.checkpoints.conversion import METADATA_KEY, from_repa, to_reg, to_repa
+from maskalign.checkpoints.conversion import METADATA_KEY, read_model, to_reg, to_repa
+from maskalign.checkpoints.origins import read_origin
 from maskalign.config.presets import SIZES
 from maskalign.errors import RunError, UsageError, one_line
+from maskalign.runtime.files import replacing
+
+log = logging.getLogger(__name__)
 
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-PATHS = ("linear", "cosine")
 ENDINGS = (*PICKLE_ENDINGS, ".safetensors")
 
 
@@ -51,7 +56,7 @@ def _read_pickle(path):
                 f"({_offender(text)}); ask for a file of weights alone"
             ) from None
         raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except Exception:  # a damaged file fails in any of torch's, pickle's and zipfile's ways
         raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
@@ -80,8 +85,9 @@ def _read_safetensors(path):
     if not isinstance(noted, dict):
         noted = {}
     model_notes = noted.pop("model", None)
-    checkpoint = {"ema": NotedDict(state_dict), "steps": noted.get("steps"), "path": noted.get("path", "linear")}
-    checkpoint["facts"] = noted.get("facts")
+    checkpoint = {"ema": NotedDict(state_dict), "steps": noted.get("steps"), "facts": noted.get("facts")}
+    if METADATA_KEY in notes:
+        checkpoint["path"] = noted.get("path", "linear")
     if isinstance(model_notes, dict):
         checkpoint["ema"]._metadata = {METADATA_KEY: model_notes}
     return checkpoint
@@ -91,18 +97,29 @@ class NotedDict(dict):
     """A dict that can carry `_metadata`, as torch's state dicts do."""
 
 
-def describe(checkpoint):
+def describe(checkpoint, model):
     """What is known of the model in what `read_file` gave.
+
+    Args:
+        checkpoint: the dict that `read_file` returned.
+        model: the `SiT` in it.
 
     Returns:
         dict with step (None where unknown), path (of the interpolant) and, where our own export tells them,
         class_names, latent, vae and teachers.
+
+    Raises:
+        UsageError: the file's notes do not fit its weights.
     """
-    args = checkpoint.get("args")
-    steps = checkpoint.get("steps")
-    path = checkpoint.get("path") or getattr(args, "path_type", None) or "linear"
-    path = path if path in PATHS else "linear"
-    return {"step": steps if isinstance(steps, int) else None, "path": path, **_known_facts(checkpoint.get("facts"))}
+    steps, facts = checkpoint.get("steps"), checkpoint.get("facts")
+    known = _known_facts(facts)
+    if isinstance(facts, dict) and facts.get("latent") is not None and "latent" not in known:
+        raise UsageError(f"the file's notes on its latents are {facts['latent']!r}, without a scale and a bias")
+    names = known.get("class_names")
+    if names is not None and len(names) != model.num_classes:
+        raise UsageError(f"the file's notes name {len(names)} classes, but its weights are for {model.num_classes}")
+    steps = steps if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0 else None
+    return {"step": steps, "path": read_origin(checkpoint).path, **known}
 
 
 def _known_facts(facts):
@@ -111,8 +128,15 @@ def _known_facts(facts):
     def texts(value):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
+    def number(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
     def latent(value):
-        return isinstance(value, dict) and all(isinstance(value.get(key), (int, float)) for key in ("scale", "bias"))
+        if not isinstance(value, dict) or not all(map(number, (value.get("scale"), value.get("bias")))):
+            return False
+        statistics = [value[key] for key in ("mean", "std") if value.get(key) is not None]
+        good = all(isinstance(values, list) and all(map(number, values)) for values in statistics)
+        return value["scale"] != 0 and good and len(statistics) != 1
 
     kinds = {"class_names": texts, "teachers": texts, "latent": latent, "vae": lambda value: isinstance(value, str)}
     facts = facts if isinstance(facts, dict) else {}
@@ -130,14 +154,35 @@ def load_file(path, ema=True, **settings):
         (SiT in eval mode, dict as from `describe`).
 
     Raises:
-        UsageError: not such a file.
+        HeadsUnknown: `heads` is needed. UsageError: not such a file.
+    """
+    models, about, _ = load_sets(path, ("ema" if ema else "model",), **settings)
+    (model,) = models.values()
+    return model.eval().requires_grad_(False), about
+
+
+def load_sets(path, kinds, **settings):
+    """Several sets of weights of a file.
+
+    Args:
+        path: as for `load_file`.
+        kinds: of `ema` and `model`.
+        settings: those of `from_repa`.
+
+    Returns:
+        ({kind: SiT}, dict as from `describe`, the dict as from `read_file`).
     """
     checkpoint = read_file(path)
     try:
-        model = from_repa(checkpoint, weights="ema" if ema else "model", **settings)
+        found = {kind: read_model(checkpoint, weights=kind, **settings) for kind in kinds}
+        models = {kind: model for kind, (model, _) in found.items()}
+        about = describe(checkpoint, models[kinds[0]])
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    return model.eval().requires_grad_(False), describe(checkpoint)
+        raise type(error)(f"{path}: {error}") from None
+    doubt = found[kinds[0]][1]
+    if doubt:
+        log.warning("%s: %s", path, doubt)
+    return models, about, checkpoint
 
 
 def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
@@ -207,17 +252,25 @@ def write_safetensors(path, model, steps=None, interpolant="linear", facts=None)
 
 
 def _write(path, write):
+    """Have `write` make the file, under another name first, with the permissions that a new file has."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(str(temporary))
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            Path(temporary).touch()
+            mode = os.stat(temporary).st_mode & 0o777  # safetensors makes files that only their owner reads
+            write(temporary)
+            os.chmod(temporary, mode)
     except Exception as error:
         # torch and safetensors report a full disk as errors of their own kinds.
         if isinstance(error, UsageError):
             raise
-        reason = one_line(error)
-        raise RunError(f"{path}: cannot be written ({reason}); free space, or write elsewhere") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({disk_text(error)}); free space, or write elsewhere") from None
+
+
+def disk_text(error):
+    """What went wrong with a file, in a few words and without its temporary name."""
+    cause = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return one_line((cause.strerror or cause) if cause is not None else error)

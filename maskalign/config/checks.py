@@ -4,8 +4,15 @@ Each broken rule is one `UsageError` that says what, where and how to mend it. N
 mistake is found before torch is loaded.
 """
 
-from maskalign.config.settings import as_schedule, model_sizes
-from maskalign.config.teacher_names import check_teacher_name, class_kind_of, no_class_tokens, parse_teachers
+from maskalign.config.schedules import as_schedule
+from maskalign.config.settings import model_sizes
+from maskalign.config.teacher_names import (
+    INSTALLED_TEACHER,
+    check_teacher_name,
+    class_kind_of,
+    no_class_tokens,
+    parse_teachers,
+)
 from maskalign.errors import UsageError
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -140,7 +147,7 @@ def shard_ranks(parallel, world_size, local_world_size=None):
 
 
 def validate_with_data(config, manifest, num_samples=None):
-    """Check the settings against the data set's manifest.
+    """Check the settings against the data set's manifest; fills in `teacher.names` where none are given.
 
     Args:
         config: `Config`.
@@ -169,11 +176,9 @@ def validate_with_data(config, manifest, num_samples=None):
     )
     aligned = max(as_schedule(config.method.align_weight).ends) > 0
     with_class = config.model.class_token
-    names = parse_teachers(config.teacher.names or None) if aligned or with_class else []
-    if aligned and not names:
-        raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
-    if with_class and not names:
-        raise UsageError("teacher.names: model.class_token needs a teacher; name one, or set model.class_token false")
+    names = []
+    if aligned or with_class:
+        config.teacher.names = names = parse_teachers(config.teacher.names or teachers_of(manifest, config.data.path))
     # The class token is denoised whether or not anything is aligned.
     needed = names if aligned else names[:1] if with_class else []
     sources = [(name, _is_cached(config, manifest, name)) for name in needed]
@@ -188,6 +193,18 @@ def validate_with_data(config, manifest, num_samples=None):
         "teachers": sources if aligned else [],
         "class_token": sources[0] if with_class else None,
     }
+
+
+def teachers_of(manifest, path):
+    """The teachers of a run that names none: the one whose features a data set has, else the one that is installed.
+
+    Raises:
+        UsageError: the data set has the features of several.
+    """
+    there = list(manifest.teachers)
+    if len(there) > 1:
+        raise UsageError(f"teacher.names: {path} has features of {', '.join(there)}; name one of them, or several")
+    return there or [INSTALLED_TEACHER]
 
 
 def _is_cached(config, manifest, name):

@@ -1,31 +1,41 @@
 """The tree of settings from YAML and the command line, and back to YAML."""
 
 import os
+from argparse import RawDescriptionHelpFormatter
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, List, Union
 
 from maskalign.config.checks import validate
-from maskalign.config.messages import plain_message, with_suggestion
+from maskalign.config.messages import explain
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
 from maskalign.runtime.home import expand_home
 
 
-def make_config_parser(**kwargs):
-    """A jsonargparse parser of `--config FILE.yaml` and `--section.key value`."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+def make_config_parser(more_names=(), shown=str, **kwargs):
+    """A jsonargparse parser of `--config FILE.yaml` and `--section.key value`.
+
+    Args:
+        more_names: names of options besides the settings, which a message about an unknown one may suggest.
+        shown: function from a name to what the user writes, see `messages.explain`.
+        kwargs: those of jsonargparse's ArgumentParser.
+    """
+    from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
     class ConfigParser(ArgumentParser):
         def parse_args(self, args=None, **kwargs):
-            return super().parse_args(files_first(args or []), **kwargs)
+            return super().parse_args(underscored(files_first(args or [])), **kwargs)
 
         def error(self, message, ex=None):
-            raise UsageError(with_suggestion(plain_message(message), all_keys()))
+            raise UsageError(explain(message, [*all_keys(), *more_names], shown))
 
-    parser = ConfigParser(allow_abbrev=False, **kwargs)
+    class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+        """Descriptions and examples as they are written; types and defaults after each setting."""
+
+    parser = ConfigParser(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
     parser.add_argument(
         "--config",
         action="config",
@@ -33,6 +43,18 @@ def make_config_parser(**kwargs):
     )
     parser.add_class_arguments(Config, as_group=False)
     return parser
+
+
+def underscored(argv):
+    """A command line in which `--training.max-steps` is written `--training.max_steps`, as the settings are named."""
+    known = {key.replace("_", "-"): key for key in all_keys()}
+    words = []
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if key.startswith("--") and key[2:].replace("_", "-") in known:
+            word = f"--{known[key[2:].replace('_', '-')]}{equals}{value}"
+        words.append(word)
+    return words
 
 
 def files_first(argv):
@@ -116,8 +138,16 @@ def parse_config(argv: List[str], **kwargs: Any) -> Config:
         UsageError: an unknown key, a bad value or a rule of `validate`.
     """
     parser = make_config_parser(**kwargs)
-    config = parser.instantiate(parser.parse_args(argv))
-    config = Config(**{name: getattr(config, name) for name in Config.__dataclass_fields__})
+    return config_of(parser.instantiate(parser.parse_args(argv)))
+
+
+def config_of(values):
+    """The checked `Config` among what a parser of `make_config_parser` has read.
+
+    Raises:
+        UsageError: a rule of `validate`.
+    """
+    config = Config(**{name: getattr(values, name) for name in Config.__dataclass_fields__})
     expand_home(config)  # in place; of all settings only paths begin with ~
     validate(config)
     return config

@@ -13,7 +13,7 @@ from maskalign.config.teacher_names import parse_teachers
 from maskalign.data.build.listing import tell_passed
 from maskalign.data.format.manifest import Manifest, other_classes
 from maskalign.errors import UsageError
-from maskalign.evaluation.drawn import DrawnPictures, labels_like
+from maskalign.evaluation.drawn import DrawnPictures
 from maskalign.evaluation.features import load_features
 from maskalign.evaluation.gap import MASK_RATIO, held_out_gap
 from maskalign.evaluation.heldout import HeldOut, bin_names, choose_teachers, losses_by_time, teachers_of
@@ -26,9 +26,10 @@ from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.evaluation.subject import is_model, open_pictures
 from maskalign.runtime.device import tune_host
 from maskalign.runtime.outputs import make_folder
+from maskalign.sampling.command import apply_preset, decoder_for
 from maskalign.sampling.settings import Sampling, parse_classes
 
-SAMPLES = 2000  # drawn from a model where nobody says how many
+SAMPLES = 1000  # drawn from a model where nobody says how many: minutes on two CPU cores at 32 pixels
 
 
 def evaluate(
@@ -38,6 +39,9 @@ def evaluate(
     out=None,
     settings=None,
     sampling=None,
+    preset=None,
+    given=(),
+    labels="reference",
     teacher="efficientnet-lite0",
     teacher_weights=None,
     inception=None,
@@ -55,6 +59,8 @@ def evaluate(
         data: the data set to compare with.
         out: folder for the report; by default the run's, and none where the source is no run.
         settings: `EvaluationSettings`. sampling: `Sampling`; its path is replaced by the run's.
+        preset, given: a preset, and the names of the settings that it does not replace; see `with_preset`.
+        labels: of samples: `reference` (those of the real images in turn) or `uniform` (random).
         teacher: whose features; several with commas. teacher_weights: as for `load_teacher`, one for all.
         inception: path of torch-fidelity's Inception weights, or `download`; None leaves FID and IS out.
         classes: text as `parse_classes` reads it: compare only these.
@@ -98,7 +104,8 @@ def evaluate(
         if settings.held_out_images:
             images, training = _held_out(subject, manifest, held_out or data, settings, device)
         if real:
-            pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae)
+            sampling = apply_preset(sampling, preset, given, subject.model, progress)
+            pictures = _drawn(subject, settings.samples or SAMPLES, sampling, vae, labels)
     elif real:
         kind, pictures = open_pictures(source)
         if kind == "folder" and pictures.passed:
@@ -183,16 +190,15 @@ def _networks(settings, real, count, teachers, weights, inception, device):
     return networks
 
 
-def _drawn(subject, count, sampling, vae):
+def _drawn(subject, count, sampling, vae, labels):
     """Pictures of a model; their labels come later."""
-    from maskalign.sampling.command import decoder_for
     from maskalign.sampling.drawing import check_class_guidance
     from maskalign.sampling.network import Network
 
     network = Network(subject.model, sampling.precision)
     check_class_guidance(network, sampling)
     sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
-    return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae))
+    return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae), labels)
 
 
 def _add_distances(report, pictures, real, networks, settings, progress):
@@ -208,11 +214,15 @@ def _add_distances(report, pictures, real, networks, settings, progress):
         references |= {kind.name: reference.features for kind, reference in zip(kinds, found, strict=True)}
         labels = found[0].labels
         settings.check_counts(count, len(labels), network.name, network.dim)
+    if isinstance(pictures, DrawnPictures) and progress:
+        said = f"drawing {count:,} samples ({pictures.settings.describe()}) takes {in_words(pictures.seconds())}"
+        print(f"maskalign: {said}; --samples and --steps change it", file=sys.stderr, flush=True)
     with _bar(count, "samples", progress) as bar:
         on_images = bar.update
         if isinstance(pictures, DrawnPictures):  # drawing is what takes the time
-            pictures.labels, pictures.on_images, on_images = labels_like(labels, count), bar.update, None
-            report["settings"] |= asdict(pictures.settings)
+            pictures.choose_labels(labels)
+            pictures.on_images, on_images = bar.update, None
+            report["settings"] |= asdict(pictures.settings) | {"labels": pictures.label_choice}
         features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
         for kind in _kinds(network, settings):
@@ -226,6 +236,13 @@ def _add_distances(report, pictures, real, networks, settings, progress):
         mean, deviation = inception_score(logits, min(10, count))
         report["metrics"] |= {"inception_score": mean, "inception_score_std": deviation}
     report |= {"samples": count, "reference": len(labels)}
+
+
+def in_words(seconds):
+    """A duration for people: `about 40 seconds`, `about 12 minutes`, `about 3.5 hours`."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} second{'s' if seconds >= 1.5 else ''}"
+    return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def _kinds(network, settings):

@@ -1,9 +1,13 @@
 """Pictures that a model draws for its evaluation, batch by batch, none of them kept."""
 
+import time
+from dataclasses import replace
+
 import torch
 
 from maskalign.errors import UsageError
 from maskalign.sampling.drawing import generate
+from maskalign.sampling.noise import image_labels
 from maskalign.sampling.pictures import to_uint8
 
 
@@ -15,6 +19,7 @@ class DrawnPictures:
         count: how many.
         settings: `Sampling`.
         decoder: latents -> images; None for pixels.
+        label_choice: see `choose_labels`.
 
     Attributes:
         count; size: (height, width).
@@ -22,7 +27,8 @@ class DrawnPictures:
         on_images: called with a (fractional) number of pictures as they progress; may be set.
     """
 
-    def __init__(self, network, count, settings, decoder=None):
+    def __init__(self, network, count, settings, decoder=None, label_choice="reference"):
+        self.label_choice = label_choice
         self.network, self.count, self.settings, self.decoder = network, count, settings, decoder
         self.labels = self.on_images = None
         self.size, channels = (network.input_size,) * 2, network.in_channels
@@ -32,6 +38,32 @@ class DrawnPictures:
             self.size = tuple(size)
         if channels != 3:
             raise UsageError(f"the model draws {channels} channels; only RGB pictures can be evaluated")
+
+    def choose_labels(self, reference):
+        """Set the labels: those of the real pictures in turn (`reference`), or random ones (`uniform`).
+
+        Args:
+            reference: (n,) labels of the real pictures, in their order.
+        """
+        self.labels = labels_like(reference, self.count)
+        if self.label_choice == "uniform":
+            classes = torch.as_tensor(reference).unique()
+            self.labels = classes[image_labels(self.settings.seed, range(self.count), len(classes))]
+
+    def seconds(self, images=32):
+        """An estimate of the time that drawing all of them takes, from two evaluations of the network.
+
+        Args:
+            images: of an evaluation.
+        """
+        settings, images = self.settings, min(images, self.count)
+        trial = replace(settings, sampler="ode", steps=1, batch_size=images)
+        labels, took = torch.zeros(images, dtype=torch.int64), 0.0
+        for _ in range(2):  # the first one warms up
+            begin = time.perf_counter()
+            generate(self.network, labels, trial, indices=range(images))
+            took = time.perf_counter() - begin
+        return took * settings.steps * (2 if settings.sampler == "heun" else 1) * self.count / images
 
     def batches(self, size):
         """Yield (b, 3, H, W) uint8 tensors on the CPU.

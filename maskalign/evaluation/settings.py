@@ -1,34 +1,39 @@
-"""What an evaluation measures. Light: read and checked before torch is imported."""
+"""What an evaluation measures: settings that are read and checked before torch is imported."""
 
 from dataclasses import dataclass
 
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 
-METRICS = ("frechet", "kernel", "neighbours")
-NEAREST = 5  # of density and coverage, the larger one of the two neighbourhoods (precision and recall: 3)
+METRICS = ("frechet", "kernel", "neighbors")
+NEAREST = 5  # of density and coverage, the larger one of the two neighborhoods (precision and recall: 3)
+
+
+def parse_metrics(text):
+    """`--metrics` as a tuple of names; `none` for none of them."""
+    words = [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
+    words = ["neighbors" if word == "neighbours" else word for word in words]  # its name before 0.3
+    return () if words == ["none"] else tuple(dict.fromkeys(METRICS if words == ["all"] else words))
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Settings of an evaluation.
+    """Settings of an evaluation."""
 
-    Attributes:
-        metrics: of METRICS: `frechet` distance, `kernel` distance, `neighbours` (precision, recall, density, coverage).
-        samples: pictures to draw from a model; None takes all of a folder or file.
-        reference: pictures of the data set to compare with; 0 for all.
-        held_out_images: for the losses of a model; 0 leaves them out.
-        bins: of the time in [0, 1].
-        allow_singular: Frechet distances of no more pictures than features have dimensions.
-        batch_size: pictures at a time.
-    """
-
-    metrics: tuple = METRICS
+    metrics: tuple = option(METRICS, parse=parse_metrics, metavar="NAMES")
+    """Of frechet, kernel, neighbors (precision, recall, density, coverage), with commas; all, or none."""
     samples: int | None = None
+    """Pictures to draw, by default 1000; of pictures that exist the first so many, by default all."""
     reference: int = 5000
-    held_out_images: int = 1000
-    bins: int = 10
+    """Real images to compare with, 0 for all; the distances depend on this number, so keep it."""
+    held_out_images: int = option(1000, group="losses")
+    """Held-out images for the losses of a model; 0 leaves the losses out."""
+    bins: int = option(10, group="losses")
+    """Bins of the time in [0, 1]."""
     allow_singular: bool = False
+    """Report Frechet distances of no more pictures than features have dimensions, which are too large."""
     batch_size: int = 64
+    """Pictures at a time."""
 
     def __post_init__(self):
         for metric in self.metrics:
@@ -45,27 +50,21 @@ class EvaluationSettings:
         Args:
             samples, reference: numbers of pictures; name, dim: of the features.
         """
-        for what, count, option in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
+        for what, count, flag in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:
-                mend = "give at least 2" if option == "samples" else "raise --reference, or name other --classes"
+                mend = "give at least 2" if flag == "samples" else "raise --reference, or name other --classes"
                 raise UsageError(f"{count} {what} are too few for any distance; {mend}")
             if "frechet" in self.metrics and not self.allow_singular and count <= dim:
                 raise UsageError(
                     f"{count} {what} are too few for a covariance of the {dim} features of {name}: give at least "
-                    f"{dim + 1} (--{option}), leave the Frechet distance out (--metrics kernel,neighbours), or take "
+                    f"{dim + 1} (--{flag}), leave the Frechet distance out (--metrics kernel,neighbors), or take "
                     "the biased number (--allow-singular)"
                 )
-            if "neighbours" in self.metrics and count <= NEAREST:
+            if "neighbors" in self.metrics and count <= NEAREST:
                 raise UsageError(
-                    f"{count} {what} are too few for {NEAREST} nearest neighbours; give at least {NEAREST + 1}, or "
+                    f"{count} {what} are too few for {NEAREST} nearest neighbors; give at least {NEAREST + 1}, or "
                     "--metrics frechet,kernel"
                 )
-
-
-def parse_metrics(text):
-    """`--metrics` as a tuple of names; `none` for none of them."""
-    words = [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
-    return () if words == ["none"] else tuple(dict.fromkeys(METRICS if words == ["all"] else words))
 
 
 def _require(condition, what, value, rule):

@@ -101,11 +101,7 @@ def _assume(config, image_size, num_classes):
     if size % patch:
         raise UsageError(f"model.patch_size: {patch} must divide the latents' size {size}")
     weight = as_schedule(config.method.align_weight)
-    named, aligns = parse_teachers(config.teacher.names or None), max(weight.ends) > 0
-    if aligns and not named:
-        raise UsageError("teacher.names: the alignment needs a teacher; name one, or set method.align_weight 0")
-    if config.model.class_token and not named:
-        raise UsageError("teacher.names: the class token needs a teacher; name one, or set model.class_token false")
+    named, aligns = parse_teachers(config.teacher.names or ["dinov2-b"]), max(weight.ends) > 0
     names = named if aligns else []
     cached = config.teacher.mode != "online"
     assumed = [

@@ -1,5 +1,6 @@
 """The work of `maskalign sample`: a sheet by class and what else was asked for, or a set for an evaluation."""
 
+import sys
 from dataclasses import replace
 
 from PIL import Image
@@ -8,15 +9,18 @@ from tqdm import tqdm
 from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
 from maskalign.runtime.device import find_device
+from maskalign.runtime.fonts import drawable_names
 from maskalign.runtime.outputs import make_folder
 from maskalign.runtime.ranks import torchrun_ranks
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
 from maskalign.sampling.drawing import INDICES_PER_CLASS, check_class_guidance, class_sheet
 from maskalign.sampling.interpolation import KINDS, interpolate, plan_rows
 from maskalign.sampling.network import Network
-from maskalign.sampling.pictures import LATENT_SCALE, load_decoder
+from maskalign.sampling.pictures import load_decoder
 from maskalign.sampling.sets import draw_set
-from maskalign.sampling.settings import Sampling, parse_classes, spread_classes
+from maskalign.sampling.settings import Sampling, parse_classes, spread_classes, with_preset
+
+PAPER_NAMES = {"reg": "REG and MaskAlign", "repa": "REPA", "sit": "SiT"}
 
 
 def sample(
@@ -26,7 +30,10 @@ def sample(
     classes=None,
     per_class=8,
     settings=None,
+    preset=None,
+    given=(),
     npz=None,
+    labels=None,
     interpolation=None,
     strip=False,
     animation=None,
@@ -44,7 +51,9 @@ def sample(
         classes: text as `parse_classes` reads it; by default up to ten classes, or with `npz` all.
         per_class: pictures per class on the sheet, and in a row of interpolations.
         settings: `Sampling`; its path is replaced by the run's.
+        preset, given: a preset, and the names of the settings that it does not replace; see `with_preset`.
         npz: number of images of a set, drawn to `out`/samples_<npz>.npz instead of a sheet.
+        labels: of a set: `balanced`, `uniform`, or None; see `draw_set`.
         interpolation: `noise`, `class` or `both`: also write interpolation.png.
         strip: also write strip.png, the way from noise to image.
         animation: `gif`, `webp` or `apng`: also write the sheet on that way, as denoising.gif, .webp or .png.
@@ -58,11 +67,14 @@ def sample(
     """
     settings = settings or Sampling()
     _check_numbers(npz, per_class, frames, interpolation, strip, animation)
+    if labels is not None and npz is None:
+        raise UsageError("--labels is about the labels of a set; add --npz N, or choose rows of the sheet by --classes")
     with torchrun_ranks() as ranks:
         loaded = load(run, ema)
         model, about = loaded.model, {**loaded.about, "name": loaded.label}
         del loaded
         settings = replace(settings, path=about["path"])
+        settings = apply_preset(settings, preset, given, model, progress and ranks.rank == 0)
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network has a copy
         check_class_guidance(network, settings)
@@ -74,15 +86,25 @@ def sample(
             with _bar(npz, progress and ranks.rank == 0) as bar:
                 return [
                     draw_set(
-                        network, npz, out, settings, about, ranks, classes=chosen, decoder=decoder,
+                        network, npz, out, settings, about, ranks, classes=chosen, labels=labels, decoder=decoder,
                         on_images=_of_all(bar, ranks),
                     )
                 ]  # fmt: skip
         chosen = spread_classes(network.num_classes) if chosen is None else list(dict.fromkeys(chosen))
+        names = drawable_names(names, chosen)
         return _sheets(
             network, out, settings, about, ranks, chosen, names, decoder, per_class=per_class,
             interpolation=interpolation, strip=strip, animation=animation, frames=frames, progress=progress,
         )  # fmt: skip
+
+
+def apply_preset(settings, preset, given, model, told):
+    """The settings with those of a preset, see `with_preset`; where `told`, a line says what the preset is."""
+    aligned = len(model.projectors) > 0
+    settings, paper = with_preset(settings, preset, given, class_token=model.class_dim is not None, aligned=aligned)
+    if paper and told:
+        print(f"preset {preset}, as published for {PAPER_NAMES[paper]}: {settings.describe()}", file=sys.stderr)
+    return settings
 
 
 def _check_numbers(npz, per_class, frames, interpolation, strip, animation):
@@ -176,8 +198,7 @@ def decoder_for(network, about, vae):
         )
     if vae is None and latent is None and network.in_channels == 3:
         return None
-    scale, bias = (latent["scale"], latent["bias"]) if latent else (LATENT_SCALE, 0.0)
-    return load_decoder(name, scale=scale, bias=bias, device=network.device)
+    return load_decoder(name, latent=latent, channels=network.in_channels, device=network.device)
 
 
 def _of_all(bar, ranks):

@@ -2,10 +2,10 @@
 
 import torch
 
-from maskalign.data.build.vae import load_vae
-from maskalign.errors import RunError
+from maskalign.data.build.vae import load_vae, vae_scaling
+from maskalign.errors import RunError, UsageError
 
-# sd-vae-ft-mse's, for data sets that do not say otherwise.
+# sd-vae-ft-mse's.
 LATENT_SCALE = 0.18215
 
 
@@ -30,15 +30,17 @@ class Decoder:
 
     Args:
         vae: a diffusers AutoencoderKL, or anything whose `decode(z)` gives images, or has them as `.sample`.
-        scale, bias: a latent is `(mean + std * n) * scale + bias`.
+        scale, bias: a latent is `z * scale + bias`, with z a draw of the stored moments.
         chunk: images decoded at once.
+        mean, std: lists of one number per channel, by which z was standardized before it was stored; None for none.
     """
 
-    def __init__(self, vae, scale=LATENT_SCALE, bias=0.0, chunk=8):
+    def __init__(self, vae, scale=LATENT_SCALE, bias=0.0, chunk=8, mean=None, std=None):
         self.vae = vae
         self.scale = scale
         self.bias = bias
         self.chunk = chunk
+        self.statistics = None if mean is None else (mean, std)
 
     @torch.no_grad()
     def __call__(self, latents):
@@ -49,7 +51,11 @@ class Decoder:
         """
         images = []
         for part in latents.to(torch.float32).split(self.chunk):
-            out = self.vae.decode((part - self.bias) / self.scale)
+            z = (part - self.bias) / self.scale
+            if self.statistics is not None:
+                mean, std = (z.new_tensor(values).view(-1, 1, 1) for values in self.statistics)
+                z = z * std + mean
+            out = self.vae.decode(z)
             images.append(getattr(out, "sample", out).to(torch.float32))
         images = torch.cat(images)
         if not images.isfinite().all():
@@ -57,15 +63,24 @@ class Decoder:
         return images
 
 
-def load_decoder(name, *, scale=LATENT_SCALE, bias=0.0, device="cpu", chunk=8):
+def load_decoder(name, *, scale=None, bias=0.0, latent=None, channels=None, device="cpu", chunk=8):
     """The decoder of a diffusers AutoencoderKL.
 
     Args:
         name: its name on the model hub, or a local folder.
         scale, bias, chunk: those of `Decoder`.
+        latent: the manifest's entry of the latents, with scale, bias and maybe mean and std. Without it, and without
+            scale, latents are as the VAE's own config says.
+        channels: of the latents to decode, where they are known.
 
     Raises:
-        UsageError: diffusers is not installed, or the VAE cannot be loaded.
+        UsageError: diffusers is not installed, the VAE cannot be loaded, or has another number of channels.
     """
     vae = load_vae(name, device=device)
-    return Decoder(vae, scale, bias, chunk)
+    own = getattr(getattr(vae, "config", None), "latent_channels", channels)
+    if channels is not None and own != channels:
+        raise UsageError(f"--vae: {name} decodes latents of {own} channels, and these have {channels}; name their VAE")
+    if scale is not None:
+        return Decoder(vae, scale, bias, chunk)
+    entry = vae_scaling(vae, name) if latent is None else latent
+    return Decoder(vae, entry["scale"], entry["bias"], chunk, entry.get("mean"), entry.get("std"))

@@ -12,7 +12,7 @@ from maskalign.sampling.npz import write_npz
 from maskalign.sampling.pictures import to_uint8
 
 
-def draw_set(network, count, out, settings, about, ranks, *, classes=None, decoder=None, on_images=None):
+def draw_set(network, count, out, settings, about, ranks, *, classes=None, labels=None, decoder=None, on_images=None):
     """Draw `count` images into `out`/samples_<count>.npz, or what is missing of them.
 
     Args:
@@ -21,7 +21,9 @@ def draw_set(network, count, out, settings, about, ranks, *, classes=None, decod
         settings: `Sampling`.
         about: dict with the model's name, step and ema; kept beside the set, with the settings.
         ranks: `Ranks` that share the work.
-        classes: labels, dealt to the images in turn; by default uniform draws over all classes.
+        classes: the classes of the set; by default all of them.
+        labels: `balanced` deals the classes to the images in turn, `uniform` draws them at random, keyed by the index
+            of an image, as REG and REPA do; None is uniform over all classes, and balanced where `classes` are given.
         decoder: latents -> images; None for pixels.
         on_images: called with a number of finished images of the whole set.
 
@@ -38,17 +40,26 @@ def draw_set(network, count, out, settings, about, ranks, *, classes=None, decod
     if channels != 3:
         raise UsageError(f"--npz holds RGB images; this model draws {channels} channels")
 
+    chosen = torch.tensor(classes if classes is not None else range(network.num_classes))
+    labels = labels or ("uniform" if classes is None else "balanced")
+
     def labels_of(indices):
-        if classes is None:
-            return image_labels(settings.seed, indices, network.num_classes)
-        return torch.tensor([classes[index % len(classes)] for index in indices])
+        if labels == "uniform":
+            return chosen[image_labels(settings.seed, indices, len(chosen))]
+        return chosen[torch.tensor(list(indices)) % len(chosen)]
 
     def draw(indices):
         images = generate(network, labels_of(indices), settings, indices=indices)
         return to_uint8(decoder(images) if decoder else images, truncate=decoder is not None)
 
     record = {key: value for key, value in asdict(settings).items() if key != "batch_size"}
-    record |= {"precision": network.precision, "classes": classes, "model": about["name"], "step": about["step"]}
+    record |= {
+        "precision": network.precision,
+        "classes": classes,
+        "labels": labels,
+        "model": about["name"],
+        "step": about["step"],
+    }
     record |= {"ema": about["ema"], "images": count}
     return write_npz(
         Path(out) / f"samples_{count}.npz",

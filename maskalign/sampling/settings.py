@@ -1,15 +1,27 @@
-"""How pictures are drawn. Light: read and checked before torch is imported."""
+"""How pictures are drawn: settings that are read and checked before torch is imported."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Optional
+from typing import Literal, Optional, get_args
 
+from maskalign.config.option import option
 from maskalign.errors import UsageError
 
-SAMPLERS = ("ode", "heun", "sde")
-PATHS = ("linear", "cosine")
-PRECISIONS = ("auto", "fp32", "bf16")
+
+def parse_interval(text):
+    """`LO,HI` as two floats."""
+    parts = text.strip("[]() ").split(",")
+    try:
+        low, high = (float(part) for part in parts)
+    except ValueError:
+        raise UsageError(f"--cfg-interval: {text!r} is not two numbers LO,HI, e.g. 0,0.7") from None
+    return low, high
+
+
+SamplerName = Literal["ode", "heun", "sde"]
+Precision = Literal["auto", "fp32", "bf16"]
+SAMPLERS, PRECISIONS, PATHS = get_args(SamplerName), get_args(Precision), ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -18,29 +30,26 @@ class Sampling:
 
     On 50,000 images, REPA's published evaluation is `Sampling("sde", 250, 1.8, (0.0, 0.7))` and REG's is
     `Sampling("sde", 250, 2.3, (0.0, 0.85))`.
-
-    Attributes:
-        sampler: `ode` (Euler), `heun`, or `sde` (Euler-Maruyama).
-        steps: steps of the sampler; Heun evaluates the model twice a step.
-        cfg_scale: classifier-free guidance; 1 is none.
-        cfg_interval: times (low, high) between which it is applied, both included; 1 is noise.
-        path: the interpolant's path that the model was trained on.
-        seed: seed of the set; an image's noise depends on this and its index alone.
-        batch_size: images drawn at once.
-        precision: `fp32`, `bf16`, or `auto` (bf16 where the processor has it); the sampler's state stays float64.
-        cls_cfg_scale: guidance of the class token in the same interval, for a model that denoises one: None guides it
-            as the image, 0 (or 1) not at all.
     """
 
-    sampler: str = "ode"
-    steps: int = 50
-    cfg_scale: float = 1.0
-    cfg_interval: tuple = (0.0, 1.0)
-    path: str = "linear"
-    seed: int = 0
-    batch_size: int = 64
-    precision: str = "fp32"
-    cls_cfg_scale: Optional[float] = None
+    sampler: SamplerName = option("ode", group="sampler")
+    """Euler (ode), Heun, or Euler-Maruyama (sde)."""
+    steps: int = option(50, group="sampler")
+    """Steps of the sampler; Heun evaluates the model twice per step."""
+    cfg_scale: float = option(1.0, group="sampler")
+    """Classifier-free guidance scale; 1 is none."""
+    cfg_interval: tuple = option((0.0, 1.0), group="sampler", parse=parse_interval, metavar="LO,HI")
+    """Times between which guidance is applied, both included; 1 is noise, 0 is data."""
+    path: str = option("linear", hidden=True)
+    """The interpolant's path that the model was trained on."""
+    seed: int = option(0, group="sampler")
+    """Seed of the noise; a picture depends on this, its class and its number alone."""
+    batch_size: int = option(64, group="sampler")
+    """Images drawn at once."""
+    precision: Precision = option("fp32", group="sampler")
+    """fp32, bf16, or bf16 where the processor has it (auto); the sampler's own state is float64."""
+    cls_cfg_scale: Optional[float] = option(None, group="sampler")
+    """Guidance scale of the class token, for models that denoise one; by default the image's, 0 is none."""
 
     def __post_init__(self):
         _require(self.sampler in SAMPLERS, "--sampler", self.sampler, f"is not one of {', '.join(SAMPLERS)}")
@@ -73,6 +82,34 @@ class Sampling:
         return words
 
 
+# What the papers draw their 50,000 images with: `--preset paper`.
+PAPER_PRESETS = {
+    "reg": dict(sampler="sde", steps=250, cfg_scale=2.3, cls_cfg_scale=2.3, cfg_interval=(0.0, 0.85)),
+    "repa": dict(sampler="sde", steps=250, cfg_scale=1.8, cfg_interval=(0.0, 0.7)),
+    "sit": dict(sampler="sde", steps=250, cfg_scale=1.5, cfg_interval=(0.0, 1.0)),
+}
+
+
+def with_preset(settings, preset, given, *, class_token, aligned):
+    """Settings with those of a preset, where the command line does not give its own.
+
+    Args:
+        settings: `Sampling`.
+        preset: `paper`, or None for the settings as they are.
+        given: names of the settings that the command line gives.
+        class_token: the model denoises a class token: the published settings of REG, and MaskAlign's.
+        aligned: the model has a projector: those of REPA; else those of SiT.
+
+    Returns:
+        (`Sampling`, the name of the paper or None).
+    """
+    if preset is None:
+        return settings, None
+    paper = "reg" if class_token else "repa" if aligned else "sit"
+    chosen = {name: value for name, value in PAPER_PRESETS[paper].items() if name not in given}
+    return replace(settings, **chosen), paper
+
+
 def class_token_scale(scale, class_scale):
     """The factor by which a class token is guided, where the image is guided by `scale`; 1 is no guidance.
 
@@ -82,16 +119,6 @@ def class_token_scale(scale, class_scale):
     if class_scale is None:
         return scale
     return class_scale or 1.0
-
-
-def parse_interval(text):
-    """`LO,HI` as two floats."""
-    parts = text.strip("[]() ").split(",")
-    try:
-        low, high = (float(part) for part in parts)
-    except ValueError:
-        raise UsageError(f"--cfg-interval: {text!r} is not two numbers LO,HI, e.g. 0,0.7") from None
-    return low, high
 
 
 def parse_classes(text, class_names):

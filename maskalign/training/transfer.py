@@ -5,15 +5,11 @@ token) and does not fit starts fresh, as do parts that the other model lacks. An
 the objective is refused: its weights would load wherever shapes happen to fit, and compute something else.
 """
 
-from pathlib import Path
-
 import torch
 
-from maskalign.checkpoints.conversion import METADATA_KEY, pick_weights, to_repa
+from maskalign.checkpoints.conversion import HeadsUnknown, to_repa
 from maskalign.checkpoints.layout import read_state
-from maskalign.checkpoints.loading import Loaded, load
-from maskalign.checkpoints.weight_files import load_file, read_file
-from maskalign.config.presets import SIZES as PRESET_SIZES
+from maskalign.checkpoints.loading import load
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
 
@@ -80,19 +76,11 @@ def init_from(model, path, config, facts):
 
 
 def _load(path, heads):
-    """(`Loaded`, whether its number of heads is known): a bare file of another width than the presets' has none."""
-    if not Path(path).is_file():
+    """(`Loaded`, whether it says its number of heads): a bare file of sizes that no preset has does not."""
+    try:
         return load(path), True
-    checkpoint = read_file(path)
-    weights = pick_weights(checkpoint)
-    noted = (getattr(weights, "_metadata", None) or {}).get(METADATA_KEY) or {}
-    table = next((w for name, w in weights.items() if str(name).endswith(LABELS)), None)
-    widths = [size["width"] for size in PRESET_SIZES.values()]
-    if "heads" in noted or table is None or table.shape[-1] in widths:
-        return load(path), True
-    model, about = load_file(path, num_heads=heads)
-    unknown = {"class_names": None, "latent": None, "teachers": []}
-    return Loaded(model, "file", Path(path), None, None, {"name": Path(path).stem} | unknown | about), False
+    except HeadsUnknown:
+        return load(path, heads=heads), False
 
 
 def _check_function(path, model, there, own, weights, config, about):

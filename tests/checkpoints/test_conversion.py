@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints import convert, from_repa, load, load_weights, to_repa
+from maskalign.checkpoints.conversion import HeadsUnknown
 from maskalign.checkpoints.weight_files import load_file, read_file, repa_checkpoint, write_repa, write_safetensors
 from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
@@ -112,21 +113,21 @@ def test_whole_checkpoints_and_arguments(seed):
         "args": argparse.Namespace(encoder_depth=3),
         "steps": 12,
     }
-    averaged = from_repa(checkpoint, num_heads=3)
+    averaged = from_repa(checkpoint, heads=3)
     assert averaged.align_depth == 3 and averaged.heads == 3
     assert torch.equal(averaged.x_embedder.proj.weight, ema.x_embedder.proj.weight)
-    raw = from_repa(checkpoint, num_heads=3, align_depth=1, weights="model")
+    raw = from_repa(checkpoint, heads=3, align_depth=1, weights="model")
     assert raw.align_depth == 1
     assert torch.equal(raw.x_embedder.proj.weight, model.x_embedder.proj.weight)
     wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
-    assert torch.equal(from_repa(wrapped).pos_embed, model.pos_embed)
+    assert torch.equal(from_repa(wrapped, heads=3).pos_embed, model.pos_embed)
 
 
 def test_repas_early_names(seed):
     """The first checkpoints call the blocks after the tap decoder_blocks."""
     model = randomise(SiT(**{**TINY, "mixer": "none", "align_depth": 3}), seed)
     early = {name.replace("blocks.3.", "decoder_blocks.0."): value for name, value in model.state_dict().items()}
-    again = from_repa(early, num_heads=3)
+    again = from_repa(early, heads=3)
     assert again.align_depth == 3
     x, t, labels = inputs(model, seed)
     assert torch.equal(model(x, t, labels).velocity, again.eval()(x, t, labels).velocity)
@@ -189,7 +190,7 @@ def test_official_sit_with_time_turned_round(learn_sigma, seed):
     bias = torch.randn(4 * channels, generator=generator, dtype=torch.float64)
     official = OfficialSiT(core, (weight, bias))
     state_dict = {**core.state_dict(), "final_layer.linear.weight": weight, "final_layer.linear.bias": bias}
-    ours = from_repa(state_dict, num_heads=3, layout="auto" if learn_sigma else "sit").eval()
+    ours = from_repa(state_dict, heads=3, layout="auto" if learn_sigma else "sit").eval()
     x, t, labels = inputs(core, seed, torch.float64)
     for time in (t, torch.zeros_like(t), torch.ones_like(t)):
         expected = -official(x, 1 - time, labels)
@@ -336,17 +337,19 @@ def test_an_archive_without_weights(tmp_path):
 def test_wrong_weights_are_named(seed):
     state_dict = dict(SiT(**{**TINY, "mixer": "none"}).state_dict())
     changed = dict(state_dict)
+    with pytest.raises(HeadsUnknown, match="4 blocks of width 24.*--heads N"):
+        from_repa(state_dict)
     del changed["blocks.2.attn.proj.bias"]
     with pytest.raises(UsageError, match="lack blocks.2.attn.proj.bias"):
-        from_repa(changed)
+        from_repa(changed, heads=3)
     with pytest.raises(UsageError, match="have blocks.1.extra"):
-        from_repa({**state_dict, "blocks.1.extra": torch.ones(1)})
+        from_repa({**state_dict, "blocks.1.extra": torch.ones(1)}, heads=3)
     with pytest.raises(UsageError, match=r"mlp.fc2.weight is \(3, 3\)"):
-        from_repa({**state_dict, "blocks.1.mlp.fc2.weight": torch.ones(3, 3)})
+        from_repa({**state_dict, "blocks.1.mlp.fc2.weight": torch.ones(3, 3)}, heads=3)
     with pytest.raises(UsageError, match="square grid"):
         from_repa({**state_dict, "pos_embed": torch.ones(1, 15, 24)})
     with pytest.raises(UsageError, match="do not make a SiT"):
-        from_repa(state_dict, num_heads=5)
+        from_repa(state_dict, heads=5)
     with pytest.raises(UsageError, match="no weights"):
         from_repa({})
     with pytest.raises(ValueError, match="layout"):

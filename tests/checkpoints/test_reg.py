@@ -102,8 +102,8 @@ def test_whole_checkpoints_and_their_arguments(seed, tmp_path):
         raw = torch.load(tmp_path / "a.pt", weights_only=True)
     assert list(raw) == ["model", "ema", "opt", "args", "steps"] and raw["steps"] == 77
     assert raw["args"].encoder_depth == 3 and raw["args"].path_type == "cosine"
-    assert_same_model(ema, from_reg(raw, num_heads=3).eval(), seed)
-    assert_same_model(model, from_reg(raw, num_heads=3, weights="model").eval(), seed)
+    assert_same_model(ema, from_reg(raw, heads=3).eval(), seed)
+    assert_same_model(model, from_reg(raw, heads=3, weights="model").eval(), seed)
     loaded = load(tmp_path / "a.pt")
     assert loaded.kind == "file" and (loaded.about["step"], loaded.about["path"]) == (77, "cosine")
     assert_same_model(ema, loaded.model, seed)
@@ -117,10 +117,10 @@ def test_whole_checkpoints_and_their_arguments(seed, tmp_path):
 def test_prefixes_of_wrappers_are_dropped(where, seed):
     model = make(seed)
     wrapped = {where + name.replace("blocks.1.", "blocks.1._orig_mod."): v for name, v in to_reg(model).items()}
-    assert_same_model(model, from_reg(wrapped, num_heads=3, align_depth=2).eval(), seed)
+    assert_same_model(model, from_reg(wrapped, heads=3, align_depth=2).eval(), seed)
     plain = make(seed, class_dim=None)
     wrapped = {where + name: value for name, value in to_repa(plain).items()}
-    assert_same_model(plain, from_repa(wrapped, num_heads=3, align_depth=2).eval(), seed)
+    assert_same_model(plain, from_repa(wrapped, heads=3, align_depth=2).eval(), seed)
 
 
 def test_weights_without_a_class_token(seed):
@@ -150,7 +150,7 @@ def test_a_class_token_with_a_position_is_refused(seed):
     for name in ("cls_projectors2.bias", "wg_norm.weight", "final_layer.linear_cls.weight"):
         less = {key: value for key, value in to_reg(make(seed)).items() if key != name}
         with pytest.raises(UsageError, match=f"lack {own_name(name)}"):
-            from_reg(less)
+            from_reg(less, heads=3)
     only = {key: value for key, value in to_reg(make(seed)).items() if not key.startswith("cls_projectors2")}
     with pytest.raises(UsageError, match="17 tokens, which is not a square grid"):
         from_repa(only)
@@ -195,7 +195,7 @@ def test_official_sit_weights_take_a_mixer_and_a_class_token(seed):
     weights = dict(plain.state_dict())
     weights["final_layer.linear.weight"] = torch.cat([weights["final_layer.linear.weight"]] * 2)
     weights["final_layer.linear.bias"] = torch.cat([weights["final_layer.linear.bias"]] * 2)
-    model = from_repa(weights, num_heads=3, mixer="attention", class_dim=7, teacher_dims=(7,), align_depth=2)
+    model = from_repa(weights, heads=3, mixer="attention", class_dim=7, teacher_dims=(7,), align_depth=2)
     assert model.class_dim == 7 and len(model.mixing_layers) == 2 and len(run_model(model, seed)) == 3
 
 
@@ -217,9 +217,13 @@ def test_the_old_name_of_a_single_mixing_layer(seed, tmp_path):
     model = make(seed, mixer="attention", mixer_layers=1, class_dim=None)
     old = {name.replace("mixer.layers.0.", "mixer.block."): value for name, value in model.state_dict().items()}
     assert "mixer.block.attn.qkv.weight" in old
-    assert_same_model(model, from_repa(old, num_heads=3, align_depth=2).eval(), seed)
+    assert_same_model(model, from_repa(old, heads=3, align_depth=2).eval(), seed)
     torch.save({"ema": old}, tmp_path / "old.pt")
-    assert load_model(tmp_path / "old.pt").mixing_layers[0].attn.qkv.weight.equal(old["mixer.block.attn.qkv.weight"])
+    assert (
+        load_model(tmp_path / "old.pt", heads=3)
+        .mixing_layers[0]
+        .attn.qkv.weight.equal(old["mixer.block.attn.qkv.weight"])
+    )
 
     from safetensors import safe_open
     from safetensors.torch import save_file
@@ -276,7 +280,9 @@ def test_notes_from_elsewhere_are_not_believed(seed, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "notes", [dict(heads="three"), dict(heads=0), dict(route=[1]), dict(nonsense=1, heads=3)], ids=str
+    "notes",
+    [dict(heads="three"), dict(heads=0), dict(heads=True), dict(heads=3, route=[1]), dict(nonsense=1, heads=3)],
+    ids=str,
 )
 def test_settings_from_elsewhere_end_in_one_line(notes, seed):
     weights = to_reg(make(seed))
@@ -284,7 +290,7 @@ def test_settings_from_elsewhere_end_in_one_line(notes, seed):
     if "nonsense" in notes:
         assert from_reg(weights).heads == 3
         return
-    with pytest.raises(UsageError, match="do not make a SiT") as error:
+    with pytest.raises(UsageError, match="do not make a SiT|heads is") as error:
         from_reg(weights)
     assert "\n" not in str(error.value)
 

@@ -3,6 +3,8 @@
 import csv
 
 import pytest
+import yaml
+from PIL import Image
 
 RED, GREEN = (200, 30, 30), (30, 200, 30)
 
@@ -92,3 +94,25 @@ def test_too_many_bad_names_are_found_before_the_work(on_disk, build, tmp_path):
     status, _, _, error = build(on_disk.folder("set", files))
     assert status == 1 and "50 of 51 images are bad" in error and "lies outside any class folder" in error
     assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_from_a_folder_to_samples_with_the_recipe_for_it(on_disk, command, tmp_path):
+    """The commands of docs/your-own-pictures.md, with a small model for two steps."""
+    side = 64
+    files = {
+        f"{name}/{n}.png": on_disk.png(color) for name, color in (("red", RED), ("green", GREEN)) for n in range(4)
+    }
+    words = ["data", "build", on_disk.folder("pictures", files), "--out", tmp_path / "mine", "--size", side]
+    assert command(*words, "--workers", 0)[0] == 0
+    small = "--model.depth 2 --model.width 32 --model.heads 2 --model.patch_size 16 --model.projector_dim 16"
+    small += " --training.batch_size 2 --training.max_steps 2 --preview.steps 1 --preview.per_class 1"
+    small += " --data.num_workers 0 --training.tensorboard false --training.device cpu"
+    words = ["train", "--data.path", tmp_path / "mine", "--config", f"pixels{side}", "--run_dir", tmp_path / "run"]
+    status, _, error = command(*words, *small.split())
+    assert status == 0, error
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["teacher"]["names"] == ["efficientnet-lite0"] and settings["objective"]["time"] == "lognormal"
+    words = ["sample", tmp_path / "run", "--out", tmp_path / "drawn", "--steps", 1, "--per-class", 2]
+    status, _, error = command(*words)
+    assert status == 0, error
+    assert [Image.open(path).height >= 2 * side for path in (tmp_path / "drawn").glob("*.png")] == [True]

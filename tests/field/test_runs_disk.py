@@ -136,12 +136,11 @@ def test_a_small_file_system_fills_up_while_a_run_resumes(command, tmp_path):
 
 
 def test_a_full_disk_ends_any_command_in_one_line(tmp_path, monkeypatch, capsys):
-    from maskalign import cli
+    from maskalign.cli import data_check, main
 
-    monkeypatch.setitem(cli.COMMANDS, "data check", lambda data: full())
-    monkeypatch.setattr(cli, "run_function", lambda name, function, argv: function(argv[0]))
+    monkeypatch.setattr(data_check, "run", lambda argv, start: full())
     with pytest.raises(SystemExit) as ended:
-        cli.main(["data", "check", str(tmp_path)])
+        main(["data", "check", str(tmp_path)])
     err = capsys.readouterr().err
     assert ended.value.code == 1 and err.count("\n") == 1 and "No space left on device; free space" in err
 

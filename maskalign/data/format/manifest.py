@@ -52,7 +52,8 @@ class Manifest:
         class_names: label i is `class_names[i]`.
         shards: the shards in the order of their names.
         image_format: "png", "jpg", "webp", or None where the shards hold no images.
-        latent: None, or {"scale", "bias", "shape" [2C, h, w], "dtype", "name"}.
+        latent: None, or {"scale", "bias", "shape" [2C, h, w], "dtype", "name"}, and "mean" and "std" (C numbers each)
+            where the moments are standardized per channel.
         teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; others are kept. With class
             tokens also "class_token": {"dim", "dtype" "float16", "kind" "prefix" or "mean", "mean" [dim], "std" [dim],
             "components"}: per-channel statistics, which class tokens of the kind "mean" have been standardized with,
@@ -162,6 +163,12 @@ class Manifest:
                 number = isinstance(latent.get(key), (int, float)) and not isinstance(latent.get(key), bool)
                 _require(number, where, f"latent.{key} is not a number")
             _require(latent.get("dtype") in ("float16", "float32"), where, "latent.dtype is not float16 or float32")
+            for key in ("mean", "std") if "mean" in latent or "std" in latent else ():
+                values, channels = latent.get(key), latent["shape"][0] // 2
+                fine = isinstance(values, list) and len(values) == channels
+                fine = fine and all(isinstance(value, (int, float)) and value == value for value in values)
+                fine = fine and (key == "mean" or min(values) > 0)
+                _require(fine, where, f"latent.{key} is not {channels} numbers, one per channel")
         _require(isinstance(self.teachers, dict), where, "teachers is not an object")
         taken = {"moments": "the VAE moments", "cls": "the label", "flip": "mirrored members"}
         for name, entry in self.teachers.items():

@@ -1,7 +1,9 @@
 """VAE moments through a small random AutoencoderKL that is saved as diffusers saves it."""
 
 import io
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -136,3 +138,69 @@ def test_without_diffusers_the_way_to_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("maskalign.data.build.recipe.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install diffusers"):
         load_vae("stabilityai/sd-vae-ft-mse")
+
+
+STATISTICS = {"latents_mean": [0.5, -1.0, 0.0, 2.0], "latents_std": [0.5, 2.0, 1.0, 0.25]}
+
+
+def with_config(vae_folder, path, **changes):
+    """A copy of the VAE whose config.json has other entries."""
+    shutil.copytree(vae_folder, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return str(path)
+
+
+def test_a_vae_that_standardizes_its_channels(vae_folder, tmp_path, seed):
+    """What diffusers' pipelines compute: (z - mean) / std * scaling_factor there, and the other way back."""
+    from maskalign.sampling.pictures import load_decoder
+
+    name = with_config(vae_folder, tmp_path / "vae", scaling_factor=0.5, **STATISTICS)
+    vae, plain, batch = load_vae(name), load_vae(vae_folder), images(3, 16, seed)
+    mean, std = (torch.tensor(values).view(1, 4, 1, 1) for values in STATISTICS.values())
+    raw = plain.encode(batch / 127.5 - 1).latent_dist
+    moments = vae_moments(vae, batch)
+    assert torch.allclose(moments[:, :4], (raw.mean - mean) / std, atol=1e-4)
+    assert torch.allclose(moments[:, 4:], raw.std / std, atol=1e-4)
+    entry = latent_entry(vae, name, 16)
+    assert (entry["mean"], entry["std"]) == tuple(STATISTICS.values()) and (entry["scale"], entry["bias"]) == (0.5, 0.0)
+    # A draw of the posterior as a model sees it, and back to pictures.
+    noise = torch.randn(raw.mean.shape, generator=torch.Generator().manual_seed(seed))
+    latent = (moments[:, :4] + moments[:, 4:] * noise) * entry["scale"] + entry["bias"]
+    z = raw.mean + raw.std * noise
+    assert torch.allclose(latent, (z - mean) / std * 0.5, atol=1e-4)
+    with torch.no_grad():
+        expected = plain.decode(z).sample
+    for decoder in (load_decoder(name, latent=entry, channels=4), load_decoder(name)):
+        assert (decoder(latent) - expected).norm() / expected.norm() < 1e-3
+    # A data set that was encoded without the statistics is decoded without them.
+    old = {key: value for key, value in entry.items() if key not in ("mean", "std")}
+    with torch.no_grad():
+        assert torch.allclose(load_decoder(name, latent=old)(z * 0.5), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"latents_mean": [0.0] * 4}, "latents_std of its config is None, not 4"),
+        ({**STATISTICS, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "above 0"),
+        ({**STATISTICS, "latents_mean": [0.0] * 3}, "latents_mean of its config is .* not 4"),
+        ({**STATISTICS, "latents_mean": [0.0, 1.0, None, 1.0]}, "latents_mean of its config"),
+        ({**STATISTICS, "shift_factor": 0.1}, "both latents_mean and shift_factor"),
+    ],
+)
+def test_statistics_that_cannot_be_used_are_refused(vae_folder, tmp_path, changes, message, seed):
+    from maskalign.sampling.pictures import load_decoder
+
+    name = with_config(vae_folder, tmp_path / "vae", **changes)
+    for use in (lambda: vae_moments(load_vae(name), images(1, 16, seed)), lambda: load_decoder(name)):
+        with pytest.raises(UsageError, match=message) as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+def test_a_decoder_of_other_latents_is_refused(vae_folder):
+    from maskalign.sampling.pictures import load_decoder
+
+    with pytest.raises(UsageError, match="decodes latents of 4 channels, and these have 8"):
+        load_decoder(vae_folder, channels=8)
