@@ -13,7 +13,8 @@ from typing import Literal, Union, get_args, get_origin
 
 import docstring_parser
 
-from maskalign.config.settings import Config, Schedule
+from maskalign.config.schedules import Schedule
+from maskalign.config.settings import Config
 
 PAGE = Path(__file__).parent / "configuration.md"
 INTRODUCTION = """# Configuration

@@ -12,11 +12,11 @@ from maskalign.config import (
     load_config,
     model_sizes,
     parse_config,
+    schedule_value,
     validate_with_data,
 )
 from maskalign.data.format.manifest import Manifest, Shard
 from maskalign.errors import UsageError
-from maskalign.training.schedules import schedule_value
 
 ROOT = Path(__file__).parents[1]
 BASE = ["--model.preset", "SiT-S/2"]

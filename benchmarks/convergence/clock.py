@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from benchmarks.convergence.recipes import recipe_config
-from maskalign.config import as_schedule, model_sizes
+from maskalign.config import as_schedule, keep_count, model_sizes, schedule_value
 from maskalign.errors import UsageError
 from maskalign.runtime.files import write_atomically
 
@@ -33,9 +33,6 @@ class Phase(NamedTuple):
 
 def phase_at(config, tokens, progress):
     """The `Phase` of a recipe at a share of its training."""
-    from maskalign.models.routing import keep_count
-    from maskalign.training.schedules import schedule_value
-
     method = config.method
     keep = keep_count(schedule_value(method.keep_ratio, progress), tokens, method.keep_multiple)
     aligned = schedule_value(method.align_weight, progress) > 0

@@ -6,12 +6,10 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from maskalign.config import as_schedule
 from maskalign.config.teacher_names import no_class_tokens
 from maskalign.data import ShardStream
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from maskalign.models.routing import keep_count
 from maskalign.objective.draws import draw
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.objective.interpolant import Interpolant
@@ -187,9 +185,6 @@ class Images:
         """
         model, method = subject.model, subject.config.method
         keep = subject.kept(keep_ratio)
-        align = None
-        if method.align_ratio is not None:
-            align = keep_count(as_schedule(method.align_ratio).start, keep, method.keep_multiple)
         return draw(
             seed,
             number,
@@ -198,7 +193,7 @@ class Images:
             shape=(model.in_channels, model.input_size, model.input_size),
             grid=model.grid,
             keep=keep,
-            align=align,
+            align=subject.drawn(keep),
             time=subject.config.objective.time,
             path=subject.config.objective.path,
             label_dropout=0.0,

@@ -1,4 +1,4 @@
-"""What is analysed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
+"""What is analyzed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
 
 import os
 from dataclasses import dataclass
@@ -8,10 +8,9 @@ from typing import Optional
 from maskalign.checkpoints.layout import complete_checkpoints, find
 from maskalign.checkpoints.loading import load
 from maskalign.checkpoints.sources import ENDINGS, locate
-from maskalign.config import Config, as_schedule
+from maskalign.config import Config, TokenBudget, as_schedule, keep_count
 from maskalign.errors import UsageError
 from maskalign.models.mixer import NoMixer
-from maskalign.models.routing import keep_count
 
 DEFAULT_KEEP = 0.5  # of a run that keeps all tokens, and of files that do not say
 
@@ -47,19 +46,28 @@ class Subject:
 
     def kept(self, keep_ratio=None):
         """Number K of tokens in a subset: of `keep_ratio`, or of the run's smallest one below 1, or of a half."""
-        method = self.config.method
         if keep_ratio is None:
-            schedule = as_schedule(method.keep_ratio)
-            ratios = (schedule.start,) if schedule.kind == "constant" else (schedule.start, schedule.end)
-            keep_ratio = min(ratios)
-            keep_ratio = keep_ratio if keep_ratio < 1 else DEFAULT_KEEP
-        return keep_count(keep_ratio, self.model.num_tokens, method.keep_multiple)
+            if min(as_schedule(self.config.method.keep_ratio).ends) < 1:
+                return self.budget.least
+            keep_ratio = DEFAULT_KEEP
+        return keep_count(keep_ratio, self.model.num_tokens, self.config.method.keep_multiple)
+
+    def drawn(self, kept):
+        """Number of patch tokens that are aligned of those at the tap, where `kept` are kept; None for all of them.
+
+        A scheduled `method.align_ratio` is taken at the moment at which the run keeps fewest tokens, as `kept` is.
+        """
+        return self.budget.drawn(self.budget.least_at, kept)
+
+    @property
+    def budget(self):
+        """The run's `TokenBudget`."""
+        return TokenBudget(self.config.method, self.model)
 
     @property
     def trained_on_subsets(self):
         """Whether the blocks before the tap saw subsets in training."""
-        schedule = as_schedule(self.config.method.keep_ratio)
-        lowest = schedule.start if schedule.kind == "constant" else min(schedule.start, schedule.end)
+        lowest = min(as_schedule(self.config.method.keep_ratio).ends)
         route = self.model.route
         return lowest < 1 and route is not None and route[0] < self.model.align_depth
 
@@ -76,7 +84,7 @@ def find_checkpoints(paths, most=8):
         list of Entry: series in the order given, each in the order of its steps (files: as given).
 
     Raises:
-        UsageError: nothing there that could be analysed, or one thing twice.
+        UsageError: nothing there that could be analyzed, or one thing twice.
     """
     series = {}
     for source in paths:
@@ -119,7 +127,7 @@ def load_subject(entry, ema=True):
             config.method.keep_ratio = 1.0
     if not model.projectors:
         raise UsageError(
-            f"{entry.path}: has no projectors, so there is no alignment to analyse; it is a SiT, or was trained with "
+            f"{entry.path}: has no projectors, so there is no alignment to analyze; it is a SiT, or was trained with "
             "method.align_weight 0"
         )
     return Subject(model, config, entry.run, loaded.about["step"], tuple(loaded.about["teachers"]))

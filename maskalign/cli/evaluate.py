@@ -15,9 +15,10 @@ from maskalign.sampling.settings import Sampling
 class Evaluate(EvaluationSettings, Sampling):
     """Compare what a model draws, or pictures that are there, with real ones; and measure a model's held-out losses.
 
-    Prints a table and, for a run or with --out, writes evaluation.json and evaluation-table.csv. Published numbers are
-    of 50,000 samples and all real images: --samples 50000 --reference 0. Features of the real images are kept in the
-    user's cache folder (MASKALIGN_CACHE).
+    Prints a table and, for a run or with --out, writes evaluation.json and evaluation-table.csv. The defaults are a
+    quick look that takes minutes on a CPU; published numbers are of 50,000 samples, all real images and the sampler of
+    the paper: --samples 50000 --reference 0 --preset paper. Features of the real images are kept in the user's cache
+    folder (MASKALIGN_CACHE).
     """
 
     EXAMPLES = (
@@ -42,6 +43,8 @@ class Evaluate(EvaluationSettings, Sampling):
     """torch-fidelity's weights file for FID, sFID and Inception score, or download; without it they are left out."""
     held_out: Optional[str] = option(None, path=True, group="losses", metavar="DIR")
     """Data set for the velocity loss and the alignment cosine by time; by default --data."""
+    steps: int = option(20, group="sampler")
+    """Steps of the sampler; Heun evaluates the model twice per step."""
     preset: Optional[Literal["paper"]] = option(None, group="sampler")
     """paper: the sampler, steps and guidance that the paper of the model's recipe evaluates with (REG for MaskAlign,
     REPA or SiT); options that are given too are kept."""

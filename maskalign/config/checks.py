@@ -4,7 +4,8 @@ Each broken rule is one `UsageError` that says what, where and how to mend it. N
 mistake is found before torch is loaded.
 """
 
-from maskalign.config.settings import as_schedule, model_sizes
+from maskalign.config.schedules import as_schedule
+from maskalign.config.settings import model_sizes
 from maskalign.config.teacher_names import (
     INSTALLED_TEACHER,
     check_teacher_name,

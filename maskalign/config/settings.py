@@ -7,31 +7,8 @@ from dataclasses import dataclass, field
 from typing import Dict, List, Literal, Optional, Tuple, Union
 
 from maskalign.config.presets import preset_sizes
+from maskalign.config.schedules import Scheduled
 from maskalign.errors import UsageError
-
-
-@dataclass
-class Schedule:
-    """A value that changes over training."""
-
-    kind: Literal["constant", "linear", "cosine", "step"] = "constant"
-    """How the value goes from start to end."""
-    start: float = 0.0
-    """The value up to `begin`."""
-    end: float = 0.0
-    """The value from `until` on (`step` changes at `begin`)."""
-    begin: float = 0.0
-    """Share of training, in [0, 1], at which the change begins."""
-    until: float = 1.0
-    """Share of training, in [0, 1], at which the change is complete."""
-
-    @property
-    def ends(self):
-        """The values at the ends of training; of a constant, whose `end` says nothing, its one value."""
-        return (self.start,) if self.kind == "constant" else (self.start, self.end)
-
-
-Scheduled = Union[float, Schedule]
 
 
 @dataclass
@@ -174,19 +151,19 @@ class TrainingConfig:
     """The loop."""
 
     max_steps: int = 400_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     max_seconds: Optional[float] = None
     """Stop, with every schedule complete, after this much training time if max_steps is not reached before."""
     batch_size: int = 256
-    """Images per optimiser step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     accumulation: int = 1
-    """Micro-batches per optimiser step; it divides the batch of a rank."""
+    """Micro-batches per optimizer step; it divides the batch of a rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the processor has it, else fp32; master weights stay float32."""
     compile: bool = False
     """torch.compile every block."""
     cuda_graph: bool = True
-    """plan none, on a GPU: replay a step as one graph, so that nothing waits for Python to launch kernels."""
+    """On NVIDIA GPUs: replay a step as one CUDA graph, so that nothing waits for Python to launch kernels."""
     log_every: int = 50
     """Steps between rows of metrics.csv."""
     checkpoint_every: int = 10_000
@@ -300,13 +277,6 @@ class Config:
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-
-
-def as_schedule(value):
-    """A scheduled setting as a `Schedule`; a plain number is constant."""
-    if isinstance(value, Schedule):
-        return value
-    return Schedule(kind="constant", start=float(value), end=float(value))
 
 
 def model_sizes(config):

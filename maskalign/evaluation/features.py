@@ -1,7 +1,7 @@
 """Features of pictures for the distances: one vector per picture from a frozen network.
 
 dinov2-*              the class token, as in the field's FDD (arXiv 2306.04675, whose network is dinov2-l): bicubic with
-                      antialias to 224, rounded to bytes, ImageNet normalisation; position embedding as on DINOv2's hub
+                      antialias to 224, rounded to bytes, ImageNet normalization; position embedding as on DINOv2's hub
 efficientnet-lite0    the mean over the tokens
 timm:MODEL            what timm itself pools before its classifier
 """
@@ -25,7 +25,7 @@ CPU_CHUNK = 16  # more images do not run faster on a CPU
 class ClassToken(Encoder):
     """DINOv2's class token of a picture, computed as its authors' hub does.
 
-    (The teacher `dinov2-*` follows REPA instead, which resizes after the normalisation and resamples the position
+    (The teacher `dinov2-*` follows REPA instead, which resizes after the normalization and resamples the position
     embedding with timm's function.)
     """
 
@@ -48,7 +48,7 @@ class ClassToken(Encoder):
 
     def forward(self, pictures):
         pixels = self.resized(pictures, (self.SIDE, self.SIDE)).round()
-        return self.network.forward_features(self.normalised(pixels).to(self.dtype))[:, 0]
+        return self.network.forward_features(self.normalized(pixels).to(self.dtype))[:, 0]
 
 
 class Pooled(nn.Module):

@@ -56,7 +56,7 @@ class TeacherTokens(NamedTuple):
 def choose_teachers(names, training, held_out, *, normalize="none", weights=None, device="cpu", class_tokens=False):
     """How to get the tokens that a run was aligned with, for other images.
 
-    The shards' own are taken where they are normalised as those of the training were; else the teacher is run.
+    The shards' own are taken where they are normalized as those of the training were; else the teacher is run.
 
     Args:
         names: the run's teachers. training, held_out: the two `Manifest`s, the first None where it cannot be read.

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how samples and real images lie among each other's nearest neighbours."""
+"""Precision, recall, density and coverage: how samples and real images lie among each other's nearest neighbors."""
 
 import torch
 
@@ -53,7 +53,7 @@ def _squared(x, y):
 def _radii(x, k):
     """(n,) squared distance from every row to its k-th nearest other row."""
     if len(x) <= k:
-        raise ValueError(f"{len(x)} rows have no {k}-th nearest neighbour")
+        raise ValueError(f"{len(x)} rows have no {k}-th nearest neighbor")
     radii = []
     for begin in range(0, len(x), ROWS):
         distances = _squared(x[begin : begin + ROWS], x)
@@ -62,5 +62,5 @@ def _radii(x, k):
     return torch.cat(radii)
 
 
-def _share_inside(x, centres, radii):
-    return float(torch.cat([(_squared(part, centres) <= radii).any(dim=1) for part in x.split(ROWS)]).double().mean())
+def _share_inside(x, centers, radii):
+    return float(torch.cat([(_squared(part, centers) <= radii).any(dim=1) for part in x.split(ROWS)]).double().mean())

@@ -4,7 +4,7 @@ torch's own counter misses attention on CPUs. Element-wise work, norms and the o
 """
 
 
-def forward_flops(model, kept, align=True):
+def forward_flops(model, kept, align=True, drawn=None):
     """Matmul FLOPs of one forward pass per image.
 
     Args:
@@ -12,6 +12,7 @@ def forward_flops(model, kept, align=True):
             class token.
         kept: number of patch tokens K in the subset; N for all. A class token is always there and comes on top.
         align: False for steps without an alignment loss, which leave the projectors out.
+        drawn: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all that are there.
     """
     tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
     pixels = model.patch_size**2 * model.in_channels
@@ -24,12 +25,12 @@ def forward_flops(model, kept, align=True):
         total += (tokens + extra) * 2 * width * width
     returned = model.route is None or model.restore != "none"
     total += (tokens if returned else kept) * width * pixels  # the final linear
-    return 2 * total + (projector_flops(model, aligned_rows(model, kept)) if align else 0)
+    return 2 * total + (projector_flops(model, aligned_rows(model, kept, drawn)) if align else 0)
 
 
-def step_flops(model, kept, align=True):
+def step_flops(model, kept, align=True, drawn=None):
     """Forward and backward, per image: the backward of a product is two products of its size."""
-    return 3 * forward_flops(model, kept, align)
+    return 3 * forward_flops(model, kept, align, drawn)
 
 
 def projector_flops(model, rows):

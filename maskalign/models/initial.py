@@ -17,7 +17,7 @@ from maskalign.models.routing import Fuse
 
 
 @torch.no_grad()
-def initialise(model, seed=None):
+def initialize(model, seed=None):
     """Fill every parameter of a model.
 
     Args:

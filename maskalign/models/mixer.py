@@ -8,6 +8,7 @@ those.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from maskalign.models.layers import AdaLN, Block, modulate
@@ -54,7 +55,11 @@ class DepthwiseConvMixer(nn.Module):
     def forward(self, x, c, subset=None):
         shift, scale, gate = self.adaLN_modulation(c)
         u = modulate(self.norm(x), shift, scale).transpose(1, 2).unflatten(2, self.grid)
-        mixed = self.conv(u).flatten(2).transpose(1, 2)
+        # Through a view of two dimensions the gradient has the strides of the weight. Those that a convolution gives to
+        # a dimension of size 1 are arbitrary, and DDP warns of them on every rank.
+        weight = self.conv.weight.flatten(1).unflatten(1, self.conv.weight.shape[1:])
+        mixed = F.conv2d(u, weight, self.conv.bias, padding=self.conv.padding, groups=self.conv.groups)
+        mixed = mixed.flatten(2).transpose(1, 2)
         if subset is not None:
             x, mixed = gather_tokens(x, subset), gather_tokens(mixed, subset)
         return torch.addcmul(x, gate.unsqueeze(1), mixed)

@@ -13,22 +13,6 @@ from torch import nn
 SUBSET_SAMPLERS = ("uniform", "grid", "block")
 
 
-def keep_count(keep_ratio: float, tokens: int, multiple: int = 8) -> int:
-    """Number of tokens K that a keep ratio stands for, rounded so that compiled graphs see few shapes.
-
-    Args:
-        keep_ratio: share of tokens to keep, in (0, 1].
-        tokens: number of tokens N.
-        multiple: K is the nearest multiple of this (at least one multiple, at most N); a ratio of 1 gives N.
-    """
-    if not 0 < keep_ratio <= 1:
-        raise ValueError(f"keep_ratio must be in (0, 1], got {keep_ratio}")
-    if keep_ratio == 1:
-        return tokens
-    # Halves go up: the banker's rounding of Python's round() would pull 0.5 of 144 tokens down.
-    return min(tokens, max(1, int(keep_ratio * tokens / multiple + 0.5)) * multiple)
-
-
 def draw_subset(
     batch: int,
     grid: Tuple[int, int],
@@ -49,7 +33,7 @@ def draw_subset(
         count: number of tokens to keep, K, in [0, N].
         sampler: `uniform` (every subset equally likely), `grid` (an equal share from every 2x2 cell, random
             inside it; where K is no multiple of the number of cells, random cells give one more) or `block`
-            (one square of the tokens nearest to a random centre).
+            (one square of the tokens nearest to a random center).
         generator: torch.Generator of `device`.
         uniform: function of a size, of which B is the first number, that draws uniform numbers in [0, 1) instead of the
             generator; another one with every call.
@@ -67,10 +51,10 @@ def draw_subset(
     if sampler == "grid":
         priority = _rank_in_cell(priority, rows, columns) + _cell_jitter(batch, rows, columns, uniform, device)
     elif sampler == "block":
-        centre = uniform(batch, 2, 1)
+        center = uniform(batch, 2, 1)
         row = torch.arange(tokens, device=device) // columns
         column = torch.arange(tokens, device=device) % columns
-        distance = torch.maximum((row - centre[:, 0] * (rows - 1)).abs(), (column - centre[:, 1] * (columns - 1)).abs())
+        distance = torch.maximum((row - center[:, 0] * (rows - 1)).abs(), (column - center[:, 1] * (columns - 1)).abs())
         # A little noise breaks ties between tokens on the same ring; distances of rings differ by 1.
         priority = distance + 0.5 * priority
     elif sampler != "uniform":

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maskalign.config.presets import preset_sizes
-from maskalign.models.initial import initialise
+from maskalign.models.initial import initialize
 from maskalign.models.layers import (
     Block,
     ClassEmbedder,
@@ -183,7 +183,7 @@ class SiT(nn.Module):
         return cls(**{**preset_sizes(name), **settings})
 
     def reset_parameters(self, seed: Optional[int] = None) -> None:
-        """REPA's initialisation, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
+        """REPA's initialization, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
 
         Args:
             seed: makes the weights a function of this and of each parameter's name alone: the same on any device, under
@@ -191,7 +191,7 @@ class SiT(nn.Module):
         """
         with torch.device("cpu"):
             self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
-        initialise(self, seed)
+        initialize(self, seed)
 
     def forward(
         self,

@@ -42,7 +42,7 @@ class Draws(NamedTuple):
 
 
 def group_seed(seed, step, group):
-    """A 63-bit seed for one slot group of one step; neighbouring keys give unrelated seeds.
+    """A 63-bit seed for one slot group of one step; neighboring keys give unrelated seeds.
 
     torch's CPU generator keeps 32 bits of it, so over a long run two groups may meet the same stream by chance, as any
     two of 2^32 may; steps that are near each other do not do so more often.

@@ -31,7 +31,7 @@ ALTERNATIVES = {
 }
 RANKS = (1, 8, 64, 512, 4096)
 SAME_GLOBAL, SAME_PER_RANK = "same global batch", "same batch per rank"
-UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimiser's passes over its state reach
+UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimizer's passes over its state reach
 # Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
 # average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
 UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
@@ -253,7 +253,7 @@ class _Planner:
         options, training = self.options, self.config.training
         lines = [
             f"matrix products reach {options.efficiency:.0%} of the peak, links {options.link_efficiency:.0%} of "
-            f"theirs, the optimiser {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
+            f"theirs, the optimizer {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
             f"{options.headroom:.0%} of the memory is left to CUDA or ROCm, communication and fragmentation",
             "energy is the power limit of the devices alone; loading, checkpoints and previews cost no time",
         ]

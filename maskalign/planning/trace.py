@@ -116,7 +116,7 @@ class _PlainTracker(_Watch, MemTracker):
 class _Step(TrainStep):
     """The trainer's step; its random numbers, drawn in groups of eight images, would only be empty tensors here."""
 
-    def draws(self, step, first_slot, count, keep_ratio, align_ratio, posterior):
+    def draws(self, step, first_slot, count, kept, drawn, posterior):
         model, kept, aligned = self.model, self.phase.kept, self.phase.aligned
         shape = (count, model.in_channels, model.input_size, model.input_size)
         some = aligned and self.config.method.align_ratio is not None

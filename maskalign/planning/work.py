@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from maskalign.config import TokenBudget
 from maskalign.models.flops import aligned_rows, block_flops, forward_flops, projector_flops
-from maskalign.models.routing import keep_count
 from maskalign.training.compiling import spread
-from maskalign.training.schedules import schedule_value
 
 RESOLUTION = 2000  # points at which schedules are read
 # sd-vae-ft-mse's encoder (Stable Diffusion's f8 autoencoder, arXiv 2112.10752): widths of its four levels.
@@ -44,19 +43,11 @@ def schedule_phases(config, model, teachers=True):
     Returns:
         list of `Phase` with shares that add up to 1, fewest kept tokens first.
     """
-    method, shares = config.method, {}
+    budget, shares = TokenBudget(config.method, model), {}
     for point in range(RESOLUTION):
         progress = (point + 0.5) / RESOLUTION
-        kept = keep_count(schedule_value(method.keep_ratio, progress), model.num_tokens, method.keep_multiple)
-        present = kept if model.tap_sees_subset or model.route is None else model.num_tokens
-        aligned = 0
-        if teachers and schedule_value(method.align_weight, progress) > 0:
-            aligned = present
-            if method.align_ratio is not None:
-                # As training/step.py draws them: of what is present at the tap.
-                of = kept if model.tap_sees_subset else model.num_tokens
-                aligned = keep_count(schedule_value(method.align_ratio, progress), of, method.keep_multiple)
-        shares[kept, aligned] = shares.get((kept, aligned), 0) + 1
+        counts = budget.kept(progress), budget.aligned(progress) if teachers else 0
+        shares[counts] = shares.get(counts, 0) + 1
     return [Phase(kept, aligned, count / RESOLUTION) for (kept, aligned), count in sorted(shares.items())]
 
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from maskalign.checkpoints.loading import load
 from maskalign.errors import RunError, UsageError
 from maskalign.runtime.device import find_device
+from maskalign.runtime.fonts import drawable_names
 from maskalign.runtime.outputs import make_folder
 from maskalign.runtime.ranks import torchrun_ranks
 from maskalign.sampling.denoising import ANIMATIONS, MOST_FRAMES, Trajectory, denoising_strip, save_animation
@@ -90,6 +91,7 @@ def sample(
                     )
                 ]  # fmt: skip
         chosen = spread_classes(network.num_classes) if chosen is None else list(dict.fromkeys(chosen))
+        names = drawable_names(names, chosen)
         return _sheets(
             network, out, settings, about, ranks, chosen, names, decoder, per_class=per_class,
             interpolation=interpolation, strip=strip, animation=animation, frames=frames, progress=progress,

@@ -61,7 +61,7 @@ def picture_grid(rows, left, *, right=None, columns=None, title=None, cell=None,
     height_out, width_out = round(height * factor), round(width * factor)
 
     size = min(16, max(11, height_out // 5))
-    font = load_font(size)
+    font = load_font(size, [*left, *(right or ()), title or ""])
     left, left_edge = _names(left, font, gap)
     right, right_edge = _names(right, font, gap) if right is not None and any(right) else ([""] * len(rows), 0)
     line = size + 5 * gap

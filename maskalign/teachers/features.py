@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from maskalign.config.teacher_names import class_field
-from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows, resample_tokens
+from maskalign.teachers import load_teacher, load_teacher_like, quantize_rows, resample_tokens
 from maskalign.teachers.tokens import class_projection
 
 
@@ -104,11 +104,11 @@ class Features:
             first = values if first is None else first
             if not self.aligned:
                 continue
-            # int8 rows have no common length, which a weighted mean of neighbours needs: resample before storing.
+            # int8 rows have no common length, which a weighted mean of neighbors needs: resample before storing.
             z = z if source.grid == self.grid else resample_tokens(z.float(), source.grid, self.grid)
             if values is not None:
                 # A cosine ignores the length of a row. Cached class tokens are known to be finite.
-                row = quantise_rows(values, check=False) if z.dtype == torch.int8 else values.to(z.dtype)
+                row = quantize_rows(values, check=False) if z.dtype == torch.int8 else values.to(z.dtype)
                 z = torch.cat([row.unsqueeze(1), z], dim=1)
             teachers.append(z)
         if self._projection is not None:

@@ -1,4 +1,4 @@
-"""Token grids: resampled to the student's, normalised, rounded to int8; class tokens standardized."""
+"""Token grids: resampled to the student's, normalized, rounded to int8; class tokens standardized."""
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def resample_tokens(z, grid, new_grid):
     return maps.flatten(2).transpose(1, 2).contiguous()
 
 
-def normalise_tokens(z, mode="none", mean=None, eps=1e-6):
-    """Normalise teacher tokens before the cosine.
+def normalize_tokens(z, mode="none", mean=None, eps=1e-6):
+    """Normalize teacher tokens before the cosine.
 
     Args:
         z: (B, T, D) floating.
@@ -115,7 +115,7 @@ def project_class_token(values, entry, count=None):
     return (values - mean) @ matrix
 
 
-def quantise_rows(z, check=True):
+def quantize_rows(z, check=True):
     """Round every token to int8 by its own largest magnitude: that one becomes +-127.
 
     The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.

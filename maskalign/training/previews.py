@@ -4,6 +4,7 @@ import logging
 
 from maskalign.errors import RunError, UsageError
 from maskalign.runtime.files import replacing
+from maskalign.runtime.fonts import drawable_names
 from maskalign.sampling.drawing import class_sheet
 from maskalign.sampling.pictures import load_decoder
 from maskalign.sampling.settings import Sampling
@@ -26,6 +27,7 @@ class Previews:
         self.facts = facts
         self.per_class = preview.per_class
         self.classes = list(range(facts["num_classes"]))[: preview.classes]
+        self.names = drawable_names(facts["class_names"], self.classes)
         self.sampling = Sampling(
             sampler=preview.sampler,
             steps=preview.steps,
@@ -56,7 +58,7 @@ class Previews:
         sheet, _ = class_sheet(
             model,
             self.classes,
-            self.facts["class_names"],
+            self.names,
             self.sampling,
             per_class=self.per_class,
             decoder=self.decoder,

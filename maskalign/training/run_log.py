@@ -8,6 +8,8 @@ from tqdm import tqdm
 from maskalign.evaluation import history
 from maskalign.training.logs import MetricsFile, draw_curves, read_metrics
 
+BAR_UNITS = 1000  # of the progress bar
+
 
 class RunLog:
     """The open logs of a run. Every rank has one, and all but the main one's are silent.
@@ -32,18 +34,30 @@ class RunLog:
         return EventFile(self.run_dir / "tensorboard", purge_step=step + 1)
 
     def _bar(self, step, seconds):
-        training = self.training
-        disable = not training.progress or not self.is_main
-        if training.max_seconds is None:
-            return tqdm(total=training.max_steps, initial=step, desc="train", unit="step", disable=disable)
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt} of {total_fmt} s of training{postfix}"
-        total = round(training.max_seconds)
-        return tqdm(total=total, initial=int(seconds), desc="train", bar_format=layout, disable=disable)
+        """A bar over the share of the run that is done; the time left comes first, to be seen on narrow terminals."""
+        layout = "{desc}: {percentage:3.0f}%|{bar:14}| {remaining} left{postfix}"
+        return tqdm(
+            total=BAR_UNITS,
+            initial=self._units(step, seconds),
+            desc="train",
+            bar_format=layout,
+            disable=not self.training.progress or not self.is_main,
+        )
+
+    def _units(self, step, seconds):
+        """What is done of the run in units of the bar, by whichever of its two limits comes first."""
+        done = step / self.training.max_steps
+        if self.training.max_seconds is not None:
+            done = max(done, seconds / self.training.max_seconds)
+        return round(BAR_UNITS * min(1.0, done))
 
     def advance(self, step, seconds):
-        """Move the bar to a step, or to the seconds of training where these end the run."""
-        done = step if self.training.max_seconds is None else min(int(seconds), self.bar.total)
-        self.bar.update(done - self.bar.n)
+        """Move the bar to where the run is.
+
+        Args:
+            step: steps done. seconds: of training.
+        """
+        self.bar.update(self._units(step, seconds) - self.bar.n)
 
     def interval(self, row, seconds):
         """Tell of the steps since the last row.
@@ -59,8 +73,8 @@ class RunLog:
         if not self.training.progress:
             print(self._line(row), flush=True)
         self.bar.set_postfix_str(
-            f"step {row['step']}, loss {row['loss']:.4f}, cosine {-row['align_loss']:.3f}, "
-            f"{row['images_per_second']:.1f} images/s, {row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, "
+            f"step {row['step']}, {row['images_per_second']:.1f} images/s, loss {row['loss']:.4f}, "
+            f"cosine {-row['align_loss']:.3f}, {row['tflops']:.3g} TFLOP/s, MFU {row['mfu']:.0%}, "
             f"waiting {row['data_wait'] / seconds:.0%} for data, {row['comm_seconds'] / seconds:.0%} in communication, "
             f"{row['peak_memory_mib'] / 1024:.1f} GiB"
         )

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 
 from maskalign.checkpoints.layout import FOLDER, find, newest_sound
-from maskalign.config import as_schedule, load_config
+from maskalign.config import TokenBudget, as_schedule, load_config
 from maskalign.errors import UsageError
-from maskalign.models.routing import keep_count
 from maskalign.training.logs import read_metrics
 
 log = logging.getLogger(__name__)
@@ -82,19 +81,19 @@ def start_line(config, manifest, facts, num_samples, model, placement):
     if model.class_dim:
         name, cached = facts["class_token"]
         parts.append(f"class token of {name} ({model.class_dim} numbers, {'cached' if cached else 'online'})")
-    parts.append(kept_tokens(config.method, model.num_tokens))
+    parts.append(kept_tokens(TokenBudget(config.method, model)))
     precision = "bf16" if placement.dtype == torch.bfloat16 else "fp32"
     ranks = f" on {placement.world_size} ranks" if placement.world_size > 1 else ""
     parts += [f"batch {config.training.batch_size}", f"{placement.device}, {precision}"]
     return f"{config.run_dir}: {'; '.join(parts)}, plan {config.parallel.plan}{ranks}"
 
 
-def kept_tokens(method, tokens):
-    """The number of tokens that a keep ratio really keeps, as text."""
-    counts = [keep_count(ratio, tokens, method.keep_multiple) for ratio in as_schedule(method.keep_ratio).ends]
-    text = " to ".join(str(count) for count in dict.fromkeys(counts))
-    ratio = " to ".join(f"{count / tokens:.3g}" for count in dict.fromkeys(counts))
-    return f"{text} of {tokens} tokens kept (keep ratio {ratio})"
+def kept_tokens(budget):
+    """The number of tokens that a `TokenBudget` really keeps, as text."""
+    counts = list(dict.fromkeys(budget.ends))
+    text = " to ".join(str(count) for count in counts)
+    ratio = " to ".join(f"{count / budget.tokens:.3g}" for count in counts)
+    return f"{text} of {budget.tokens} tokens kept (keep ratio {ratio})"
 
 
 def warn_of_short_average(optimizer, steps):
@@ -119,11 +118,15 @@ def initial_share(optimizer, steps):
     return 0.0 if optimizer.ema_warmup else optimizer.ema_decay**steps
 
 
-def warn_of_full_subset(method, tokens):
-    """Say where rounding to `method.keep_multiple` makes a keep ratio below 1 keep all of so few tokens."""
-    low = min(as_schedule(method.keep_ratio).ends)
-    if low < 1 and keep_count(low, tokens, method.keep_multiple) == tokens:
+def warn_of_full_subset(budget):
+    """Warn where rounding to `method.keep_multiple` makes a keep ratio below 1 keep all of so few tokens.
+
+    Args:
+        budget: `TokenBudget`.
+    """
+    low = min(as_schedule(budget.method.keep_ratio).ends)
+    if low < 1 and budget.least == budget.tokens:
         log.warning(
             "method.keep_multiple: keep ratio %g of %d tokens, in multiples of %d, keeps all of them; set it lower",
-            low, tokens, method.keep_multiple,
+            low, budget.tokens, budget.method.keep_multiple,
         )  # fmt: skip

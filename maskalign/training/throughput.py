@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 
 from maskalign.models.flops import step_flops
-from maskalign.models.routing import keep_count
 
 # Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
 # here (TF32, see device.tune_host; MI300X: its float32 matrix rate).
@@ -103,12 +102,15 @@ class Throughput:
         self.pauses = list(SAMPLES)
         self.until_sample = self.pauses.pop(0)
 
-    def count(self, keep_ratio, align_weight):
-        """Add one step of the global batch: forward and backward of the student, nothing counted twice."""
-        key = (keep_ratio, align_weight > 0)
+    def count(self, kept, drawn, aligned):
+        """Add one step of the global batch: forward and backward of the student, nothing counted twice.
+
+        Args:
+            kept, drawn: numbers of patch tokens, see `TokenBudget`. aligned: the step has an alignment loss.
+        """
+        key = (kept, drawn, aligned)
         if key not in self.flops_of:
-            kept = keep_count(keep_ratio, self.model.num_tokens, self.config.method.keep_multiple)
-            self.flops_of[key] = step_flops(self.model, kept, align=key[1])
+            self.flops_of[key] = step_flops(self.model, kept, aligned, drawn)
         self.flops += self.flops_of[key] * self.config.training.batch_size
 
     def interval(self, seconds):

@@ -13,13 +13,12 @@ from tqdm import tqdm
 from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
 from maskalign.checkpoints.loading import load_tensors, read_config
-from maskalign.config import dump_config, model_sizes
+from maskalign.config import TokenBudget, dump_config, model_sizes
 from maskalign.data import ShardStream
 from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
-from maskalign.models.routing import keep_count
 from maskalign.objective.flow_matching import sample_posterior
 from maskalign.runtime.device import tune_host
 from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
@@ -186,7 +185,7 @@ class Trainer:
             if changes:
                 self.notes.append(f"changed since step {self.step}: {', '.join(changes)}")
         if self.placement.is_main:
-            warn_of_full_subset(config.method, self.model.num_tokens)
+            warn_of_full_subset(TokenBudget(config.method, self.model))
         prepare_blocks(self.model, config)
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
         self.throughput = Throughput(self.model, config, self.placement)
@@ -232,6 +231,7 @@ class Trainer:
         try:
             with closing(RunLog(self.config, self.step, self.seconds, self.placement.is_main)) as self.log:
                 self._loop()
+            self.train_step.close()
             self.watchdog.enter("save")
             self.stop.finish()
             self.saver.wait()
@@ -334,7 +334,7 @@ class Trainer:
                 given = self.step_inputs(batch)
             with teacher_share.step():
                 result = self.throughput.run(self.train_step, self.step, self.progress(), **given)
-            self.throughput.count(result.keep_ratio, result.align_weight if given["teachers"] else 0)
+            self.throughput.count(result.kept, result.drawn, result.align_weight > 0 and len(given["teachers"]) > 0)
             good = ~result.skipped
             losses = [result.loss, result.velocity_loss, result.align_loss, result.class_velocity_loss]
             sums += torch.where(good, torch.stack([*losses, result.grad_norm.float()]).double(), 0)
@@ -346,7 +346,7 @@ class Trainer:
                 self._check_finite(in_a_row)
             self.seconds += time.perf_counter() - start
             if training.max_seconds is not None:
-                self.seconds = self.plan.of_main(self.seconds)  # all ranks stop at one step
+                self.seconds = self.plan.from_rank_0(self.seconds)  # all ranks stop at one step
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
@@ -365,11 +365,6 @@ class Trainer:
             if last or (training.sample_every and self.step % training.sample_every == 0):
                 self._sample()
 
-    def kept_share(self, keep_ratio):
-        """The share of tokens that a keep ratio really keeps, after rounding."""
-        tokens = self.model.num_tokens
-        return keep_count(keep_ratio, tokens, self.config.method.keep_multiple) / tokens
-
     def _hint(self, share):
         names = ", ".join(source.name for source in self.features.sources if source.teacher is not None)
         self._say(
@@ -386,8 +381,8 @@ class Trainer:
             )
 
     def _log(self, result, sums, healthy, steps, since):
-        bad = self.plan.total(self.bad_samples)
-        wait, memory = self.plan.most(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
+        bad = self.plan.sum_over_ranks(self.bad_samples)
+        wait, memory = self.plan.max_over_ranks(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
         good = int(healthy)
         self.skipped_steps += steps - good
         means = sums / max(good, 1) if good else sums * float("nan")
@@ -402,7 +397,7 @@ class Trainer:
             "class_velocity_loss": class_velocity,
             "grad_norm": norm,
             "lr": result.lr,
-            "keep_ratio": self.kept_share(result.keep_ratio),
+            "keep_ratio": result.kept / self.model.num_tokens,
             "align_weight": result.align_weight,
             "images_per_second": steps * self.config.training.batch_size / seconds,
             **self.throughput.interval(seconds),

@@ -178,7 +178,7 @@ def test_which_checkpoints_a_path_means(masked_run, tmp_path):
         find_checkpoints([__file__])
 
 
-def test_judgements_follow_the_numbers():
+def test_judgments_follow_the_numbers():
     verdicts = [judge(value, 0.1, 0.15) for value in (0.05, 0.15, 0.18, 0.3, 0.5, 0.9)]
     assert verdicts[0] == verdicts[1] == "not beyond chance"
     assert verdicts[2:] == ["barely above chance", "weakly stable", "clearly stable", "strongly stable"]

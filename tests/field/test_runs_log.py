@@ -110,3 +110,38 @@ def test_a_teacher_that_takes_most_of_a_step_is_named_once(run, capsys):
     run(**online, training__max_steps=12)
     (line,) = [line for line in lines_of(capsys) if "of a step; maskalign" in line]
     assert "timm:vit_tiny_patch16_224" in line and "maskalign data encode --data " in line
+
+
+def bar_at(tmp_path, step, seconds, columns=80, **training):
+    """The progress bar of a run at a step, as 80 columns show it."""
+    from tqdm import tqdm
+
+    from maskalign.config import Config
+    from maskalign.training.run_log import RunLog
+
+    config = Config(run_dir=str(tmp_path))
+    for key, value in {"tensorboard": False, "progress": True, **training}.items():
+        setattr(config.training, key, value)
+    log = RunLog(config, 0, 0.0, is_main=True)
+    log.advance(step, seconds)
+    row = dict.fromkeys(("align_loss", "tflops", "mfu", "data_wait", "comm_seconds", "peak_memory_mib"), 1.0)
+    log.bar.set_postfix_str(f"step {step}, 12.3 images/s, " + ", ".join(f"{key} {row[key]}" for key in row))
+    shown = tqdm.format_meter(**{**log.bar.format_dict, "ncols": columns, "elapsed": 10.0})
+    log.close()
+    return shown
+
+
+@pytest.mark.parametrize(
+    "step, seconds, training, percent, left",
+    [
+        (50, 10.0, {"max_steps": 200}, 25, "00:30"),
+        (50, 10.0, {"max_steps": 200, "max_seconds": 20.0}, 50, "00:10"),
+        (150, 10.0, {"max_steps": 200, "max_seconds": 40.0}, 75, "00:03"),
+        (200, 10.0, {"max_steps": 200, "max_seconds": 40.0}, 100, "00:00"),
+    ],
+    ids=["steps", "seconds-first", "steps-first", "done"],
+)
+def test_the_bar_follows_the_limit_that_ends_first(tmp_path, step, seconds, training, percent, left):
+    shown = bar_at(tmp_path, step, seconds, **training)
+    assert f"{percent}%" in shown and f"{left} left" in shown, shown
+    assert len(shown) <= 80 and f"step {step}" in shown and "12.3 images/s" in shown, shown

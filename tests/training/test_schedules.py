@@ -2,8 +2,8 @@
 
 import pytest
 
-from maskalign.config import OptimizerConfig, Schedule
-from maskalign.training.schedules import learning_rate, schedule_value
+from maskalign.config import OptimizerConfig, Schedule, schedule_value
+from maskalign.training.schedules import learning_rate
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,12 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, e
     plan = {"fingerprint": fingerprint, "settings": settings}
     job.finished = _finished(out, fingerprint)
     there = _read_plan(out, plan_path)
+    if there is not None and there.get("fingerprint") != fingerprint and not _begun(out):
+        # It was stopped before its first shard, so nothing of it is lost.
+        if rank == 0:
+            there = None
+        else:
+            there = wait_for(lambda: _replaced(out, plan_path, there), wait_seconds, "rank 0 to list the source")
     if there is None:
         strange = [name for name in sorted(os.listdir(out)) if name.endswith(".tar") or name == FILE_NAME]
         if strange:
@@ -330,6 +336,17 @@ def _read_plan(out, path):
             return json.load(file)
     except (FileNotFoundError, ValueError):
         return None
+
+
+def _begun(out):
+    """Whether a folder holds shards, or is a data set."""
+    return any(name.endswith(".tar") or name == FILE_NAME for name in os.listdir(out))
+
+
+def _replaced(out, path, old):
+    """The plan in `out` once it is another one than `old`, else None."""
+    plan = _read_plan(out, path)
+    return plan if plan != old else None
 
 
 def _finished(out, fingerprint):

@@ -22,7 +22,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 
-from maskalign.config.teacher_names import check_normalisation, parse_teachers
+from maskalign.config.teacher_names import check_normalization, parse_teachers
 from maskalign.data.build.processes import LinePrinter, in_processes, wait_for
 from maskalign.data.build.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.build.staging import Staging, finish_commits, read_json
@@ -134,8 +134,13 @@ def encode(
         if job is None:
             return Manifest.load(target)
         if rank == 0 and not dry_run:
-            os.makedirs(job.work, exist_ok=True)
-        return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+            job.begin()
+        try:
+            return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
+        except BaseException:
+            if world_size == 1 and not dry_run and not job.can_go_on():  # others may write there
+                shutil.rmtree(job.work, ignore_errors=True)
+            raise
     except OSError as error:
         raise RunError(f"cannot encode {target}: {error.strerror or error} ({error.filename or target})") from error
     finally:
@@ -148,7 +153,7 @@ def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers,
         raise UsageError("nothing to encode: give --teacher NAME, --latents NAME, or both")
     if dtype not in ("int8", "float16"):
         raise UsageError(f"dtype is {dtype!r}; give int8 or float16")
-    check_normalisation(normalize)
+    check_normalization(normalize)
     if grid is not None:
         sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
         if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= 1024 for side in sides):
@@ -236,7 +241,10 @@ def _plan(data, target, recipe, class_token, only_look, say):
     job = Staging(manifest, target, recipe, fingerprint)
     job.renew = renew
     for folder in job.strangers():
-        say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
+        if job.can_go_on(folder):
+            say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
+        elif not only_look:  # stopped before its first shard, or of shards that have been replaced
+            shutil.rmtree(folder, ignore_errors=True)
     return job
 
 

@@ -10,7 +10,7 @@ from maskalign.data.format.manifest import Manifest, class_member, is_url, teach
 from maskalign.data.format.npy import load_npy
 from maskalign.data.format.tar_shards import read_shard
 from maskalign.errors import RunError, UsageError
-from maskalign.runtime.fonts import load_font
+from maskalign.runtime.fonts import drawable_names, load_font
 from maskalign.runtime.outputs import check_file
 
 GAP, TEXT = 4, 13
@@ -134,7 +134,7 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
     pictures = {label: [None] * len(chosen) for label, chosen in samples.items()}
     if not arrays:
         return pictures
-    colours = principal_colours(np.concatenate(list(arrays.values())))
+    colours = principal_colors(np.concatenate(list(arrays.values())))
     start = 0
     for label, number in arrays:
         part = colours[start : start + grid[0] * grid[1]]
@@ -143,7 +143,7 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
     return pictures
 
 
-def principal_colours(rows):
+def principal_colors(rows):
     """uint8 (n, 3) of rows (n, d): coordinates along the three directions of largest variance, 2nd to 98th percentile.
 
     The sign of a component is fixed by its largest loading, so that a sheet looks the same every time.
@@ -160,8 +160,9 @@ def principal_colours(rows):
 
 def _draw(manifest, classes, samples, strips, columns, tile):
     """The sheet; `strips` are (name, pictures by class, height of a picture), one below the other in a class's row."""
-    font = load_font(TEXT)
-    names = [manifest.class_names[label] for label in classes]
+    every = drawable_names(manifest.class_names, classes)
+    names = [every[label] for label in classes]
+    font = load_font(TEXT, names)
     margin = 2 * GAP + round(max([font.getlength(_short(name)) for name in names] + [font.getlength("Label")]))
     heights = [height + GAP for _, _, height in strips]
     step = sum(heights) + GAP

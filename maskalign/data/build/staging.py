@@ -6,6 +6,7 @@ ones, manifest.json is written, the folder goes. A run that finds a commit.json 
 readers have the old data set; between the first rename and the last, shards with the old members and the new ones.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from maskalign.runtime.files import sync_folder, write_atomically
 PREFIX = ".encode-"
 DONE = ".done"
 COMMIT = "commit.json"
+BASE = "base.txt"
 
 
 class Staging:
@@ -59,6 +61,31 @@ class Staging:
         names = sorted(os.listdir(self.target)) if os.path.isdir(self.target) else []
         paths = [os.path.join(self.target, name) for name in names if name.startswith(PREFIX)]
         return [path for path in paths if path != self.work]
+
+    def begin(self):
+        """Make the folder, and note in it which shards the new ones are made from."""
+        os.makedirs(self.work, exist_ok=True)
+        write_atomically(os.path.join(self.work, BASE), self._base().encode())
+
+    def _base(self):
+        return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
+
+    def can_go_on(self, folder=None):
+        """Whether a folder of new shards (this one's by default) is worth going on with.
+
+        That is, one of them is whole (its record is written after it), and the data set is still the one that they were
+        made from.
+        """
+        folder = folder or self.work
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        if COMMIT in names:
+            return True
+        try:
+            with open(os.path.join(folder, BASE), encoding="utf-8") as file:
+                same = file.read() == self._base()
+        except (OSError, ValueError):
+            same = True  # nothing tells
+        return same and any(name.endswith(".tar.json") for name in names)
 
     def wait(self, wait_seconds):
         """Wait until all shards are whole, those of other ranks too; returns the new manifest but for the features."""

@@ -205,6 +205,15 @@ def stop_after(monkeypatch, shards):
     monkeypatch.setattr(prepare, "make_shard", make_shard)
 
 
+def test_a_build_that_was_stopped_before_its_first_shard_leaves_nothing_behind(pictures, truth, tmp_path, monkeypatch):
+    stop_after(monkeypatch, shards=0)
+    with pytest.raises(KeyboardInterrupt):
+        build(pictures, tmp_path / "out", workers=0, quiet=True, **(SETTINGS | {"size": 32}))
+    monkeypatch.undo()
+    build(pictures, tmp_path / "out", workers=0, quiet=True, **SETTINGS)
+    assert contents(tmp_path / "out") == truth
+
+
 def test_a_changed_source_is_noticed(pictures, tmp_path):
     source = tmp_path / "source"
     for label in ("a", "b"):

@@ -23,7 +23,7 @@ from maskalign.data.build.recipe import entry_bytes
 from maskalign.data.format.manifest import Manifest, teacher_member
 from maskalign.data.format.tar_shards import read_shard, write_shard
 from maskalign.errors import RunError, UsageError
-from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows
+from maskalign.teachers import load_teacher, load_teacher_like, quantize_rows
 
 VIT = "timm:test_vit"  # 10x10 tokens of 64; small enough to encode a picture in a few ms
 RESNET = "timm:test_resnet"
@@ -98,7 +98,7 @@ def test_features_are_added_and_nothing_else_changes(data, vit):
         assert list(members) == ["cls", "png", "timm-test_vit.npy", "timm-test_vit.class.npy"]
         assert all(members[ending] == old for ending, old in before[key].items())
         q = array(members, "timm-test_vit.npy")
-        want = quantise_rows(vit(picture(members)))[0].numpy()
+        want = quantize_rows(vit(picture(members)))[0].numpy()
         assert q.shape == (100, 64) and q.dtype == np.int8
         # Other batches may sum in another order: an entry at the edge of two steps may then go either way.
         assert np.abs(q.astype(int) - want).max() <= 1 and (q == want).mean() > 0.999
@@ -465,6 +465,37 @@ def flip_bit(path, position):
         byte = file.read(1)[0]
         file.seek(position)
         file.write(bytes([byte ^ 4]))
+
+
+def stop(data, monkeypatch, shards, **settings):
+    """Encode until Ctrl-C comes after a number of shards."""
+    import maskalign.data.build.encoding as module
+
+    original, left = module._encode_shard, iter(range(shards))
+
+    def encode_shard(*arguments):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_encode_shard", encode_shard)
+        quiet(data, **settings)
+
+
+def test_what_a_stopped_encoding_leaves(data, monkeypatch, capsys):
+    before = sorted(os.listdir(data))
+    stop(data, monkeypatch, 0, normalize="mean")
+    assert sorted(os.listdir(data)) == before  # nothing was whole, so there is nothing to go on from
+    (data / ".encode-0123456789ab").mkdir()  # of a process that was killed
+    (data / ".encode-0123456789ab" / "statistics.json").write_text("{}")
+    stop(data, monkeypatch, 1, dtype="float16")
+    (left,) = [name for name in os.listdir(data) if name.startswith(".encode-")]
+    assert left != ".encode-0123456789ab"
+    quiet(data, quiet=False)
+    assert f"{left} is left of an encoding with other settings" in capsys.readouterr().out
+    quiet(data, dtype="float16")  # the shards are others by now: what was begun with the old ones is of no use
+    assert sorted(os.listdir(data)) == before and Manifest.load(data).teachers[VIT]["dtype"] == "float16"
 
 
 def test_damaged_shards_stop_it_and_are_named(tmp_path):
