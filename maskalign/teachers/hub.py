@@ -1,4 +1,4 @@
-"""Whether weights can be had at all, asked before anything heavy is imported: a local file, the cache, or the hub."""
+"""Checks that weights are available (a file, the cache or the hub), before anything heavy is imported."""
 
 import os
 import threading
@@ -22,7 +22,7 @@ def dinov2_model(name):
 
 
 def check_weights(name, weights):
-    """Raise a UsageError where a teacher's weights cannot be had; quick, and without importing torch.
+    """Raise a UsageError where a teacher's weights are not available; quick, and without importing torch.
 
     Args:
         name: the teacher, a valid name.
@@ -38,7 +38,7 @@ def check_weights(name, weights):
 def check_hub(what, repository, instead):
     """Raise a UsageError where a repository is neither in the cache nor on a hub that answers.
 
-    Left alone, the hub's client retries an unknown host for most of a minute.
+    Without this check the hub's client retries an unknown host for most of a minute.
     """
     if not in_cache(repository) and not hub_answers(hub_url()):
         raise UsageError(
@@ -55,7 +55,7 @@ def in_cache(repository):
 
 
 def hub_answers(url, timeout=HUB_TIMEOUT):
-    """Whether anything at all answers at `url` within `timeout` seconds, name look-up included."""
+    """Whether anything answers at `url` within `timeout` seconds, including the DNS lookup."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     answered = []
@@ -64,13 +64,13 @@ def hub_answers(url, timeout=HUB_TIMEOUT):
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
         except urllib.error.HTTPError:
-            answered.append(True)  # a refusal is an answer
+            answered.append(True)  # an error status is an answer too
         except (OSError, ValueError):
             return
         else:
             answered.append(True)
 
-    # The look-up of a name has no time limit of its own, hence the thread.
+    # The DNS lookup has no timeout of its own, hence the thread.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)
