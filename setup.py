@@ -49,6 +49,7 @@ setup(
     extras_require={
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
+        "hub": ["huggingface_hub>=1.0"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

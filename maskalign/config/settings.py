@@ -163,7 +163,7 @@ class TrainingConfig:
     compile: bool = False
     """torch.compile every block."""
     cuda_graph: bool = True
-    """plan none, on a GPU: replay a step as one graph, so that nothing waits for Python to launch kernels."""
+    """On NVIDIA GPUs: replay a step as one CUDA graph, so that nothing waits for Python to launch kernels."""
     log_every: int = 50
     """Steps between rows of metrics.csv."""
     checkpoint_every: int = 10_000

@@ -9,7 +9,7 @@ from torch import nn
 
 from maskalign.errors import UsageError, one_line
 from maskalign.evaluation.features import CPU_CHUNK, digest_of
-from maskalign.teachers.hub import hub_answers
+from maskalign.runtime.hub import hub_answers
 
 NAME = "inception"
 SPATIAL_NAME = "inception-spatial"

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from maskalign.errors import UsageError, one_line
-from maskalign.teachers.hub import SOURCES, check_hub, hub_url
+from maskalign.runtime.hub import check_hub, hub_url
+from maskalign.teachers.hub import SOURCES
 
 RANDOM_SEED = 0
 
