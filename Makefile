@@ -12,7 +12,7 @@ define NEXT
 Look at:
   $(RUN)/samples/          what the model draws, a row per class, at several stages of training
   $(RUN)/curves.png        loss, alignment, gradient norm, speed; the numbers are in metrics.csv
-  $(DATA)/contact_sheet.png  what it learnt from, with the teacher's features as colours
+  $(DATA)/contact_sheet.png  what it learned from, with the teacher's features as colors
 Try next:
   $(MASKALIGN) sample $(RUN) --out $(RUN)/pictures --sampler heun --cfg-scale 3
   $(MASKALIGN) train --config configs/quickstart.yaml --run_dir runs/repa --model.mixer none --method.keep_ratio 1.0

@@ -50,6 +50,7 @@ setup(
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.18"],
+        "hub": ["huggingface_hub>=1.0"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",

@@ -127,7 +127,7 @@ def unfused_bytes(operation, shape, gathered=False):
         arguments.append(None if kept is None else empty(images, kept, dtype=torch.int64))
     elif operation == "mix_and_drop":
         images, tokens, kept, width, hidden, x, _, product = shape
-        # Weights and tokens in one dtype: what casts cost on top is left out, in favour of the chain.
+        # Weights and tokens in one dtype: what casts cost on top is left out, in favor of the chain.
         dtype = torch.promote_types(x, product) if x == torch.float32 else product
         vectors = [empty(images, width, dtype=dtype, grad=True) for _ in range(3)]
         sizes = [(hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]

@@ -11,7 +11,7 @@ the loop, and float32 moments.
 
 Warm: after one pass over the data, the median of the runs, taken in turn. Cold: the files' pages are
 dropped with posix_fadvise first, then one pass from the start of the loader to its last batch. (Folder
-entries and inodes stay cached, which favours one file per sample.) Ours compares the checksum of each
+entries and inodes stay cached, which favors one file per sample.) Ours compares the checksum of each
 sample when a process first reads it, so in the cold pass but hardly in the warm ones; the others check
 nothing. Samples per CPU second count the time that the loader itself computes, which other work on the
 machine hardly changes; without workers only.
@@ -46,7 +46,7 @@ def members(layout, number, rng):
     if layout == "pixels":
         from PIL import Image
 
-        # Noise does not compress, flat colour compresses too well: a coarse pattern with some noise.
+        # Noise does not compress, flat color compresses too well: a coarse pattern with some noise.
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         noisy = (coarse // 2 + rng.integers(0, 16, coarse.shape, dtype=np.uint8)).astype(np.uint8)
         file = io.BytesIO()

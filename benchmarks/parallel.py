@@ -29,7 +29,7 @@ COLUMNS += ["rounds", "about"]
 
 
 class Case:
-    """One plan's model, optimiser and step, on a batch that stays."""
+    """One plan's model, optimizer and step, on a batch that stays."""
 
     def __init__(self, name, options):
         import torch
@@ -81,7 +81,7 @@ class Case:
         start, cpu = time.perf_counter(), time.process_time()
         result = run(self.train_step, self.number, 0.0, *self.batch, first_slot=self.first_slot)
         float(result.loss)
-        return self.plan.most(time.perf_counter() - start, time.process_time() - cpu)
+        return self.plan.max_over_ranks(time.perf_counter() - start, time.process_time() - cpu)
 
     def state_mib(self):
         """MiB of weights, averages and moments on this rank."""

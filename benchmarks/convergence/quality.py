@@ -30,7 +30,7 @@ class Heldout:
     """Held-out images, their labels and the teacher's features, computed once and kept in a file.
 
     Args:
-        train, test: folders of the two parts; the training part's manifest says how the teacher was normalised.
+        train, test: folders of the two parts; the training part's manifest says how the teacher was normalized.
         teacher: its name.
         images: held-out images for the losses and the cosine; reference: images for the distances.
         classifier: file of the network in whose features the distances are; None for the teacher.

@@ -16,7 +16,7 @@ BETTER_LOW = {
 # Where recipes have a class token or not, these alone compare all of them.
 COMMON = ("frechet_cnn", "kernel_cnn")
 FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
-# The colours of those that every plot is about.
+# The colors of those that every plot is about.
 KNOWN = {
     "repa": "black", "reg": "tab:gray", "maskalign": "tab:blue", "maskalign-fast": "tab:orange",
     "maskalign-attention": "tab:red",
@@ -233,7 +233,7 @@ def draw_ends(rows):
 
 
 def draw_curves(rows):
-    """Quality against time and against FLOPs: a row of panels per metric, a colour per recipe, a band over seeds.
+    """Quality against time and against FLOPs: a row of panels per metric, a color per recipe, a band over seeds.
 
     The ends of all seeds are dots; runs that were planned for a part of the budget are thin.
     """
@@ -244,13 +244,13 @@ def draw_curves(rows):
     axes_of = [(0, "seconds of training (calibrated)") if timed else (2, "steps"), (1, "TFLOP of training")]
     size = (11, 3.1 * len(metrics))
     figure, panels = plt.subplots(len(metrics), 2, figsize=size, squeeze=False, layout="constrained")
-    colours = colours_of(dict.fromkeys(row["recipe"] for row in rows))
+    colors = colors_of(dict.fromkeys(row["recipe"] for row in rows))
     for line, metric in zip(panels, metrics, strict=True):
         runs = curves(rows, metric)
         for panel, (axis, unit) in zip(line, axes_of, strict=True):
             for recipe, share in dict.fromkeys((recipe, share) for recipe, _, share in runs):
                 own = [points for (name, _, of), points in runs.items() if (name, of) == (recipe, share)]
-                draw_runs(panel, own, axis, colours[recipe], recipe, share)
+                draw_runs(panel, own, axis, colors[recipe], recipe, share)
             panel.set_xlabel(unit, fontsize=8)
             panel.set_title(TITLES[metric], fontsize=9, loc="left")
             panel.grid(alpha=0.25, which="both")
@@ -264,24 +264,24 @@ def draw_curves(rows):
     return figure
 
 
-def colours_of(recipes):
-    """dict recipe -> colour: those of `KNOWN`, one each for the others."""
+def colors_of(recipes):
+    """dict recipe -> color: those of `KNOWN`, one each for the others."""
     from matplotlib import pyplot as plt
     from matplotlib.colors import same_color
 
-    taken, pairs = KNOWN.values(), plt.get_cmap("tab20").colors  # a colour and its pale twin, in turns
-    free = [colour for colour in pairs[::2] + pairs[1::2] if not any(same_color(colour, one) for one in taken)]
+    taken, pairs = KNOWN.values(), plt.get_cmap("tab20").colors  # a color and its pale twin, in turns
+    free = [color for color in pairs[::2] + pairs[1::2] if not any(same_color(color, one) for one in taken)]
     return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 
-def draw_runs(panel, runs, axis, colour, recipe, share):
+def draw_runs(panel, runs, axis, color, recipe, share):
     """The mean over seeds of one recipe and share of the budget, their range, and the end of each as a dot."""
     columns = list(zip(*runs, strict=True))
     x = [statistics.fmean(point[axis] for point in points) for points in columns]
     values = [[point[-1] for point in points] for points in columns]
     whole = share == 1
     label = recipe if whole else f"{recipe}, planned for {share:g}"
-    panel.plot(x, [statistics.fmean(of) for of in values], color=colour, linewidth=1.4 if whole else 0.6, label=label)
-    panel.plot([run[-1][axis] for run in runs], [run[-1][-1] for run in runs], "o", color=colour, markersize=3)
+    panel.plot(x, [statistics.fmean(of) for of in values], color=color, linewidth=1.4 if whole else 0.6, label=label)
+    panel.plot([run[-1][axis] for run in runs], [run[-1][-1] for run in runs], "o", color=color, markersize=3)
     if len(runs) > 1 and whole:
-        panel.fill_between(x, [min(of) for of in values], [max(of) for of in values], color=colour, alpha=0.15, lw=0)
+        panel.fill_between(x, [min(of) for of in values], [max(of) for of in values], color=color, alpha=0.15, lw=0)

@@ -50,7 +50,7 @@ class OurCase:
         update: False leaves the optimizer out: a step is then forward and backward, and takes a fifth of the memory.
     """
 
-    averages_inside = True  # the moving average is a part of the optimiser's step
+    averages_inside = True  # the moving average is a part of the optimizer's step
 
     def __init__(
         self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
@@ -83,7 +83,7 @@ class OurCase:
         self.count, self.clock = 0, None
 
     def step(self, batch=None):
-        """One optimiser step, on the next batch or the given one; returns the loss, a 0-d tensor."""
+        """One optimizer step, on the next batch or the given one; returns the loss, a 0-d tensor."""
         self.count += 1
         inputs, labels, teachers, prepare, class_token = batch or self.batches(self.clock)
         given = dict(prepare=prepare, class_token=class_token)
@@ -92,10 +92,10 @@ class OurCase:
     def step_seconds(self, device, clock):
         """(seconds, loss, seconds without the optimizer's step) of one step; the last is None where it is one graph."""
         losses, update = [], Clock(device, clock)
-        inside = wrapped(self.optimizer, "step", update("optimiser")) if device.type == "cpu" else nullcontext()
+        inside = wrapped(self.optimizer, "step", update("optimizer")) if device.type == "cpu" else nullcontext()
         with inside:
             seconds = seconds_of(lambda: losses.append(self.step()), device, clock)
-        passes = seconds - update.seconds["optimiser"] if device.type == "cpu" else None
+        passes = seconds - update.seconds["optimizer"] if device.type == "cpu" else None
         return seconds, float(losses[0]), passes
 
     def saved_bytes(self):
@@ -129,7 +129,7 @@ class OurCase:
             wrapped(step_module, "draw", clock("draws")),
             wrapped(step_module, "training_loss", clock("forward")),
             wrapped(torch.Tensor, "backward", clock("backward")),
-            wrapped(self.optimizer, "step", clock("optimiser")),
+            wrapped(self.optimizer, "step", clock("optimizer")),
             wrapped(torch, "_foreach_lerp_", clock("ema")),
         ):
             try:
@@ -158,6 +158,9 @@ class NoUpdate:
         for p in self.params:
             p.grad = None
         return torch.zeros(()), ~healthy
+
+    def average_on_host(self):
+        """There are no averages."""
 
 
 @contextmanager

@@ -5,23 +5,23 @@ from contextlib import contextmanager
 
 import torch
 
-PARTS = ("data", "teacher", "draws", "forward", "backward", "optimiser", "ema")
+PARTS = ("data", "teacher", "draws", "forward", "backward", "optimizer", "ema")
 # CPU seconds leave out the time in which other programs had the processor. With several threads they would count
 # threads that wait for each other, too: `--clock cpu` goes with one thread.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def synchronise(device):
+def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(call, device, clock="wall"):
     """Seconds that a call takes by one of `CLOCKS`."""
-    synchronise(device)
+    synchronize(device)
     start = CLOCKS[clock]()
     call()
-    synchronise(device)
+    synchronize(device)
     return CLOCKS[clock]() - start
 
 
@@ -55,12 +55,12 @@ class Clock:
 
     @contextmanager
     def _part(self, name):
-        synchronise(self.device)
+        synchronize(self.device)
         start = self.now()
         try:
             yield
         finally:
-            synchronise(self.device)
+            synchronize(self.device)
             self.seconds[name] += self.now() - start
 
     def __call__(self, name):
@@ -89,7 +89,7 @@ def split_of(case, device, steps, clock="wall"):
             case.step()
     parts = {name: 1000 * seconds / steps for name, seconds in taken.seconds.items()}
     if case.averages_inside:
-        parts["optimiser"] -= parts["ema"]
+        parts["optimizer"] -= parts["ema"]
     return parts
 
 

@@ -13,7 +13,7 @@ from maskalign.data import ShardStream
 from maskalign.data.format.manifest import Manifest, class_member
 from maskalign.data.format.tar_shards import shard_name, write_shard
 from maskalign.objective.flow_matching import sample_posterior
-from maskalign.teachers import load_teacher, quantise_rows, resample_tokens
+from maskalign.teachers import load_teacher, quantize_rows, resample_tokens
 
 LATENT, CLASSES, TEACHER_DIM = (4, 32, 32), 1000, 768
 SCALE = 0.18215
@@ -109,7 +109,7 @@ class Batches:
 
 def with_class_row(rows, values):
     """Teacher rows (b, N, Dz), floating or int8, with the class token (b, Dz) in front, as `Features` gives them."""
-    first = quantise_rows(values, check=False) if rows.dtype == torch.int8 else values.to(rows.dtype)
+    first = quantize_rows(values, check=False) if rows.dtype == torch.int8 else values.to(rows.dtype)
     return torch.cat([first.unsqueeze(1), rows], dim=1)
 
 

@@ -145,7 +145,7 @@ class ReferenceCase:
         if not self.update:
             self.adamw.zero_grad(set_to_none=True)
             return total.detach()
-        with part("optimiser"):
+        with part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
             self.adamw.step()
             self.adamw.zero_grad(set_to_none=True)
@@ -213,7 +213,7 @@ def respond(case, what, clock="wall", steps=1):
         seconds = seconds_of(lambda: losses.append(case.step()), case.device, clock)
     passes = None
     if case.device.type == "cpu":
-        passes = seconds - taken.seconds["optimiser"] - taken.seconds["ema"]
+        passes = seconds - taken.seconds["optimizer"] - taken.seconds["ema"]
     return [seconds, float(losses[0]), passes]
 
 

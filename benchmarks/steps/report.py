@@ -16,7 +16,7 @@ COLUMNS = (
     ("share_of_peak_fwd_bwd", "in passes", "{:.0%}"),
     ("saved_mib", "saved MiB", "{:.0f}"), ("saved_x_repa", "x REPA", "{:.2f}"), ("peak_mib", "peak MiB", "{:.0f}"),
     ("data_ms", "data", "{:.0f}"), ("teacher_ms", "teacher", "{:.0f}"), ("forward_ms", "fwd", "{:.0f}"),
-    ("backward_ms", "bwd", "{:.0f}"), ("optimiser_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),
+    ("backward_ms", "bwd", "{:.0f}"), ("optimizer_ms", "optim", "{:.0f}"), ("ema_ms", "EMA", "{:.0f}"),
 )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def draw(rows, about, path, metadata=None):
 
     first, names = rows[0], [row["case"] for row in rows][::-1]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 1.4 + 0.45 * len(rows)), sharey=True, layout="constrained")
-    colours = ["#999999" if name.startswith("reference") else "#2a6f97" for name in names]
+    colors = ["#999999" if name.startswith("reference") else "#2a6f97" for name in names]
     rates = [row["images_per_second"] for row in rows][::-1]
     low = [row["batch_size"] * 1000 / row["step_ms_p90"] for row in rows][::-1]
     high = [row["batch_size"] * 1000 / row["step_ms_p10"] for row in rows][::-1]
@@ -94,12 +94,12 @@ def draw(rows, about, path, metadata=None):
         [max(0, r - a) for r, a in zip(rates, low, strict=True)],
         [max(0, b - r) for r, b in zip(rates, high, strict=True)],
     ]
-    left.barh(names, rates, xerr=errors, color=colours, ecolor="#333333", capsize=3)
+    left.barh(names, rates, xerr=errors, color=colors, ecolor="#333333", capsize=3)
     left.set_xlabel("images per second (bar: median, whiskers: 10th to 90th percentile)")
     for y, row in enumerate(rows[::-1]):
         if row["x_repa"]:
             left.text(row["images_per_second"] / 2, y, f"{row['x_repa']:.2f}x", color="white", ha="center", va="center")
-    right.barh(names, [row["saved_mib"] for row in rows][::-1], color=colours)
+    right.barh(names, [row["saved_mib"] for row in rows][::-1], color=colors)
     right.set_xlabel("activations saved for the backward, MiB")
     what = f"{first['preset']}, batch {first['batch_size']:.0f}, {first['precision']}, training step; x: over our REPA"
     figure.suptitle(f"{what}\n{about}", fontsize=9)

@@ -1,7 +1,7 @@
 """How well alignment gradients agree between two random subsets of the same images.
 
 Two subsets pull on different tokens, so gradients of tokens cannot be compared directly. What they share are the
-trunk's parameters up to the tap, where the optimiser adds them up: the measure is the cosine of the two flat parameter
+trunk's parameters up to the tap, where the optimizer adds them up: the measure is the cosine of the two flat parameter
 gradients, of the whole trunk and block by block. Beside it stand what other noise on the same images, and other images,
 give for full-token alignment.
 """

@@ -184,7 +184,7 @@ def _check_alike(subject, first, settings):
     ):
         if here != there:
             raise UsageError(
-                f"{subject.label}: has another {what} ({here}) than {first.label} ({there}); analyse them in two calls"
+                f"{subject.label}: has another {what} ({here}) than {first.label} ({there}); analyze them in two calls"
             )
     if one.num_classes != other.num_classes:
         raise UsageError(f"{subject.label}: has {one.num_classes} classes, {first.label} {other.num_classes}")

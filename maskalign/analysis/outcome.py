@@ -50,7 +50,7 @@ def _conditions(about):
         "",
         "The gradient is that of the sum over aligned tokens of -cos(projector(h), z) with respect to the token's "
         "features h at the tap, before the projector; labels are kept. Chance is given by random permutations, and for "
-        "mean maps also by turning one map on the torus, which keeps neighbours together: the wider interval counts.",
+        "mean maps also by turning one map on the torus, which keeps neighbors together: the wider interval counts.",
         "",
         "| run | checkpoints (steps) | settings |",
         "| --- | --- | --- |",

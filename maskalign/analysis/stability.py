@@ -8,7 +8,7 @@ What chance would give, three times:
 - the interval that 95 % of random permutations of one map stay in (for means over images by the exact variance of that
   law, hypergeometric for the overlap and 1 / (n - 1) for the correlation, over independent images);
 - the same for turning one map on the torus (all shifts, turns and mirror images of the token grid), which keeps
-  neighbours together. Smooth maps agree by chance more often than permutations know, and this one knows it.
+  neighbors together. Smooth maps agree by chance more often than permutations know, and this one knows it.
 """
 
 from typing import NamedTuple, Optional

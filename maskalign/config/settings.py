@@ -151,19 +151,19 @@ class TrainingConfig:
     """The loop."""
 
     max_steps: int = 400_000
-    """Optimiser steps."""
+    """Optimizer steps."""
     max_seconds: Optional[float] = None
     """Stop, with every schedule complete, after this much training time if max_steps is not reached before."""
     batch_size: int = 256
-    """Images per optimiser step, over all ranks."""
+    """Images per optimizer step, over all ranks."""
     accumulation: int = 1
-    """Micro-batches per optimiser step; it divides the batch of a rank."""
+    """Micro-batches per optimizer step; it divides the batch of a rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto is bf16 where the processor has it, else fp32; master weights stay float32."""
     compile: bool = False
     """torch.compile every block."""
     cuda_graph: bool = True
-    """plan none, on a GPU: replay a step as one graph, so that nothing waits for Python to launch kernels."""
+    """On NVIDIA GPUs: replay a step as one CUDA graph, so that nothing waits for Python to launch kernels."""
     log_every: int = 50
     """Steps between rows of metrics.csv."""
     checkpoint_every: int = 10_000

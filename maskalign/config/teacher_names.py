@@ -1,4 +1,4 @@
-"""What a teacher can be called. Light: a wrong name is refused before torch is imported."""
+"""The names of teachers. Imports no torch, so that a wrong name is refused at once."""
 
 from difflib import get_close_matches
 
@@ -7,7 +7,7 @@ from maskalign.errors import UsageError
 DINOV2_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 PLAIN_NAMES = (*(f"dinov2-{size}" for size in DINOV2_SIZES), "efficientnet-lite0", "efficientnet-lite0:16")
 INSTALLED_TEACHER = "efficientnet-lite0"  # its weights come with the package, without a network
-NORMALISATIONS = ("none", "spatial", "mean")
+NORMALIZATIONS = ("none", "spatial", "mean")
 
 
 def check_teacher_name(name):
@@ -39,10 +39,10 @@ def no_class_tokens(teacher, path):
     )
 
 
-def check_normalisation(mode):
-    """Return `mode` if it is a normalisation of teacher tokens, else raise a UsageError."""
-    if mode not in NORMALISATIONS:
-        raise UsageError(f"normalize is {mode!r}, not one of {', '.join(NORMALISATIONS)}")
+def check_normalization(mode):
+    """Return `mode` if it is a normalization of teacher tokens, else raise a UsageError."""
+    if mode not in NORMALIZATIONS:
+        raise UsageError(f"normalize is {mode!r}, not one of {', '.join(NORMALIZATIONS)}")
     return mode
 
 

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how samples and real images lie among each other's nearest neighbours."""
+"""Precision, recall, density and coverage: comparisons of two sets by nearest neighbors."""
 
 import torch
 
@@ -46,14 +46,14 @@ def _float64(x):
 
 
 def _squared(x, y):
-    """Squared distances (n, m) of the rows; no less than 0."""
+    """Squared distances (n, m) of the rows, at least 0."""
     return torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2).add_(x.square().sum(dim=1, keepdim=True)).clamp_(min=0)
 
 
 def _radii(x, k):
     """(n,) squared distance from every row to its k-th nearest other row."""
     if len(x) <= k:
-        raise ValueError(f"{len(x)} rows have no {k}-th nearest neighbour")
+        raise ValueError(f"{len(x)} rows have no {k}-th nearest neighbor")
     radii = []
     for begin in range(0, len(x), ROWS):
         distances = _squared(x[begin : begin + ROWS], x)
@@ -62,5 +62,5 @@ def _radii(x, k):
     return torch.cat(radii)
 
 
-def _share_inside(x, centres, radii):
-    return float(torch.cat([(_squared(part, centres) <= radii).any(dim=1) for part in x.split(ROWS)]).double().mean())
+def _share_inside(x, centers, radii):
+    return float(torch.cat([(_squared(part, centers) <= radii).any(dim=1) for part in x.split(ROWS)]).double().mean())

@@ -6,7 +6,7 @@ from maskalign.evaluation.distances import enough_for_covariance, frechet_distan
 from maskalign.evaluation.manifolds import density_coverage, precision_recall
 from maskalign.evaluation.settings import METRICS
 
-MOST_NEIGHBOURS = 10_000  # pictures of either set for precision, recall, density and coverage, as ADM's evaluator
+MOST_NEIGHBORS = 10_000  # pictures of either set for precision, recall, density and coverage, as ADM's evaluator
 
 
 def distances(samples, reference, name, metrics=METRICS):
@@ -25,8 +25,8 @@ def distances(samples, reference, name, metrics=METRICS):
         found["frechet"] = frechet_distance(samples, reference)
     if "kernel" in metrics:
         found["kernel"], found["kernel_std"] = kernel_distance_subsets(samples, reference)
-    if "neighbours" in metrics:
-        real, drawn = reference[:MOST_NEIGHBOURS], samples[:MOST_NEIGHBOURS]
+    if "neighbors" in metrics:
+        real, drawn = reference[:MOST_NEIGHBORS], samples[:MOST_NEIGHBORS]
         found["precision"], found["recall"] = precision_recall(real, drawn)
         found["density"], found["coverage"] = density_coverage(real, drawn)
     return {f"{metric}[{name}]": value for metric, value in found.items()}
@@ -48,7 +48,7 @@ def held_out_measures(by_time, gap):
 
 
 def bias_note(samples, reference, name, dim):
-    """A line about a Frechet distance of too few pictures; None where there are enough."""
+    """A note on a Frechet distance of too few pictures; None where there are enough."""
     count = min(samples, reference)
     if enough_for_covariance(count, dim):
         return None

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from maskalign.config.option import option
 from maskalign.errors import UsageError
 
-METRICS = ("frechet", "kernel", "neighbours")
-NEAREST = 5  # of density and coverage, the larger one of the two neighbourhoods (precision and recall: 3)
+METRICS = ("frechet", "kernel", "neighbors")
+NEAREST = 5  # of density and coverage, the larger one of the two neighborhoods (precision and recall: 3)
 
 
 def parse_metrics(text):
     """`--metrics` as a tuple of names; `none` for none of them."""
     words = [word.strip() for word in text.strip("[]() ").split(",") if word.strip()]
+    words = ["neighbors" if word == "neighbours" else word for word in words]  # its name before 0.3
     return () if words == ["none"] else tuple(dict.fromkeys(METRICS if words == ["all"] else words))
 
 
@@ -20,7 +21,7 @@ class EvaluationSettings:
     """Settings of an evaluation."""
 
     metrics: tuple = option(METRICS, parse=parse_metrics, metavar="NAMES")
-    """Of frechet, kernel, neighbours (precision, recall, density, coverage), with commas; all, or none."""
+    """Of frechet, kernel, neighbors (precision, recall, density, coverage), with commas; all, or none."""
     samples: int | None = None
     """Pictures to draw, by default 1000; of pictures that exist the first so many, by default all."""
     reference: int = 5000
@@ -44,24 +45,24 @@ class EvaluationSettings:
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
 
     def check_counts(self, samples, reference, name, dim):
-        """Raise a UsageError where there are too few pictures for a metric; before any of them is looked at.
+        """Raise a UsageError where there are too few pictures for a metric, before any of them is read.
 
         Args:
             samples, reference: numbers of pictures; name, dim: of the features.
         """
         for what, count, flag in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:
-                mend = "give at least 2" if flag == "samples" else "raise --reference, or name other --classes"
-                raise UsageError(f"{count} {what} are too few for any distance; {mend}")
+                remedy = "give at least 2" if flag == "samples" else "raise --reference, or choose other --classes"
+                raise UsageError(f"{count} {what} are too few for any distance; {remedy}")
             if "frechet" in self.metrics and not self.allow_singular and count <= dim:
                 raise UsageError(
                     f"{count} {what} are too few for a covariance of the {dim} features of {name}: give at least "
-                    f"{dim + 1} (--{flag}), leave the Frechet distance out (--metrics kernel,neighbours), or take "
+                    f"{dim + 1} (--{flag}), leave the Frechet distance out (--metrics kernel,neighbors), or take "
                     "the biased number (--allow-singular)"
                 )
-            if "neighbours" in self.metrics and count <= NEAREST:
+            if "neighbors" in self.metrics and count <= NEAREST:
                 raise UsageError(
-                    f"{count} {what} are too few for {NEAREST} nearest neighbours; give at least {NEAREST + 1}, or "
+                    f"{count} {what} are too few for {NEAREST} nearest neighbors; give at least {NEAREST + 1}, or "
                     "--metrics frechet,kernel"
                 )
 

@@ -48,6 +48,7 @@ def training_loss(
     draws,
     *,
     align_weight=0.5,
+    align=None,
     path="linear",
     dtype=None,
     class_token=None,
@@ -62,17 +63,18 @@ def training_loss(
         teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid; () for none. For a model
             with a class token (B, 1 + N, Dz), with the teacher's class token as row 0.
         draws: `Draws` for these B images.
-        align_weight: weight of the alignment loss, a number; at 0 the projectors are not run. A 0-d tensor is never
-            compared with 0, which would synchronize with the device.
+        align_weight: weight of the alignment loss, a number; or a 0-d tensor, with `align`.
+        align: whether there is an alignment loss; without one the projectors are not run. By default where there are
+            teachers and the weight is above 0.
         path: the interpolant's path.
         dtype: the dtype of the model's input; x's own by default. The loss itself is computed in x's dtype.
         class_token: (B, class_dim) clean class tokens, for a model that has one; noised with the image's own time.
         class_weight: weight of the class token's velocity loss (REG's beta, arXiv 2507.01467).
 
     Returns:
-        Losses. The velocity loss is the mean squared error over all elements of the patches that were predicted, that
-        of the class token the mean over its numbers; the alignment is a mean over the class token and the patches
-        present.
+        Losses. The velocity loss is the mean squared error over all elements of the predicted patches, the class
+        velocity loss that over the elements of the class token; the alignment loss is a mean over the class token and
+        the patches that are present at the tap.
     """
     noise, t = draws.noise.to(x.dtype), draws.time.to(x.dtype)
     interpolant = Interpolant(path)
@@ -84,8 +86,9 @@ def training_loss(
         clean, class_noise = class_token.to(x.dtype), draws.class_noise.to(x.dtype)
         class_t, class_target = interpolant.interpolate(clean, class_noise, t)
         extra["class_token"] = class_t.to(dtype)
-    # Time goes in at full precision: bf16 would round it to 256 steps.
-    align = len(teachers) > 0 and (isinstance(align_weight, torch.Tensor) or align_weight > 0)
+    # The time stays in full precision: bf16 would round it to 256 steps.
+    if align is None:
+        align = len(teachers) > 0 and align_weight > 0
     out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align, **extra)
     if out.velocity.dim() == 3:
         target = gather_tokens(patchify(target, model.patch_size), draws.subset)

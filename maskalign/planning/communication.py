@@ -1,4 +1,4 @@
-"""The collectives of one optimiser step under each plan, and the time that they take on a device's links."""
+"""The collectives of one optimizer step under each plan, and the time that they take on a device's links."""
 
 import math
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ class Collective:
         operation: all_gather, reduce_scatter or all_reduce.
         size: bytes of the whole buffer: what is gathered, scattered or reduced.
         ranks: that take part.
-        stride: 1 where they are neighbours, the size of a shard group where they are replicas of one shard.
+        stride: 1 where they are neighbors, the size of a shard group where they are replicas of one shard.
         times: how often in a step.
-        stage: forward or backward, whose computation it can hide behind.
-        exposed: of `times`, how many have nothing to hide behind.
+        stage: forward or backward, with whose computation it can overlap.
+        exposed: how many of `times` cannot overlap with computation.
     """
 
     operation: str
@@ -66,7 +66,7 @@ def padded_elements(parameters, ranks):
 
 
 def step_collectives(model, parallel, world_size, shards, accumulation=1, gathered_bytes=2):
-    """The large collectives of one optimiser step; those of a few numbers (loss, norm) are left out.
+    """The large collectives of one optimizer step; those of a few numbers (loss, norm) are left out.
 
     Args:
         model: a `SiT`, which may be on the meta device.

@@ -31,7 +31,7 @@ ALTERNATIVES = {
 }
 RANKS = (1, 8, 64, 512, 4096)
 SAME_GLOBAL, SAME_PER_RANK = "same global batch", "same batch per rank"
-UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimiser's passes over its state reach
+UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimizer's passes over its state reach
 # Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
 # average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
 UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
@@ -253,7 +253,7 @@ class _Planner:
         options, training = self.options, self.config.training
         lines = [
             f"matrix products reach {options.efficiency:.0%} of the peak, links {options.link_efficiency:.0%} of "
-            f"theirs, the optimiser {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
+            f"theirs, the optimizer {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
             f"{options.headroom:.0%} of the memory is left to CUDA or ROCm, communication and fragmentation",
             "energy is the power limit of the devices alone; loading, checkpoints and previews cost no time",
         ]
@@ -269,8 +269,8 @@ class _Planner:
 def exposed_seconds(collectives, compute, accumulation, options):
     """Seconds of a step in which ranks wait for links.
 
-    Collectives hide behind the computation of their stage (forward a third, backward two thirds), except those that
-    have nothing to hide behind. Gradients are reduced in the last micro-batch only, behind its backward.
+    Collectives overlap with the computation of their stage (forward a third, backward two thirds), except those marked
+    as exposed. Gradients are reduced only in the last micro-batch, during its backward.
 
     Args:
         collectives: list of `Collective`. compute: seconds of a step's matrix products.

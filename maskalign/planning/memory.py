@@ -22,7 +22,7 @@ class Peak:
 
     parameters: float
     gradients: float
-    optimiser: float
+    optimizer: float
     ema: float
     activations: float
     buffers: float
@@ -30,7 +30,7 @@ class Peak:
 
     @property
     def total(self):
-        return self.parameters + self.gradients + self.optimiser + self.ema + self.activations + self.buffers
+        return self.parameters + self.gradients + self.optimizer + self.ema + self.activations + self.buffers
 
 
 class Memory:
@@ -87,7 +87,7 @@ class Memory:
         return Peak(
             parameters=float(parameters[top]),
             gradients=float(gradients[top]),
-            optimiser=float(held["moments"]),
+            optimizer=float(held["moments"]),
             ema=float(ema),
             activations=float(columns["activations"][top]),
             buffers=float(buffers[top]),

@@ -4,7 +4,7 @@ import csv
 
 from maskalign.planning.estimate import SAME_GLOBAL, SAME_PER_RANK
 
-MEMORY_KINDS = ("parameters", "gradients", "optimiser", "ema", "activations", "buffers")
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "ema", "activations", "buffers")
 FLOP_PARTS = ("student", "mixer", "projector", "teacher", "recomputed")
 SCALING = (
     ("ranks", "ranks", "{:,}"), ("global_batch", "global batch", "{:,}"), ("batch_per_rank", "per rank", "{:,}"),

@@ -43,7 +43,7 @@
     return ticks.length > 1 ? ticks : niceTicks(low, high, 4);
   };
   const smoothed = (values) => {
-    // A centred mean over a thirtieth of the curve; the ends keep what is there.
+    // A centered mean over a thirtieth of the curve; the ends keep what is there.
     const reach = Math.max(1, Math.round(values.length / 60));
     return values.map((value, index) => {
       if (value === null) return null;

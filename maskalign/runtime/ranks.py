@@ -51,6 +51,10 @@ def join_ranks(device, timeout=600):
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        allocator = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+        if "expandable_segments:True" in allocator:
+            # NCCL cannot register such memory for the collectives of a captured CUDA graph.
+            os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         patience = timedelta(seconds=4 * timeout + 600)

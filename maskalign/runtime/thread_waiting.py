@@ -48,7 +48,7 @@ def make_room(before):
     """Have OpenMP's threads sleep while they wait if others have been busy since the reading `before`.
 
     Nothing is changed where somebody has chosen, where torch is loaded already, or under torchrun, whose ranks are each
-    other's neighbours.
+    other's neighbors.
     """
     chosen = any(name in os.environ for name in OWN_CHOICE)
     if before is None or chosen or "torch" in sys.modules or "TORCHELASTIC_RUN_ID" in os.environ:

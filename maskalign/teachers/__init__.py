@@ -16,8 +16,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "load_teachers": "teacher",
         "load_teacher_like": "teacher",
         "resample_tokens": "tokens",
-        "normalise_tokens": "tokens",
-        "quantise_rows": "tokens",
+        "normalize_tokens": "tokens",
+        "quantize_rows": "tokens",
         "standardize_class_token": "tokens",
     },
 )

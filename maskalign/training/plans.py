@@ -6,15 +6,15 @@ and when ranks talk to each other.
 
 import warnings
 from contextlib import nullcontext
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.nn.parallel import DistributedDataParallel
 
-from maskalign.config import TokenBudget, as_schedule
 from maskalign.training.compiling import compile_units
+from maskalign.training.graphs import capture_stream
 
 
 class Replicated(DistributedDataParallel):
@@ -27,14 +27,20 @@ class Replicated(DistributedDataParallel):
             return getattr(self.module, name)
 
 
+# Of DDP's synchronized iterations, the first ten read timers back from the device.
+DDP_TIMED_ITERATIONS = 10
+
+
 class Plan:
     """A model spread over the ranks of a placement.
 
     Args:
         model: the `SiT`, on the placement's device.
         config: `Config`.
-        placement: `ranks.Placement`.
+        placement: `parallel.Placement`.
 
+    Attributes:
+        stream: on which steps run where they are captured as CUDA graphs, see graphs.py; else None.
     """
 
     def __init__(self, model, config, placement):
@@ -44,40 +50,88 @@ class Plan:
         self.kind = config.parallel.plan if placement.mesh is not None else "none"
         self.keep_gathered = not config.parallel.reshard_after_forward
         self.sharded = self.kind in ("fsdp", "hsdp")
+        self.stream = capture_stream(config, placement)
+        self._replicas, self._idle, self._synchronized = None, [], 0
         if self.sharded:
             mesh = self.mesh if self.kind == "hsdp" else self.mesh["shard"]
-            shard_model(model, mesh, placement.dtype, config.parallel)
-        self.idle = some_parameters_idle(config, model)
+            with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+                shard_model(model, mesh, placement.dtype, config.parallel)
 
-    @cached_property
-    def forward(self):
-        """What to call in training, with the model's signature; first used when parameters have their final dtype."""
+    def forward(self, align, dropping):
+        """What to call in training, with the model's signature; first used when parameters have their final dtype.
+
+        Args:
+            align: True where the step has an alignment loss. dropping: True where it keeps a subset of the tokens.
+        """
         if self.kind != "ddp":
             return self.model
+        idle = idle_parameters(self.model, align, dropping)
+        if self._replicas is None or [id(p) for p in idle] != [id(p) for p in self._idle]:
+            self._leave_replicas()
+            self._replicas, self._idle = self._replicate(idle), idle
+        return self._replicas
+
+    def _replicate(self, idle):
+        """DDP over the parameters that take part in a step.
+
+        DDP would find the others by itself, but it reads their number back from the device in every step.
+        """
+        for p in idle:
+            p.requires_grad_(False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # newer torch has two names for broadcast_buffers
-            forward = Replicated(
+            replicas = Replicated(
                 self.model,
                 device_mesh=self.mesh["replicate"],
                 gradient_as_bucket_view=True,
-                find_unused_parameters=self.idle,
                 broadcast_buffers=False,
                 init_sync=False,  # every rank makes or loads the same weights
             )
+        replicas._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # the timers of later iterations stay unread
         if next(self.model.parameters()).dtype == torch.bfloat16:
-            forward.register_comm_hook(None, reduce_in_float32)
-        return forward
+            replicas.register_comm_hook(None, reduce_in_float32)
+        return replicas
+
+    def _leave_replicas(self):
+        if self._replicas is None:
+            return
+        self._replicas._remove_autograd_hooks()
+        for p in self._idle:
+            p.requires_grad_(True)
+        self._replicas, self._idle, self._synchronized = None, [], 0
 
     def micro_batch(self, last):
         """Context of one forward and backward; gradients are averaged over the ranks in the last one of a step."""
-        if self.kind == "ddp" and not last:
-            return self.forward.no_sync()
+        if self.kind == "ddp":
+            self._synchronized += last
+            return nullcontext() if last else self._replicas.no_sync()
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
             # What is kept between forward and backward may as well stay for the next micro-batch.
             self.model.set_reshard_after_backward(last or not self.keep_gathered)
         return nullcontext()
+
+    @property
+    def can_capture(self):
+        """True where the next step asks the device for nothing."""
+        return self.kind != "ddp" or self._synchronized > DDP_TIMED_ITERATIONS
+
+    def settle(self):
+        """Bring a sharded model to where a step begins, for a capture: nothing may depend on work outside of it."""
+        for module in self._sharded_modules():
+            module.reshard()
+
+    def abandon_step(self):
+        """Forget a step that ended in the middle. Nothing of it may be under way any more."""
+        self.model.zero_grad(set_to_none=True)
+        self._leave_replicas()
+        for module in self._sharded_modules():
+            abandon_shards(module._get_fsdp_state())
+        self.settle()
+
+    def _sharded_modules(self):
+        return [module for module in self.model.modules() if isinstance(module, FSDPModule)]
 
     def mean(self, values):
         """Mean of a small tensor over all ranks, in place."""
@@ -86,7 +140,7 @@ class Plan:
             values /= dist.get_world_size()
         return values
 
-    def total(self, number):
+    def sum_over_ranks(self, number):
         """Sum of an integer over all ranks."""
         if not self.several:
             return number
@@ -94,7 +148,7 @@ class Plan:
         dist.all_reduce(value)
         return int(value)
 
-    def most(self, *numbers):
+    def max_over_ranks(self, *numbers):
         """The largest of all ranks, of each of some numbers, as floats."""
         if not self.several:
             return numbers
@@ -102,7 +156,7 @@ class Plan:
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return values.tolist()
 
-    def of_main(self, number):
+    def from_rank_0(self, number):
         """Rank 0's float on all ranks."""
         if not self.several:
             return number
@@ -146,12 +200,47 @@ def shard_model(model, mesh, dtype, parallel):
         block.set_modules_to_backward_prefetch(behind[: parallel.prefetch])
 
 
-def some_parameters_idle(config, model):
-    """True where some steps of a run leave parameters without a gradient: the projectors once the alignment ends, the
-    mask token once all tokens are kept."""
-    weight, counts = as_schedule(config.method.align_weight), TokenBudget(config.method, model).ends
-    ends = len(model.projectors) > 0 and 0 in weight.ends
-    return ends or (model.fuse is not None and model.num_tokens in counts)
+def idle_parameters(model, align, dropping):
+    """The parameters of a `SiT` that a step leaves without a gradient: the projectors without an alignment loss, and
+    SPRINT's mask token where all tokens are kept.
+
+    Args: as of `Plan.forward`.
+    """
+    idle = [] if align else list(model.projectors.parameters())
+    if model.fuse is not None and not dropping:
+        idle.append(model.fuse.mask_token)
+    return idle
+
+
+def abandon_shards(state):
+    """Forget what FSDP keeps of a step that ended in the middle: its events belong to a capture that is no more.
+
+    Newer versions of torch have `reset_iter_state` for this, but it waits for the events.
+
+    Args:
+        state: of one FSDP module.
+    """
+    context, step = state._comm_ctx, state._state_ctx
+    context.all_gather_state = None
+    context.post_forward_order.clear()
+    for name in ("reduce_scatter_states", "_last_post_reduce_events"):
+        getattr(context, name, {}).clear()
+    for name in ("reduce_scatter_state",):
+        setattr(context, name, None)
+    step.iter_forward_root, step.post_backward_final_callback_queued = None, False
+    state._training_state = TrainingState.IDLE
+    getattr(state, "_modules_to_run_forward", set()).clear()
+    groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    for group in filter(None, groups):
+        group._training_state = TrainingState.IDLE
+        group._post_forward_indices.clear()
+        for name in ("_all_gather_result", "_post_reduce_event", "_all_reduce_state", "_partial_reduce_output"):
+            setattr(group, name, None)
+        group._reshard_after_forward_event = None
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if hasattr(param, "_unsharded_param"):
+                param._unsharded_param.grad = None
 
 
 def reduce_in_float32(_, bucket):

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from maskalign.checkpoints.sources import check_source
 from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.build.building import WORK
 from maskalign.data.format.manifest import FILE_NAME, Manifest, other_classes
@@ -54,8 +55,8 @@ def check_data(config):
     if config.evaluate.every:
         _check_evaluation(config.evaluate, manifest)
     init_from = config.training.init_from
-    if init_from is not None and not Path(init_from).exists():
-        raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
+    if init_from is not None:
+        check_source(init_from, "training.init_from")
     return manifest, facts
 
 

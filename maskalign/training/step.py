@@ -7,7 +7,7 @@ import torch
 from maskalign.config.schedules import TokenBudget, schedule_value
 from maskalign.objective.draws import Draws, draw
 from maskalign.objective.flow_matching import training_loss
-from maskalign.training.graphs import StepGraphs, can_record
+from maskalign.training.graphs import StepGraphs
 from maskalign.training.plans import Plan
 from maskalign.training.schedules import learning_rate
 
@@ -31,8 +31,9 @@ class MicroBatch(NamedTuple):
     """What one forward and backward is given.
 
     x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: one (b, N, Dz) each, (b, 1 + N, Dz) with a
-    class token; draws: `Draws` for these b images; share: of the rank's images, a number; last: whether the optimiser's
-    step comes next; class_token: (b, class_dim) clean class tokens, or None.
+    class token, and none in a step without an alignment loss; draws: `Draws` for these b images; share: of the rank's
+    images, a number; last: whether the optimizer's step comes next; class_token: (b, class_dim) clean class tokens, or
+    None.
     """
 
     x: torch.Tensor
@@ -76,7 +77,7 @@ class TrainStep:
         self.config = config
         self.placement = placement
         self.tokens = TokenBudget(config.method, model)
-        self.graphs = StepGraphs(self.compute, model, placement.device) if can_record(config, placement) else None
+        self.graphs = None if self.plan.stream is None else StepGraphs(self.gradients, self.update, self.plan)
 
     def draws(self, step, first_slot, count, kept, drawn, posterior):
         """The keyed random numbers of `count` images, see `objective.draws`.
@@ -124,13 +125,17 @@ class TrainStep:
         align_weight = schedule_value(config.method.align_weight, progress)
         lr = learning_rate(config.optimizer, step, progress)
         self.optimizer.set_step(step)
+        if align_weight == 0:
+            teachers = []
         micro_batches = self._micro_batches(
             step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token
         )
         if self.graphs is None:
-            losses, norm, skipped = self.compute(micro_batches, align_weight, lr)
+            losses = self.gradients(micro_batches, align_weight)
+            norm, skipped = self.update(losses, lr)
         else:
             losses, norm, skipped = self.graphs(list(micro_batches), align_weight, lr)
+        self.optimizer.average_on_host()
         return StepResult(*losses.unbind(), norm, skipped, lr, kept, drawn, align_weight)
 
     def _micro_batches(self, step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token):
@@ -147,28 +152,29 @@ class TrainStep:
             share, last = (high - low) / size, part == parts - 1
             yield MicroBatch(x, labels[low:high], teachers_of, draws, share, last, class_of)
 
-    def compute(self, micro_batches, align_weight, lr):
-        """Forward and backward of every micro-batch, then the optimiser's step.
+    def gradients(self, micro_batches, align_weight):
+        """Forward and backward of every micro-batch.
 
         Args:
             micro_batches: of `MicroBatch`.
-            align_weight: a number, or a 0-d tensor, which is then not 0.
-            lr: a number, or a 0-d tensor.
+            align_weight: a number, or a 0-d tensor.
 
         Returns:
-            (losses, norm, skipped): total, velocity, alignment and class velocity loss, (4,) float32, means over the
-            global batch; as the optimiser gives them, the gradient norm and whether the step was skipped.
+            (4,) float32: total, velocity, alignment and class velocity loss, means over the global batch.
         """
         sums = torch.zeros(4, device=self.placement.device)
         for batch in micro_batches:
+            align = len(batch.teachers) > 0
+            forward = self.plan.forward(align, dropping=batch.draws.subset is not None)
             with self.plan.micro_batch(last=batch.last):
                 losses = training_loss(
-                    self.plan.forward,
+                    forward,
                     batch.x,
                     batch.labels,
                     batch.teachers,
                     batch.draws,
                     align_weight=align_weight,
+                    align=align,
                     path=self.config.objective.path,
                     dtype=self.placement.dtype,
                     class_token=batch.class_token,
@@ -177,6 +183,21 @@ class TrainStep:
                 (losses.total * batch.share).backward()
             sums += torch.stack([loss.detach().float() for loss in losses]) * batch.share
         # The means over all ranks: every rank judges a step by the same numbers, so all of them skip it or none does.
-        self.plan.mean(sums)
-        norm, skipped = self.optimizer.step(lr, sums[0].isfinite())
-        return sums, norm, skipped
+        return self.plan.mean(sums)
+
+    def update(self, losses, lr):
+        """Clip, AdamW and moving average, with the gradients that are there.
+
+        Args:
+            losses: of `gradients`.
+            lr: a number, or a 0-d tensor.
+
+        Returns:
+            (norm, skipped), see `Optimizer.step`.
+        """
+        return self.optimizer.step(lr, losses[0].isfinite())
+
+    def close(self):
+        """Release what a step holds on the device, before the process group ends."""
+        if self.graphs is not None:
+            self.graphs.release()

@@ -231,6 +231,7 @@ class Trainer:
         try:
             with closing(RunLog(self.config, self.step, self.seconds, self.placement.is_main)) as self.log:
                 self._loop()
+            self.train_step.close()
             self.watchdog.enter("save")
             self.stop.finish()
             self.saver.wait()
@@ -345,7 +346,7 @@ class Trainer:
                 self._check_finite(in_a_row)
             self.seconds += time.perf_counter() - start
             if training.max_seconds is not None:
-                self.seconds = self.plan.of_main(self.seconds)  # all ranks stop at one step
+                self.seconds = self.plan.from_rank_0(self.seconds)  # all ranks stop at one step
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
@@ -380,8 +381,8 @@ class Trainer:
             )
 
     def _log(self, result, sums, healthy, steps, since):
-        bad = self.plan.total(self.bad_samples)
-        wait, memory = self.plan.most(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
+        bad = self.plan.sum_over_ranks(self.bad_samples)
+        wait, memory = self.plan.max_over_ranks(self.stream.wait_seconds - since["wait"], peak_memory_mib(self.device))
         good = int(healthy)
         self.skipped_steps += steps - good
         means = sums / max(good, 1) if good else sums * float("nan")

@@ -12,7 +12,7 @@ from maskalign.analysis.settings import AnalysisSettings, parse_times
 from maskalign.analysis.subjects import find_checkpoints
 from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
 from maskalign.cli import main
-from maskalign.errors import RunError, UsageError
+from maskalign.errors import UsageError
 
 TEACHER = "efficientnet-lite0"
 SMALL = ["--images", "12", "--times", "0.3,0.7", "--draws", "2", "--permutations", "50", "--progress", "false"]
@@ -159,7 +159,7 @@ def test_weights_that_are_not_finite_are_named(full_run, data_set, tmp_path):
     model = load_model(full_run)
     model.blocks[0].mlp.fc1.weight[0, 0] = float("nan")
     write_repa(tmp_path / "broken.pt", repa_checkpoint(model, model))
-    with pytest.raises(RunError, match="not finite"):
+    with pytest.raises(UsageError, match="not finite"):
         analyze([tmp_path / "broken.pt"], data_set, tmp_path / "out", settings=FEW, progress=False)
 
 
@@ -178,7 +178,7 @@ def test_which_checkpoints_a_path_means(masked_run, tmp_path):
         find_checkpoints([__file__])
 
 
-def test_judgements_follow_the_numbers():
+def test_judgments_follow_the_numbers():
     verdicts = [judge(value, 0.1, 0.15) for value in (0.05, 0.15, 0.18, 0.3, 0.5, 0.9)]
     assert verdicts[0] == verdicts[1] == "not beyond chance"
     assert verdicts[2:] == ["barely above chance", "weakly stable", "clearly stable", "strongly stable"]

@@ -59,7 +59,7 @@ def test_saved_bytes_follow_the_tokens():
     )
     assert 0.4 < saved_bytes(half) / saved_bytes(full) < 0.6
     parts = split_of(half, torch.device("cpu"), 1)
-    assert all(parts[name] > 0 for name in ("draws", "forward", "backward", "optimiser"))
+    assert all(parts[name] > 0 for name in ("draws", "forward", "backward", "optimizer"))
 
 
 def test_batches_through_the_loader_and_a_teacher_in_the_loop(tmp_path):
@@ -186,7 +186,7 @@ def test_the_public_reg_code_is_told_by_its_loss(tmp_path, threads):
         ours, reference = csv.DictReader(file)
     assert ours["case"] == "reg" and reference["case"] == "reference-reg-fp32"
     assert ours["x_repa"] == "" and float(ours["time_of_reg"]) == 1 and float(reference["passes_of_reg"]) > 0
-    assert float(ours["optimiser_ms"]) < 0.2 * float(ours["backward_ms"]) and float(reference["optimiser_ms"]) == 0
+    assert float(ours["optimizer_ms"]) < 0.2 * float(ours["backward_ms"]) and float(reference["optimizer_ms"]) == 0
     # The stand-in has other layers; what is counted of ours is REG's: 17 tokens, and a class token in and out.
     assert float(ours["gflops_per_image"]) > 0 and float(ours["x_reference"]) > 0
 

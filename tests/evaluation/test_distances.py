@@ -143,7 +143,7 @@ def test_density_and_coverage_are_the_definition(monkeypatch):
     assert coverage == pytest.approx(inside.any(axis=1).mean())
 
 
-def test_neighbours_of_equal_and_of_distant_sets():
+def test_neighbors_of_equal_and_of_distant_sets():
     real, _ = features(4, 80, 1)
     assert precision_recall(real, real) == (1.0, 1.0) and density_coverage(real, real)[1] == 1.0
     assert precision_recall(real, real + 100) == (0.0, 0.0) and density_coverage(real, real + 100) == (0.0, 0.0)

@@ -27,7 +27,7 @@ def test_efficientnet_is_the_mean_token():
 
 
 def test_dinov2_is_the_class_token_prepared_as_for_fdd():
-    """The field's FDD (arXiv 2306.04675) prepares a PIL image with torchvision: resize, scale, normalise."""
+    """The field's FDD (arXiv 2306.04675) prepares a PIL image with torchvision: resize, scale, normalize."""
     arrays = pictures(2, 32, seed=1)
     features = load_features("dinov2-s", weights="random")
     prepare = Compose([
@@ -122,7 +122,7 @@ def test_sfid_is_adms_distance():
     from scipy.linalg import sqrtm
 
     rng = np.random.default_rng(0)
-    # Like the spatial features: never negative, and neighbours are alike.
+    # Like the spatial features: never negative, and neighbors are alike.
     mix = rng.normal(size=(9, 9))
     a, b = (np.maximum(rng.normal(shift, 1, (count, 9)) @ mix, 0) for shift, count in ((0.1, 70), (0.4, 50)))
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]

@@ -118,7 +118,7 @@ def test_teachers_are_read_from_the_shards_or_run(data):
     manifest = Manifest.load(data)
     assert choose_teachers([TEACHER], manifest, manifest) == [TeacherTokens(TEACHER, None, (4, 4))]
     assert choose_teachers([TEACHER], None, manifest) == [TeacherTokens(TEACHER, None, (4, 4))]
-    # Trained on features normalised in another way: the cached ones are not what the model was aligned with.
+    # Trained on features normalized in another way: the cached ones are not what the model was aligned with.
     other = Manifest.load(data)
     other.teachers = {TEACHER: other.teachers[TEACHER] | {"normalize": "spatial"}}
     (chosen,) = choose_teachers([TEACHER], other, manifest)

@@ -78,7 +78,7 @@ def broken(kind, path):
         values = arrays.astype(np.float32)
         values[1, 2, 3] = np.nan
         np.savez(path, values)
-    elif kind == "grey":
+    elif kind == "gray":
         np.savez(path, arrays[..., 0])
     elif kind == "empty":
         np.savez(path, arrays[:0])
@@ -90,7 +90,7 @@ def broken(kind, path):
     [
         ("text", "not a readable .npz"), ("cut", "not a readable .npz"), ("header", "not a readable .npz"),
         ("short", "ends before its 3 pictures"), ("flipped", "not a readable .npz"), ("objects", "never unpickled"),
-        ("name", "holds pictures and no arr_0"), ("nan", "3 numbers that are NaN"), ("grey", "uint8 \\(3, 16, 16\\)"),
+        ("name", "holds pictures and no arr_0"), ("nan", "3 numbers that are NaN"), ("gray", "uint8 \\(3, 16, 16\\)"),
         ("empty", "\\(0, 16, 16, 3\\)"),
     ],
 )  # fmt: skip

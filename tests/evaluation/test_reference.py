@@ -12,10 +12,10 @@ from maskalign.evaluation.reference import load_reference
 from tests.training.conftest import write_data_set
 
 
-class MeanColour:
+class MeanColor:
     """Features that count how many pictures they have seen."""
 
-    name, dim = "mean-colour", 3
+    name, dim = "mean-color", 3
 
     def __init__(self, weights="a"):
         self.weights, self.seen = weights, 0
@@ -29,7 +29,7 @@ class MeanColour:
 
 
 def test_a_reference_is_computed_once(data, cache):
-    first, second = MeanColour(), MeanColour()
+    first, second = MeanColor(), MeanColor()
     done = []
     made = load_reference(PictureDataSet(data, 40), first, batch_size=16, on_images=done.append)
     again = load_reference(PictureDataSet(data, 40), second, batch_size=8)
@@ -40,7 +40,7 @@ def test_a_reference_is_computed_once(data, cache):
 
 def test_a_stale_reference_is_never_used(data, tmp_path):
     def seen(path=data, count=40, weights="a"):
-        features = MeanColour(weights)
+        features = MeanColor(weights)
         load_reference(PictureDataSet(path, count), features)
         return features.seen
 
@@ -55,7 +55,7 @@ def test_a_stale_reference_is_never_used(data, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "text", "shape", "nan"])
 def test_a_damaged_reference_is_computed_again(damage, data, cache, caplog):
-    truth = load_reference(PictureDataSet(data, 16), MeanColour())
+    truth = load_reference(PictureDataSet(data, 16), MeanColor())
     (path,) = cache.iterdir()
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-50])
@@ -65,23 +65,23 @@ def test_a_damaged_reference_is_computed_again(damage, data, cache, caplog):
         features = np.full((16, 3), np.nan) if damage == "nan" else np.zeros((16, 2))
         np.savez(path, features=features, labels=np.zeros(16, dtype=np.int64))
     with caplog.at_level(logging.WARNING):
-        again = load_reference(PictureDataSet(data, 16), MeanColour())
+        again = load_reference(PictureDataSet(data, 16), MeanColor())
     assert not again.cached and np.array_equal(again.features, truth.features) and "damaged" in caplog.text
-    assert load_reference(PictureDataSet(data, 16), MeanColour()).cached
+    assert load_reference(PictureDataSet(data, 16), MeanColor()).cached
 
 
 def test_a_folder_that_cannot_be_written_costs_only_time(data, tmp_path, monkeypatch, caplog):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MASKALIGN_CACHE", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
-        found = load_reference(PictureDataSet(data, 16), MeanColour())
+        found = load_reference(PictureDataSet(data, 16), MeanColor())
     assert len(found.features) == 16 and "not kept" in caplog.text
 
 
 def test_old_references_make_room(data, cache, monkeypatch):
     monkeypatch.setattr("maskalign.evaluation.reference.KEPT", 2)
     for count in (10, 11, 12):
-        load_reference(PictureDataSet(data, count), MeanColour())
+        load_reference(PictureDataSet(data, count), MeanColor())
     assert sorted(path.name.split("-")[2] for path in cache.iterdir()) == ["11", "12"]
 
 
@@ -103,4 +103,4 @@ def test_fingerprints_follow_the_weights():
 def test_classes_without_pictures_are_one_line(data, cache):
     """A class may be in the manifest and in no sample."""
     with pytest.raises(UsageError, match="holds no pictures of these classes"):
-        load_reference(PictureDataSet(data, 0, [7]), MeanColour())
+        load_reference(PictureDataSet(data, 0, [7]), MeanColor())

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 
-def png(colour=(200, 30, 30), side=12):
+def png(color=(200, 30, 30), side=12):
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, format="PNG")
+    Image.new("RGB", (side, side), color).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -51,8 +51,8 @@ def read_back(folder):
         for name, data in members.items():
             if name.endswith(".png"):
                 image = Image.open(io.BytesIO(data))
-                colour = image.getpixel((image.width // 2, image.height // 2))
-                labels[colour] = int(members[name.removesuffix("png") + "cls"])
+                color = image.getpixel((image.width // 2, image.height // 2))
+                labels[color] = int(members[name.removesuffix("png") + "cls"])
                 number += 1
     return labels, number
 
@@ -68,7 +68,7 @@ def bad_of(folder):
 
 @pytest.fixture
 def on_disk(tmp_path):
-    """Writers png(colour), folder/zip/tar(name, {path: bytes}), and readers labels(out), count(out), bad(out)."""
+    """Writers png(color), folder/zip/tar(name, {path: bytes}), and readers labels(out), count(out), bad(out)."""
     return SimpleNamespace(
         png=png,
         folder=lambda name, files: write_folder(tmp_path / name, files),

@@ -102,8 +102,8 @@ def test_links_in_a_zip(on_disk, build, tmp_path):
 def test_class_tars_as_imagenet_is_unpacked_once(on_disk, build, tmp_path, how):
     prefix = "train/" if how == "nested" else ""
     (tmp_path / "set" / prefix).mkdir(parents=True)
-    for label, colours in (("n02", [BLUE]), ("n01", [RED, GREEN])):
-        names = {f"{label}_{number}.PNG": on_disk.png(colour) for number, colour in enumerate(colours)}
+    for label, colors in (("n02", [BLUE]), ("n01", [RED, GREEN])):
+        names = {f"{label}_{number}.PNG": on_disk.png(color) for number, color in enumerate(colors)}
         on_disk.tar(f"set/{prefix}{label}.tar", names)
     source = tmp_path / "set"
     if how == "tar":
@@ -134,8 +134,8 @@ def test_compressed_class_tars_are_named_and_not_half_read(on_disk, build, tmp_p
 @pytest.mark.parametrize("ending", ["cls", "json"])
 def test_keys_with_dots(on_disk, build, tmp_path, ending):
     files = {}
-    for day, (colour, label) in enumerate([(RED, 0), (GREEN, 1), (BLUE, 1)]):
-        files[f"2021.05.{day:02d}.png"] = on_disk.png(colour)
+    for day, (color, label) in enumerate([(RED, 0), (GREEN, 1), (BLUE, 1)]):
+        files[f"2021.05.{day:02d}.png"] = on_disk.png(color)
         files[f"2021.05.{day:02d}.{ending}"] = str(label).encode()
     _, manifest, _, _ = build(on_disk.tar("days.tar", files))
     assert manifest.num_samples == 3 and on_disk.labels(tmp_path / "out") == {RED: 0, GREEN: 1, BLUE: 1}
@@ -148,8 +148,8 @@ def test_pictures_with_dots_in_class_folders(on_disk, build):
 
 def test_further_pictures_of_a_sample_are_counted(on_disk, build, tmp_path):
     files = {}
-    for n, colour in enumerate([RED, GREEN]):
-        files |= {f"{n}.png": on_disk.png(colour), f"{n}.mask.png": on_disk.png(), f"{n}.cls": str(n).encode()}
+    for n, color in enumerate([RED, GREEN]):
+        files |= {f"{n}.png": on_disk.png(color), f"{n}.mask.png": on_disk.png(), f"{n}.cls": str(n).encode()}
     _, manifest, said, _ = build(on_disk.tar("masks.tar", files))
     assert manifest.num_samples == 2 and ".mask.png 2" in said
     assert on_disk.labels(tmp_path / "out") == {RED: 0, GREEN: 1}

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-RED, GREEN, BLUE, GREY = (200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 90)
+RED, GREEN, BLUE, GRAY = (200, 30, 30), (30, 200, 30), (30, 30, 200), (90, 90, 90)
 
 
-def edm(on_disk, colours, prefix=""):
+def edm(on_disk, colors, prefix=""):
     """(files, names) of StyleGAN's layout, in folders of 1,000."""
-    names = [f"{number // 1000:05d}/img{number:08d}.png" for number in range(0, 1000 * len(colours), 1000)]
-    return {prefix + name: on_disk.png(colour) for name, colour in zip(names, colours, strict=True)}, names
+    names = [f"{number // 1000:05d}/img{number:08d}.png" for number in range(0, 1000 * len(colors), 1000)]
+    return {prefix + name: on_disk.png(color) for name, color in zip(names, colors, strict=True)}, names
 
 
 def table(names, labels, **more):
@@ -19,12 +19,12 @@ def table(names, labels, **more):
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
 def test_edm_layout_has_its_labels_in_dataset_json(on_disk, build, tmp_path, kind):
-    files, names = edm(on_disk, [RED, GREEN, BLUE, GREY])
+    files, names = edm(on_disk, [RED, GREEN, BLUE, GRAY])
     files["dataset.json"] = table(names, [2, 0, 1, 2])
     source = getattr(on_disk, kind)(f"edm.{kind}", files)
     status, manifest, said, _ = build(source)
     assert status == 0 and manifest.class_names == ["0", "1", "2"] and manifest.num_samples == 4
-    assert on_disk.labels(tmp_path / "out") == {RED: 2, GREEN: 0, BLUE: 1, GREY: 2}
+    assert on_disk.labels(tmp_path / "out") == {RED: 2, GREEN: 0, BLUE: 1, GRAY: 2}
     assert "3 classes from the labels in dataset.json: 0 (1), 1 (1), 2 (2)" in said
 
 
@@ -96,7 +96,7 @@ def test_pictures_and_labels_that_lack_the_other_are_listed(on_disk, build, tmp_
 
 def test_two_of_them_are_two_parts(on_disk, build):
     one, names = edm(on_disk, [RED, GREEN], "train/")
-    two, _ = edm(on_disk, [BLUE, GREY], "val/")
+    two, _ = edm(on_disk, [BLUE, GRAY], "val/")
     parts = {f"{part}/dataset.json": table(names, [0, 1]) for part in ("train", "val")}
     source = on_disk.zip("both.zip", one | two | parts)
     status, _, _, error = build(source)
@@ -118,11 +118,11 @@ def test_running_folders_without_dataset_json_are_no_classes(on_disk, build, tmp
 
 
 def test_class_folders_with_numbers_count_as_numbers(on_disk, build, tmp_path):
-    colours = {str(number): (20 * number, 90, 90) for number in range(12)}
-    source = on_disk.folder("set", {f"{name}/a.png": on_disk.png(colour) for name, colour in colours.items()})
+    colors = {str(number): (20 * number, 90, 90) for number in range(12)}
+    source = on_disk.folder("set", {f"{name}/a.png": on_disk.png(color) for name, color in colors.items()})
     _, manifest, said, _ = build(source)
     assert manifest.class_names == [str(number) for number in range(12)] and "note" not in said
-    assert on_disk.labels(tmp_path / "out") == {colour: int(name) for name, colour in colours.items()}
+    assert on_disk.labels(tmp_path / "out") == {color: int(name) for name, color in colors.items()}
     odd = on_disk.folder("odd", {f"{name}/a.png": on_disk.png() for name in ("10", "9", "100", "cat", "b2", "b10")})
     assert build(odd, out="odd_")[1].class_names == ["9", "10", "100", "b10", "b2", "cat"]
 
@@ -134,7 +134,7 @@ def test_numbers_that_are_not_their_labels_are_said(on_disk, build):
 
 
 def shard(on_disk, labels, name="s.tar", ending="cls"):
-    """One sample for each label, its colour told by the label's place."""
+    """One sample for each label, its color told by the label's place."""
     files = {}
     for number, label in enumerate(labels):
         files[f"{number:04d}.png"] = on_disk.png((20 * number, 50, 50))
@@ -157,7 +157,7 @@ def test_holes_between_labels_are_asked_about(on_disk, build, tmp_path, labels, 
     _, manifest, said, _ = build(source, "--holes", "keep", out="kept")
     assert manifest.class_names == [str(number) for number in range(max(labels) + 1)]
     assert on_disk.labels(tmp_path / "kept") == {(20 * n, 50, 50): label for n, label in enumerate(labels)}
-    assert "have no image and cannot be learnt" in said
+    assert "have no image and cannot be learned" in said
 
 
 def test_holes_that_names_explain_are_said_with_the_right_names(on_disk, build, tmp_path):
@@ -165,7 +165,7 @@ def test_holes_that_names_explain_are_said_with_the_right_names(on_disk, build, 
     source = shard(on_disk, [1, 3])
     _, manifest, said, _ = build(source, "--class_names", tmp_path / "names.txt")
     assert manifest.class_names == ["ant", "bee", "cow", "dog"]
-    assert "2 of 4 classes have no image and cannot be learnt: 0 (ant), 2 (cow)" in said
+    assert "2 of 4 classes have no image and cannot be learned: 0 (ant), 2 (cow)" in said
     closed = build(source, "--class_names", tmp_path / "names.txt", "--holes", "close", out="closed")[1]
     assert closed.class_names == ["bee", "dog"]
 

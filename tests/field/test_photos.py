@@ -88,7 +88,7 @@ def test_an_older_data_set_counts_as_one_with_exif_ignored(on_disk, build, tmp_p
     assert status == 2 and "exif 'ignore' (now 'apply')" in error
 
 
-def grey(values, how="PNG"):
+def gray(values, how="PNG"):
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(values)).save(buffer, how)
     return buffer.getvalue()
@@ -101,7 +101,7 @@ def ramp(most, dtype=np.uint16):
 @pytest.mark.parametrize("how", ["PNG", "TIFF"])
 @pytest.mark.parametrize("most", [65535, 40000, 16384, 4095, 2048])
 def test_large_numbers_whose_bits_can_be_told(most, how):
-    pixels = np.asarray(decode_image(grey(ramp(most), how)))[..., 0].astype(int)
+    pixels = np.asarray(decode_image(gray(ramp(most), how)))[..., 0].astype(int)
     full = 65535 if most > 4095 else 4095
     assert np.abs(pixels - ramp(most) * 255.0 / full).max() <= 1.5
 
@@ -110,11 +110,11 @@ def test_large_numbers_whose_bits_can_be_told(most, how):
 @pytest.mark.parametrize("most", [16383, 9000, 4096, 2047, 1023, 255, 1])
 def test_large_numbers_whose_bits_cannot_be_told(most, how):
     with pytest.raises(BadImage, match=f"16-bit pixels up to {most:,} of 65,535.*convert it to 8 bits"):
-        decode_image(grey(ramp(most), how))
+        decode_image(gray(ramp(most), how))
 
 
 def test_black_is_black_in_any_range():
-    assert np.asarray(decode_image(grey(np.zeros((4, 4), np.uint16)))).max() == 0
+    assert np.asarray(decode_image(gray(np.zeros((4, 4), np.uint16)))).max() == 0
 
 
 @pytest.mark.parametrize(
@@ -127,11 +127,11 @@ def test_black_is_black_in_any_range():
 )
 def test_numbers_that_are_no_brightness(values, match):
     with pytest.raises(BadImage, match=match):
-        decode_image(grey(values, "TIFF"))
+        decode_image(gray(values, "TIFF"))
 
 
 def deep_png(values):
-    """A 16-bit PNG of colour, (height, width, 3 or 4) uint16, which Pillow cannot write."""
+    """A 16-bit PNG of color, (height, width, 3 or 4) uint16, which Pillow cannot write."""
     import struct
     import zlib
 
@@ -146,7 +146,7 @@ def deep_png(values):
 
 
 @pytest.mark.parametrize("channels", [3, 4])
-def test_colours_of_16_bits(channels):
+def test_colors_of_16_bits(channels):
     values = np.repeat(ramp(60_000)[..., None], channels, axis=2)
     if channels == 4:
         values[..., 3] = 65535
@@ -170,7 +170,7 @@ def test_pgm_and_ppm_name_their_largest_number(kind):
 
 
 def test_pictures_of_untold_range_are_listed_not_blackened(on_disk, build, tmp_path):
-    files = {f"cat/{n}.png": on_disk.png((20 * n, 9, 9)) for n in range(5)} | {"cat/dark.png": grey(ramp(900))}
+    files = {f"cat/{n}.png": on_disk.png((20 * n, 9, 9)) for n in range(5)} | {"cat/dark.png": gray(ramp(900))}
     build(on_disk.folder("set", files), "--max_bad_fraction", 0.5)
     assert "16-bit pixels up to 900" in on_disk.bad(tmp_path / "out")["cat/dark.png"]
 

@@ -100,7 +100,7 @@ def test_from_a_folder_to_samples_with_the_recipe_for_it(on_disk, command, tmp_p
     """The commands of docs/your-own-pictures.md, with a small model for two steps."""
     side = 64
     files = {
-        f"{name}/{n}.png": on_disk.png(colour) for name, colour in (("red", RED), ("green", GREEN)) for n in range(4)
+        f"{name}/{n}.png": on_disk.png(color) for name, color in (("red", RED), ("green", GREEN)) for n in range(4)
     }
     words = ["data", "build", on_disk.folder("pictures", files), "--out", tmp_path / "mine", "--size", side]
     assert command(*words, "--workers", 0)[0] == 0

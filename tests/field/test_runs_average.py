@@ -81,7 +81,7 @@ def test_the_average_follows_the_ramp(dtype, fused, on_tensor, seed):
 
 
 @pytest.mark.parametrize("plan", ["none", "fsdp"])
-def test_a_short_run_with_the_ramp_samples_what_it_has_learnt_and_resumes(run, data_set_of, tmp_path, plan):
+def test_a_short_run_with_the_ramp_samples_what_it_has_learned_and_resumes(run, data_set_of, tmp_path, plan):
     data_set_of("classes", class_token=True)
     own = dict(optimizer__ema_warmup=0.2, data__path=tmp_path / "classes", parallel__plan=plan)
     own |= dict(model__class_token="true", model__mixer="attention")

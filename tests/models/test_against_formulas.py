@@ -52,13 +52,13 @@ def gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def normalise(x):
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
+def normalize(x):
+    centered = x - x.mean(-1, keepdim=True)
+    return centered / torch.sqrt((centered**2).mean(-1, keepdim=True) + 1e-6)
 
 
 def modulated(x, shift, scale):
-    return normalise(x) * (1 + scale[:, None, :]) + shift[:, None, :]
+    return normalize(x) * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
 def attention(w, name, x, heads):
@@ -99,7 +99,7 @@ def forward(w, sizes, x, t, labels, subset=None, class_token=None):
     first = 0 if class_token is None else 1
     if class_token is not None:  # REG: one more token in front, whose position is zero
         assert torch.equal(w["pos_embed"][:, 0], torch.zeros(1, width, dtype=x.dtype))
-        token = normalise(linear(w, "cls_projectors2", class_token)) * w["wg_norm.weight"] + w["wg_norm.bias"]
+        token = normalize(linear(w, "cls_projectors2", class_token)) * w["wg_norm.weight"] + w["wg_norm.bias"]
         tokens = torch.cat([token[:, None], tokens], dim=1)
 
     angle = t[:, None] * torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=x.dtype)

@@ -60,7 +60,7 @@ def test_grid_spreads_the_remainder_over_cells(seed):
 def test_block_is_one_square(seed):
     subset = draw_subset(50, (16, 16), 25, "block", generator=torch.Generator().manual_seed(seed))
     rows, columns = subset // 16, subset % 16
-    # The 25 tokens nearest to a centre; at the edge of the grid the square is cut and grows inwards.
+    # The 25 tokens nearest to a center; at the edge of the grid the square is cut and grows inwards.
     assert (rows.amax(1) - rows.amin(1)).max() <= 7 and (columns.amax(1) - columns.amin(1)).max() <= 7
     apart = torch.maximum((rows[:, :, None] - rows[:, None]).abs(), (columns[:, :, None] - columns[:, None]).abs())
     assert ((apart == 1).sum(-1) >= 1).all()

@@ -106,16 +106,16 @@ def test_shards_scale_to_what_a_trace_on_other_ranks_finds(settings, build):
     there = many.peak(2, shard_bytes(model, 2) / shard_bytes(model, 8))
     here = few.peak(2)
     assert there.total == pytest.approx(here.total, rel=0.02)
-    assert there.optimiser == pytest.approx(here.optimiser, rel=1e-9) and there.ema < many.peak(2, 8.0).ema
+    assert there.optimizer == pytest.approx(here.optimizer, rel=1e-9) and there.ema < many.peak(2, 8.0).ema
 
 
 def test_state_is_that_of_float32_masters_moments_and_average(settings, build):
     config = settings()
     count = sum(p.numel() for p in meta_model(config, build).parameters())
     peak = Memory(config, build, HALF, dtype=torch.bfloat16).peak(2)
-    assert (peak.parameters, peak.optimiser, peak.ema) == (6 * count, 8 * count, 4 * count)
+    assert (peak.parameters, peak.optimizer, peak.ema) == (6 * count, 8 * count, 4 * count)
     whole = Memory(config, build, HALF, dtype=torch.float32).peak(2)
-    assert (whole.parameters, whole.optimiser, whole.ema) == (4 * count, 8 * count, 4 * count)
+    assert (whole.parameters, whole.optimizer, whole.ema) == (4 * count, 8 * count, 4 * count)
     config.parallel.ema_on_cpu = True
     assert Memory(config, build, HALF, dtype=torch.float32).peak(2) == replace(whole, ema=0.0)
 

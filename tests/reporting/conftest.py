@@ -60,7 +60,7 @@ def write_run_fixture():
 
 @pytest.fixture(scope="session", name="write_png")
 def write_png_fixture():
-    """The function that writes a PNG of one grey level."""
+    """The function that writes a PNG of one gray level."""
     return write_png
 
 

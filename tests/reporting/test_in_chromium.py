@@ -86,24 +86,24 @@ def test_no_error_no_request_and_nothing_too_wide(browser, page, size, scheme):
     assert browser.execute_script(broken) == 0
 
 
-def luminance(colour):
-    channels = [int(part) / 255 for part in colour[4:-1].split(",")[:3]]
+def luminance(color):
+    channels = [int(part) / 255 for part in color[4:-1].split(",")[:3]]
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_all_texts_and_colours_can_be_read(browser, page, scheme):
+def test_all_texts_and_colors_can_be_read(browser, page, scheme):
     """WCAG 2: 4.5 to 1 for texts, 3 to 1 for lines and marks."""
     opened(browser, page, DESKTOP, scheme)
-    colours = browser.execute_script("""
+    colors = browser.execute_script("""
         const probe = document.createElement("i");
         document.body.append(probe);
         const of = (name) => { probe.style.color = `var(--${name})`; return getComputedStyle(probe).color; };
         const names = ["paper", "raised", "wash", "ink", "soft", "accent", ...[..."01234567"].map((k) => `c${k}`)];
         return Object.fromEntries(names.map((name) => [name, of(name)]));
     """)
-    light = {name: luminance(colour) for name, colour in colours.items()}
+    light = {name: luminance(color) for name, color in colors.items()}
     assert (light["paper"] < 0.1) == (scheme == "dark")
     for ground in ("paper", "raised", "wash"):
         for name in light.keys() - {"paper", "raised", "wash"}:

@@ -32,8 +32,8 @@ def test_seeds_of_a_set_never_meet(seed):
 def test_noise_is_standard_normal_and_uncorrelated(seed):
     draws = ImageNoise(seed, range(500), (1, 10, 10)).draw(torch.float64).flatten(1)
     assert abs(draws.mean()) < 0.02 and abs(draws.std() - 1) < 0.02
-    neighbours = (draws[1:] * draws[:-1]).mean()
-    assert abs(neighbours) < 0.02
+    neighbors = (draws[1:] * draws[:-1]).mean()
+    assert abs(neighbors) < 0.02
 
 
 def test_labels_by_index(seed):

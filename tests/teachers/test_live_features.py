@@ -9,7 +9,7 @@ from maskalign.data import ShardStream
 from maskalign.data.build import encode
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from maskalign.teachers import load_teacher_like, quantise_rows, resample_tokens
+from maskalign.teachers import load_teacher_like, quantize_rows, resample_tokens
 from maskalign.teachers.features import Features
 from tests.data.build.test_encoding import RESNET, VIT, make_data_set
 
@@ -54,7 +54,7 @@ def test_cached_rows_get_the_class_token_in_front(folders, dtype):
     assert torch.equal(z[:, 1:], batch[VIT])
     token = batch[f"{VIT}.class"]
     assert r.dtype == torch.float32 and torch.equal(r, token.float())
-    assert torch.equal(z[:, 0], quantise_rows(token.float()) if dtype == "int8" else token)
+    assert torch.equal(z[:, 0], quantize_rows(token.float()) if dtype == "int8" else token)
     assert torch.nn.functional.cosine_similarity(z[:, 0].float(), r).min() > 0.9995
 
 

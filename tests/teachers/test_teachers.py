@@ -18,9 +18,9 @@ from maskalign.teachers import (
     load_teacher,
     load_teacher_like,
     load_teachers,
-    normalise_tokens,
+    normalize_tokens,
     parse_teachers,
-    quantise_rows,
+    quantize_rows,
     standardize_class_token,
 )
 from maskalign.teachers.encoders import _efficientnet_lite0, packaged_efficientnet_lite0
@@ -179,7 +179,7 @@ def test_efficientnet_groups_pictures_of_a_kind(lite):
     similar.fill_diagonal_(-2)
     kind = torch.arange(4).repeat_interleave(6)
     hits = (kind[similar.argmax(dim=1)] == kind).float().mean()
-    assert hits > 0.9, f"{hits:.0%} of the nearest neighbours are of the same kind, 22% by chance"
+    assert hits > 0.9, f"{hits:.0%} of the nearest neighbors are of the same kind, 22% by chance"
 
 
 def test_a_file_with_another_shape_is_refused(tmp_path):
@@ -325,7 +325,7 @@ def test_bad_images_are_refused(lite):
             lite(images)
 
 
-def test_normalised_and_resampled_like_the_manifest_says(lite, pictures):
+def test_normalized_and_resampled_like_the_manifest_says(lite, pictures):
     z = lite(pictures)
     mean = z.mean(dim=(0, 1))
     entry = {"grid": [8, 8], "normalize": "mean", "mean": mean.tolist()}
@@ -403,8 +403,8 @@ def test_a_standardized_value_has_an_end():
 def test_int8_rows_keep_direction_and_gradient(lite, lite16, pictures, stride, normalize, seed):
     """The figures that issue 4 asks for: cosine >= 0.9995 with every row, alignment gradients within 1 %."""
     z = (lite if stride == 32 else lite16)(pictures)
-    z = normalise_tokens(z, normalize, z.mean(dim=(0, 1)))
-    q = quantise_rows(z)
+    z = normalize_tokens(z, normalize, z.mean(dim=(0, 1)))
+    q = quantize_rows(z)
     cosine = F.cosine_similarity(z.double(), q.double(), dim=-1)
     torch.manual_seed(seed)
     subset = torch.stack([torch.randperm(z.shape[1])[: z.shape[1] // 2].sort().values for _ in z])
@@ -435,10 +435,10 @@ def root_mean_square(x):
 
 @pytest.mark.parametrize("normalize", ["none", "mean"])
 def test_the_error_of_int8_gradients_is_the_angle_over_the_sine(lite, pictures, normalize, seed):
-    """What `quantise_rows` states: 1 % up to a cosine of 0.65, and by what law it grows beyond."""
+    """What `quantize_rows` states: 1 % up to a cosine of 0.65, and by what law it grows beyond."""
     z = lite(pictures)
-    z = F.normalize(normalise_tokens(z, normalize, z.mean(dim=(0, 1))).double(), dim=-1)
-    q = quantise_rows(z)
+    z = F.normalize(normalize_tokens(z, normalize, z.mean(dim=(0, 1))).double(), dim=-1)
+    q = quantize_rows(z)
     ratio = z.abs().amax(dim=-1) / z.pow(2).mean(dim=-1).sqrt()
     angle = root_mean_square(sine(z, q))
     assert angle == pytest.approx(root_mean_square(ratio) / (127 * 12**0.5), rel=0.03)
@@ -460,8 +460,8 @@ def test_the_error_of_int8_gradients_is_the_angle_over_the_sine(lite, pictures, 
 @pytest.mark.parametrize("normalize", ["none", "mean"])
 def test_no_search_over_scales_rounds_much_better(lite, pictures, normalize):
     z = lite(pictures)
-    z = normalise_tokens(z, normalize, z.mean(dim=(0, 1)))
-    best = plain = sine(z, quantise_rows(z))
+    z = normalize_tokens(z, normalize, z.mean(dim=(0, 1)))
+    best = plain = sine(z, quantize_rows(z))
     largest = z.abs().amax(dim=-1, keepdim=True)
     for share in torch.linspace(0.6, 1.0, 41)[:-1]:
         best = torch.minimum(best, sine(z, (z / (largest * share) * 127).round().clamp(-127, 127)))

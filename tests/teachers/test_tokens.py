@@ -1,4 +1,4 @@
-"""Resampling, normalising and rounding of token grids, against numpy and against the definitions."""
+"""Resampling, normalizing and rounding of token grids, against numpy and against the definitions."""
 
 import numpy as np
 import pytest
@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskalign.errors import UsageError
-from maskalign.teachers import normalise_tokens, quantise_rows, resample_tokens
+from maskalign.teachers import normalize_tokens, quantize_rows, resample_tokens
 
 
 def bilinear_by_hand(row, size):
-    """1-D linear interpolation between pixel centres, edges held."""
-    centres = (np.arange(size) + 0.5) * len(row) / size - 0.5
-    return np.interp(np.clip(centres, 0, len(row) - 1), np.arange(len(row)), row)
+    """1-D linear interpolation between pixel centers, edges held."""
+    centers = (np.arange(size) + 0.5) * len(row) / size - 0.5
+    return np.interp(np.clip(centers, 0, len(row) - 1), np.arange(len(row)), row)
 
 
 def test_same_grid_is_the_same_tensor():
@@ -29,7 +29,7 @@ def test_shrinking_takes_area_means_in_row_major_order(seed):
     assert torch.allclose(small, want, atol=1e-6)
 
 
-def test_growing_is_bilinear_between_centres(seed):
+def test_growing_is_bilinear_between_centers(seed):
     generator = np.random.default_rng(seed)
     rows, columns = generator.normal(size=4), generator.normal(size=3)
     z = torch.tensor(np.outer(rows, columns)).reshape(1, 12, 1)
@@ -49,8 +49,8 @@ def test_resampling_commutes_with_removing_the_mean_token(seed):
     torch.manual_seed(seed)
     z, mean = torch.randn(2, 64, 5), torch.randn(5)
     for grid in ((16, 16), (4, 4), (5, 11)):
-        first = resample_tokens(normalise_tokens(z, "mean", mean), (8, 8), grid)
-        second = normalise_tokens(resample_tokens(z, (8, 8), grid), "mean", mean)
+        first = resample_tokens(normalize_tokens(z, "mean", mean), (8, 8), grid)
+        second = normalize_tokens(resample_tokens(z, (8, 8), grid), "mean", mean)
         assert torch.allclose(first, second, atol=1e-5)
 
 
@@ -65,14 +65,14 @@ def test_a_grid_that_does_not_fit_is_refused():
         resample_tokens(torch.zeros(1, 13, 2), (3, 4), (2, 2))
 
 
-def test_spatial_normalisation_is_irepas(seed):
+def test_spatial_normalization_is_irepas(seed):
     torch.manual_seed(seed)
     z = torch.randn(3, 16, 7, dtype=torch.float64) * 4 + 2
-    got = normalise_tokens(z, "spatial").numpy()
+    got = normalize_tokens(z, "spatial").numpy()
     x = z.numpy()
     want = (x - x.mean(axis=1, keepdims=True)) / (x.std(axis=1, ddof=1, keepdims=True) + 1e-6)
     assert np.allclose(got, want, rtol=1e-10)
-    constant = normalise_tokens(torch.ones(1, 4, 2), "spatial")
+    constant = normalize_tokens(torch.ones(1, 4, 2), "spatial")
     assert torch.isfinite(constant).all() and constant.abs().max() == 0
 
 
@@ -84,9 +84,9 @@ def test_spatial_normalisation_is_irepas(seed):
         (torch.zeros(1, 4, 2), "zscore", "'zscore'"),
     ],
 )
-def test_impossible_normalisations_are_refused(z, mode, words):
+def test_impossible_normalizations_are_refused(z, mode, words):
     with pytest.raises(UsageError, match=words):
-        normalise_tokens(z, mode)
+        normalize_tokens(z, mode)
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,7 +94,7 @@ def test_impossible_normalisations_are_refused(z, mode, words):
 def test_rounding_keeps_every_entry_within_half_a_step(rows, width, exponent, seed):
     generator = np.random.default_rng(seed)
     z = generator.standard_t(2, size=(rows, width)).astype(np.float32) * np.float32(2.0**exponent)
-    q = quantise_rows(torch.from_numpy(z))
+    q = quantize_rows(torch.from_numpy(z))
     assert q.dtype == torch.int8 and q.shape == z.shape
     largest = np.abs(z).max(axis=1, keepdims=True)
     steps = z.astype(np.float64) / largest * 127
@@ -106,7 +106,7 @@ def test_rounding_at_the_edges():
     tiny = torch.tensor([1e-45, -1e-45, 0.0])
     rows = torch.stack([torch.zeros(3), tiny, torch.tensor([3e38, -1.0, 0.0]), torch.tensor([1.0, -1.0, 0.5])])
     want = [[0, 0, 0], [127, -127, 0], [127, 0, 0], [127, -127, 64]]
-    assert quantise_rows(rows).tolist() == want
+    assert quantize_rows(rows).tolist() == want
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="finite"):
-            quantise_rows(torch.tensor([[1.0, bad]]))
+            quantize_rows(torch.tensor([[1.0, bad]]))

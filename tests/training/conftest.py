@@ -2,7 +2,12 @@
 
 import hashlib
 import io
+import json
+import os
+import subprocess
+import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,3 +131,26 @@ def run(command):
 def data_set_of(tmp_path):
     """Writes another data set: (name, settings of write_data_set)."""
     return lambda name, **settings: write_data_set(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def launch(command, tmp_path):
+    """Trains several runs in one torchrun: (processes, {name: settings}, what else runs_under_torchrun.py takes)."""
+    launched = Path(__file__).with_name("runs_under_torchrun.py")
+
+    def go(processes, cases, **own):
+        file = tmp_path / "cases.json"
+        own = {"backend": "aot_eager", **own}
+        file.write_text(json.dumps([{"argv": command(name, **changes), **own} for name, changes in cases.items()]))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*torchrun, str(launched), str(file)],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-9000:]
+
+    return go

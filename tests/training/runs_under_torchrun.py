@@ -2,22 +2,25 @@
 
     torchrun ... runs_under_torchrun.py CASES.json
 
-CASES.json is a list of {"argv": [...], "poison": step or null, "backend": of torch.compile}. With `poison` the last
-rank's images of that step are NaN. Each run's folder gets a file `ranks.json`: per rank a digest of the whole weights,
-and the steps that were skipped.
+CASES.json is a list of {"argv": [...], "poison": step or null, "backend": of torch.compile, "pretend_graphs": bool,
+"refuse_on": rank or null}. With `poison` the last rank's images of that step are NaN. With `pretend_graphs` steps are
+captured as in pretended_gpu.py, except on the rank `refuse_on`. Each run's folder gets a file `ranks.json`: per rank a
+digest of the whole weights, the steps that were skipped, and how often a step was captured and replayed.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
 from pathlib import Path
 
+import pretended_gpu  # beside this script
 import torch
 import torch.distributed as dist
 
 from maskalign.config import parse_config
 from maskalign.runtime import ranks
-from maskalign.training import compiling, trainer
+from maskalign.training import compiling, graphs, trainer
 from maskalign.training.preflight import check_data
 from maskalign.training.step import TrainStep
 
@@ -36,19 +39,30 @@ def run(case):
         seen["model"] = self.model
         return result
 
-    TrainStep.__call__ = step
-    try:
+    with contextlib.ExitStack() as stack:
+
+        def patch(owner, name, value):
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+
+        patch(TrainStep, "__call__", step)
+        pretended = pretended_gpu.pretend(patch) if case.get("pretend_graphs") else pretended_gpu.PretendedStep
+        if dist.get_rank() == case.get("refuse_on"):
+            patch(graphs, "CapturedStep", refuse)
         trainer.train(config, *check_data(config))
-    finally:
-        TrainStep.__call__ = own
     digest = hashlib.sha256()
     for parameter in seen["model"].parameters():
         whole = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         digest.update(whole.detach().float().numpy().tobytes())
     digests = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, {"digest": digest.hexdigest(), "skipped": skipped})
+    counts = {"captures": pretended.captures, "replays": pretended.replays}
+    dist.all_gather_object(digests, {"digest": digest.hexdigest(), "skipped": skipped, **counts})
     if dist.get_rank() == 0:
         Path(config.run_dir, "ranks.json").write_text(json.dumps(digests))
+
+
+def refuse(*_):
+    raise RuntimeError("no capture here")
 
 
 def main():

@@ -2,16 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from maskalign.training.logs import read_metrics
 
-LAUNCHED = Path(__file__).with_name("runs_under_torchrun.py")
 STEPS = 20
 # Subsets of many sizes, a full-token phase, and an alignment that ends (projectors without gradients).
 BASE = dict(
@@ -42,24 +37,6 @@ PAPER = dict(
     method__keep_multiple=2,
     method__keep_ratio=0.75,
 )
-
-
-@pytest.fixture
-def launch(command, tmp_path):
-    """Trains several runs in one torchrun: (processes, {name: settings}, poison step, backend of torch.compile)."""
-
-    def go(processes, cases, poison=None, backend="aot_eager"):
-        file = tmp_path / "cases.json"
-        own = {"poison": poison, "backend": backend}
-        file.write_text(json.dumps([{"argv": command(name, **changes), **own} for name, changes in cases.items()]))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [*torchrun, str(LAUNCHED), str(file)], capture_output=True, text=True, env=environment, timeout=900
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-    return go
 
 
 def rows(path):

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from maskalign.config import ParallelConfig, parse_config, shard_ranks, validate_with_ranks
 from maskalign.errors import UsageError
 from maskalign.models import SiT
-from maskalign.models.initial import initialise
+from maskalign.models.initial import initialize
 from maskalign.training import compiling
 from maskalign.training.logs import read_metrics
 
@@ -69,12 +69,12 @@ def test_initial_weights_depend_on_seed_and_name_alone(seed):
     model.to_empty(device="cpu").reset_parameters(seed)
     other = small(mixer="none", teacher_dims=[], depth=2)
     torch.manual_seed(seed + 1)
-    initialise(other, seed)
+    initialize(other, seed)
     own = dict(model.named_parameters())
     for name, p in other.named_parameters():
         assert torch.equal(p, own[name]), name
     torch.testing.assert_close(model.pos_embed, small().pos_embed, rtol=0, atol=0)
-    initialise(other, seed + 1)
+    initialize(other, seed + 1)
     assert not torch.equal(other.blocks[0].attn.qkv.weight, own["blocks.0.attn.qkv.weight"])
 
 

@@ -22,7 +22,7 @@ import time
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, replace
 
-from maskalign.config.teacher_names import check_normalisation, parse_teachers
+from maskalign.config.teacher_names import check_normalization, parse_teachers
 from maskalign.data.build.processes import LinePrinter, in_processes, wait_for
 from maskalign.data.build.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.build.staging import Staging, finish_commits, read_json
@@ -153,7 +153,7 @@ def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers,
         raise UsageError("nothing to encode: give --teacher NAME, --latents NAME, or both")
     if dtype not in ("int8", "float16"):
         raise UsageError(f"dtype is {dtype!r}; give int8 or float16")
-    check_normalisation(normalize)
+    check_normalization(normalize)
     if grid is not None:
         sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
         if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= 1024 for side in sides):

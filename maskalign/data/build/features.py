@@ -19,8 +19,8 @@ from maskalign.data.build.vae import latent_entry, load_vae, vae_moments
 from maskalign.data.format.manifest import class_member, is_url, teacher_member
 from maskalign.data.format.tar_shards import HashingReader, read_shard
 from maskalign.errors import RunError, one_line
-from maskalign.teachers import load_teacher, quantise_rows, standardize_class_token
-from maskalign.teachers.tokens import normalise_tokens
+from maskalign.teachers import load_teacher, quantize_rows, standardize_class_token
+from maskalign.teachers.tokens import normalize_tokens
 
 MEAN_IMAGES = 256
 MEAN_SHARDS = 16
@@ -193,9 +193,9 @@ class FeatureMaker:
         recipe, mean = self.recipe, None
         if recipe.normalize == "mean":
             mean = torch.tensor(self.statistics[teacher.name]["mean"], dtype=torch.float32)
-        z = normalise_tokens(teacher.finish(tokens), recipe.normalize, mean)
+        z = normalize_tokens(teacher.finish(tokens), recipe.normalize, mean)
         try:
-            return quantise_rows(z) if recipe.dtype == "int8" else to_float16(z, f"teacher {teacher.name}")
+            return quantize_rows(z) if recipe.dtype == "int8" else to_float16(z, f"teacher {teacher.name}")
         except ValueError as error:
             raise RunError(f"teacher {teacher.name}: {error}; are its weights damaged?") from None
 

@@ -134,7 +134,7 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
     pictures = {label: [None] * len(chosen) for label, chosen in samples.items()}
     if not arrays:
         return pictures
-    colours = principal_colours(np.concatenate(list(arrays.values())))
+    colours = principal_colors(np.concatenate(list(arrays.values())))
     start = 0
     for label, number in arrays:
         part = colours[start : start + grid[0] * grid[1]]
@@ -143,7 +143,7 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
     return pictures
 
 
-def principal_colours(rows):
+def principal_colors(rows):
     """uint8 (n, 3) of rows (n, d): coordinates along the three directions of largest variance, 2nd to 98th percentile.
 
     The sign of a component is fixed by its largest loading, so that a sheet looks the same every time.

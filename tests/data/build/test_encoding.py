@@ -23,7 +23,7 @@ from maskalign.data.build.recipe import entry_bytes
 from maskalign.data.format.manifest import Manifest, teacher_member
 from maskalign.data.format.tar_shards import read_shard, write_shard
 from maskalign.errors import RunError, UsageError
-from maskalign.teachers import load_teacher, load_teacher_like, quantise_rows
+from maskalign.teachers import load_teacher, load_teacher_like, quantize_rows
 
 VIT = "timm:test_vit"  # 10x10 tokens of 64; small enough to encode a picture in a few ms
 RESNET = "timm:test_resnet"
@@ -98,7 +98,7 @@ def test_features_are_added_and_nothing_else_changes(data, vit):
         assert list(members) == ["cls", "png", "timm-test_vit.npy", "timm-test_vit.class.npy"]
         assert all(members[ending] == old for ending, old in before[key].items())
         q = array(members, "timm-test_vit.npy")
-        want = quantise_rows(vit(picture(members)))[0].numpy()
+        want = quantize_rows(vit(picture(members)))[0].numpy()
         assert q.shape == (100, 64) and q.dtype == np.int8
         # Other batches may sum in another order: an entry at the edge of two steps may then go either way.
         assert np.abs(q.astype(int) - want).max() <= 1 and (q == want).mean() > 0.999

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskalign.data.build.showing import principal_colours, show
+from maskalign.data.build.showing import principal_colors, show
 from maskalign.data.format.manifest import Manifest
 from maskalign.data.format.tar_shards import write_shard
 from maskalign.errors import RunError, UsageError
@@ -153,11 +153,11 @@ def test_principal_colours_are_those_of_an_svd(seed):
     rows = np.random.default_rng(seed).normal(size=(300, 9)) * np.array([9, 6, 3, 1, 1, 1, 1, 1, 1])
     centred = rows - rows.mean(0)
     axes = np.linalg.svd(centred, full_matrices=False)[2][:3]
-    colours = principal_colours(rows).astype(float)
+    colours = principal_colors(rows).astype(float)
     for channel in range(3):
         assert abs(np.corrcoef(colours[:, channel], centred @ axes[channel])[0, 1]) > 0.97
-    assert np.array_equal(principal_colours(rows), principal_colours(rows.copy()))
-    assert principal_colours(np.ones((5, 2))).shape == (5, 3)  # nothing to see, no division by zero
+    assert np.array_equal(principal_colors(rows), principal_colors(rows.copy()))
+    assert principal_colors(np.ones((5, 2))).shape == (5, 3)  # nothing to see, no division by zero
 
 
 def test_latents_stand_in_for_missing_images(tmp_path):
