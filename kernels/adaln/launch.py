@@ -7,6 +7,7 @@ import torch
 
 from ..operators import WARP_SIZE, kernel_op, wrap_triton
 from ..rows import rows_contiguous
+from ..transforms import differentiable, first_gradient
 from ..tuning import choose
 from .kernels import backward_kernel, forward_kernel, sums_kernel
 from .naive import EPS
@@ -210,11 +211,14 @@ def _modulate_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
 
+_modulate_gradients = first_gradient("adaln_modulate", modulate_backward_op)
+
+
 def _modulate_grad(ctx, du, *_):
-    return *modulate_backward_op(rows_contiguous(du), *ctx.saved_tensors), None, None
+    return *_modulate_gradients(rows_contiguous(du), *ctx.saved_tensors), None, None
 
 
-modulate_op.register_autograd(_modulate_grad, setup_context=_modulate_setup)
+modulate = differentiable("adaln_modulate", modulate_op, _modulate_grad, _modulate_setup)
 
 
 @kernel_op("maskalign_kernels::gated_residual")
@@ -237,8 +241,11 @@ def _residual_setup(ctx, inputs, output):
     ctx.save_for_backward(branch, gate, subset)
 
 
+_residual_gradients = first_gradient("gated_residual", residual_backward_op)
+
+
 def _residual_grads(dy, branch, gate, subset, tokens):
-    dx, dbranch, dgate = residual_backward_op(rows_contiguous(dy), branch, gate, subset, tokens)
+    dx, dbranch, dgate = _residual_gradients(rows_contiguous(dy), branch, gate, subset, tokens)
     return dy if subset is None else dx, dbranch, dgate
 
 
@@ -246,7 +253,7 @@ def _residual_grad(ctx, dy):
     return *_residual_grads(dy, *ctx.saved_tensors, ctx.tokens), None
 
 
-residual_op.register_autograd(_residual_grad, setup_context=_residual_setup)
+residual = differentiable("gated_residual", residual_op, _residual_grad, _residual_setup)
 
 
 @kernel_op("maskalign_kernels::gated_residual_adaln")
@@ -277,13 +284,18 @@ def _residual_modulate_setup(ctx, inputs, output):
     ctx.save_for_backward(y, branch, gate, shift, scale, subset, mean, rstd)
 
 
+_residual_modulate_gradients = first_gradient("gated_residual_adaln", residual_modulate_backward_op)
+
+
 def _residual_modulate_grad(ctx, dy, du, *_):
     saved = ctx.saved_tensors  # Once: torch's recomputation gives them out once.
     if du is None:  # The modulated rows are not used.
         _, branch, gate, _, _, subset, _, _ = saved
         return *_residual_grads(dy, branch, gate, subset, ctx.tokens), None, None, None, None
     dy = None if dy is None else rows_contiguous(dy)
-    return *residual_modulate_backward_op(dy, rows_contiguous(du), *saved, ctx.tokens), None, None
+    return *_residual_modulate_gradients(dy, rows_contiguous(du), *saved, ctx.tokens), None, None
 
 
-residual_modulate_op.register_autograd(_residual_modulate_grad, setup_context=_residual_modulate_setup)
+residual_modulate = differentiable(
+    "gated_residual_adaln", residual_modulate_op, _residual_modulate_grad, _residual_modulate_setup
+)

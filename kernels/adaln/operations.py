@@ -36,10 +36,10 @@ def adaln_modulate(
     tensors = {"x": x, "shift": shift, "scale": scale}
     if not _runs_kernels("adaln_modulate", tensors, subset):
         return naive.adaln_modulate(x, shift, scale, subset, _product_dtype(x))
-    from .launch import modulate_op  # Triton and PyTorch's compiler, which take seconds to import.
+    from .launch import modulate  # Triton and PyTorch's compiler, which take seconds to import.
 
     x, shift, scale = map(rows_contiguous, (x, shift, scale))
-    return modulate_op(x, shift, scale, _dense_subset(subset), _product_dtype(x))[0]
+    return modulate(x, shift, scale, _dense_subset(subset), _product_dtype(x))[0]
 
 
 def gated_residual(
@@ -63,10 +63,10 @@ def gated_residual(
     """
     if not _runs_kernels("gated_residual", {"x": x, "branch": branch, "gate": gate}, subset):
         return naive.gated_residual(x, branch, gate, subset)
-    from .launch import residual_op
+    from .launch import residual
 
     x, branch, gate = map(rows_contiguous, (x, branch, gate))
-    return residual_op(x, branch, gate, _dense_subset(subset))
+    return residual(x, branch, gate, _dense_subset(subset))
 
 
 def gated_residual_adaln(
@@ -92,10 +92,10 @@ def gated_residual_adaln(
     tensors = {"x": x, "branch": branch, "gate": gate, "shift": shift, "scale": scale}
     if not _runs_kernels("gated_residual_adaln", tensors, subset):
         return naive.gated_residual_adaln(x, branch, gate, shift, scale, subset, _product_dtype(x))
-    from .launch import residual_modulate_op
+    from .launch import residual_modulate
 
     x, branch, gate, shift, scale = map(rows_contiguous, (x, branch, gate, shift, scale))
-    y, modulated, *_ = residual_modulate_op(x, branch, gate, shift, scale, _dense_subset(subset), _product_dtype(x))
+    y, modulated, *_ = residual_modulate(x, branch, gate, shift, scale, _dense_subset(subset), _product_dtype(x))
     return y, modulated
 
 

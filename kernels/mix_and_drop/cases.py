@@ -57,6 +57,7 @@ def _launches(shape):
     for first, second, configs in mixer.token_launches(hidden, product_dtype):
         launch = "tokens" if first and second else "tokens first" if first else "tokens second"
         yield "backward", launch, kernels.token_grad_kernel, configs
+    yield "backward", "sums", kernels.weight_sums_kernel, [mixer.SUMS]
 
 
 def _case(shape, direction, launch, kernel, config, number):
@@ -69,18 +70,25 @@ def _case(shape, direction, launch, kernel, config, number):
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
         "tokens": (blocks, -(-B // images)),
-    }.get(launch.split()[0], (-(-D // config["BLOCK_D"]), B))
-    float32 = ("mean", "rstd", "sums", "gated", "dw1", "dw2", "db2")
-    types = dict.fromkeys(float32, "*fp32") | {"subset": "*i64"}
-    types |= dict.fromkeys(("hidden", "ds"), _pointer(product_dtype))
-    types |= dict.fromkeys(("w1", "b1", "w2", "b2"), _pointer(weight))
+        "sums": (mixer.weight_sums_programs(N, T), 1),
+    }.get(launch.split()[0]) or (-(-D // config["BLOCK_D"]), B)
+    weights = ("w1", "b1", "w2", "b2")
+    # Gradients of the weights are in parts until the last launch, which writes them in the weights' dtype.
+    gradients = dict.fromkeys([f"d{name}" for name in weights], _pointer(weight) if launch == "sums" else "*fp32")
+    types = dict.fromkeys(("mean", "rstd", "sums", "gated", *(f"d{name}_parts" for name in weights)), "*fp32")
+    types |= dict.fromkeys(("hidden", "ds"), _pointer(product_dtype)) | dict.fromkeys(weights, _pointer(weight))
+    types |= gradients | {"subset": "*i64"}
+    first_groups, second_groups = _groups(shape)
     numbers = {
         "K": kept, "B": B, "tiles": tiles, "images": images, "total": B * N, "eps": mixer.EPS, "stride_xb": N * D,
         "stride_xn": D, "stride_gb": kept * D, "stride_gk": D, "stride_shift": 3 * D, "stride_scale": 3 * D,
         "stride_gate": 3 * D, "stride_subset": kept, "N": N, "D": D,
+        "first_groups": first_groups, "second_groups": second_groups,
     }  # fmt: skip
     constexprs = {k: v for k, v in config.items() if k not in ("threads", "stages")}
-    if launch != "statistics":
+    if launch == "sums":
+        constexprs |= {"N": N, "T": T}
+    elif launch != "statistics":
         numbers = {k: v for k, v in numbers.items() if k not in ("N", "D")}
         constexprs |= {
             "N": N, "D": D, "T": T, "BLOCK_T": mixer._block_t(T), "HAS_SUBSET": K is not None,
@@ -99,11 +107,22 @@ def _case(shape, direction, launch, kernel, config, number):
         shape=f"B{B} N{N} K{K} D{D} T{T} {_TYPES[x]}/{_TYPES[weight]}/{_TYPES[product_dtype]}",
         config=" ".join(f"{k}={v}" for k, v in config.items()) if number else "default",
         kernel=kernel, arguments=arguments, constexprs=constexprs, num_warps=config["threads"] // 32,
-        hip_constexprs={} if launch == "statistics" else {"PRECISION": "ieee"}, waves=max(1, config["threads"] // 64),
+        hip_constexprs={"PRECISION": "ieee"} if "PRECISION" in constexprs else {},
+        waves=max(1, config["threads"] // 64),
         num_stages=config["stages"], hip_stages=min(mixer.HIP_STAGES, config["stages"]), grid=(grid[0] * grid[1],),
         moved=moved, least=_least(shape, launch, tiles), cached=cached, warm=_warm(shape, launch), flops=flops,
         rows=("x", "dout", "out", "dx"),
     )  # fmt: skip
+
+
+def _groups(shape):
+    """Groups of images, by the default configurations of `tokens`: those that leave parts of dw1 and of dw2."""
+    B, N, _, D, T, _, _, product_dtype = shape
+    groups = [0, 0]
+    for first, second, configs in mixer.token_launches(T, product_dtype):
+        count = -(-B // mixer.images_per_program(B, -(-N // configs[0]["BLOCK_N"]), T, D))
+        groups = [count if there else before for there, before in zip((first, second), groups, strict=True)]
+    return groups
 
 
 def _pointer(dtype):
@@ -133,11 +152,17 @@ def _cost(shape, launch, config, grid, tiles):
         again = (grid[0] - 1) * (statistics + index)
         return moved, again + _weights_again(shape, grid), first + second
 
+    if launch == "sums":
+        first_groups, second_groups = _groups(shape)
+        numbers = first_groups * (T * N + T) + second_groups * (T * N + N)
+        return 4 * numbers + weights, 0, numbers
+
     blocks, groups = grid
     moved, again, flops = out + index, (blocks - 1) * index, 0
     if launch != "tokens second":
         sums, matrix = 8 * B * tiles * T, T * N * weight.itemsize
-        moved += 2 * rows + statistics + matrix + between // 2 + sums + 4 * groups * T * N
+        # One of the three sums, dA's, is read by the first program of a group only.
+        moved += 2 * rows + statistics + matrix + between // 2 + sums + sums // 2 + 4 * groups * (T * N + T)
         again += rows + (2 * blocks - 1) * between // 2 + (blocks - 1) * sums + (groups - 1) * matrix
         if mixer._block_t(T) > 128:  # w1 again between the loops and in every step of the second.
             again += B * (1 + -(-D // config["BLOCK_D"])) * matrix
@@ -172,9 +197,12 @@ def _least(shape, launch, tiles):
     if launch == "hidden":  # and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
         inputs = kept + tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset
         return inputs + 3 * vector + 2 * hidden + gated + sums
+    if launch == "sums":  # the parts of dw1, db1, dw2, db2 -> these
+        of_dw1, of_dw2 = _groups(shape)
+        return of_dw1 * 4 * (T * N + T) + of_dw2 * 4 * (N * T + N) + w1 + b1 + w2 + b2
     least = kept + subset
-    if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1
-        least += 2 * tokens + mean + rstd + w1 + hidden + tiles * 8 * B * T + 4 * T * N
+    if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1, db1
+        least += 2 * tokens + mean + rstd + w1 + hidden + tiles * sums + 4 * (T * N + T)
     if launch != "tokens first":  # dout, the gated activations, the parts of db2's sums -> dw2, db2
         least += hidden + tiles * gated + 4 * (T * N + N)
     return least

@@ -5,9 +5,9 @@ CPU users train with these lines, and a GPU runs them where a hidden layer is to
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ..rows import flat_rows, gather_rows
+from ..transforms import applying, first_gradient
 
 
 class MixAndDrop(torch.autograd.Function):
@@ -38,42 +38,49 @@ class MixAndDrop(torch.autograd.Function):
         ctx.save_for_backward(*tensors, mean, rstd)
 
     @staticmethod
-    @once_differentiable  # A second derivative through the saved scalars would silently lack their part.
     def backward(ctx, dout, *_):
-        x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd = ctx.saved_tensors
-        product_dtype = ctx.product_dtype
-        wide = torch.promote_types(product_dtype, torch.float32)
-        gates = gate.to(wide).unsqueeze(1)
-        dy = dout.to(product_dtype)
+        return *_first_gradients(dout, *ctx.saved_tensors, ctx.product_dtype), None, None
 
-        normed = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)[0].to(product_dtype)
-        a, z, w1_sum = _preactivation(normed, shift, scale, w1, b1, product_dtype)
-        hidden = F.gelu(a, approximate="tanh")
-        kept_w2, kept_b2 = _kept(w2, b2, subset, product_dtype)
-        q = _batched(kept_w2.mT, dy).to(wide)
-        dgate = torch.linalg.vecdot(hidden, q, dim=1) + _batched(kept_b2.to(product_dtype).unsqueeze(-2), dy).squeeze(1)
-        dw2 = _add_rows(torch.bmm(dy, hidden.mul_(gates).to(product_dtype).mT).to(wide), subset, w2)
-        gated = torch.bmm(dy, gate.to(product_dtype).unsqueeze(-1)).to(wide)
-        db2 = _add_rows(gated, subset, b2.unsqueeze(-1)).squeeze(-1)
 
-        da = torch.ops.aten.gelu_backward(q.mul_(gates), a, approximate="tanh")
-        dshift = _batched(w1_sum.unsqueeze(0), da).squeeze(1)
-        dscale = torch.linalg.vecdot(da, z, dim=1)
-        db1 = da.sum((0, 2))
-        dw1 = torch.bmm(da, shift.to(wide).unsqueeze(-1)).sum(0)
-        ds = da.mul_((1 + scale.to(wide)).unsqueeze(1)).to(product_dtype)
-        dw1 = torch.bmm(ds, normed.mT).to(wide).sum(0).add_(dw1)
-        dnormed = _batched(w1.to(product_dtype).T, ds).to(x.dtype)
-        dx = torch.ops.aten.native_layer_norm_backward(
-            dnormed, x, x.shape[-1:], mean, rstd, None, None, (True, False, False)
-        )[0]
-        if subset is None:
-            dx += dout
-        else:
-            rows, flat = flat_rows(subset, x.shape[1]), dx.view(-1, x.shape[-1])
-            flat.index_copy_(0, rows, flat.index_select(0, rows).add_(dout.reshape(-1, x.shape[-1])))
-        small = ((dshift, shift), (dscale, scale), (dgate, gate), (dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
-        return dx, *(grad.to(tensor.dtype) for grad, tensor in small), None, None
+def _gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype):
+    """Gradients of the eight tensors."""
+    wide = torch.promote_types(product_dtype, torch.float32)
+    gates = gate.to(wide).unsqueeze(1)
+    dy = dout.to(product_dtype)
+
+    normed = torch.native_layer_norm(x, x.shape[-1:], None, None, 1e-6)[0].to(product_dtype)
+    a, z, w1_sum = _preactivation(normed, shift, scale, w1, b1, product_dtype)
+    hidden = F.gelu(a, approximate="tanh")
+    kept_w2, kept_b2 = _kept(w2, b2, subset, product_dtype)
+    q = _batched(kept_w2.mT, dy).to(wide)
+    dgate = torch.linalg.vecdot(hidden, q, dim=1) + _batched(kept_b2.to(product_dtype).unsqueeze(-2), dy).squeeze(1)
+    dw2 = _add_rows(torch.bmm(dy, hidden.mul_(gates).to(product_dtype).mT).to(wide), subset, w2)
+    gated = torch.bmm(dy, gate.to(product_dtype).unsqueeze(-1)).to(wide)
+    db2 = _add_rows(gated, subset, b2.unsqueeze(-1)).squeeze(-1)
+
+    da = torch.ops.aten.gelu_backward(q.mul_(gates), a, approximate="tanh")
+    dshift = _batched(w1_sum.unsqueeze(0), da).squeeze(1)
+    dscale = torch.linalg.vecdot(da, z, dim=1)
+    db1 = da.sum((0, 2))
+    dw1 = torch.bmm(da, shift.to(wide).unsqueeze(-1)).sum(0)
+    ds = da.mul_((1 + scale.to(wide)).unsqueeze(1)).to(product_dtype)
+    dw1 = torch.bmm(ds, normed.mT).to(wide).sum(0).add_(dw1)
+    dnormed = _batched(w1.to(product_dtype).T, ds).to(x.dtype)
+    dx = torch.ops.aten.native_layer_norm_backward(
+        dnormed, x, x.shape[-1:], mean, rstd, None, None, (True, False, False)
+    )[0]
+    if subset is None:
+        dx += dout
+    else:
+        rows, flat = flat_rows(subset, x.shape[1]), dx.view(-1, x.shape[-1])
+        flat.index_copy_(0, rows, flat.index_select(0, rows).add_(dout.reshape(-1, x.shape[-1])))
+    small = ((dshift, shift), (dscale, scale), (dgate, gate), (dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
+    return dx, *(grad.to(tensor.dtype) for grad, tensor in small)
+
+
+_apply = applying("mix_and_drop", MixAndDrop)
+# A second derivative through the saved scalars would silently lack their part.
+_first_gradients = first_gradient("mix_and_drop", _gradients)
 
 
 def _batched(a, b):
@@ -113,4 +120,4 @@ def _add_rows(rows, subset, like):
 
 def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None, product_dtype=None):
     """(B, K, D), or (B, N, D) where subset is None; matrix products in `product_dtype`, x's where it is None."""
-    return MixAndDrop.apply(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype or x.dtype)[0]
+    return _apply(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype or x.dtype)[0]

@@ -9,7 +9,8 @@ A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles 
     statistics  reads x, writes the mean and 1/std of each row
     mix         reads x by (image, tile of D), keeps Z and H on the chip, writes the kept rows
 
-and two or three backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout, S = dA (1 + scale):
+and three or four backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout,
+S = dA (1 + scale):
 
     hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
                 dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes gate H and S (T, D), and each kept row's sum of
@@ -18,7 +19,8 @@ and two or three backward, which recompute H (only the statistics are saved). Q 
                 mean(LayerNorm(x) w1^T S) = sum(w1 dw1) / D; then, reading x and S again from L2, dw2, db2 and
                 dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)).
                 Two launches where T > 128
-    sums        adds the partial weight gradients in a fixed order (torch.sum), so a run repeats bit for bit
+    sums        adds the parts of dw1, db1, dw2 and db2 in a fixed order, so a run repeats bit for bit, and writes them
+                in the dtypes of the weights
 
 Products take operands in one dtype, x's or autocast's, and accumulate in float32; all else is float32.
 """
@@ -296,7 +298,7 @@ def hidden_grad_kernel(
 
 @triton.jit
 def token_grad_kernel(
-    dout, x, mean, rstd, w1, subset, hidden, ds, sums, gated, dx, dw1, dw2, db2,
+    dout, x, mean, rstd, w1, subset, hidden, ds, sums, gated, dx, dw1, db1, dw2, db2,
     stride_gb, stride_gk, stride_xb, stride_xn, stride_subset, B, K, tiles, images,
     N: tl.constexpr, D: tl.constexpr, T: tl.constexpr,
     HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -305,18 +307,29 @@ def token_grad_kernel(
 ):  # fmt: skip
     """A tile of tokens of a few images; grid (groups of images * tiles of N,).
 
-    FIRST: dx and dw1, the gradients through the first product. SECOND: dw2 and db2. Every product has T or BLOCK_D as
-    its rows, so that a tile of few tokens fills Hopper's matrix instructions too, and takes S and H as they arrive in
-    shared memory; dout, too, where nothing has to be converted.
+    FIRST: dx, dw1 and db1, the gradients through the first product. SECOND: dw2 and db2. Every product has T or BLOCK_D
+    as its rows, so that a tile of few tokens fills Hopper's matrix instructions too, and takes S and H as they arrive
+    in shared memory; dout, too, where nothing has to be converted.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     BLOCK_P: tl.constexpr = 32  # Parts of `hidden` added up at a time: their loads wait together, not one by one.
     group = tl.program_id(0) // blocks
-    offs_n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile = tl.program_id(0) % blocks
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_t = tl.arange(0, BLOCK_T)
     in_n = _inside(offs_n, N, BLOCK_N)
     in_t = _inside(offs_t, T, BLOCK_T)
     if FIRST:
+        if tile == 0:  # The sum of dA, for all programs of the group. Ahead of the loop, whose registers are short.
+            db1_part = tl.zeros((BLOCK_T,), tl.float32)
+            start = group.to(tl.int64) * images * tiles
+            parts = tl.minimum(images, B - group * images) * tiles
+            for p in range(0, parts, BLOCK_P):
+                offs_p = p + tl.arange(0, BLOCK_P)
+                at = (start + offs_p)[:, None] * 3 * T + offs_t[None, :]
+                inside = (offs_p < parts)[:, None] & in_t[None, :]
+                db1_part += tl.sum(tl.load(sums + at, mask=inside, other=0.0), axis=0)
+            tl.store(db1 + group.to(tl.int64) * T + offs_t, db1_part, mask=in_t)
         w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT_DTYPE)
         dw1_tile = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     if SECOND:
@@ -348,9 +361,9 @@ def token_grad_kernel(
                 at = part[:, None] * K + slot[None, :]
                 db2_tile += tl.sum(tl.load(gated + at, mask=in_p[:, None] & is_kept[None, :], other=0.0), axis=0)
             if FIRST:
-                at = (part[:, None] * 3 + 1) * T + offs_t[None, :]
-                shifted += tl.sum(tl.load(sums + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
-                total += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
+                at = part[:, None] * 3 * T + offs_t[None, :]
+                shifted += tl.sum(tl.load(sums + T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
+                total += tl.sum(tl.load(sums + 2 * T + at, mask=in_p[:, None] & in_t[None, :], other=0.0), axis=0)
         if FIRST:
             mean_grad = tl.sum(w1_tile.to(tl.float32) * total[:, None], axis=0) / D
             s_normed = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
@@ -397,3 +410,38 @@ def token_grad_kernel(
         dw2 += group.to(tl.int64) * T * N
         tl.store(dw2 + offs_n[None, :] * T + offs_t[:, None], dw2_tile, mask=in_t[:, None] & in_n[None, :])
         tl.store(db2 + group.to(tl.int64) * N + offs_n, db2_tile, mask=in_n)
+
+
+@triton.jit
+def _add_parts(parts, out, tile, groups, SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile of the sum over the first dimension of parts (groups, SIZE)."""
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = _inside(cols, SIZE, BLOCK)
+    total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
+    for start in range(0, groups, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        at = p.to(tl.int64)[:, None] * SIZE + cols[None, :]
+        total += tl.load(parts + at, mask=(p < groups)[:, None] & inside[None, :], other=0.0)
+    tl.store(out + cols, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def weight_sums_kernel(
+    dw1_parts, db1_parts, dw2_parts, db2_parts, dw1, db1, dw2, db2, first_groups, second_groups,
+    N: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A tile of one of the four weight gradients; grid (weight_sums_programs(N, T),).
+
+    The parts of dw1 and db1 are those of `first_groups` groups of images, the others those of `second_groups`.
+    """
+    matrix: tl.constexpr = (T * N + BLOCK - 1) // BLOCK
+    tokens: tl.constexpr = (N + BLOCK - 1) // BLOCK
+    place = tl.program_id(0)
+    if place < matrix:
+        _add_parts(dw1_parts, dw1, place, first_groups, T * N, BLOCK_P, BLOCK)
+    elif place < 2 * matrix:
+        _add_parts(dw2_parts, dw2, place - matrix, second_groups, N * T, BLOCK_P, BLOCK)
+    elif place < 2 * matrix + tokens:
+        _add_parts(db2_parts, db2, place - 2 * matrix, second_groups, N, BLOCK_P, BLOCK)
+    else:
+        _add_parts(db1_parts, db1, place - 2 * matrix - tokens, first_groups, T, BLOCK_P, BLOCK)

@@ -10,8 +10,9 @@ import torch
 from ..operators import WARP_SIZE, kernel_op, tl, wrap_triton
 from ..rows import rows_contiguous
 from ..runtime import INTERPRET
+from ..transforms import differentiable, first_gradient
 from ..tuning import choose
-from .kernels import hidden_grad_kernel, mix_kernel, statistics_kernel, token_grad_kernel
+from .kernels import hidden_grad_kernel, mix_kernel, statistics_kernel, token_grad_kernel, weight_sums_kernel
 
 EPS = 1e-6
 
@@ -104,6 +105,15 @@ def images_per_program(B, blocks, T, D):
     """
     programs = B * blocks
     return max(1, programs // 512, min(round(20 * T / D), programs // 128))
+
+
+# The sums of the weight gradients: 16 parts at a time, 16 bytes a lane, and a program for every 128 numbers.
+SUMS = {"BLOCK_P": 16, "BLOCK": 128, "threads": 128, "stages": 1}
+
+
+def weight_sums_programs(N, T):
+    """Programs that add up the weight gradients: tiles of dw1, dw2, db2 and db1."""
+    return 2 * _cdiv(T * N, SUMS["BLOCK"]) + _cdiv(N, SUMS["BLOCK"]) + _cdiv(T, SUMS["BLOCK"])
 
 
 HIP_STAGES = 2  # More overfill the registers or the shared memory of gfx942.
@@ -204,10 +214,13 @@ def mix_backward_op(
     dshift, dscale, dgate, *between = _hidden_gradients(
         dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype
     )
-    dx, dw1, dw2, db2 = _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, *between)
-    db1 = between[2][:, :, 0].sum((0, 1))
-    weights = ((dw1, w1), (db1, b1), (dw2, w2), (db2, b2))
-    return dx, dshift, dscale, dgate, *(grad.to(weight.dtype) for grad, weight in weights)
+    dx, parts = _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, *between)
+    dw1, db1, dw2, db2 = (weight.new_empty(weight.shape) for weight in (w1, b1, w2, b2))
+    T, N = int(w1.shape[0]), int(w1.shape[1])
+    wrap_triton(weight_sums_kernel)[(weight_sums_programs(N, T),)](
+        *parts, dw1, db1, dw2, db2, parts[0].shape[0], parts[2].shape[0], N=N, T=T, **_options(SUMS)
+    )
+    return dx, dshift, dscale, dgate, dw1, db1, dw2, db2
 
 
 def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype):
@@ -239,7 +252,7 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
 
 
 def _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, hidden, ds, sums, gated):
-    """dx, and dw1, dw2, db2 in float32."""
+    """dx, and the parts of dw1, db1, dw2, db2: float32, one for each group of images."""
     B, N, D = x.shape
     T = w1.shape[0]
     dx = x.new_empty((B, N, D))
@@ -250,23 +263,24 @@ def _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, hidden, ds,
         blocks = _cdiv(N, config["BLOCK_N"])
         images = images_per_program(B, blocks, T, D)
         groups = _cdiv(B, images)
-        dw1, dw2, db2 = (x.new_empty((groups, *s), dtype=torch.float32) for s in ((T, N), (N, T), (N,)))
+        sizes = ((T, N), (T,), (N, T), (N,))
+        parts = [x.new_empty((groups, *size), dtype=torch.float32) for size in sizes]
         wrap_triton(token_grad_kernel)[(groups * blocks,)](
-            dout, x, mean, rstd, w1, index, hidden, ds, sums, gated, dx, dw1, dw2, db2,
+            dout, x, mean, rstd, w1, index, hidden, ds, sums, gated, dx, *parts,
             dout.stride(0), dout.stride(1), x.stride(0), x.stride(1), stride_subset,
             B, dout.shape[1], sums.shape[1], images, FIRST=first, SECOND=second, **constants, **_options(config),
         )  # fmt: skip
-        return dw1, dw2, db2
+        return parts
 
     for first, second, configs in token_launches(constants["T"], product_dtype):
         run = functools.partial(launch, first=first, second=second)
         key = (*_key(x, w1, subset, product_dtype), first, second)
         parts = run(choose("tokens", key, configs, x, run))
         if first:
-            dw1 = parts[0].sum(0)
+            of_first = parts[:2]
         if second:
-            dw2, db2 = parts[1].sum(0), parts[2].sum(0)
-    return dx, dw1, dw2, db2
+            of_second = parts[2:]
+    return dx, [*of_first, *of_second]
 
 
 # ---- Autograd ----------------------------------------------------------------------------------------------------
@@ -280,9 +294,12 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*tensors, mean, rstd)
 
 
+_gradients = first_gradient("mix_and_drop", mix_backward_op)
+
+
 def _backward(ctx, dout, *_):
-    grads = mix_backward_op(rows_contiguous(dout), *ctx.saved_tensors, ctx.product_dtype)
+    grads = _gradients(rows_contiguous(dout), *ctx.saved_tensors, ctx.product_dtype)
     return *grads, None, None
 
 
-mix_op.register_autograd(_backward, setup_context=_setup_context)
+mix = differentiable("mix_and_drop", mix_op, _backward, _setup_context)

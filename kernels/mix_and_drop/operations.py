@@ -64,6 +64,6 @@ def mix_and_drop(
     x, shift, scale, gate = map(rows_contiguous, (x, shift, scale, gate))
     w1, b1, w2, b2 = w1.contiguous(), b1.contiguous(), w2.contiguous(), b2.contiguous()
     subset = None if subset is None else rows_contiguous(subset)
-    from .launch import mix_op  # Triton and PyTorch's compiler, which take seconds to import.
+    from .launch import mix  # Triton and PyTorch's compiler, which take seconds to import.
 
-    return mix_op(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype)[0]
+    return mix(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype)[0]

@@ -5,9 +5,9 @@ for the backward, and products overwrite gathered copies instead of allocating.
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..rows import gather_rows
+from ..transforms import applying, first_gradient
 
 
 def _cosine(s, t, s_eps, t_eps):
@@ -54,26 +54,34 @@ class SubsetCosineAlignment(torch.autograd.Function):
         ctx.save_for_backward(student, teacher, subset, s_inverse, t_inverse, along)
 
     @staticmethod
-    @once_differentiable  # A second derivative through the saved scalars would silently lack their part.
     def backward(ctx, grad, *_):
-        student, teacher, subset, s_inverse, t_inverse, along = ctx.saved_tensors
-        s = (student if ctx.student_is_subset else gather_rows(student, subset)).to(s_inverse.dtype)
-        grad_s = gather_rows(teacher, subset).to(s_inverse.dtype)  # A copy already: it is overwritten below.
-        scale = grad * s_inverse
-        if torch.compiler.is_compiling() or bool((s_inverse * torch.minimum(s_inverse, t_inverse) < 1e-30).any()):
-            # In an order in which no product of two inverses of large norms vanishes.
-            grad_s.mul_(t_inverse.unsqueeze(-1)).addcmul_(s, (s_inverse * along).unsqueeze(-1), value=-1)
-            grad_s.mul_(scale.unsqueeze(-1))
-        else:
-            grad_s.mul_((scale * t_inverse).unsqueeze(-1))
-            grad_s.addcmul_(s, (scale * s_inverse * along).unsqueeze(-1), value=-1)
-        grad_s = grad_s.to(student.dtype)
-        if not ctx.student_is_subset:
-            index = subset.long().unsqueeze(-1).expand_as(grad_s)
-            grad_s = torch.zeros_like(student).scatter_add_(1, index, grad_s)
-        return grad_s, None, None, None, None
+        return _first_gradient(grad, *ctx.saved_tensors, ctx.student_is_subset), None, None, None, None
+
+
+def _gradient(grad, student, teacher, subset, s_inverse, t_inverse, along, student_is_subset):
+    """The gradient of the student."""
+    s = (student if student_is_subset else gather_rows(student, subset)).to(s_inverse.dtype)
+    grad_s = gather_rows(teacher, subset).to(s_inverse.dtype)  # A copy already: it is overwritten below.
+    scale = grad * s_inverse
+    if torch.compiler.is_compiling() or bool((s_inverse * torch.minimum(s_inverse, t_inverse) < 1e-30).any()):
+        # In an order in which no product of two inverses of large norms vanishes.
+        grad_s.mul_(t_inverse.unsqueeze(-1)).addcmul_(s, (s_inverse * along).unsqueeze(-1), value=-1)
+        grad_s.mul_(scale.unsqueeze(-1))
+    else:
+        grad_s.mul_((scale * t_inverse).unsqueeze(-1))
+        grad_s.addcmul_(s, (scale * s_inverse * along).unsqueeze(-1), value=-1)
+    grad_s = grad_s.to(student.dtype)
+    if not student_is_subset:
+        index = subset.long().unsqueeze(-1).expand_as(grad_s)
+        grad_s = torch.zeros_like(student).scatter_add_(1, index, grad_s)
+    return grad_s
+
+
+_apply = applying("subset_cosine_alignment", SubsetCosineAlignment)
+# A second derivative through the saved scalars would silently lack their part.
+_first_gradient = first_gradient("subset_cosine_alignment", _gradient)
 
 
 def subset_cosine_alignment(student, teacher, subset, student_is_subset=True, eps=1e-12):
     """Cosines (B, K) in float32; in float64 where student or teacher is. Arguments as in operations.py."""
-    return SubsetCosineAlignment.apply(student, teacher, subset, student_is_subset, eps)[0]
+    return _apply(student, teacher, subset, student_is_subset, eps)[0]

@@ -6,6 +6,7 @@ The kernels, and what they compute, are in kernels.py.
 import torch
 
 from ..operators import WARP_SIZE, kernel_op, wrap_triton
+from ..transforms import differentiable, first_gradient
 from ..tuning import choose
 from .kernels import backward_gather_kernel, backward_kernel, forward_kernel, mean_kernel
 
@@ -160,13 +161,16 @@ def _cosine_setup(ctx, inputs, output):
     ctx.save_for_backward(student, teacher, subset, output[1])
 
 
+_cosine_gradient = first_gradient("subset_cosine_alignment", _cosine_backward_op)
+
+
 def _cosine_grad(ctx, grad, _):
     student, teacher, subset, saved = ctx.saved_tensors
-    grad = _cosine_backward_op(grad, student, teacher, subset, saved, ctx.student_is_subset)
+    grad = _cosine_gradient(grad, student, teacher, subset, saved, ctx.student_is_subset)
     return grad, None, None, None, None
 
 
-cosine_op.register_autograd(_cosine_grad, setup_context=_cosine_setup)
+cosine = differentiable("subset_cosine_alignment", cosine_op, _cosine_grad, _cosine_setup)
 
 
 @kernel_op("maskalign_kernels::subset_cosine_alignment_loss")
@@ -202,10 +206,13 @@ def _loss_setup(ctx, inputs, output):
     ctx.save_for_backward(student, teacher, subset, weight, output[1])
 
 
+_loss_gradient = first_gradient("subset_cosine_alignment_loss", _loss_backward_op)
+
+
 def _loss_grad(ctx, grad, _):
     student, teacher, subset, weight, saved = ctx.saved_tensors
-    grad = _loss_backward_op(grad, student, teacher, subset, weight, saved, ctx.scale, ctx.student_is_subset)
+    grad = _loss_gradient(grad, student, teacher, subset, weight, saved, ctx.scale, ctx.student_is_subset)
     return grad, None, None, None, None, None, None
 
 
-loss_op.register_autograd(_loss_grad, setup_context=_loss_setup)
+loss = differentiable("subset_cosine_alignment_loss", loss_op, _loss_grad, _loss_setup)

@@ -76,9 +76,9 @@ def subset_cosine_alignment(
     if not use_triton(student, teacher, subset):
         return cpu.subset_cosine_alignment(student, teacher, subset, student_is_subset, eps)
     check_interpretable(OP, student=student, teacher=teacher)
-    from .launch import cosine_op  # Triton and PyTorch's compiler: seconds to import.
+    from .launch import cosine  # Triton and PyTorch's compiler: seconds to import.
 
-    return cosine_op(student, teacher, subset, student_is_subset, float(eps))[0]
+    return cosine(student, teacher, subset, student_is_subset, float(eps))[0]
 
 
 def subset_cosine_alignment_loss(
@@ -117,10 +117,10 @@ def subset_cosine_alignment_loss(
             return cosine.sum()
         return -scale * (cosine if per_image is None else cosine * per_image.unsqueeze(1)).mean()
     check_interpretable(op, student=student, teacher=teacher, weight=per_image)
-    from .launch import loss_op
+    from .launch import loss
 
     if torch.compiler.is_compiling():
         # A number that changes from step to step is symbolic in a graph; there the product costs nothing
         # either.
-        return scale * loss_op(student, teacher, subset, per_image, 1.0, student_is_subset, float(eps))[0]
-    return loss_op(student, teacher, subset, per_image, float(scale), student_is_subset, float(eps))[0]
+        return scale * loss(student, teacher, subset, per_image, 1.0, student_is_subset, float(eps))[0]
+    return loss(student, teacher, subset, per_image, float(scale), student_is_subset, float(eps))[0]

@@ -1,4 +1,4 @@
-"""Run every file that is called test_interpreted*.py in a process with TRITON_INTERPRET=1."""
+"""Run every file that is called test_interpreted*.py, and those of both paths, with TRITON_INTERPRET=1."""
 
 import os
 import pathlib
@@ -8,10 +8,11 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent
+FILES = [FOLDER / "test_transforms.py", *FOLDER.rglob("test_interpreted*.py")]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session runs the files itself")
-@pytest.mark.parametrize("file", sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("test_interpreted*.py")))
+@pytest.mark.parametrize("file", sorted(str(path.relative_to(FOLDER)) for path in FILES))
 def test_kernels_in_the_interpreter(file):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER / file)],

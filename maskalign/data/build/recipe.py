@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from maskalign.data.format.manifest import class_member, teacher_member
 from maskalign.errors import UsageError
-from maskalign.teachers.hub import check_hub
+from maskalign.runtime.hub import check_hub
+
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
 
 
 class Wanted(NamedTuple):

@@ -230,7 +230,7 @@ def test_recomputed_gradients_are_the_same(adaln_case):
 
 
 def test_too_long_a_row_takes_the_naive_path(adaln_case, monkeypatch):
-    monkeypatch.setattr(adaln_launch, "modulate_op", None)
+    monkeypatch.setattr(adaln_launch, "modulate", None)
     (x, shift, scale), _ = adaln_case("adaln_modulate", 1, 2, 4097, None)
     assert adaln_modulate(x, shift, scale).shape == x.shape
     with pytest.raises(TypeError):  # At 4096 the operator, which is not there, is asked for.

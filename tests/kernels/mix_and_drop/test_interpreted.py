@@ -172,16 +172,17 @@ def test_operators_pass_opcheck(mix_case):
     torch.library.opcheck(torch.ops.maskalign_kernels.mix_and_drop_backward.default, arguments)
 
 
-def test_launches_load_and_store_what_the_report_counts(mix_case, counted_bytes):
+@pytest.mark.parametrize("dtype", [F32, F16])  # two launches of `tokens`, and one
+def test_launches_load_and_store_what_the_report_counts(dtype, mix_case, counted_bytes):
     """The count of the compile report plus the re-reads that it says L2 serves is what the programs really move."""
     from maskalign_kernels.mix_and_drop import cases
 
-    B, N, K, D, T = 2, 128, 64, 128, 64  # Whole blocks: masked lanes load nothing, but index 0 is read for them.
-    tensors, subset = mix_case(B, N, D, K, T)
+    B, N, K, D, T = 2, 128, 64, 64, 64  # Whole blocks: masked lanes load nothing, but index 0 is read for them.
+    tensors, subset = mix_case(B, N, D, K, T, dtype)
     with counted_bytes() as count:
-        gradients(tensors, subset, torch.ones(B, K, D))
+        gradients(tensors, subset, torch.ones(B, K, D, dtype=dtype))
     reported = collections.Counter()
-    for case in cases.aot_cases([(B, N, K, D, T, F32, F32, F32)], every_configuration=False):
+    for case in cases.aot_cases([(B, N, K, D, T, dtype, dtype, dtype)], every_configuration=False):
         reported[case.kernel.__name__] += case.moved + case.cached
     assert count == reported
 
@@ -198,7 +199,7 @@ def test_compiles_without_a_graph_break(dynamic, mix_case, relative):
 
 
 def test_too_wide_a_hidden_layer_takes_the_reference(mix_case, assert_mixed, monkeypatch):
-    monkeypatch.setattr(mix_launch, "mix_op", None)
+    monkeypatch.setattr(mix_launch, "mix", None)
     assert_mixed(*mix_case(1, 5, 8, 3, 257))
     with pytest.raises(TypeError):  # At 256 the operator, which is not there, is asked for.
         mix_and_drop(*mix_case(1, 5, 8, 3, 256)[0])
