@@ -1,4 +1,4 @@
-"""What is evaluated: a model, or pictures that are there already."""
+"""What is evaluated: a model, or existing pictures."""
 
 from pathlib import Path
 

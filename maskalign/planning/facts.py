@@ -1,4 +1,6 @@
-"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none. Light.
+"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none.
+
+Imports no torch.
 
 ImageNet-256 is what the recipes are written for (see the README), so it is what is assumed.
 """
@@ -9,10 +11,10 @@ from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
 from maskalign.config.teacher_names import parse_teachers
+from maskalign.data.build.recipe import IMAGENET_IMAGES
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 
-IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
 IMAGENET_CLASSES = 1000
 LATENT_CHANNELS, LATENT_STRIDE = 4, 8  # sd-vae-ft-mse
 
@@ -53,7 +55,7 @@ def find_facts(config, image_size=None, num_classes=None):
 
     Args:
         config: `Config`.
-        image_size, num_classes: take the place of what would be assumed.
+        image_size, num_classes: replace what would be assumed.
 
     Raises:
         UsageError: the settings do not fit the data set; or sizes were given for one that is there.

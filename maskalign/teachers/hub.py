@@ -1,4 +1,4 @@
-"""Whether a teacher's weights can be had: a local file, the cache, or the hub. Imports nothing heavy."""
+"""Whether a teacher's weights are available: a local file, the cache, or the hub. Imports nothing heavy."""
 
 import os
 

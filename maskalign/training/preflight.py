@@ -11,6 +11,7 @@ from maskalign.data.stream.mixture import check_class_tokens, open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
 from maskalign.teachers.hub import check_weights
+from maskalign.training.wandb_log import check_wandb
 
 
 def check_data(config):
@@ -49,6 +50,8 @@ def check_data(config):
     for name, cached in sources.items():
         if not cached:
             check_weights(name, config.teacher.weights)
+    if "wandb" in config.training.loggers:
+        check_wandb()
     if config.evaluate.every:
         _check_evaluation(config.evaluate, manifest)
     init_from = config.training.init_from

@@ -11,26 +11,11 @@ from maskalign.checkpoints.sources import PUBLISHED, HubName, check_source, loca
 from maskalign.checkpoints.weight_files import repa_checkpoint, write_safetensors
 from maskalign.errors import RunError, UsageError
 from maskalign.models import SiT
-from tests.checkpoints.hub_server import serve
 
 TINY = dict(
     input_size=8, patch_size=2, in_channels=3, num_classes=3, depth=2, width=16, heads=2, teacher_dims=(5,),
     align_depth=1, projector_dim=8, mixer="none",
 )  # fmt: skip
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub, which the client library asks with a cache of its own and without patience."""
-    with serve() as served:
-        monkeypatch.setenv("HF_ENDPOINT", served.url)
-        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
-            monkeypatch.setattr(f"huggingface_hub.constants.{name}", str(tmp_path / "cache"), raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True, raising=False)
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", True)
-        monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client waits between its attempts
-        yield served
 
 
 def weights(seed, ending=".safetensors", tmp_path=None, **facts):
