@@ -49,10 +49,13 @@ setup(
     extras_require={
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
+        "wandb": ["wandb>=0.18"],
+        "hub": ["huggingface_hub>=1.0"],
         "test": [
             "pytest>=8",
             "hypothesis>=6.100",
             "pytest-benchmark>=4",
+            "wandb>=0.18",
             "diffusers>=0.30",
             "selenium>=4.20",
             "build>=1.2",

@@ -1,12 +1,13 @@
 """What is analyzed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 from maskalign.checkpoints.layout import complete_checkpoints, find
 from maskalign.checkpoints.loading import load
-from maskalign.checkpoints.weight_files import ENDINGS
+from maskalign.checkpoints.sources import ENDINGS, locate
 from maskalign.config import Config, TokenBudget, as_schedule, keep_count
 from maskalign.errors import UsageError
 from maskalign.models.mixer import NoMixer
@@ -75,7 +76,8 @@ def find_checkpoints(paths, most=8):
     """The checkpoints that paths mean.
 
     Args:
-        paths: run folders (their kept checkpoints), checkpoint folders, REPA .pt or .safetensors files.
+        paths: run folders (their kept checkpoints), checkpoint folders, REPA .pt or .safetensors files, or names as
+            `checkpoints.sources.locate` knows them.
         most: of a run, at most this many, evenly spread, the first and the last among them.
 
     Returns:
@@ -85,13 +87,15 @@ def find_checkpoints(paths, most=8):
         UsageError: nothing there that could be analyzed, or one thing twice.
     """
     series = {}
-    for path in map(Path, paths):
-        if path.is_dir():
+    for source in paths:
+        located = locate(source)
+        path = located.path
+        if located.name is not None:
+            found, run = [path], Path(located.name)
+        elif path.is_dir():
             found = complete_checkpoints(path)
             found = _spread(found, most) if found else [find(path)]
             run = found[0].parent.parent
-        elif not path.exists():
-            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
         elif path.suffix not in ENDINGS:
             raise UsageError(f"{path}: cannot tell what this is; give a run folder, a checkpoint or a .pt file")
         else:
@@ -99,7 +103,8 @@ def find_checkpoints(paths, most=8):
         series.setdefault(run.resolve(), []).extend(found)
     entries = []
     for run, members in series.items():
-        unique = list(dict.fromkeys(member.resolve() for member in members))
+        # By the real path, but under its own name: the Hub's cache has links to files without an ending.
+        unique = list({member.resolve(): Path(os.path.abspath(member)) for member in members}.values())
         name = run.name if [other.name for other in series].count(run.name) == 1 else f"{run.parent.name}/{run.name}"
         # A run's folders sort by step; files sort as they were given, since names tell no order.
         unique.sort(key=lambda member: member.name if member.is_dir() else "")

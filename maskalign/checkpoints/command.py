@@ -4,6 +4,7 @@ from pathlib import Path
 
 from maskalign.checkpoints.conversion import pick_weights, to_reg, to_repa
 from maskalign.checkpoints.loading import load
+from maskalign.checkpoints.sources import locate
 from maskalign.checkpoints.weight_files import (
     load_sets,
     reg_checkpoint,
@@ -22,7 +23,8 @@ def convert(src, dst, to=None, weights="ema", heads=None):
     """Convert a checkpoint.
 
     Args:
-        src: a run or checkpoint of ours, a .pt in the layout of REPA, REG or SiT, or a .safetensors file.
+        src: a run or checkpoint of ours, a .pt in the layout of REPA, REG or SiT, a .safetensors file, or a name as
+            `sources.locate` knows it.
         dst: the file to write.
         to: `repa`, `reg` or `safetensors`. None: by the ending of dst, and for .pt REG's layout where the model has a
             class token, else REPA's.
@@ -61,10 +63,11 @@ def convert(src, dst, to=None, weights="ema", heads=None):
 
 def _read(src, wanted, heads):
     """({kind: model} for the wanted of `model` and `ema`, what is known, the file's dict or None for a run)."""
-    if src.is_dir():
+    located = locate(src)
+    if located.path.is_dir():
         loaded = {kind: load(src, ema=kind == "ema", heads=heads) for kind in wanted}
         return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].about, None
-    return load_sets(src, wanted, heads=heads)
+    return load_sets(located.path, wanted, published=located.published, heads=heads)
 
 
 def _optimizer(checkpoint, models, names):

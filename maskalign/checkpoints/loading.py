@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.conversion import own_name, to_repa
 from maskalign.checkpoints.layout import find, read_state
+from maskalign.checkpoints.sources import locate
 from maskalign.checkpoints.weight_files import load_file
 from maskalign.config import Config, load_config
 from maskalign.errors import RunError, UsageError
@@ -53,7 +54,8 @@ def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) 
 
     Args:
         path: a run folder (its newest complete checkpoint), a checkpoint folder, saved under any plan and number of
-            ranks, or a file of weights (.pt of REPA, REG or SiT, .safetensors).
+            ranks, a file of weights (.pt of REPA, REG or SiT, .safetensors), or a name as `sources.locate` knows it:
+            `hf-hub:USER/NAME[@REVISION][:FILE]`, or that of published weights.
         ema: take the moving average of the weights instead of the weights. A file with one set of weights gives that.
         heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
 
@@ -64,13 +66,13 @@ def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) 
         HeadsUnknown: `heads` is needed.
         UsageError: there is nothing that can be loaded, or it does not fit its settings.
     """
-    path = Path(path)
+    located = locate(path)
+    path = located.path
     if not path.is_dir():
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
-        model, about = load_file(path, ema, heads=heads)
+        model, about = load_file(path, ema, heads=heads, published=located.published)
         unknown = {"class_names": None, "latent": None, "vae": None, "teachers": []}
-        return Loaded(model, "file", path, None, None, {"name": path.stem, "ema": ema} | unknown | about)
+        named = {"name": located.name or path.stem, "ema": ema}
+        return Loaded(model, "file", path, None, None, named | unknown | about)
     checkpoint = find(path)
     config = read_config(checkpoint)
     state = read_state(checkpoint)

@@ -15,14 +15,12 @@ import torch
 
 from maskalign.checkpoints.conversion import METADATA_KEY, read_model, to_reg, to_repa
 from maskalign.checkpoints.origins import read_origin
+from maskalign.checkpoints.sources import ENDINGS
 from maskalign.config.presets import SIZES
 from maskalign.errors import RunError, UsageError, one_line
 from maskalign.runtime.files import replacing
 
 log = logging.getLogger(__name__)
-
-PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-ENDINGS = (*PICKLE_ENDINGS, ".safetensors")
 
 
 def read_file(path):
@@ -161,18 +159,21 @@ def load_file(path, ema=True, **settings):
     return model.eval().requires_grad_(False), about
 
 
-def load_sets(path, kinds, **settings):
+def load_sets(path, kinds, published=None, **settings):
     """Several sets of weights of a file.
 
     Args:
         path: as for `load_file`.
         kinds: of `ema` and `model`.
+        published: `sources.Published` of a file that is known, whose layout then needs no telling.
         settings: those of `from_repa`.
 
     Returns:
         ({kind: SiT}, dict as from `describe`, the dict as from `read_file`).
     """
     checkpoint = read_file(path)
+    if published is not None:
+        settings["layout"] = published.layout
     try:
         found = {kind: read_model(checkpoint, weights=kind, **settings) for kind in kinds}
         models = {kind: model for kind, (model, _) in found.items()}
@@ -180,7 +181,9 @@ def load_sets(path, kinds, **settings):
     except UsageError as error:
         raise type(error)(f"{path}: {error}") from None
     doubt = found[kinds[0]][1]
-    if doubt:
+    if published is not None:
+        about = {"vae": published.vae, **about}
+    elif doubt:
         log.warning("%s: %s", path, doubt)
     return models, about, checkpoint
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import List, Literal, Optional
 
 from maskalign.analysis.settings import AnalysisSettings
+from maskalign.checkpoints.sources import check_source
 from maskalign.cli.options import parse_options, part
 from maskalign.config.option import option
 from maskalign.errors import UsageError
@@ -20,7 +21,8 @@ class Analyze(AnalysisSettings):
     EXAMPLES = ("maskalign analyze runs/repa runs/maskalign --data datasets/openmoji32 --out analysis",)
 
     checkpoints: List[Path] = option(positional=True, metavar="RUN")
-    """Run folders (all their kept checkpoints), single checkpoints or .pt files, one or several."""
+    """Run folders (all their kept checkpoints), checkpoints, .pt files or hf-hub:USER/NAME[@REVISION][:FILE], one
+    or several."""
     data: str = option(path=True, metavar="DIR")
     """Folder or URL prefix of the data set."""
     out: Path = option(metavar="DIR")
@@ -48,8 +50,7 @@ SETTINGS = Analyze
 def run(argv, start):
     settings, _ = parse_options(Analyze, "analyze", argv)
     for path in settings.checkpoints:
-        if not path.exists():
-            raise UsageError(f"{path} does not exist; give a run folder, a checkpoint or a .pt file")
+        check_source(path)
     from maskalign.config.teacher_names import parse_teachers
 
     teachers = tuple(parse_teachers(settings.teacher)) if settings.teacher else ()

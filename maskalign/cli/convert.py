@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+from maskalign.checkpoints.sources import check_source, published_table
 from maskalign.cli.options import parse_options
 from maskalign.config.option import option
 from maskalign.errors import UsageError
@@ -15,12 +16,14 @@ class Convert:
 
     EXAMPLES = (
         "maskalign convert repa.pt repa.safetensors",
+        "maskalign convert sit-xl2 sit-xl2.safetensors",
         "maskalign convert runs/maskalign maskalign.pt --to reg",
     )
 
-    src: Path = option(positional=True)
-    """The checkpoint to read: a run or checkpoint folder, a .pt or a .safetensors file."""
-    dst: Path = option(positional=True)
+    src: Optional[Path] = option(None, positional=True)
+    """The checkpoint to read: a run or checkpoint folder, a .pt or a .safetensors file, hf-hub:USER/NAME with @REVISION
+    and :FILE as needed, or the name of published weights."""
+    dst: Optional[Path] = option(None, positional=True)
     """The file to write."""
     to: Optional[Literal["repa", "reg", "safetensors"]] = None
     """The layout to write; by default that of the ending of DST, where .pt is REG's layout for a model with a class
@@ -29,6 +32,8 @@ class Convert:
     """The set of weights that safetensors holds, averaged (ema) or not (model); a .pt holds both."""
     heads: Optional[int] = None
     """Attention heads of the model, for a .pt of sizes that no preset has and that does not say it."""
+    list: bool = False
+    """List the published weights that are known by name, and what conversion they need."""
 
 
 SETTINGS = Convert
@@ -36,8 +41,12 @@ SETTINGS = Convert
 
 def run(argv, start):
     settings, _ = parse_options(Convert, "convert", argv)
-    if not settings.src.exists():
-        raise UsageError(f"{settings.src} does not exist; give a run folder, a checkpoint or a .pt file")
+    if settings.list:
+        print(published_table())
+        return
+    if settings.dst is None:
+        raise UsageError("convert needs SRC and DST: what to read, and the file to write")
+    check_source(settings.src)
     start()
     from maskalign.checkpoints.command import convert
 

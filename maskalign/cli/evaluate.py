@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+from maskalign.checkpoints.sources import check_source
 from maskalign.cli.options import parse_options, part
 from maskalign.config.option import option
-from maskalign.errors import UsageError
 from maskalign.evaluation.settings import EvaluationSettings
 from maskalign.sampling.settings import Sampling
 
@@ -27,7 +27,8 @@ class Evaluate(EvaluationSettings, Sampling):
     )
 
     source: Path = option(positional=True)
-    """A run, checkpoint or weights file to draw from; or pictures: a folder, an .npz, a data set."""
+    """A run, checkpoint or weights file to draw from, hf-hub:USER/NAME[@REVISION][:FILE], or the name of published
+    weights; or pictures: a folder, an .npz, a data set."""
     data: str = option(path=True, metavar="DIR")
     """Folder or URL prefix of the data set with the real images."""
     out: Optional[Path] = option(None, metavar="DIR")
@@ -70,8 +71,7 @@ SETTINGS = Evaluate
 
 def run(argv, start):
     settings, given = parse_options(Evaluate, "evaluate", argv)
-    if not settings.source.exists():
-        raise UsageError(f"{settings.source} does not exist; give a run, a checkpoint, a folder of pictures or an .npz")
+    check_source(settings.source, what="a run, a checkpoint, a folder of pictures or an .npz")
     from maskalign.config.teacher_names import parse_teachers
 
     parse_teachers(settings.teacher)

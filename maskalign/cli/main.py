@@ -25,6 +25,7 @@ COMMANDS = {
     "report": ("report", "compare runs on one HTML page"),
     "plan": ("plan", "estimate memory, time and energy of a run without its hardware"),
     "convert": ("convert", "convert checkpoints from and to the layouts of REPA and REG"),
+    "push": ("push", "upload a run to the Hugging Face Hub, with a model card"),
     "completion": ("completion", "print a script that completes commands and options in bash or zsh"),
 }
 STARTED = look()

@@ -91,6 +91,8 @@ def _add_option(parser, entry, text):
     if several:
         keywords["nargs"] = "+"
     if about.get("positional"):
+        if entry.default is not MISSING:
+            keywords |= {"nargs": "?", "default": entry.default}
         parser.add_argument(entry.name, metavar=about.get("metavar") or entry.name.upper(), help=text, **keywords)
         return
     if kind is bool:

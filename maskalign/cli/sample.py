@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Optional
 
+from maskalign.checkpoints.sources import check_source
 from maskalign.cli.options import parse_options, part
 from maskalign.config.option import option
-from maskalign.errors import UsageError
 from maskalign.sampling.settings import Sampling
 
 
@@ -24,7 +24,8 @@ class Sample(Sampling):
     )
 
     run: Path = option(positional=True)
-    """A run folder, one of its checkpoints, or a .pt or .safetensors file."""
+    """A run folder, one of its checkpoints, a .pt or .safetensors file, hf-hub:USER/NAME[@REVISION][:FILE], or the name
+    of published weights (maskalign convert --list)."""
     out: Path = option(metavar="DIR")
     """Folder for the pictures."""
     classes: Optional[str] = None
@@ -71,8 +72,7 @@ SETTINGS = Sample
 
 def run(argv, start):
     settings, given = parse_options(Sample, "sample", argv)
-    if not settings.run.exists():
-        raise UsageError(f"{settings.run} does not exist; give a run folder, a checkpoint or a .pt file")
+    check_source(settings.run)
     start()
     from maskalign.sampling.command import sample
 

@@ -34,6 +34,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "validate_with_data": "checks",
         "validate_with_ranks": "checks",
         "all_keys": "parsing",
+        "as_plain": "parsing",
         "dump_config": "parsing",
         "load_config": "parsing",
         "make_config_parser": "parsing",

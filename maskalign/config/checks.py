@@ -15,6 +15,7 @@ from maskalign.config.teacher_names import (
 )
 from maskalign.errors import UsageError
 
+LOGGERS = ("tensorboard", "wandb")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -102,6 +103,8 @@ def validate(config):
             raise UsageError(f"{key}: there is no class token to guide; set model.class_token true, or leave it out")
     for beta in config.optimizer.betas:
         _require(0 <= beta < 1, "optimizer.betas", list(config.optimizer.betas), "must be in [0, 1)")
+    for name in config.training.loggers:
+        _require(name in LOGGERS, "training.loggers", name, f"is not one of {', '.join(LOGGERS)}")
     device = config.training.device
     _require(device.split(":")[0] in DEVICES, "training.device", device, f"is not one of {', '.join(DEVICES)}, cuda:N")
     seconds = config.training.max_seconds

@@ -162,13 +162,14 @@ def dump_config(config: Config) -> str:
     """All settings as YAML that `load_config` reads back."""
     import yaml
 
-    return yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(as_plain(config), sort_keys=False, default_flow_style=None, width=120)
 
 
-def _plain(value):
+def as_plain(value):
+    """Settings as dicts, lists and plain values, as YAML and JSON have them."""
     if hasattr(value, "__dataclass_fields__"):
-        return {name: _plain(getattr(value, name)) for name in value.__dataclass_fields__}
-    return [_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {name: as_plain(getattr(value, name)) for name in value.__dataclass_fields__}
+    return [as_plain(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def all_keys(cls=Config, prefix=""):

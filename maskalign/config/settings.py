@@ -187,10 +187,18 @@ class TrainingConfig:
     """Stop after this many steps in a row with a non-finite loss or gradient; each is skipped and counted."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    loggers: Union[List[str], str] = field(default_factory=lambda: ["tensorboard"])
+    """Where curves and pictures go besides the run folder: tensorboard, wandb (Weights & Biases), both, or none: []."""
     tensorboard: bool = True
-    """Write TensorBoard event files."""
+    """Older name: false leaves tensorboard out of training.loggers."""
     progress: bool = True
     """Show the progress bar."""
+
+    def __post_init__(self):
+        if isinstance(self.loggers, str):
+            self.loggers = [name.strip() for name in self.loggers.split(",") if name.strip() not in ("", "none")]
+        if not self.tensorboard:
+            self.loggers = [name for name in self.loggers if name != "tensorboard"]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What a teacher can be called. Light: a wrong name is refused before torch is imported."""
+"""The names of teachers. Imports no torch, so that a wrong name is refused at once."""
 
 from difflib import get_close_matches
 

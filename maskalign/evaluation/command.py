@@ -73,7 +73,7 @@ def evaluate(
         dict: the report, as it is written.
 
     Raises:
-        UsageError: what was asked for cannot be measured. RunError: the model draws numbers that are not finite.
+        UsageError: the request cannot be measured. RunError: the model gives numbers that are not finite.
     """
     from maskalign.runtime.device import find_device
 
@@ -89,7 +89,7 @@ def evaluate(
     device = find_device(device, "--device")
     tune_host(device)
     if not settings.metrics and not settings.held_out_images:
-        raise UsageError("--metrics none and --held-out-images 0 leave nothing to measure; raise one of them")
+        raise UsageError("--metrics none with --held-out-images 0 leaves nothing to measure; change one of them")
     manifest = Manifest.load(data)
     chosen = None if classes is None else parse_classes(classes, manifest.class_names)
     real = PictureDataSet(data, settings.reference, chosen) if settings.metrics else None
@@ -147,7 +147,7 @@ def evaluate(
 
 
 def _check_shape(subject, manifest, source, data):
-    """A checkpoint of another shape than the data set is refused before anything is drawn."""
+    """Raise a UsageError where model and data set differ in size or number of classes, before anything is drawn."""
     model = subject.model
     if subject.about["latent"] is None and model.in_channels == 3 and model.input_size != manifest.resolution:
         raise UsageError(
@@ -162,7 +162,7 @@ def _check_shape(subject, manifest, source, data):
 
 
 def _check_classes(subject, manifest, source, data):
-    """As many classes are not yet the same ones: label 3 must mean the same to the model and to the data set."""
+    """Raise a UsageError where model and data set have as many classes, but not the same ones in the same order."""
     difference = other_classes(subject.about["class_names"], manifest.class_names)
     if difference:
         raise UsageError(
@@ -181,7 +181,7 @@ def _check_size(pictures, real, source, data):
 
 
 def _networks(settings, real, count, teachers, weights, inception, device):
-    """The networks that give features, after a look at the numbers of pictures."""
+    """The feature networks; first checks that there are enough pictures."""
     networks = [load_features(name, weights, device) for name in teachers]
     if inception:
         networks.append(InceptionFeatures(find_weights(inception)).to(device).eval())
@@ -191,7 +191,7 @@ def _networks(settings, real, count, teachers, weights, inception, device):
 
 
 def _drawn(subject, count, sampling, vae, labels):
-    """Pictures of a model; their labels come later."""
+    """Pictures of a model; their labels are set later."""
     from maskalign.sampling.drawing import check_class_guidance
     from maskalign.sampling.network import Network
 
@@ -219,14 +219,14 @@ def _add_distances(report, pictures, real, networks, settings, progress):
         print(f"maskalign: {said}; --samples and --steps change it", file=sys.stderr, flush=True)
     with _bar(count, "samples", progress) as bar:
         on_images = bar.update
-        if isinstance(pictures, DrawnPictures):  # drawing is what takes the time
+        if isinstance(pictures, DrawnPictures):  # drawing takes most of the time
             pictures.choose_labels(labels)
             pictures.on_images, on_images = bar.update, None
             report["settings"] |= asdict(pictures.settings) | {"labels": pictures.label_choice}
         features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
         for kind in _kinds(network, settings):
-            # The spatial features are made for sFID, a Frechet distance, and for nothing else.
+            # The spatial features serve only sFID, a Frechet distance.
             metrics = settings.metrics if kind is network else ("frechet",)
             reference = references[kind.name]
             report["metrics"] |= distances(features[kind.name], reference, kind.name, metrics)
@@ -284,7 +284,7 @@ def _held_out(subject, manifest, held_out, settings, device):
     if config is not None:
         own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}
         path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
-        with suppress(UsageError, OSError):  # it was trained elsewhere
+        with suppress(UsageError, OSError):  # trained on another machine
             training = Manifest.load(path)
     names, components = teachers_of(about["teachers"], config, class_dim)
     teachers = choose_teachers(names, training, there, device=device, class_tokens=class_dim is not None, **own)
@@ -294,7 +294,7 @@ def _held_out(subject, manifest, held_out, settings, device):
 
 
 def _check_class_token(class_dim, components, teacher, training, config):
-    """The class token that is read must be the one that the model was trained on."""
+    """Raise a UsageError where the class tokens of the held-out data are not those that the model was trained on."""
     there = teacher.network.class_dim if teacher.network is not None else teacher.class_tokens.stored["dim"]
     if components is None and there == class_dim:
         return
@@ -335,7 +335,7 @@ def _add_losses(report, subject, images, training, settings, progress):
 
 
 def _check_input(model, manifest, path):
-    """The model must take what the data set holds."""
+    """Raise a UsageError where the data set has another input shape or number of classes than the model."""
     if manifest.latent is not None:
         channels, side = manifest.latent["shape"][0] // 2, manifest.latent["shape"][1]
     else:

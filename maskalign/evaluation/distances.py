@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Mean (D,), unbiased covariance (D, D), float64, and the number of rows that they are of."""
+    """Mean (D,) and unbiased covariance (D, D), float64, and the number of rows."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -22,9 +22,10 @@ def moments(features):
 def frechet_distance(a, b):
     """|mu_a - mu_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (FID, arXiv 1706.08500), with unbiased covariances.
 
-    The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric: no
-    complex numbers and no iteration, for singular covariances too. With fewer rows than D + 1 a covariance is singular
-    and the distance far too large for what it estimates; callers decide (see `enough_for_covariance`).
+    The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2). That matrix is
+    symmetric, so this needs no complex numbers and no iteration, and works for singular covariances. With fewer than
+    D + 1 rows a covariance is singular and the distance is strongly biased upwards; callers decide (see
+    `enough_for_covariance`).
 
     Args:
         a, b: (n, D) and (m, D) features, n and m at least 2; or their `Moments`.

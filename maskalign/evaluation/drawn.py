@@ -1,4 +1,4 @@
-"""Pictures that a model draws for its evaluation, batch by batch, none of them kept."""
+"""Pictures that a model draws for its evaluation, batch by batch; none of them is kept."""
 
 import time
 from dataclasses import replace
@@ -32,7 +32,7 @@ class DrawnPictures:
         self.network, self.count, self.settings, self.decoder = network, count, settings, decoder
         self.labels = self.on_images = None
         self.size, channels = (network.input_size,) * 2, network.in_channels
-        if decoder is not None:  # it says its own size only by decoding
+        if decoder is not None:  # the size is known only after decoding
             device = getattr(network, "device", None) or next(network.parameters()).device
             channels, *size = decoder(torch.zeros(1, network.in_channels, *self.size, device=device)).shape[1:]
             self.size = tuple(size)
@@ -81,7 +81,7 @@ class DrawnPictures:
 
 
 def labels_like(reference, count):
-    """(count,) labels: those of the real pictures in turn, so that both sets have the same classes.
+    """(count,) labels: those of the real pictures in turn, so that both sets have the same class frequencies.
 
     Args:
         reference: (n,) labels of the real pictures, in their order.

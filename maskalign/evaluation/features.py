@@ -19,18 +19,18 @@ from maskalign.teachers.encoders import IMAGENET_MEAN, IMAGENET_STD, Encoder, Ti
 from maskalign.teachers.hub import dinov2_model
 from maskalign.teachers.weights import build_network
 
-CPU_CHUNK = 16  # more images do not run faster on a CPU
+CPU_CHUNK = 16  # images per pass; more are not faster on a CPU
 
 
 class ClassToken(Encoder):
-    """DINOv2's class token of a picture, computed as its authors' hub does.
+    """DINOv2's class token of a picture, computed as in its authors' hub code.
 
     (The teacher `dinov2-*` follows REPA instead, which resizes after the normalization and resamples the position
     embedding with timm's function.)
     """
 
     SIDE = 224
-    OFFSET = 0.1  # that the hub adds to the size when it resamples the position embedding, and keeps in its scale
+    OFFSET = 0.1  # the hub code adds it to the size before it resamples the position embedding
 
     def __init__(self, teacher, weights):
         network = build_network(dinov2_model(teacher), weights, teacher=teacher, num_classes=0, img_size=518)
@@ -52,7 +52,7 @@ class ClassToken(Encoder):
 
 
 class Pooled(nn.Module):
-    """What timm pools of a picture before the classifier; or, of another teacher, the mean over its tokens."""
+    """For timm models what timm pools before its classifier; for other teachers the mean over the tokens."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -84,7 +84,7 @@ class Features(nn.Module):
         name: the teacher's; encoder: `ClassToken` or `Pooled`; dim: length of a vector.
     """
 
-    VERSION = 1  # of what is computed; part of the fingerprint
+    VERSION = 1  # of the computation; part of the fingerprint
 
     def __init__(self, name, encoder):
         super().__init__()
@@ -99,7 +99,7 @@ class Features(nn.Module):
         """Features of pictures (B, 3, H, W) uint8: (B, dim) float32 on the CPU.
 
         Raises:
-            UsageError: features that are not finite, so weights that cannot be right.
+            UsageError: features that are not finite; the weights must be wrong.
         """
         device = next(self.encoder.parameters()).device
         chunk = CPU_CHUNK if device.type == "cpu" else max(1, len(pictures))

@@ -3,10 +3,10 @@
     G_r = L_align(class token and a random share 1 - r of the patches) - L_align(all tokens)
 
 for the same images, times and noise (MaskAlign, arXiv 2606.08788). The tokens are dropped after the mixing layers, as
-in the paper's training: all blocks see the subset alone, and the loss is over the tokens that are there. Both losses
-are what the model would be trained with, -mean cos; where there is no class token it is left out of both.
+in the paper's training: all blocks see only the subset, and the loss is a mean over the tokens present. Both losses are
+the training loss -mean cos, with the class token where there is one.
 
-Much of the difference of one image is luck: some patches are harder than others, and a subset has more or fewer of
+Much of the difference of one image is chance: some patches are harder than others, and a subset has more or fewer of
 them. `gaps_by_image` therefore also gives the *matched* gap, whose mean over all subsets is the same and whose spread
 is smaller: the subset's loss is compared with that of the same tokens where the model sees all.
 """
@@ -40,15 +40,15 @@ def can_mask(model):
 
 @contextmanager
 def ending_at_tap(model):
-    """Inside, a `SiT` ends at its tap, and a subset that it is given is dropped before any block up to there runs.
+    """Context in which a `SiT` ends at its tap, and in which a subset is applied before the first block up to there.
 
-    What is computed of all tokens stays as it is, without the blocks after the tap. A subset is dropped where the
-    mixing layers are, whatever the model's route: a model that was trained on all tokens, or aligned on a subset that
-    its blocks do not see, is measured in the same way as one that was trained on subsets.
+    The pass on all tokens is unchanged but for the blocks after the tap, which do not run. A subset is applied at the
+    mixing layers, whatever the model's route: models that were trained on all tokens, or aligned on a subset that their
+    blocks do not see, are measured like models that were trained on subsets.
     """
     before = model.blocks, model.route, model.restore, model.mixer
     start = model.route[0] if model.route else 0
-    mixes = start < model.align_depth  # mixing layers behind the tap have no part in the alignment
+    mixes = start < model.align_depth  # mixing layers after the tap do not affect the alignment
     try:
         model.blocks = model.blocks[: model.align_depth]
         model.route, model.restore = (start if mixes else 0, model.align_depth), "none"
@@ -87,9 +87,9 @@ class ImageGaps(NamedTuple):
 def gaps_by_image(full, masked, subset, with_class):
     """The stability gap of every image.
 
-    The matched gap is that of the subset's own tokens between the two passes. To it is added what the plain one has on
-    average beyond that, which is known without drawing: nothing in a model without a class token; with one, its share
-    of the loss grows from 1 / (1 + N) to 1 / (1 + K).
+    The matched gap compares the loss of the subset's own tokens between the two passes, and adds the expected value of
+    what the plain gap has beyond that. This is known without drawing: 0 for a model without a class token; with one,
+    its share of the loss grows from 1 / (1 + N) to 1 / (1 + K).
 
     Args:
         full, masked: of `alignment_by_token`, (B, N) on all tokens and (B, K) on a subset; one more with a class token.
@@ -121,7 +121,7 @@ def alignment_by_token(model, x_t, t, labels, teachers, *, class_token=None, sub
         subset: (B, K) int64, ascending: the patches that the model sees, see `ending_at_tap`; None for all.
 
     Returns:
-        (B, N) float64, (B, K) for a subset; one token more, the class token first, for a model that has one.
+        (B, N) float64, (B, K) for a subset; one column more, the class token first, for a model that has one.
     """
     extra = {} if class_token is None else {"class_token": class_token}
     out = model(x_t, t, labels, subset, **extra)
@@ -140,10 +140,10 @@ def alignment_by_image(model, x_t, t, labels, teachers, *, class_token=None, sub
 
 @torch.no_grad()
 def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=2):
-    """The stability gap of a model on held-out images, cheaply: every image meets one subset at each of a few times.
+    """The stability gap of a model on held-out images, measured cheaply: one subset per image at each of a few times.
 
-    Noise and times are those of `losses_by_time` with as many bins, so images that are counted twice differ in nothing
-    but the subset. Both passes end at the tap.
+    Noise and times are those of `losses_by_time` with as many bins, and the two passes of an image differ only in the
+    subset. Both passes end at the tap.
 
     Args:
         model: a `SiT`, with the weights to measure.
@@ -163,7 +163,7 @@ def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=
     if kept >= model.num_tokens:
         return {}
     device, interpolant, gaps = next(model.parameters()).device, Interpolant(path), []
-    # Compiled blocks would be compiled anew for the length of a subset, which takes longer than these few passes.
+    # Compiled blocks would be recompiled for the length of a subset, which takes longer than these few passes.
     with evaluating(model), ending_at_tap(model), torch.compiler.set_stance("force_eager"):
         for first, x, labels, teachers in held_out.batches(device):
             numbers = range(first, first + len(x))

@@ -1,10 +1,10 @@
 """Velocity loss and alignment cosine of a model on held-out images, by time.
 
-Every image is met once in every bin of time. Its noise, its place inside the bins and its draw from the VAE's posterior
-are keyed by its number in the set, so the result is a function of the weights, the set and the bins alone.
+Every image is used once in every bin of time. Its noise, its time inside each bin and its draw from the VAE's posterior
+are keyed by its number in the set, so the result depends only on the weights, the set and the bins.
 
-A model with a class token sees the noised class token of the true picture, which tells it what the picture shows. Its
-held-out losses compare with those of other models with the same class token, and never with those of models without.
+A model with a class token is given the noised class token of the true picture, which says what the picture shows. Its
+held-out losses can be compared with those of models with the same class token, but not with those of models without.
 """
 
 from typing import NamedTuple, Optional
@@ -27,8 +27,8 @@ SEED = 20_260_608
 
 
 class ClassTokens(NamedTuple):
-    """A teacher's class tokens of held-out images: the manifest's `class_token` entries of the held-out data, with
-    which they are stored, and of the training data, with which they have to be; None where there is no such entry."""
+    """A teacher's class tokens of held-out images: the `class_token` entries of two manifests. The held-out data's says
+    how they are stored, the training data's how the model expects them; None where there is no such entry."""
 
     stored: Optional[dict]
     trained: Optional[dict]
@@ -56,7 +56,7 @@ class TeacherTokens(NamedTuple):
 def choose_teachers(names, training, held_out, *, normalize="none", weights=None, device="cpu", class_tokens=False):
     """How to get the tokens that a run was aligned with, for other images.
 
-    The shards' own are taken where they are normalized as those of the training were; else the teacher is run.
+    Stored tokens are used if they are normalized as those of the training data; otherwise the teacher is run.
 
     Args:
         names: the run's teachers. training, held_out: the two `Manifest`s, the first None where it cannot be read.
@@ -108,7 +108,7 @@ def teachers_of(names, config, class_dim):
     """
     if class_dim is None:
         return list(names), None
-    if not names and config is not None:  # nothing was aligned, but there is a class token all the same
+    if not names and config is not None:  # no alignment, but there may be a class token
         names = parse_teachers(config.teacher.names)[:1]
     if not names:
         raise UsageError("nothing says whose class token the model denoises; leave the losses out: --held-out-images 0")

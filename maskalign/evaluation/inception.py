@@ -9,7 +9,7 @@ from torch import nn
 
 from maskalign.errors import UsageError, one_line
 from maskalign.evaluation.features import CPU_CHUNK, digest_of
-from maskalign.teachers.hub import hub_answers
+from maskalign.runtime.hub import hub_answers
 
 NAME = "inception"
 SPATIAL_NAME = "inception-spatial"
@@ -18,7 +18,7 @@ WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 
 
 def find_weights(asked):
-    """Path of torch-fidelity's Inception weights: the file that is asked for, or with "download" from torch's cache.
+    """Path of torch-fidelity's Inception weights: the given file, or with "download" the one in torch's cache.
 
     Raises:
         UsageError: there is no such file, or it is neither cached nor can it be fetched.
@@ -73,7 +73,7 @@ class InceptionFeatures(nn.Module):
         spatial: `SpatialInception`, the same network as a map to the spatial features.
 
     Raises:
-        UsageError: not such a file. It is read as tensors alone: nothing in it is run.
+        UsageError: not such a file. It is read as tensors only, and no code in it runs.
     """
 
     name, dim = NAME, 2048
@@ -84,7 +84,7 @@ class InceptionFeatures(nn.Module):
 
         from maskalign.teachers.weights import read_state_dict
 
-        # torch-fidelity unpickles its file: it is given one that holds nothing but the tensors read here.
+        # torch-fidelity unpickles its file, so it is given a file with only the tensors that were read here.
         clean = io.BytesIO()
         torch.save(read_state_dict(path, NAME), clean)
         clean.seek(0)
@@ -94,7 +94,7 @@ class InceptionFeatures(nn.Module):
         except (RuntimeError, KeyError) as error:
             reason = one_line(error)[:200]
             raise UsageError(f"--inception: {path} is not torch-fidelity's file of weights ({reason})") from None
-        self._branch = None  # the output of the spatial layer in the pass that is running
+        self._branch = None  # output of the spatial layer in the current pass
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_branch)
 
     def _keep_branch(self, module, inputs, output):

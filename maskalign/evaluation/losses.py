@@ -1,4 +1,4 @@
-"""Velocity losses and alignment cosine of a model on images that are given, image by image."""
+"""Velocity losses and alignment cosine of a model on a batch, per image."""
 
 from typing import List, NamedTuple, Optional
 
@@ -25,8 +25,8 @@ class ImageLosses(NamedTuple):
 def velocity_and_cosine(model, x, noise, t, labels, teachers, interpolant, class_token=None, class_noise=None):
     """Full-token velocity losses and alignment cosine of a batch.
 
-    A model with a class token is given the noised class token of the very image that it denoises. Such a velocity loss
-    knows a global feature of the true picture, and must never be compared with that of a model without a class token.
+    A model with a class token is given the noised class token of the image that it denoises, a global feature of the
+    true picture. Its velocity loss must not be compared with that of a model without a class token.
 
     Args:
         model: a `SiT` in eval mode, or anything that is called like one.

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage: how samples and real images lie among each other's nearest neighbors."""
+"""Precision, recall, density and coverage: comparisons of two sets by nearest neighbors."""
 
 import torch
 
@@ -46,7 +46,7 @@ def _float64(x):
 
 
 def _squared(x, y):
-    """Squared distances (n, m) of the rows; no less than 0."""
+    """Squared distances (n, m) of the rows, at least 0."""
     return torch.addmm(y.square().sum(dim=1), x, y.T, alpha=-2).add_(x.square().sum(dim=1, keepdim=True)).clamp_(min=0)
 
 

@@ -48,7 +48,7 @@ def held_out_measures(by_time, gap):
 
 
 def bias_note(samples, reference, name, dim):
-    """A line about a Frechet distance of too few pictures; None where there are enough."""
+    """A note on a Frechet distance of too few pictures; None where there are enough."""
     count = min(samples, reference)
     if enough_for_covariance(count, dim):
         return None

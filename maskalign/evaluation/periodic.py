@@ -29,7 +29,7 @@ class PeriodicEvaluation:
         manifest: of the training data.
         device: where the model is.
         precision: of the samples, `fp32` or `bf16`.
-        decoder: latents -> images; None for pixels, or where there is none: no distances of latents then.
+        decoder: latents -> images; None for pixels. Without one there are no distances for latents.
     """
 
     def __init__(self, config, facts, manifest, device, precision="fp32", decoder=None):
@@ -61,7 +61,7 @@ class PeriodicEvaluation:
             log.warning("evaluate.samples: no distances, since there is no decoder or %s has no pictures", data)
 
     def measure(self, model, main=True):
-        """Measure a model; where it is sharded all ranks call this together, and the others than `main` get the losses.
+        """Measure a model. If it is sharded, all ranks call this together; ranks other than `main` get only the losses.
 
         Returns:
             dict from name, as in evaluation.json, to number; losses by time are `velocity_loss[0.0-0.1]` and so on.
@@ -78,7 +78,7 @@ class PeriodicEvaluation:
 
     def _distances(self, model, main):
         if self.reference is None:
-            # All ranks need the labels; on a shared machine the later ones find what the first has kept.
+            # All ranks need the labels; the ranks of one machine share the cache of the first.
             self.reference = load_reference(self.real, self.network)
         drawn = DrawnPictures(model, self.settings.samples, self.sampling, self.decoder)
         drawn.labels = labels_like(self.reference.labels, drawn.count)
@@ -89,6 +89,6 @@ class PeriodicEvaluation:
         if not main:
             return {}
         features, real = np.concatenate(features), self.reference.features
-        # A singular covariance gives no number that could be compared with one of `maskalign evaluate`.
+        # The distance of a singular covariance could not be compared with one of `maskalign evaluate`.
         enough = enough_for_covariance(min(len(features), len(real)), self.network.dim)
         return distances(features, real, self.network.name, ("frechet", "kernel") if enough else ("kernel",))

@@ -1,4 +1,4 @@
-"""Pictures to evaluate, in batches: of a folder, of an ADM .npz, or of a data set. Numpy and Pillow until a batch."""
+"""Pictures to evaluate, in batches: from a folder, an ADM .npz or a data set."""
 
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ class PictureFolder:
         passed: Counter of the other files by ending, and of hidden ones.
 
     Raises:
-        UsageError: there are none, or one cannot be had, as a link that leads nowhere.
+        UsageError: there are none, or one cannot be read, such as a broken link.
     """
 
     def __init__(self, root):
@@ -73,7 +73,7 @@ class PictureFolder:
 
 
 class PictureArchive:
-    """The pictures in an .npz, as ADM's evaluator reads them; read piece by piece, never as a whole.
+    """The pictures in an .npz, as ADM's evaluator reads them; read in batches, never as a whole.
 
     Raises:
         UsageError: not such a file: damaged, without arr_0, or of other numbers than uint8 pictures.
@@ -116,7 +116,7 @@ class PictureArchive:
 
 
 class _OpenArray:
-    """Context of (file at the first number, shape, dtype) of arr_0 in an .npz; damage becomes a UsageError."""
+    """Context with (file positioned at the data, shape, dtype) of arr_0 in an .npz; damage raises a UsageError."""
 
     def __init__(self, path):
         self.path = path
@@ -196,4 +196,4 @@ class PictureDataSet:
             if not left:
                 break
         self.labels = torch.cat(labels)
-        self.count = len(self.labels)  # without what is bad or of other classes
+        self.count = len(self.labels)  # without bad pictures and other classes

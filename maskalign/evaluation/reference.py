@@ -1,7 +1,8 @@
-"""Features of a data set's pictures, computed once and kept; a file is used for exactly what it was computed from.
+"""A cache of the features of a data set's pictures.
 
-The name of a file is a fingerprint of everything that its numbers depend on: the checksums of all shards, which
-pictures, the network's weights, preprocessing and pooling. Another data set under the same path has another name.
+The name of a file is a fingerprint of everything that the features depend on: the checksums of all shards, the choice
+of pictures, and the network's weights, preprocessing and pooling. Another data set under the same path has another
+name.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from maskalign.errors import UsageError
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEPT = 32  # files of the cache; the oldest beyond it are removed
+KEPT = 32  # files in the cache; older ones are removed
 
 
 class Reference(NamedTuple):
@@ -127,7 +128,7 @@ def _read(path, dim):
     if not whole or not np.isfinite(features).all():
         log.warning("%s is damaged: computed again", path)
         return None
-    os.utime(path)  # used now: the last to be removed
+    os.utime(path)  # the cache removes what was not used for longest
     return Reference(features, labels, True)
 
 

@@ -27,7 +27,7 @@ HELD_OUT = {
 
 
 def write_report(report, path):
-    """Write `path` (.json) whole or not at all, and the same numbers as rows beside it, as NAME-table.csv.
+    """Write `path` (.json) atomically, and the same numbers as rows of NAME-table.csv beside it.
 
     Args:
         report: dict with source, data, samples, metrics, held_out (dict metric -> {bin: value}, or None), settings.
@@ -71,14 +71,14 @@ def table(report):
             lines += [
                 "",
                 f"alignment loss on all tokens {metrics['held_out_align_loss']:+.4f}; stability gap {gap:+.5f} +- "
-                f"{error:.5f}: by so much it is higher where the model sees a random {left:.0%} of the patches",
+                f"{error:.5f}: how much higher it is where the model sees a random {left:.0%} of the patches",
             ]
     lines += [f"note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 
 
 def rows(metrics):
-    """Yield (title, number as text) of what stands in the upper part of the table."""
+    """Yield (title, number as text) for the upper part of the table."""
     for key, value in metrics.items():
         name, _, features = key.removesuffix("]").partition("[")
         if name not in TITLES:

@@ -45,15 +45,15 @@ class EvaluationSettings:
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
 
     def check_counts(self, samples, reference, name, dim):
-        """Raise a UsageError where there are too few pictures for a metric; before any of them is looked at.
+        """Raise a UsageError where there are too few pictures for a metric, before any of them is read.
 
         Args:
             samples, reference: numbers of pictures; name, dim: of the features.
         """
         for what, count, flag in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:
-                mend = "give at least 2" if flag == "samples" else "raise --reference, or name other --classes"
-                raise UsageError(f"{count} {what} are too few for any distance; {mend}")
+                remedy = "give at least 2" if flag == "samples" else "raise --reference, or choose other --classes"
+                raise UsageError(f"{count} {what} are too few for any distance; {remedy}")
             if "frechet" in self.metrics and not self.allow_singular and count <= dim:
                 raise UsageError(
                     f"{count} {what} are too few for a covariance of the {dim} features of {name}: give at least "

@@ -1,23 +1,24 @@
-"""What is evaluated: a model, or pictures that are there already."""
+"""What is evaluated: a model, or existing pictures."""
 
 from pathlib import Path
 
-from maskalign.checkpoints.weight_files import ENDINGS
+from maskalign.checkpoints.sources import ENDINGS, check_source, is_remote
 from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureArchive, PictureDataSet, PictureFolder
 
 
 def is_model(path):
-    """Whether a path is a run, a checkpoint or a file of weights.
+    """Whether a source is a run, a checkpoint or a file of weights.
 
     Raises:
-        UsageError: nothing is there.
+        UsageError: there is no such path, or the name is none.
     """
+    check_source(path, what="a run, a checkpoint, a folder of pictures or an .npz")
+    if is_remote(path):
+        return True
     path = Path(path)
     if path.is_dir():
         return any((path / name).exists() for name in ("checkpoints", "COMPLETE", "state.json"))
-    if not path.exists():
-        raise UsageError(f"{path} does not exist; give a run, a checkpoint, a folder of pictures or an .npz")
     return path.suffix in ENDINGS
 
 

@@ -1,7 +1,7 @@
 """FlashAttention from its own package, for `model.attention flash_attn`.
 
-FlashAttention-4 (`flash_attn.cute`) comes in through torch's activation hook, behind scaled_dot_product_attention;
-FlashAttention-2 is called directly. Importing this file needs no torch.
+FlashAttention-4 (`flash_attn.cute`) is activated inside torch's scaled_dot_product_attention; FlashAttention-2 is
+called directly. Importing this file does not import torch.
 """
 
 import functools
@@ -17,7 +17,7 @@ MISSING = (
 
 
 def flash_package():
-    """`FA4`, `FA2` or None: what is installed and can be used."""
+    """The version that is installed and usable: `FA4`, `FA2` or None."""
     if importlib.util.find_spec("flash_attn") is None:
         return None
     try:

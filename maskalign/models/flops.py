@@ -5,19 +5,19 @@ torch's own counter misses attention on CPUs. Element-wise work, norms and the o
 
 
 def forward_flops(model, kept, align=True, drawn=None):
-    """Matmul FLOPs of one forward pass per image.
+    """FLOPs of the matrix products of one forward pass, per image.
 
     Args:
         model: a `SiT`, or something with its sizes, blocks, projectors, mixer and route; one without `class_dim` has no
             class token.
-        kept: number of patch tokens K in the subset; N for all. A class token is always there and comes on top.
+        kept: number of patch tokens K in the subset; N for all. A class token is counted in addition.
         align: False for steps without an alignment loss, which leave the projectors out.
         drawn: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all that are there.
     """
     tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
     pixels = model.patch_size**2 * model.in_channels
     total = tokens * pixels * width + (256 + width) * width  # patches; the time MLP
-    total += (getattr(model, "class_dim", None) or 0) * 2 * width  # the class token's way in and out
+    total += (getattr(model, "class_dim", None) or 0) * 2 * width  # the class token's embedding and its final linear
     total += 2 * width * width  # the final layer's adaLN
     total += sum(multiply_adds for _, multiply_adds in _blocks(model, kept))
     total += _grid_mixing(model, kept)
@@ -64,7 +64,7 @@ def _class_tokens(model):
 
 
 def _on_route(model, depth):
-    """Whether the block of index `depth` is given the subset only."""
+    """Whether the block of index `depth` sees only the subset."""
     if model.route is None:
         return False
     start, end = model.route
@@ -82,7 +82,7 @@ def _blocks(model, kept):
     start = model.route[0] if model.route else 0
 
     def block(seen, computed):
-        """Of `seen` tokens that are attended to and `computed` rows that come out."""
+        """Multiply-adds of a block that attends to `seen` tokens and computes `computed` rows."""
         attention = 2 * seen * width + 2 * computed * width + 2 * computed * seen  # keys, values; q, proj; the maps
         return width * (attention + 2 * computed * hidden) + 6 * width * width
 
@@ -102,7 +102,7 @@ def _grid_mixing(model, kept):
     tokens, width, kind = model.num_tokens, model.width, type(model.mixer).__name__
     conditions = 3 * width * width
     if kind == "TokenMLPMixer":
-        # The last product is needed for the rows that stay.
+        # The last product is computed for the kept rows only.
         rows = kept if model.route and model.restore == "none" else tokens
         return model.mixer.fc1.out_features * (tokens + rows) * width + conditions
     if kind == "DepthwiseConvMixer":

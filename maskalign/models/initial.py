@@ -21,7 +21,7 @@ def initialize(model, seed=None):
     """Fill every parameter of a model.
 
     Args:
-        model: its parameters may be DTensors; each rank then makes the whole of a parameter and keeps its shard.
+        model: its parameters may be DTensors; each rank then draws the full parameter and keeps its shard.
         seed: each parameter is drawn on the CPU from a generator keyed by this and its name; None draws from torch's
             global generator.
     """
@@ -38,7 +38,7 @@ def initialize(model, seed=None):
 
 @torch.no_grad()
 def assign(parameter, full):
-    """Copy a whole tensor, the same on all ranks, into a parameter or into this rank's shard of it."""
+    """Copy a full tensor, equal on all ranks, into a parameter or into this rank's shard of it."""
     if hasattr(parameter, "placements"):
         full = full.to(device=parameter.device, dtype=parameter.dtype)
         full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)

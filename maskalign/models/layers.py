@@ -103,7 +103,7 @@ class LabelEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, width)
 
     def forward(self, labels):
-        """labels (B,) int64 -> (B, D); (B, D) embeddings, for points between classes, are what they are."""
+        """labels (B,) int64 -> (B, D); class embeddings (B, D) are returned unchanged."""
         return labels if labels.is_floating_point() else self.embedding_table(labels)
 
 
@@ -129,8 +129,8 @@ class Attention(nn.Module):
     Args:
         implementation: `sdpa` (torch's fused kernel), `math` (matmul, softmax, matmul) or `auto`: on a CPU and short
             sequences the three plain operations are faster than the fused kernel, whose backward is slow there;
-            everywhere else the fused kernel. `flash_attn` is FlashAttention's package, see flash.py, which must be
-            installed; where the numbers are not half precision on a GPU the fused kernel takes its place.
+            everywhere else the fused kernel. `flash_attn` is the package flash-attn, which must be installed (see
+            flash.py); tensors that are not half precision on a GPU use the fused kernel instead.
     """
 
     def __init__(self, width, heads, qk_norm=False, implementation="auto"):
@@ -215,11 +215,11 @@ class AdaLN(nn.Sequential):
 
 
 class Block(nn.Module):
-    """SiT block: attention and MLP, each behind adaLN-Zero (DiT, arXiv 2212.09748, figure 3).
+    """SiT block: attention and MLP, each modulated by adaLN-Zero (DiT, arXiv 2212.09748, figure 3).
 
     Args:
         fused_adaln: normalize, modulate and add the residuals by the fused operations of `maskalign_kernels`: three
-            launches on a GPU. On a CPU these operations are the plain lines, and the numbers are the same to the bit.
+            launches on a GPU. On a CPU these operations are the plain lines, and the results are equal bit for bit.
     """
 
     def __init__(self, width, heads, mlp_ratio=4.0, qk_norm=False, attention="auto", fused_adaln=False):
@@ -241,7 +241,7 @@ class Block(nn.Module):
                 projection and MLP are computed for these rows only. None computes all rows.
 
         Returns:
-            (B, n, D), or (B, K, D): exactly the rows `subset` of what the block gives without one.
+            (B, n, D), or (B, K, D): the rows `subset` of the result without a subset.
         """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         if self.fused_adaln:
@@ -258,7 +258,7 @@ class FinalLayer(nn.Module):
     """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, zero at the start.
 
     Args:
-        class_dim: width of the class token; token 0 then goes through a linear of its own, zero at the start as well
+        class_dim: width of the class token; token 0 then has a linear of its own, which is also zero at the start
             (REG, arXiv 2507.01467). None: every token is a patch.
     """
 

@@ -3,7 +3,7 @@
 `attention` is the paper's (MaskAlign, arXiv 2606.08788): SiT blocks over the class token and all patches. The others
 are lighter and mix patches only: `X <- X + gate(c) * M(LN(X) * (1 + scale(c)) + shift(c))`, where M acts along the
 token axis. Every adaLN linear starts at zero, so a fresh mixer is the identity and any SiT, REPA or REG checkpoint can
-be continued with one. Mixing and dropping are one operation: a mixer is given the rows that stay and returns only
+be continued with one. Mixing and dropping are one operation: a mixer is given the rows to keep and returns only
 those.
 """
 
@@ -68,8 +68,8 @@ class DepthwiseConvMixer(nn.Module):
 class AttentionMixer(nn.Module):
     """SiT blocks on all tokens, the class token included; their adaLN-Zero gates make them the identity at the start.
 
-    The last layer reads all tokens, but computes queries, output projection and MLP for the rows that stay only:
-    nothing ever uses what it would make of the others.
+    The last layer attends to all tokens, but computes queries, output projection and MLP only for the kept rows; the
+    other rows are never used.
     """
 
     needs_grid = False

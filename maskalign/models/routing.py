@@ -1,7 +1,7 @@
 """Subsets of tokens: how many are kept, which ones, and how the dropped ones come back.
 
-The keep ratio and the samplers are settings because the MaskAlign abstract (arXiv 2606.08788) leaves them open;
-`bypass` is TREAD's way to bring tokens back (arXiv 2501.04765), `fuse` is SPRINT's (arXiv 2510.21986).
+MaskAlign (arXiv 2606.08788) draws subsets uniformly and never restores the dropped tokens; `bypass` restores them as
+TREAD does (arXiv 2501.04765), `fuse` as SPRINT does (arXiv 2510.21986).
 """
 
 from functools import partial
@@ -32,11 +32,11 @@ def draw_subset(
         grid: (rows, columns) of the token grid, N = rows * columns.
         count: number of tokens to keep, K, in [0, N].
         sampler: `uniform` (every subset equally likely), `grid` (an equal share from every 2x2 cell, random
-            inside it; where K is no multiple of the number of cells, random cells give one more) or `block`
+            inside it; where K is not a multiple of the number of cells, random cells give one more) or `block`
             (one square of the tokens nearest to a random center).
         generator: torch.Generator of `device`.
-        uniform: function of a size, of which B is the first number, that draws uniform numbers in [0, 1) instead of the
-            generator; another one with every call.
+        uniform: called as `uniform(B, ...)`, returns uniform random numbers in [0, 1) of that shape, new ones in every
+            call; by default torch.rand with the generator.
 
     Returns:
         (B, K) int64, ascending in every row.
@@ -55,7 +55,7 @@ def draw_subset(
         row = torch.arange(tokens, device=device) // columns
         column = torch.arange(tokens, device=device) % columns
         distance = torch.maximum((row - center[:, 0] * (rows - 1)).abs(), (column - center[:, 1] * (columns - 1)).abs())
-        # A little noise breaks ties between tokens on the same ring; distances of rings differ by 1.
+        # Noise below 1 breaks ties between tokens of one ring; the distances of two rings differ by 1.
         priority = distance + 0.5 * priority
     elif sampler != "uniform":
         raise ValueError(f"sampler must be one of {SUBSET_SAMPLERS}, got {sampler!r}")
@@ -81,7 +81,7 @@ def _rank_in_cell(priority, rows, columns):
 
 
 def _cell_jitter(batch, rows, columns, uniform, device):
-    """A number in [0, 1) per image and cell, given to each of its tokens."""
+    """A number in [0, 1) per image and cell, the same for all tokens of the cell."""
     cell, cells = _cells(rows, columns, device)
     return uniform(batch, cells)[:, cell]
 

@@ -67,10 +67,10 @@ class SiT(nn.Module):
         mixer_layers: number of SiT blocks of `attention`.
         route: `all`, `none` or (start, end): blocks [start, end) see only the subset. With `none` the subset chooses
             only which tokens are aligned (loss-only masking).
-        restore: what returns at `end`: `none`, `bypass` (TREAD) or `fuse` (SPRINT).
+        restore: what happens to dropped tokens at `end`: `none` (they stay out), `bypass` (TREAD) or `fuse` (SPRINT).
         attention: `auto`, `sdpa`, `math` or `flash_attn`, see `layers.Attention`.
-        fused_adaln: what the blocks and the layers of the mixer `attention` do between their matrix products runs as
-            the fused operations of `maskalign_kernels`, see `layers.Block`.
+        fused_adaln: norms, modulations and residuals of the blocks and of the mixer `attention` run as the fused
+            operations of `maskalign_kernels`, see `layers.Block`.
 
     Attributes:
         num_tokens: N, the number of patch tokens; the class token is not counted.
@@ -162,7 +162,7 @@ class SiT(nn.Module):
 
     @property
     def all_blocks(self):
-        """Every SiT block in the order in which they run, mixing layers included: what is compiled and sharded."""
+        """Every SiT block in execution order, mixing layers included: the units of compilation and sharding."""
         start = self.route[0] if self.route else 0
         return [*self.blocks[:start], *self.mixing_layers, *self.blocks[start:]]
 
@@ -186,8 +186,8 @@ class SiT(nn.Module):
         """REPA's initialization, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
 
         Args:
-            seed: makes the weights a function of this and of each parameter's name alone: the same on any device, under
-                any sharding, and for what two recipes have in common. None draws from torch's global generator.
+            seed: makes the weights a function of this and of each parameter's name: the same on any device, under any
+                sharding, and for the parameters that two recipes share. None draws from torch's global generator.
         """
         with torch.device("cpu"):
             self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
@@ -232,7 +232,7 @@ class SiT(nn.Module):
         start, end = self.route or (0, 0)
         dropping = subset is not None and self.route is not None
         rows = self._rows(subset) if dropping else None
-        before = None  # all tokens as they were at `start`, where the dropped ones return after the route
+        before = None  # all tokens as they were at `start`, for the restore at `end`
         aligned, aligned_index = [], None
         for depth, block in enumerate(self.blocks):
             if depth == start:
@@ -280,7 +280,7 @@ class SiT(nn.Module):
         """Mix all tokens and keep some: `subset` counts patches, `rows` counts places in the sequence."""
         if self.class_embedder is None or not self.mixer.needs_grid:
             return self.mixer(tokens, c, rows)
-        # A mixer along the token grid has no place for the class token, which goes around it.
+        # A mixer along the patch grid cannot take the class token, which bypasses it.
         return torch.cat([tokens[:, :1], self.mixer(tokens[:, 1:], c, subset)], dim=1)
 
     def _tap(self, tokens, present, subset, align_subset):
@@ -292,12 +292,12 @@ class SiT(nn.Module):
             index = align_subset if present is None else present.gather(1, align_subset)
         if self.projectors[0].needs_grid:
             return self._tap_on_grid(tokens, index, align_subset)
-        # A pointwise projector commutes with the gather, and then works on fewer rows.
+        # A pointwise projector commutes with the gather: gather first, so that it projects fewer rows.
         rows = tokens if align_subset is None else gather_tokens(tokens, self._rows(align_subset))
         return [projector(rows) for projector in self.projectors], self._rows(index)
 
     def _tap_on_grid(self, tokens, index, align_subset):
-        """The tap of projectors along the token grid, which leave the class token out."""
+        """The tap for projectors along the patch grid, which do not project the class token."""
         shift = 0 if self.class_embedder is None else 1
         outputs = [projector(tokens[:, shift:]) for projector in self.projectors]
         if align_subset is not None:

@@ -1,7 +1,7 @@
 """Every random number of a training step, keyed by (seed, step, slot of the global batch).
 
-A slot is a place in the global batch. What a sample is given does not depend on the number of ranks, on accumulation or
-on a restart, and a rank draws only for its own slots. On a CPU slots are drawn in groups of a fixed size, each from a
+A slot is a place in the global batch. The numbers of a slot do not depend on the number of ranks, on accumulation or on
+a restart, and a rank draws only for its own slots. On a CPU slots are drawn in groups of a fixed size, each from a
 generator seeded by (seed, step, group); on a GPU all slots at once, from counter-based numbers.
 """
 
@@ -44,8 +44,8 @@ class Draws(NamedTuple):
 def group_seed(seed, step, group):
     """A 63-bit seed for one slot group of one step; neighboring keys give unrelated seeds.
 
-    torch's CPU generator keeps 32 bits of it, so over a long run two groups may meet the same stream by chance, as any
-    two of 2^32 may; steps that are near each other do not do so more often.
+    torch's CPU generator uses 32 bits of the seed, so over a long run two groups may get the same stream by chance, but
+    no more often if their steps are near each other.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{group}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -96,7 +96,7 @@ def draw(
         normal = numbers.normal(count)
         noise = numbers.normal(count, *shape)
         drop_label = numbers.uniform(count) < label_dropout
-        # What a setting may leave out is drawn last, so that recipes share time, noise and labels.
+        # Optional numbers are drawn last, so that recipes share time, noise and labels.
         eps = numbers.normal(count, *shape) if posterior else None
         chosen = aligned = None
         if subsetting:
@@ -110,7 +110,7 @@ def draw(
     if has_keyed_numbers(device):
         return Draws(*rows(KeyedNumbers(seed, step, first_slot, device), count))
     parts = []
-    last_slot = first_slot + max(count, 1) - 1  # no slots: one group is drawn, and nothing of it is taken
+    last_slot = first_slot + max(count, 1) - 1  # for count == 0, draw one group and return no rows
     for group in range(first_slot // SLOT_GROUP, last_slot // SLOT_GROUP + 1):
         low = max(first_slot - group * SLOT_GROUP, 0)
         high = min(first_slot + count - group * SLOT_GROUP, SLOT_GROUP)
@@ -135,9 +135,9 @@ class GeneratedNumbers:
 
 
 class KeyedNumbers:
-    """Numbers for the slots from `first_slot` on, however many, in one launch a draw: a stream of `keyed_random` each.
+    """Numbers for any number of slots from `first_slot` on; every draw is one launch and one stream of `keyed_random`.
 
-    On a GPU a generator per group would cost hundreds of launches a step, more time than many a step takes.
+    A generator per group would cost hundreds of launches per step on a GPU, which can take longer than the step.
     """
 
     def __init__(self, seed, step, first_slot, device):

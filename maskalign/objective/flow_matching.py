@@ -72,9 +72,9 @@ def training_loss(
         class_weight: weight of the class token's velocity loss (REG's beta, arXiv 2507.01467).
 
     Returns:
-        Losses. The velocity loss is the mean squared error over all elements of the patches that were predicted, that
-        of the class token the mean over its numbers; the alignment is a mean over the class token and the patches
-        present.
+        Losses. The velocity loss is the mean squared error over all elements of the predicted patches, the class
+        velocity loss that over the elements of the class token; the alignment loss is a mean over the class token and
+        the patches that are present at the tap.
     """
     noise, t = draws.noise.to(x.dtype), draws.time.to(x.dtype)
     interpolant = Interpolant(path)
@@ -86,7 +86,7 @@ def training_loss(
         clean, class_noise = class_token.to(x.dtype), draws.class_noise.to(x.dtype)
         class_t, class_target = interpolant.interpolate(clean, class_noise, t)
         extra["class_token"] = class_t.to(dtype)
-    # Time goes in at full precision: bf16 would round it to 256 steps.
+    # The time stays in full precision: bf16 would round it to 256 steps.
     if align is None:
         align = len(teachers) > 0 and align_weight > 0
     out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align, **extra)

@@ -19,8 +19,8 @@ class Collective:
         ranks: that take part.
         stride: 1 where they are neighbors, the size of a shard group where they are replicas of one shard.
         times: how often in a step.
-        stage: forward or backward, whose computation it can hide behind.
-        exposed: of `times`, how many have nothing to hide behind.
+        stage: forward or backward, with whose computation it can overlap.
+        exposed: how many of `times` cannot overlap with computation.
     """
 
     operation: str

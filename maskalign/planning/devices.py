@@ -1,4 +1,4 @@
-"""What is known of an accelerator and of its nodes: data sheets as facts, or a file of the user's. Light."""
+"""Accelerators and their nodes: numbers from data sheets, or from a user's file. Imports no torch."""
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches

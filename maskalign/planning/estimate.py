@@ -269,8 +269,8 @@ class _Planner:
 def exposed_seconds(collectives, compute, accumulation, options):
     """Seconds of a step in which ranks wait for links.
 
-    Collectives hide behind the computation of their stage (forward a third, backward two thirds), except those that
-    have nothing to hide behind. Gradients are reduced in the last micro-batch only, behind its backward.
+    Collectives overlap with the computation of their stage (forward a third, backward two thirds), except those marked
+    as exposed. Gradients are reduced only in the last micro-batch, during its backward.
 
     Args:
         collectives: list of `Collective`. compute: seconds of a step's matrix products.

@@ -1,4 +1,6 @@
-"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none. Light.
+"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none.
+
+Imports no torch.
 
 ImageNet-256 is what the recipes are written for (see the README), so it is what is assumed.
 """
@@ -53,7 +55,7 @@ def find_facts(config, image_size=None, num_classes=None):
 
     Args:
         config: `Config`.
-        image_size, num_classes: take the place of what would be assumed.
+        image_size, num_classes: replace what would be assumed.
 
     Raises:
         UsageError: the settings do not fit the data set; or sizes were given for one that is there.

@@ -1,4 +1,4 @@
-"""What a plan is asked for, and whether the settings can run so. Light: checked before torch is imported."""
+"""The options of a plan, and whether the settings can run with them. Imports no torch."""
 
 from dataclasses import dataclass
 

@@ -14,7 +14,7 @@ def report(runs, out, title=None):
     """Write a page that compares runs.
 
     Args:
-        runs: run folders; one may be given, too.
+        runs: run folders, one or more.
         out: the HTML file to write.
         title: its heading; by default the names of the runs.
 

@@ -1,10 +1,10 @@
-"""The numbers of a page: curves, evaluation tables, and what stands in a run's card."""
+"""The numbers of a page: curves, evaluation tables, and the facts on a run's card."""
 
 from maskalign.reporting.run import number
 
 MOST_POINTS = 600
 
-# What a schedule sets is shown as it is: smoothing would bend its steps.
+# Schedules are shown unsmoothed: smoothing would round their steps.
 EXACT = ("lr", "keep_ratio")
 # column of metrics.csv -> title, unit, factor, logarithmic axis, which end is better (-1 low, 1 high, 0 neither)
 CURVES = {
@@ -92,7 +92,7 @@ def _bin_order(name):
 
 
 def better(name):
-    """1 where a high number is the better one, -1 where a low one is, 0 for a deviation; `[features]` do not count."""
+    """1 where higher is better, -1 where lower is better, 0 for a deviation; the `[features]` of a name are ignored."""
     words = name.lower().partition("[")[0].replace("_", " ").split()
     if "std" in words:
         return 0
@@ -109,7 +109,7 @@ def _row(name, values, metric=None):
 
 
 def card(run):
-    """What stands in a run's card: dict(model, facts); facts are (number, words)."""
+    """The content of a run's card: dict(model, facts), where facts are (number, words)."""
     facts = []
     for column, words, form in (
         ("velocity_loss", "velocity loss", "{:.4f}"),

@@ -1,4 +1,4 @@
-"""One HTML page that holds all it shows: styles, script, numbers, pictures. It asks no network for anything."""
+"""One HTML page that holds its styles, script, numbers and pictures, and makes no network request."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from maskalign.reporting import figures
 from maskalign.reporting.settings import compare, flatten
 from maskalign.reporting.text import to_html
 
-PALETTE = 8  # colors in page.css; further runs take them again, with dashed lines
+PALETTE = 8  # colors in page.css; further runs reuse them with dashed lines
 
 
 def render(runs, title="MaskAlign report", made=""):

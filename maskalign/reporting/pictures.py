@@ -1,4 +1,4 @@
-"""Pictures as `data:` URIs: decoded and written anew, so that a page holds pixels and nothing else of a file."""
+"""Pictures as `data:` URIs: decoded and encoded again, so that nothing but pixels of a file gets into a page."""
 
 import base64
 import io

@@ -20,7 +20,7 @@ class Run:
     """One run as a report shows it.
 
     Attributes:
-        path: its folder; name: what it is called on the page.
+        path: its folder; name: its name on the page.
         settings: the tree of config.yaml; {} without one.
         metrics: column -> list of float or None, all of one length; {} without a metrics.csv.
         samples: (step, `Picture`), ascending.
@@ -49,7 +49,7 @@ def read_run(path, name=None):
 
     Args:
         path: the folder; it holds a config.yaml and a metrics.csv, or one of them.
-        name: what the report calls it; by default its last part.
+        name: its name in the report; by default the last part of the path.
 
     Raises:
         UsageError: there is no such folder, or it is no run.
@@ -86,7 +86,7 @@ def _read(run, name, read, kind):
         run.notes.append(f"{name} cannot be read ({one_line(error)[:120]})")
         return None
     if content is not None and not isinstance(content, kind):
-        run.notes.append(f"{name} does not hold what it should, and is left out")
+        run.notes.append(f"{name} has an unexpected form and is left out")
         return None
     return content
 
@@ -132,7 +132,7 @@ def _picture(run, file):
 
 
 def names_of(paths):
-    """A name for each run: the last part of its path, with as many parts before it as make it the only one."""
+    """A name for each run: the last part of its path, and as many parts before it as are needed to be unique."""
     paths = [Path(path).resolve() for path in paths]
     names = []
     for number, path in enumerate(paths):

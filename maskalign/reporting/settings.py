@@ -1,6 +1,6 @@
 """Settings of runs side by side."""
 
-# Where a run lies says nothing about how it was trained.
+# The folder of a run says nothing about how it was trained.
 PLACES = ("run_dir",)
 
 
@@ -17,7 +17,7 @@ def flatten(tree, prefix=""):
 
 
 def as_text(value):
-    """A setting as one writes it."""
+    """A setting as a user writes it."""
     if isinstance(value, dict):
         if {"start", "end", "kind"} <= value.keys():
             if value["kind"] == "constant" or value["start"] == value["end"]:

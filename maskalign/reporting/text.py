@@ -4,7 +4,7 @@ import html
 
 import markdown
 
-# What could lead out of the page, or into it.
+# Markdown that could load something into the page or lead out of it.
 LEADING_OUT = ("reference", "link", "image_link", "image_reference", "short_reference", "short_image_ref", "autolink",
                "automail", "html", "entity")  # fmt: skip
 
@@ -12,7 +12,7 @@ LEADING_OUT = ("reference", "link", "image_link", "image_reference", "short_refe
 def to_html(text, plain=False):
     """Markdown (with tables) as HTML; with `plain`, text as it stands.
 
-    Everything that is HTML in the text is shown, not obeyed; headings start at the third level, below the page's own.
+    HTML in the text is shown as text; headings start at the third level, below the page's own.
     """
     if plain:
         return f"<pre>{html.escape(text)}</pre>"
@@ -24,5 +24,5 @@ def to_html(text, plain=False):
             reader.inlinePatterns.deregister(name)
     text = html.escape(text, quote=False).replace("&gt; ", "> ")
     text = "\n".join("##" + line if line.startswith("#") else line for line in text.splitlines())
-    # escape() made every < harmless; Markdown escapes what is left of & once more in code.
+    # escape() has replaced every <; in code, Markdown escapes the & of that once more.
     return reader.convert(text).replace("&amp;lt;", "&lt;").replace("&amp;gt;", "&gt;").replace("&amp;amp;", "&amp;")

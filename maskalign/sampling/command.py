@@ -68,7 +68,7 @@ def sample(
     settings = settings or Sampling()
     _check_numbers(npz, per_class, frames, interpolation, strip, animation)
     if labels is not None and npz is None:
-        raise UsageError("--labels is about the labels of a set; add --npz N, or choose rows of the sheet by --classes")
+        raise UsageError("--labels applies to sets; add --npz N, or choose the rows of the sheet with --classes")
     with torchrun_ranks() as ranks:
         loaded = load(run, ema)
         model, about = loaded.model, {**loaded.about, "name": loaded.label}
@@ -76,7 +76,7 @@ def sample(
         settings = replace(settings, path=about["path"])
         settings = apply_preset(settings, preset, given, model, progress and ranks.rank == 0)
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
-        del model  # in bf16 the network has a copy
+        del model  # in bf16 the network holds its own copy
         check_class_guidance(network, settings)
         names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
@@ -111,7 +111,9 @@ def _check_numbers(npz, per_class, frames, interpolation, strip, animation):
     if npz is not None and npz < 1:
         raise UsageError(f"--npz: {npz} must be at least 1")
     if npz is not None and (interpolation or strip or animation):
-        raise UsageError("--npz draws a set alone; ask for --interpolate, --strip and --animate in a call of their own")
+        raise UsageError(
+            "--npz cannot be combined with --interpolate, --strip or --animate; draw those in a second call"
+        )
     if not 1 <= per_class <= INDICES_PER_CLASS:
         raise UsageError(f"--per-class: {per_class} must be in 1 to {INDICES_PER_CLASS}")
     if not 2 <= frames <= 100:
@@ -202,7 +204,7 @@ def decoder_for(network, about, vae):
 
 
 def _of_all(bar, ranks):
-    """Count this rank's images for all of them: ranks draw at one pace, and a bar needs no exchange of numbers."""
+    """Count this rank's images times the number of ranks: they draw at one pace, so the bar needs no communication."""
     return lambda images: bar.update(min(images * ranks.world_size, bar.total - bar.n))
 
 

@@ -40,7 +40,7 @@ class Trajectory:
             batch[step] = (time, state.to("cpu", torch.float32), guess.to("cpu", torch.float32))
 
     def gather(self, ranks):
-        """Put together what the ranks have recorded; call it on all of them."""
+        """Collect what the ranks have recorded, on every rank; all ranks must call this."""
         self.parts = {begin: part for parts in ranks.gather(self.parts) for begin, part in parts.items()}
 
     @property
@@ -101,7 +101,7 @@ def save_animation(path, trajectory, classes, class_names, per_class, *, decoder
         words = ", ".join(filter(None, [title, f"t = {trajectory.times[number]:.2f}"]))
         return class_grid(list(pictures), names, title=words)
 
-    # A title wider than the sheet widens it, by digits of unlike widths: all frames take the last one's size.
+    # A title can be wider than the sheet, and its width changes with the digits: all frames have the last one's size.
     last = frame(count - 1)
     frames = [frame(number).crop((0, 0, *last.size)) for number in range(count - 1)] + [last]
     kind = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}[path.suffix]

@@ -21,7 +21,7 @@ INDICES_PER_CLASS = 1 << 16
 
 @contextmanager
 def evaluating(model):
-    """Evaluation mode inside, the mode from before afterwards."""
+    """Context in which the model is in eval mode; its earlier mode is restored at the end."""
     training = model.training
     model.eval()
     try:
@@ -46,8 +46,8 @@ def generate(
 
     Args:
         model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one; or a
-            `Network`, which spares a copy of the weights per call where several calls draw in bf16. Where it has a
-            class token, that is denoised together with the image and then left out.
+            `Network`, which avoids a copy of the weights in every call that draws in bf16. A class token, where the
+            model has one, is denoised together with the image and not returned.
         labels: (B,) int64 tensor or list, in [0, num_classes]; or (B, D) class embeddings, for points between classes.
         settings: `Sampling`.
         indices: index of every image in its set, which its noise depends on; 0, 1, 2... by default.
@@ -178,6 +178,6 @@ def sheet_labels(classes, per_class):
 def visible(images, decoder=None):
     """What a model draws, as pictures: (B, C, H, W) pixels or latents -> (B, H, W, 1 or 3) uint8 on the CPU."""
     images = decoder(images) if decoder else images
-    # Three of more channels are better than nothing where no decoder can be had (a preview during training).
+    # Without a decoder (previews during training), show the first three of the channels.
     images = images if images.shape[1] in (1, 3) else images[:, :3] if images.shape[1] > 3 else images[:, :1]
     return to_uint8(images)

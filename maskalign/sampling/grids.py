@@ -1,4 +1,4 @@
-"""One picture of many: a row per class, the class's name at its left."""
+"""Sheets of pictures: a row per class, with the class's name on its left."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -38,7 +38,7 @@ def class_grid(rows, names, *, title=None, cell=None, gap=4):
 
 
 def picture_grid(rows, left, *, right=None, columns=None, title=None, cell=None, gap=4):
-    """Draw rows of pictures with a name at their left, and if given at their right and above each column.
+    """Draw rows of pictures with a name on their left and, if given, on their right and above each column.
 
     Args:
         rows, title, cell, gap: those of `class_grid`.

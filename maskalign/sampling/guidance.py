@@ -14,8 +14,8 @@ class Guided:
 
     For a model with a class token x holds both, as `state.StateLayout` packs them, and the class token is guided by a
     scale of its own. Where the image's scale is above 1 these are the velocities of REG's sampler (arXiv 2507.01467),
-    which guides neither of the two at any other scale. Here the class token is guided also where the image is not, if
-    its own scale asks for it.
+    which guides neither of the two at any other scale. Here the class token's own scale also applies where the image is
+    not guided.
 
     Args:
         model: called as `model(x, t, labels)`; gives the velocity, or something with an attribute `velocity`. A `SiT`
@@ -63,7 +63,7 @@ class Guided:
     def _guide(self, conditional, unconditional):
         if self.class_scale == self.scale:
             return _extrapolate(conditional, unconditional, self.scale)
-        # Each scale for its own numbers: those of the image, then those of the class token.
+        # One scale for the elements of the image, another one for those of the class token.
         sizes = [conditional.shape[1] - self.class_dim, self.class_dim]
         parts = zip(
             conditional.split(sizes, dim=1),
@@ -75,7 +75,7 @@ class Guided:
 
     def _velocity(self, x, t, labels):
         out = self.model(x, t, labels)
-        # Guidance multiplies rounding by its scale: combine in float64, as the samplers' state.
+        # Guidance multiplies rounding errors by its scale, so combine in float64, the dtype of the samplers' state.
         return getattr(out, "velocity", out).to(torch.float64)
 
 

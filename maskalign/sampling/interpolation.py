@@ -15,8 +15,8 @@ KINDS = ("noise", "class", "both")
 class BlendedNoise:
     """Noise on the quarter circle between two images' noises: cos(pi w / 2) a + sin(pi w / 2) b.
 
-    The squares of the weights sum to one, so that every point is standard normal noise, as a straight line's middle is
-    not. All draws are blended, the SDE's later ones and the class token's too.
+    The squares of the weights sum to one, so every point is standard normal noise; the middle of a straight line would
+    not be. All draws are blended, including the later ones of the SDE and those of the class token.
 
     Args:
         first, second: `ImageNoise` of as many images.
@@ -40,10 +40,10 @@ class BlendedNoise:
 
 
 def plan_rows(kind, classes):
-    """What the rows lead from and to: ((label, number of a picture), the same) for each; the sheet has these pictures.
+    """The two ends of every row, as ((label, number of a picture), (label, number of a picture)) of the class sheet.
 
-    `noise`: from the first to the second picture of each class; `class`: each class to the next one, with the noise of
-    the former's first picture; `both`: from each class's first picture to the next one's.
+    `noise`: from the first to the second picture of each class. `class`: from each class to the next one, with the
+    noise of the former's first picture. `both`: from the first picture of each class to that of the next one.
     """
     if kind == "noise":
         return [((label, 0), (label, 1)) for label in classes]

@@ -1,4 +1,4 @@
-"""A model as the samplers run it: without its projectors, its weights rounded to bf16 once and not at every use."""
+"""A model as the samplers run it: without projectors, and with weights that are rounded to bf16 once."""
 
 import copy
 from contextlib import nullcontext
@@ -40,7 +40,7 @@ class Network:
         self.class_dim = self.layout.class_dim
         self.precision = resolve_precision(precision, self.device)
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        # The projectors serve training alone: a quarter of the work of a small model that is not needed here.
+        # Only training needs the projectors, which are a quarter of the work of a small model.
         self.extra = {"align": False} if hasattr(model, "projectors") else {}
         self.low = self.precision == "bf16" and can_copy(model)
         self.autocast = self.precision == "bf16" and not self.low

@@ -1,7 +1,7 @@
-"""ADM's .npz of samples, written as they are drawn: any number of processes, stopped and continued at any moment.
+"""ADM's .npz of samples, written while they are drawn, by any number of processes; it can be stopped and resumed.
 
 Drawn images go to a memory-mapped .npy beside a file with one byte per image that says which are done; the archive is
-made at the end. `NAME.json` keeps the settings, so that a set is never finished with others than it was begun with.
+made at the end. `NAME.json` keeps the settings, and a set that was begun with other settings is refused.
 """
 
 import json
@@ -52,12 +52,12 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
     Args:
         path: the .npz to write.
         shape: (H, W, 3) of an image.
-        draw: indices (list of int) -> (n, H, W, 3) uint8 array or tensor; an image may depend on its index alone.
+        draw: indices (list of int) -> (n, H, W, 3) uint8 array or tensor; an image may depend only on its index.
             Batches are cut from the set at fixed places, so that one size gives the same bits on any number of ranks.
         settings: dict that JSON can hold: what the images depend on.
         batch_size: images per call of `draw`.
         rank, world_size: this process; the batches that are missing are dealt round robin.
-        barrier: called where all processes must meet; needed with more than one.
+        barrier: waits for all processes; required with more than one.
         on_done: called with a number of this process's images as they are finished, and first with its share of those
             of an earlier run.
 

@@ -4,8 +4,8 @@ The state is float64 whatever the model computes in. A velocity function is call
 noise's dtype and t a (B,) tensor of that dtype, and gives the velocity, of x's shape. `functools.partial` or
 `guidance.Guided` bind a model and its labels.
 
-Every number of the state goes its own way, so that x may hold anything: images, or images and class tokens packed side
-by side (`state.StateLayout`).
+The solvers treat every element of the state independently, so x may hold anything: images, or images and class tokens
+in one tensor (`state.StateLayout`).
 """
 
 from typing import Callable, Optional
@@ -15,11 +15,11 @@ import torch
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.guidance import Guided
 
-# REPA leaves the SDE's grid here and takes the rest in one noiseless step: the score's scale grows as t goes to 0.
+# REPA's SDE grid ends at this time, and one step without noise leads to 0: the score diverges as t goes to 0.
 LAST_SDE_TIME = 0.04
 
 
-# (x, t) -> velocity, all of x's shape and dtype but t, which is (B,).
+# Called with x (B, ...) and t (B,); returns the velocity, of x's shape and dtype.
 Velocity = Callable[..., torch.Tensor]
 OnStep = Optional[Callable[[], object]]
 OnState = Optional[Callable[[int, float, torch.Tensor, Optional[torch.Tensor]], object]]
@@ -151,8 +151,8 @@ def euler_maruyama(
 ) -> torch.Tensor:
     """Euler-Maruyama on the reverse SDE with diffusion w(t) = 2 t: `linspace(1, last, steps)`, then 0.
 
-    dx = (v - w/2 score) dt + sqrt(w) dW; the step from `last` to 0 takes the mean only. Guidance of the velocity is
-    guidance of the whole drift, which is linear in it.
+    dx = (v - w/2 score) dt + sqrt(w) dW; the step from `last` to 0 adds no noise. The drift is linear in the velocity,
+    so guiding the velocity guides the whole drift.
 
     Args:
         velocity_fn, noise, steps, on_step, on_state: as for `euler`.
@@ -168,7 +168,7 @@ def euler_maruyama(
     x = noise.to(torch.float64)
     for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
         diffusion, dt = 2 * now, then - now
-        # REPA draws before it calls the model: with one seed, both give the same pictures.
+        # Drawn before the model is called, as in REPA, so that one seed gives the same pictures in both.
         eps = randn(x) if step < len(times) - 2 else None
         velocity = _velocity(velocity_fn, x, now, noise.dtype)
         if on_state:

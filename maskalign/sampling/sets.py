@@ -13,7 +13,7 @@ from maskalign.sampling.pictures import to_uint8
 
 
 def draw_set(network, count, out, settings, about, ranks, *, classes=None, labels=None, decoder=None, on_images=None):
-    """Draw `count` images into `out`/samples_<count>.npz, or what is missing of them.
+    """Draw `count` images into `out`/samples_<count>.npz, or those of them that are missing.
 
     Args:
         network: `Network`.
@@ -33,7 +33,7 @@ def draw_set(network, count, out, settings, about, ranks, *, classes=None, label
     Raises:
         UsageError: the model draws no RGB images, or the set was begun with other settings.
     """
-    # A decoder says its own size only by decoding.
+    # The size of decoded images is known only after decoding one.
     side = network.input_size
     probe = torch.zeros(1, network.in_channels, side, side, device=network.device)
     channels, height, width = (decoder(probe) if decoder else probe).shape[1:]

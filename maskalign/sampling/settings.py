@@ -124,11 +124,11 @@ def class_token_scale(scale, class_scale):
 def parse_classes(text, class_names):
     """`--classes` as a list of labels.
 
-    A word that can be a class's name and another one's label, as "2" where label 1 is called "2", is refused;
-    "name:2" and "label:2" (or "label:2-5") say which.
+    A word that is both the name of one class and the label of another, such as "2" where label 1 is named "2", is
+    refused; "name:2" and "label:2" (or "label:2-5") are unambiguous.
 
     Args:
-        text: labels, ranges of labels and class names, separated by commas or blanks: `0,3,7`, `0-9`, `Flags`.
+        text: labels, ranges of labels and class names, separated by commas or spaces: `0,3,7`, `0-9`, `Flags`.
         class_names: name of every label.
 
     Raises:
@@ -142,7 +142,7 @@ def parse_classes(text, class_names):
         try:
             apart = [label for word in words for label in _labels_of(word, names)]
         except UsageError:
-            return [whole]  # a name with a comma or a blank in it
+            return [whole]  # a name that contains a comma or a space
         raise UsageError(
             f"--classes: {text!r} is the name of label {whole}, and also the labels "
             f"{', '.join(map(str, apart))}; write name:... or label:... before each"
@@ -199,7 +199,7 @@ def _two_readings(word, named, labels, names):
 
 
 def _by_name(word, names):
-    """The label of a name: as it is written, else in any case; None where no class is called so."""
+    """The label of a class name, exact or in any case; None where there is no such class."""
     for spelled in (str, str.lower):
         found = [label for label, name in enumerate(names) if spelled(name) == spelled(word)]
         if len(found) > 1:
@@ -211,7 +211,7 @@ def _by_name(word, names):
 
 
 def _readable_label(word):
-    """The range of labels that a word spells, whatever the number of classes; None where it is no number."""
+    """The labels that a word such as "3" or "0-9" spells, existing or not; None if it is no number."""
     first, dash, last = word.partition("-")
     last = last if dash else first
     if re.fullmatch("[0-9]{1,9}", first) and re.fullmatch("[0-9]{1,9}", last) and int(first) <= int(last):
@@ -220,7 +220,7 @@ def _readable_label(word):
 
 
 def _by_label(word, number):
-    """Labels of "3", "0-9"; None where it is no number; UsageError where there is no such label."""
+    """The labels that "3" or "0-9" stands for; None if it is no number, UsageError if there is no such label."""
     labels = _readable_label(word)
     if labels is None:
         if re.fullmatch("-?[0-9]+", word):

@@ -10,7 +10,7 @@ class StateLayout(NamedTuple):
 
     A model without a class token has the image (B, C, H, W) as its state. With one (REG, arXiv 2507.01467) both are
     denoised together, and the state is (B, C * H * W + class_dim): the image's numbers, then those of the class token.
-    Solvers work on each number alone, so they need not know which of the two it belongs to.
+    Solvers treat each element independently, so they need not know which of the two it belongs to.
 
     shape: (C, H, W) of an image. class_dim: width of the class token; None for a model without one.
     """

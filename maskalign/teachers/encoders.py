@@ -1,4 +1,4 @@
-"""The networks behind the teachers, each with its own preprocessing.
+"""The networks of the teachers, each with its own preprocessing.
 
 Every encoder is a module with `dim`, `grid` (gh, gw) and `forward(images)`: (B, 3, H, W) uint8 to
 (B, gh * gw, dim), tokens in row-major order, in the dtype of its weights. `tokens_and_class(images)` gives the same
@@ -31,14 +31,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.network = network
         for name, values in (("input_mean", mean), ("input_std", std)):
-            # float32 whatever the network's dtype: bf16 has fewer steps than a byte.
+            # Always float32: bf16 has fewer steps than a byte.
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def normalized(self, images):
         return (images.float() / 255 - self.input_mean) / self.input_std
 
     def resized(self, images, size, mode="bicubic"):
-        """Images (B, 3, H, W) resized with antialias to (h, w), in [0, 255]; untouched where they fit."""
+        """Images (B, 3, H, W) resized with antialias to (h, w), in [0, 255]; unchanged if they have that size."""
         if tuple(images.shape[-2:]) == tuple(size):
             return images
         antialias = mode in ("bilinear", "bicubic")
@@ -72,7 +72,7 @@ class Dinov2(Encoder):
     def __init__(self, teacher, weights, image_size):
         side = 16 * max(1, image_size // 256)
         # img_size makes timm resample the position embedding of the weights when it loads them (bicubic,
-        # antialias), with the very function that REPA calls.
+        # antialias), with the function that REPA calls.
         network = build_network(
             dinov2_model(teacher),
             weights,
@@ -124,7 +124,7 @@ class EfficientNetLite0(Encoder):
 
 
 def _efficientnet_lite0(weights, teacher):
-    """timm's tf_efficientnet_lite0; the installed file has other names, but the same tensors in order."""
+    """timm's tf_efficientnet_lite0; the installed file has the same tensors in the same order, under other names."""
     if weights in ("hub", "random"):
         return build_network("tf_efficientnet_lite0", weights, teacher=teacher)
     if weights is None:
@@ -171,9 +171,9 @@ def _fold_batch_norms(network):
 def _pad_inside(network):
     """Replace TensorFlow's one-sided padding before strided convolutions: 1.6x as fast on a CPU.
 
-    For even inputs "same" padding puts one row and column more at the end than at the start, which costs a copy
-    of the activations. The same sums come from equal padding with a kernel that has one more row and column of
-    zeros at its start.
+    For even inputs "same" padding adds one row and column more at the end than at the start, which costs a copy
+    of the activations. Equal padding gives the same sums with a kernel that has one more row and column of zeros
+    at its start.
     """
     for parent in network.modules():
         for name, conv in list(parent.named_children()):
@@ -213,7 +213,7 @@ class TimmEncoder(Encoder):
         self.input_size = tuple(config["input_size"][-2:])
         self.interpolation = config["interpolation"] if config["interpolation"] in MODES else "bicubic"
         self.prefix = getattr(network, "num_prefix_tokens", 0)
-        # Registers are prefix tokens too, and a ViT may have those alone.
+        # Registers are prefix tokens too, and a ViT may have no other ones.
         if self.prefix and getattr(network, "cls_token", None) is not None:
             self.class_kind = "prefix"
         self.channels_last = getattr(network, "output_fmt", "NCHW") == "NHWC"

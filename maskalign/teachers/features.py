@@ -31,7 +31,7 @@ class Features:
         prepare: called with the network of each live teacher, to compile or shard it.
 
     Attributes:
-        sources: a `Source` per teacher; with a class token and no alignment the one that gives it.
+        sources: a `Source` per teacher; with a class token and no alignment only the one of the class token.
         class_dim: numbers of the class token that the model sees, None where it sees none.
 
     Raises:
@@ -79,7 +79,7 @@ class Features:
 
     @property
     def fields(self):
-        """What the stream has to read for the features, images left out."""
+        """Names of the fields that the stream must read for the features, without the images."""
         cached = [source.name for source in self.sources if source.teacher is None]
         fields = cached if self.aligned else []
         return fields + [class_field(name) for name in cached if self.with_class]
@@ -104,7 +104,8 @@ class Features:
             first = values if first is None else first
             if not self.aligned:
                 continue
-            # int8 rows have no common length, which a weighted mean of neighbors needs: resample before storing.
+            # int8 rows have lost their lengths, so a weighted mean of neighbors would be wrong: resample before
+            # storing.
             z = z if source.grid == self.grid else resample_tokens(z.float(), source.grid, self.grid)
             if values is not None:
                 # A cosine ignores the length of a row. Cached class tokens are known to be finite.

@@ -8,8 +8,8 @@ from maskalign.errors import UsageError
 from maskalign.teachers.encoders import Dinov2, EfficientNetLite0, TimmEncoder
 from maskalign.teachers.tokens import normalize_tokens, resample_tokens, standardize_class_token
 
-# Images per pass on CPUs. Larger activations are given back to the system after every layer and faulted in
-# again: EfficientNet-Lite0 runs half as fast with 16 images at a time as with 4.
+# Images per pass on CPUs. The allocator returns larger activations to the system after every layer, and touching them
+# again costs page faults: EfficientNet-Lite0 runs half as fast with 16 images at a time as with 4.
 CPU_CHUNK = 4
 
 
@@ -62,7 +62,7 @@ class Teacher(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def train(self, mode=True):
-        """A teacher stays as it is: its norms and dropouts are never in training mode."""
+        """Does nothing: norms and dropouts of a teacher are never in training mode."""
         return self
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ class Teacher(nn.Module):
             shape = tuple(images.shape)
             raise ValueError(f"images are {images.dtype} {shape}, expected torch.uint8 (B, 3, H, W)")
         chunk = CPU_CHUNK if images.device.type == "cpu" else max(1, len(images))
-        # Autocast would make the tokens depend on where the call stands; the teacher has a dtype of its own.
+        # Disabled because autocast would make the tokens depend on the caller; the teacher has its own dtype.
         with torch.autocast(images.device.type, enabled=False):
             parts = [self.encoder.tokens_and_class(part) for part in images.split(chunk)]
             return tuple(torch.cat([part.float() for part in column]) for column in zip(*parts, strict=True))
@@ -200,7 +200,7 @@ def load_teachers(names, *, weights=None, **kwargs):
 
 
 def load_teacher_like(name, entry, **kwargs):
-    """The teacher whose live tokens and class tokens are those that a data set caches, up to their rounding.
+    """A teacher that computes the tokens and class tokens that a data set has stored, up to their rounding.
 
     Args:
         name: the teacher.

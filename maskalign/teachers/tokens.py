@@ -63,8 +63,8 @@ def normalize_tokens(z, mode="none", mean=None, eps=1e-6):
 def standardize_class_token(values, mean, std):
     """Standardize class tokens per channel with a data set's statistics.
 
-    The statistics come from a sample, in which a channel may hardly vary that does so elsewhere: values beyond 100
-    standard deviations are set to that, so that none of them rules the loss or leaves float16.
+    The statistics come from a sample, in which a channel may vary much less than elsewhere. Values beyond 100 standard
+    deviations are clipped, so that none of them dominates the loss or overflows float16.
 
     Args:
         values: (B, D) floating.
@@ -116,20 +116,19 @@ def project_class_token(values, entry, count=None):
 
 
 def quantize_rows(z, check=True):
-    """Round every token to int8 by its own largest magnitude: that one becomes +-127.
+    """Scale every token so that its largest magnitude is 127, and round it to int8.
 
     The cosine of a row ignores its length, so no scale is kept. A row of zeros stays zero.
 
     Rounding turns a row by an angle of about r / (127 sqrt(12)) radians, r its largest magnitude over its root mean
     square: 0.0073 for r = 3.2, the teachers' here. At an angle theta between student and teacher that is an error of
-    0.0073 / sin(theta) of the alignment gradient, which is within 1 % up to a cosine of 0.68; a student that agrees
-    better has gradients as small as the rounding leaves visible, and float16 is there for it. A smaller scale that
-    clips the largest entries, searched row by row, turns rows less by under 2 % only (see the tests), so the largest
-    magnitude it is.
+    0.0073 / sin(theta) of the alignment gradient, which is within 1 % up to a cosine of 0.68; store float16 for
+    students that agree better. A smaller scale that clips the largest entries, searched row by row, reduces the angle
+    by less than 2 % (see the tests), so the largest magnitude is the scale.
 
     Args:
         z: (..., D) floating, finite.
-        check: refuse entries that are not finite; on a GPU this waits for all work before it.
+        check: raise for entries that are not finite; on a GPU this synchronizes.
 
     Returns:
         (..., D) int8 in [-127, 127].
@@ -137,5 +136,5 @@ def quantize_rows(z, check=True):
     largest = z.abs().amax(dim=-1, keepdim=True)
     if check and not torch.isfinite(largest).all():
         raise ValueError("z has entries that are not finite, they cannot be rounded to int8")
-    # Divide first: 127 / largest would overflow for rows of subnormal numbers.
+    # Divide first: 127 / largest overflows for rows of subnormal numbers.
     return torch.round(z / torch.where(largest > 0, largest, 1) * 127).to(torch.int8)

@@ -1,6 +1,6 @@
 """Networks for teachers: built by timm, with weights from the hub, from a local file, or random for tests.
 
-Files are read with safetensors or `torch.load(weights_only=True)`: nothing is unpickled.
+Files are read with safetensors or `torch.load(weights_only=True)`, which run no code from the file.
 """
 
 import pickle
@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from maskalign.errors import UsageError, one_line
-from maskalign.teachers.hub import SOURCES, check_hub, hub_url
+from maskalign.runtime.hub import check_hub, hub_url
+from maskalign.teachers.hub import SOURCES
 
 RANDOM_SEED = 0
 
@@ -31,7 +32,7 @@ def build_network(model, weights, *, teacher, **kwargs):
         raise UsageError(f"teacher {teacher}: timm has no model {model!r}; {hint}")
     try:
         if weights == "random":
-            # The same draw everywhere: every rank, worker and restart must see the same teacher.
+            # A fixed seed: every rank, worker and restart must have the same teacher.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(RANDOM_SEED)
                 network = timm.create_model(model, pretrained=False, **kwargs)
@@ -61,7 +62,7 @@ def read_state_dict(path, teacher):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UsageError(
-            f"teacher {teacher}: {path} is damaged, or holds more than tensors, which is refused since it "
+            f"teacher {teacher}: {path} is damaged or holds more than tensors, which is refused because it "
             "could run code; save its state_dict, or a .safetensors file"
         ) from None
     except Exception as error:  # what damaged files raise is not documented by either library
@@ -85,8 +86,8 @@ def _from_state_dict(model, state, kwargs):
     heads = getattr(cfg, "classifier", None) or ()
     heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
     state = {name: tensor for name, tensor in state.items() if not name.startswith(heads)} if heads else state
-    # timm's own way past the download is a state_dict in the overlay. Where the number of classes is not the one of
-    # its config, it no longer asks that all tensors fit, and random ones stay unnoticed: hence 0 on both sides.
+    # A state_dict in the overlay replaces timm's download. If the number of classes differs from its config, timm no
+    # longer checks that all tensors fit, and random ones would go unnoticed: hence 0 classes on both sides.
     overlay = {"state_dict": state, "num_classes": 0}
     return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs | {"num_classes": 0})
 
@@ -105,7 +106,7 @@ def _from_hub(model, teacher, kwargs):
         if repository:
             cached = try_to_load_from_cache(repository, "model.safetensors")
             if isinstance(cached, str):
-                # Without a word to the hub, whose client would wait for it where there is no network.
+                # Without contacting the hub, whose client would wait where there is no network.
                 return _from_state_dict(model, read_state_dict(cached, teacher), kwargs)
     check_hub(f"teacher {teacher}", repository or model, "its weights (a .safetensors or .pth file)")
     try:

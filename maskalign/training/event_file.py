@@ -35,6 +35,11 @@ class EventFile:
         """A number of a step."""
         self._add(Event(summary=scalar(tag, value), step=step))
 
+    def add_scalars(self, values, step):
+        """Numbers of a step: dict from tag to number."""
+        for tag, value in values.items():
+            self.add_scalar(tag, value, step)
+
     def add_image(self, tag, pixels, step):
         """A picture of a step: pixels (H, W, C), uint8."""
         self._add(Event(summary=image(tag, pixels, dataformats="HWC"), step=step))

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from maskalign.checkpoints.sources import check_source
 from maskalign.config import validate_with_data, validate_with_ranks
 from maskalign.data.build.building import WORK
 from maskalign.data.format.manifest import FILE_NAME, Manifest, other_classes
@@ -10,6 +11,7 @@ from maskalign.data.stream.mixture import check_class_tokens, open_data_sets
 from maskalign.errors import UsageError
 from maskalign.models.flash import check_flash
 from maskalign.teachers.hub import check_weights
+from maskalign.training.wandb_log import check_wandb
 
 
 def check_data(config):
@@ -48,11 +50,13 @@ def check_data(config):
     for name, cached in sources.items():
         if not cached:
             check_weights(name, config.teacher.weights)
+    if "wandb" in config.training.loggers:
+        check_wandb()
     if config.evaluate.every:
         _check_evaluation(config.evaluate, manifest)
     init_from = config.training.init_from
-    if init_from is not None and not Path(init_from).exists():
-        raise UsageError(f"training.init_from: there is no checkpoint {init_from}")
+    if init_from is not None:
+        check_source(init_from, "training.init_from")
     return manifest, facts
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from maskalign.config import as_plain
 from maskalign.evaluation import history
 from maskalign.training.logs import MetricsFile, draw_curves, read_metrics
 
@@ -23,15 +24,21 @@ class RunLog:
     def __init__(self, config, step, seconds, is_main):
         self.run_dir, self.training, self.is_main = Path(config.run_dir), config.training, is_main
         self.metrics = MetricsFile(self.run_dir / "metrics.csv", step) if is_main else None
-        self.tensorboard = self._tensorboard(step)
+        self.writers = self._open_writers(config, step) if is_main else []
         self.bar = self._bar(step, seconds)
 
-    def _tensorboard(self, step):
-        if not self.training.tensorboard or not self.is_main:
-            return None
-        from maskalign.training.event_file import EventFile
+    def _open_writers(self, config, step):
+        """The loggers of `training.loggers`, each with `add_scalars`, `add_image` and `close`."""
+        writers = []
+        if "tensorboard" in self.training.loggers:
+            from maskalign.training.event_file import EventFile
 
-        return EventFile(self.run_dir / "tensorboard", purge_step=step + 1)
+            writers.append(EventFile(self.run_dir / "tensorboard", purge_step=step + 1))
+        if "wandb" in self.training.loggers:
+            from maskalign.training.wandb_log import WandbLog
+
+            writers.append(WandbLog(self.run_dir, as_plain(config)))
+        return writers
 
     def _bar(self, step, seconds):
         """A bar over the share of the run that is done; the time left comes first, to be seen on narrow terminals."""
@@ -99,8 +106,8 @@ class RunLog:
         if not self.is_main:
             return
         self._draw_curves()
-        if self.tensorboard is not None:
-            self.tensorboard.add_image("samples", np.asarray(sheet), step)
+        for writer in self.writers:
+            writer.add_image("samples", np.asarray(sheet), step)
 
     def evaluation(self, step, seconds, found):
         """Tell of an evaluation: dict from a measure's name to its value."""
@@ -112,14 +119,13 @@ class RunLog:
 
     def close(self):
         self.bar.close()
-        for file in (self.metrics, self.tensorboard):
+        for file in (self.metrics, *self.writers):
             if file is not None:
                 file.close()
 
     def _scalars(self, group, step, values):
-        if self.tensorboard is not None:
-            for key, value in values.items():
-                self.tensorboard.add_scalar(f"{group}/{key}", value, step)
+        for writer in self.writers:
+            writer.add_scalars({f"{group}/{key}": value for key, value in values.items()}, step)
 
     def _draw_curves(self):
         rows = read_metrics(self.run_dir / "metrics.csv")

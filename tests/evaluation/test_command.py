@@ -134,7 +134,7 @@ def mistakes(run, data, folder):
         ([run, "--data", folder / "empty"], 2, "has no manifest.json"),
         ([run, "--data", data, "--metrics", "fid"], 2, "'fid' is not one of frechet, kernel, neighbors"),
         ([few, "--data", data, "--metrics", "none"], 2, "nothing to measure"),
-        ([run, "--data", data, "--metrics", "none", "--held-out-images", 0], 2, "leave nothing to measure"),
+        ([run, "--data", data, "--metrics", "none", "--held-out-images", 0], 2, "leaves nothing to measure"),
         ([run, "--data", data, *kernel, "--out", folder / "nan.npz"], 2, "cannot be written to (it is a file)"),
         ([run, "--data", data, "--teacher", "dinov3"], 2, "no teacher is called 'dinov3'"),
         ([run, "--data", data, "--inception", folder / "none.pth"], 2, "no weights file"),

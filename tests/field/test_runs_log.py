@@ -120,7 +120,7 @@ def bar_at(tmp_path, step, seconds, columns=80, **training):
     from maskalign.training.run_log import RunLog
 
     config = Config(run_dir=str(tmp_path))
-    for key, value in {"tensorboard": False, "progress": True, **training}.items():
+    for key, value in {"loggers": [], "progress": True, **training}.items():
         setattr(config.training, key, value)
     log = RunLog(config, 0, 0.0, is_main=True)
     log.advance(step, seconds)

@@ -168,7 +168,7 @@ def test_odd_numbers_and_shapes_do_not_break_the_page(tmp_path, write_run):
     assert [row["name"] for row in evaluation_table([read])] == ["c"] and held_out_charts([read]) == []
     json.dumps(page.numbers(), allow_nan=False)
     (run / "config.yaml").write_text("- a list\n")
-    assert "does not hold what it should" in read_run(run).notes[0]
+    assert "has an unexpected form" in read_run(run).notes[0]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from maskalign.data.format.manifest import class_member, teacher_member
 from maskalign.errors import UsageError
-from maskalign.teachers.hub import check_hub
+from maskalign.runtime.hub import check_hub
 
 
 class Wanted(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 
 from maskalign.data.build.recipe import check_vae
 from maskalign.errors import UsageError, one_line
-from maskalign.teachers.hub import hub_answers, hub_url
+from maskalign.runtime.hub import hub_answers, hub_url
 
 # Images per pass on CPUs, as in `teachers.teacher`.
 CPU_CHUNK = 2

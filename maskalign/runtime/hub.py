@@ -1,0 +1,56 @@
+"""Whether a model hub can be reached, asked before anything heavy is imported or a client waits for long."""
+
+import os
+import threading
+import urllib.error
+import urllib.request
+
+from maskalign.errors import UsageError
+
+HUB_TIMEOUT = 5.0
+
+
+def hub_url():
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def check_hub(what, repository, instead):
+    """Raise a UsageError where a repository is neither in the cache nor on a hub that answers.
+
+    Left alone, the hub's client retries an unknown host for most of a minute.
+    """
+    if not in_cache(repository) and not hub_answers(hub_url()):
+        raise UsageError(
+            f"{what}: {repository} is not in the local cache and the hub {hub_url()} does not answer; "
+            f"give a local path for {instead}"
+        )
+
+
+def in_cache(repository):
+    """Whether the hub's client has some files of a repository on this machine."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return os.path.isdir(os.path.join(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots"))
+
+
+def hub_answers(url, timeout=HUB_TIMEOUT):
+    """Whether anything at all answers at `url` within `timeout` seconds, name look-up included."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return False
+    answered = []
+
+    def ask():
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
+        except urllib.error.HTTPError:
+            answered.append(True)  # a refusal is an answer
+        except (OSError, ValueError):
+            return
+        else:
+            answered.append(True)
+
+    # The look-up of a name has no time limit of its own, hence the thread.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return bool(answered)
