@@ -47,7 +47,7 @@ def parts_of(options):
         part("tests", "benchmarks.gpu.device_tests", "gpu-tests.csv", share=1.2),
         part("kernels", "benchmarks.gpu.kernels", "gpu-kernels.csv", share=1.3, least=40.0),
         steps("b2", base, STEP_CASES, share=1.5),
-        steps("xl2", large, STEP_CASES, share=1.5),
+        steps("xl2", large, "repa" if options.rehearse else STEP_CASES, share=1.5),
         steps("ddp", base, PLAN_CASES, "--plan", "ddp", share=0.5),
         steps("fsdp", base, PLAN_CASES, "--plan", "fsdp", share=0.5),
     ]

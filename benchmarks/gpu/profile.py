@@ -156,16 +156,16 @@ def rows_of(launches, steps, peak, bandwidth):
     return rows
 
 
-def trace_of(case, device):
-    """(Chrome trace of STEPS steps, launched kernel by kernel; microseconds of a step on the wall)."""
+def trace_of(case, device, steps):
+    """(Chrome trace of some steps, launched kernel by kernel; microseconds of a step on the wall)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with case.kernel_by_kernel(), tempfile.TemporaryDirectory() as folder:
-        for _ in range(3):
+        for _ in range(steps):  # compile and allocate
             case.step()
         synchronize(device)
         with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
-            for _ in range(STEPS):
+            for _ in range(steps):
                 with torch.profiler.record_function("step"):
                     case.step()
             synchronize(device)
@@ -188,8 +188,9 @@ def main(argv=None):
     for name in options.cases.split(","):
         try:
             case = make_case(name, options, device)
-            trace, wall = trace_of(case, device)
-            found = rows_of(launches_of(trace), STEPS, peak, bandwidth)
+            steps = 1 if options.rehearse else STEPS
+            trace, wall = trace_of(case, device, steps)
+            found = rows_of(launches_of(trace), steps, peak, bandwidth)
             case.close()
         except Exception as error:  # The other case is worth its time all the same.
             failed = True
