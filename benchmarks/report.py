@@ -86,7 +86,7 @@ def with_names(rows, note, key):
 def names_then(note):
     """A sentence on recipes that had other names when they were measured; empty for none."""
     pairs = [f"`{old}` is `{new}` today" for old, new in note.get("renamed", {}).items()]
-    return f" In the command, and in what is said of it, {', '.join(pairs)}." if pairs else ""
+    return f" In the command and in these notes, {', '.join(pairs)}." if pairs else ""
 
 
 def ratio(row, key):
@@ -168,7 +168,7 @@ def loader_section(path, note):
         for row in rows
     ]  # fmt: skip
     head = ["layout, loader", "samples/s, page cache", "samples/s, cold disk", "a sample"]
-    text = paragraph(f"Samples a second, read in the training process. {note['conditions']}")
+    text = paragraph(f"Samples per second, read in the training process. {note['conditions']}")
     return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
 
 

@@ -13,7 +13,7 @@ from maskalign.planning.devices import DEVICES, load_device
 from maskalign.planning.estimate import SAME_GLOBAL, SAME_PER_RANK, exposed_seconds, plan_run
 from maskalign.planning.facts import find_facts
 from maskalign.planning.options import Options
-from maskalign.training.throughput import PEAKS
+from maskalign.runtime.accelerators import peak_tflops
 
 H100 = DEVICES["h100"]
 SMALL = (
@@ -139,11 +139,23 @@ def test_a_class_token_is_planned_for(settings):
     assert any("class tokens of dinov2-b are cached" in line for line in unnamed.assumed)
 
 
-def test_devices_have_the_peaks_that_training_uses():
-    names = {"a100": "A100", "h100": "H100", "h200": "H200", "b200": "B200", "mi300x": "MI300X"}
-    assert set(names) == set(DEVICES)
-    for key, name in names.items():
-        assert (DEVICES[key].bf16_tflops, DEVICES[key].fp32_tflops) == PEAKS[name] and DEVICES[key].source
+@pytest.mark.parametrize(
+    "key, driver, bf16, fp32",
+    [
+        ("a100", "NVIDIA A100-SXM4-80GB", 312, 156),
+        ("h100", "NVIDIA H100 80GB HBM3", 989, 494),
+        ("h200", "NVIDIA H200", 989, 494),
+        ("b200", "NVIDIA B200", 2250, 1125),
+        ("mi300x", "AMD Instinct MI300X", 1307, 163),
+        (None, "NVIDIA H100 PCIe", 756, 378),
+        (None, "NVIDIA GH200 480GB", 989, 494),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(key, driver, bf16, fp32):
+    assert peak_tflops(driver) == (bf16, fp32)
+    if key is not None:
+        assert (DEVICES[key].bf16_tflops, DEVICES[key].fp32_tflops) == (bf16, fp32) and DEVICES[key].source
+    assert peak_tflops("NVIDIA GeForce GTX 1080") is None
 
 
 def test_links_of_a_node_and_between_nodes():

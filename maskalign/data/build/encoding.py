@@ -24,7 +24,7 @@ from dataclasses import asdict, replace
 
 from maskalign.config.teacher_names import check_normalization, parse_teachers
 from maskalign.data.build.processes import LinePrinter, in_processes, wait_for
-from maskalign.data.build.recipe import Recipe, Wanted, check_vae, entry_bytes, weights_label
+from maskalign.data.build.recipe import IMAGENET_IMAGES, Recipe, Wanted, check_vae, entry_bytes, weights_label
 from maskalign.data.build.staging import Staging, finish_commits, read_json
 from maskalign.data.format.manifest import FILE_NAME, Manifest, is_url
 from maskalign.errors import RunError, UsageError
@@ -33,7 +33,6 @@ from maskalign.runtime.lock import locked
 from maskalign.runtime.outputs import is_run
 from maskalign.teachers.hub import check_weights
 
-IMAGENET_IMAGES = 1_281_167
 CLASS_TOKEN = ("both", "only", "none")
 
 

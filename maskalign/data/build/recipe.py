@@ -10,6 +10,8 @@ from maskalign.data.format.manifest import class_member, teacher_member
 from maskalign.errors import UsageError
 from maskalign.runtime.hub import check_hub
 
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
+
 
 class Wanted(NamedTuple):
     """What to add of one teacher: its name, weights as for `load_teacher`, and whether rows and class tokens."""
