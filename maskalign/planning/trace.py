@@ -214,7 +214,7 @@ def _traced(config, facts, phase, model, placement, images, parts):
     config.method.align_weight = 1.0 if phase.aligned else 0.0
     with tracker:
         step(0, 0.0, inputs, labels, teachers, prepare=prepare, class_token=class_token)
-    state = [optimizer.adamw.state[master] for master in optimizer.masters]
+    state = optimizer.adamw.state.values()
     held = {
         "masters": _nbytes(optimizer.masters),
         "copies": _nbytes(optimizer.params) if optimizer.has_copies else 0,

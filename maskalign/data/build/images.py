@@ -150,6 +150,17 @@ def _declared(image, data):
     return None, image.format == "PNG" and not grey and data[24:25] == b"\x10"
 
 
+def is_as_stored(data, size, image_format):
+    """Whether a file's bytes, which can be decoded, are a stored image as they are: format, size, 8-bit RGB."""
+    if not isinstance(data, bytes):
+        return False
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = {"JPEG": "jpg"}.get(image.format, image.format.lower())
+        plain = image.mode == "RGB" and "transparency" not in image.info and _declared(image, data) == (None, False)
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return kind == image_format and image.size == (size, size) and plain and not turned
+
+
 def adm_crop(image, size):
     """ADM's centre crop (guided-diffusion, image_datasets.center_crop_arr), as REPA and SiT use it.
 

@@ -57,7 +57,7 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
     if not quiet:
         print(f"{out}: {sum(map(len, samples.values()))} of {manifest.num_samples:,} samples")
         if manifest.license:
-            print(f"licence: {manifest.license}".encode("ascii", "replace").decode())
+            print(f"license: {manifest.license}".encode("ascii", "replace").decode())
     return os.fspath(out)
 
 
@@ -169,7 +169,7 @@ def _draw(manifest, classes, samples, strips, columns, tile):
     width = margin + columns * (tile + GAP) + GAP
     title = f"{manifest.source}: {manifest.num_samples:,} samples, {manifest.num_classes:,} classes, "
     title += f"{manifest.resolution} px" + "".join(f", {name}" for name, *_ in strips[1:])
-    footer = _wrap(f"Licence: {manifest.license}", font, width - 2 * GAP) if manifest.license else []
+    footer = _wrap(f"License: {manifest.license}", font, width - 2 * GAP) if manifest.license else []
     head = _wrap(title, font, width - 2 * GAP)
     line = TEXT + GAP
     top = GAP + len(head) * line + GAP

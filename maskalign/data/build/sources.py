@@ -16,6 +16,7 @@ from maskalign.data.build.images import ENDINGS, MAX_BYTES, BadImage
 from maskalign.data.build.items import Item, Source
 from maskalign.data.build.labels import HOLES, check_names, check_text
 from maskalign.data.build.listing import tell_passed, walk_folder
+from maskalign.data.build.prepared import find_latents, take_latents
 from maskalign.data.build.torchvision_source import open_torchvision
 from maskalign.data.build.webdataset_source import find_shards, open_tars
 from maskalign.errors import UsageError
@@ -32,7 +33,7 @@ class NoImages(UsageError):
 def open_source(
     source,
     *,
-    size,
+    size=None,
     subset=None,
     class_names=None,
     class_folders=None,
@@ -45,7 +46,7 @@ def open_source(
     Args:
         source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz), webdataset shards (a folder of .tar
             files or a pattern such as "shards/{000..009}.tar").
-        size: side in pixels that the images will have (OpenMoji is drawn to suit it).
+        size: side in pixels that the images will have, None where the source decides (OpenMoji is drawn to suit it).
         subset: the part of the source to take, as "train"; needed where it has several.
         class_names: names for the integer labels of webdataset shards or dataset.json; numbers where left out.
         class_folders: which folders are classes, see `folders.group_by_class`; one of CLASS_FOLDERS or None.
@@ -66,7 +67,7 @@ def open_source(
     labels = {"class_names": class_names, "holes": holes}
     folders = {"subset": subset, "class_folders": class_folders}
     if source == "openmoji":
-        found = _openmoji(size)
+        found = _openmoji(size or 32)
     elif source.startswith("torchvision:"):
         found = open_torchvision(source.removeprefix("torchvision:"), subset, root)
     elif re.match(r"[a-z0-9+]+:", source) and not os.path.exists(source):
@@ -75,7 +76,7 @@ def open_source(
     elif re.search(r"[{*?]", source) and not os.path.exists(source):
         found = open_tars(source, find_shards(source), **labels, **folders)
     elif os.path.isdir(source):
-        found = _folder(source, labels, folders)
+        found = _folder(source, labels, folders, size)
     elif os.path.exists(source):
         found = _archive(source, labels, folders, scratch)
     else:
@@ -152,7 +153,7 @@ class FolderReader:
             return file.read()
 
 
-def _folder(root, labels, folders):
+def _folder(root, labels, folders, size):
     listing = walk_folder(root)
     where = os.path.abspath(root)
     tars = [name for name, _ in listing.files if name.lower().endswith(".tar")]
@@ -163,7 +164,14 @@ def _folder(root, labels, folders):
         found.passed += type(found.passed)()  # drops what is down to nothing
         found.rejected = sorted([*found.rejected, *listing.rejected])
         return found
-    return _group(f"folder {os.path.basename(where)}", listing, FolderReader(root), where, labels, folders)
+    reader = FolderReader(root)
+
+    def group():
+        return _group(f"folder {os.path.basename(where)}", listing, reader, where, labels, folders)
+
+    if folders["class_folders"] is None and find_latents(listing):
+        return take_latents(group, listing, reader, root, where, labels, size)
+    return group()
 
 
 def _archive(path, labels, folders, scratch):

@@ -60,7 +60,7 @@ class Manifest:
             and, where there are, leading principal components of the stored class tokens: {"mean" [dim],
             "basis" [M][dim], "scale" [M], ...}, such that ((r - mean) @ basis.T) / scale is white.
         hflip: the members of mirrored images are there too.
-        license: licence and attribution of the images, None where unknown.
+        license: license and attribution of the images, None where unknown.
         source: what the data set was built from.
         extra: keys of the file that this class does not know; they are written back unchanged. A new manifest says
             here that its shards' members carry checksums (format/members.py).
