@@ -134,7 +134,8 @@ def comparison(paper, ablations=None, seconds=None):
         for values, when in ((steps, f"{step} steps each"), (ends, "equal seconds")):
             if one in values and other in values:
                 here = f"{_mean(values[one]):.2f} against {_mean(values[other]):.2f}, {when}"
-                lines.append((f"`{one}` has a lower distance than `{other}`", says, here, verdict(values[one], values[other])))
+                sure = verdict(values[one], values[other])
+                lines.append((f"`{one}` has a lower distance than `{other}`", says, here, sure))
     lines += _step_time(seconds)
     lines += _finding(paper)
     if ablations:
