@@ -59,7 +59,7 @@ class Saver:
         """Save one checkpoint, after the one before is on disk; in the background, unless `background` is False.
 
         Args:
-            step: number of optimiser steps done.
+            step: number of optimizer steps done.
             tensors: flat dict from name to tensor. Plain tensors are the same on every rank; DTensors are shards.
             state: what JSON can hold, of this rank.
             config_yaml: the run's settings as text.

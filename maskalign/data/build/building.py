@@ -67,7 +67,7 @@ def build(
         out: folder for the shards and manifest.json; made if need be.
         size: side of the stored square RGB images in pixels; by default 32, or that of a folder whose pictures and
             latents REPA's or REG's scripts have prepared.
-        crop: "adm" (ADM's centre crop) or "resize" (the whole image, aspect ratio lost).
+        crop: "adm" (ADM's center crop) or "resize" (the whole image, aspect ratio lost).
         image_format: "png" or "webp" (both lossless), or "jpg".
         shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
         workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core, and

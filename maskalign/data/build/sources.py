@@ -204,7 +204,7 @@ def _archive(path, labels, folders, scratch):
 
 
 def _group(name, listing, reader, where, labels, folders, stem=None):
-    """A source of a listing: labelled by dataset.json where there is one, else by folders."""
+    """A source of a listing: labeled by dataset.json where there is one, else by folders."""
     tables = find_tables(listing, folders["subset"]) if folders["class_folders"] is None else {}
     if tables:
         return group_by_table(name, listing, reader, tables, subset=folders["subset"], where=where, **labels)

@@ -10,7 +10,7 @@ from maskalign.errors import UsageError, one_line
 
 
 def open_torchvision(name, subset=None, root=None):
-    """List a labelled torchvision data set.
+    """List a labeled torchvision data set.
 
     Args:
         name: a class of torchvision.datasets, as "CIFAR10".

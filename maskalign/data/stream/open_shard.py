@@ -147,7 +147,7 @@ class OpenShard:
         return members
 
     def _build(self, members, endings, merge):
-        """Group members by key (neighbours, as webdataset does; anywhere with `merge`) into columns."""
+        """Group members by key (neighbors, as webdataset does; anywhere with `merge`) into columns."""
         rows, current, places = {ending: [] for ending in endings}, None, {}
         for name, offset, size, crc in members:
             key, ending = split_name(name)
