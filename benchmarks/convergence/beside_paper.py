@@ -149,7 +149,7 @@ def _mean(values):
 
 def _step_time(seconds):
     """The line on the time of a step, from labels as `clock.calibrate` writes them."""
-    # The calibration names a step by the recipe that it timed first, which may be one with a learning rate, `reg@0.004`.
+    # The calibration names a step by the recipe that it timed first, e.g. `reg@0.004`, one with a learning rate.
     by_step = {re.sub("@[^ ]*", "", label): value for label, value in (seconds or {}).items()}
     ours, base = (by_step.get(label) for label in ("maskalign 48/64", "reg 64/64"))
     if ours is None or base is None:
