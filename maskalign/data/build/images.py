@@ -130,10 +130,7 @@ def _from_integers(values, bits):
 
 
 def _untold(most):
-    return (
-        f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits; convert "
-        "it to 8 bits"
-    )
+    return f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits; convert it to 8 bits"
 
 
 def _declared(image, data):
