@@ -228,6 +228,7 @@ def test_keyed_random(size, key):
     assert abs(float(normal.square().mean()) - 1) < 5 * (2 / normal.numel()) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernels", "--quick", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ)
