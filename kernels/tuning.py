@@ -101,7 +101,7 @@ def choose(kernel_name, key, configs, tensor, launch):
         return choices[entry]
     if abstract or mode() == "cached" or torch.cuda.is_current_stream_capturing():
         return configs[0]
-    # A configuration that does not fit the device (shared memory, registers) is passed over.
+    # A configuration that does not fit the device (shared memory, registers) is skipped.
     times = []
     for index, config in enumerate(configs):
         try:

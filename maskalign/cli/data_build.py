@@ -24,7 +24,8 @@ class DataBuild:
 
     source: str = option(positional=True, path=True)
     """openmoji, a folder or .zip/.tar of images (top folder = class, or dataset.json has the labels), a folder prepared
-    for REPA or REG with its latents, webdataset shards, or torchvision:NAME."""
+    for REPA or REG with its latents, webdataset shards (files or URLs), torchvision:NAME, or hf:NAME of a Hugging Face
+    data set."""
     out: Path = option(metavar="DIR")
     """Folder for the shards and manifest.json."""
     size: Optional[int] = None

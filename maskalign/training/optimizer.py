@@ -14,7 +14,7 @@ from maskalign.training.fused_update import FusedUpdate, library
 
 
 class Optimizer:
-    """One optimiser step of training: clip, AdamW, EMA, without a synchronisation with the host.
+    """One optimizer step of training: clip, AdamW, EMA, without a synchronization with the host.
 
     torch's fused AdamW divides gradients by `grad_scale` and skips the update where `found_inf` is set, inside its one
     pass over the weights; the clip and the guard against non-finite steps ride on these two.

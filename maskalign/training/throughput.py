@@ -43,10 +43,10 @@ class TeacherShare:
         if not 0 < self.left <= self.MEASURED:
             yield
         else:
-            _synchronise(self.device)
+            _synchronize(self.device)
             start = time.perf_counter()
             yield
-            _synchronise(self.device)
+            _synchronize(self.device)
             self.seconds[part] += time.perf_counter() - start
         if part == "step" and self.left:
             self.left -= 1
@@ -66,10 +66,10 @@ def device_peak(device, dtype):
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
-        _synchronise(device)
+        _synchronize(device)
         start = time.perf_counter()
         a @ b
-        _synchronise(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -127,7 +127,7 @@ class Throughput:
         with torch.profiler.profile(activities=activities) as profile:
             begin = time.perf_counter()
             result = step(*args, **kwargs)
-            _synchronise(self.placement.device)
+            _synchronize(self.placement.device)
             end = time.perf_counter()
         spans = [
             (event.time_range.start, event.time_range.end) for event in profile.events() if _collective(event.name)
@@ -150,6 +150,6 @@ def _union(spans):
     return total
 
 
-def _synchronise(device):
+def _synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)

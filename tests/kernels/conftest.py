@@ -148,8 +148,8 @@ def mix_truth():
     def truth(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
         images = []
         for image in range(x.shape[0]):
-            centred = x[image] - x[image].mean(-1, keepdim=True)
-            u = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            centered = x[image] - x[image].mean(-1, keepdim=True)
+            u = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
             a = w1 @ (u * (1 + scale[image]) + shift[image]) + b1[:, None]
             h = 0.5 * a * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3)))
             y = x[image] + gate[image] * (w2 @ h + b2[:, None])
@@ -227,7 +227,7 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
         for name, like, result, true, shift in zip(names, (x, *tensors), got, truths, moved, strict=True):
             assert result.dtype == like.dtype, name
             limit = tolerance(coarse) * (1 if name == "output" else 2)
-            if x.shape[2] == 1:  # One channel is normalised to 0 with 1 / std = 1000: rounding, a thousandfold.
+            if x.shape[2] == 1:  # One channel is normalized to 0 with 1 / std = 1000: rounding, a thousandfold.
                 limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 1e-4)}.get(name, limit)
             allowed, error = max(limit, 4 * shift), relative(result, true)
             assert error < allowed, (name, error, allowed)
