@@ -5,7 +5,8 @@
 Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
 whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
 stands in results/notes.json under the CSV's name; `"page": "more"` there puts it on the second page, and `"renamed":
-{OLD: NEW}` gives recipes of an earlier measurement the names that they have today.
+{OLD: NEW}` gives recipes of an earlier measurement the names that they have today. The files gpu-*.csv of
+`benchmarks.gpu` need no note: they say themselves how they were measured.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def with_names(rows, note, key):
 def names_then(note):
     """A sentence on recipes that had other names when they were measured; empty for none."""
     pairs = [f"`{old}` is `{new}` today" for old, new in note.get("renamed", {}).items()]
-    return f" In the command, and in what is said of it, {', '.join(pairs)}." if pairs else ""
+    return f" In the command and in these notes, {', '.join(pairs)}." if pairs else ""
 
 
 def ratio(row, key):
@@ -167,7 +168,7 @@ def loader_section(path, note):
         for row in rows
     ]  # fmt: skip
     head = ["layout, loader", "samples/s, page cache", "samples/s, cold disk", "a sample"]
-    text = paragraph(f"Samples a second, read in the training process. {note['conditions']}")
+    text = paragraph(f"Samples per second, read in the training process. {note['conditions']}")
     return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
 
 
@@ -352,6 +353,10 @@ def figures(results, page="main"):
             raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
         found = [path for path in found if notes[path.stem].get("page", "main") == page]
         parts += [title, *(section(path, notes[path.stem]) for path in found)] if found else []
+    if page == "main":
+        from benchmarks.gpu import report as gpu_report  # which uses what is above
+
+        parts += ["### On a GPU", gpu_report.section(results)]
     return "\n\n".join(parts)
 
 
@@ -422,7 +427,7 @@ def main(argv=None):
     differing = [str(path) for path in texts] + [str(path.with_suffix(".png")) for path in stale]
     if options.check:
         for name in differing:
-            print(f"{name} differs from the CSVs; python -m benchmarks.report writes it anew")
+            print(f"{name} differs from the CSVs; python -m benchmarks.report rewrites it")
         return 1 if differing else 0
     for path, text in texts.items():
         path.write_text(text)

@@ -3,7 +3,7 @@
 Each operation's folder has `cases.py` with `aot_cases()`, which yields one `Case` per
 launch and configuration worth looking at. A case says how the launch is made (arguments, grid, configuration)
 and how many bytes and FLOPs it costs by its geometry; `build` compiles it for a target with the argument
-specialisation that the JIT would apply, and returns a `Build`.
+specialization that the JIT would apply, and returns a `Build`.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Case:
         config: the configuration, such as "default" or "ROWS=8 BLOCK_C=256 warps=4".
         kernel: the triton.jit function.
         arguments: dict from argument name, in the kernel's order, to a pointer type ("*bf16"), an int, a
-            float or None; constexprs are left out. Ints are specialised as the JIT does it: 1 becomes a
+            float or None; constexprs are left out. Ints are specialized as the JIT does it: 1 becomes a
             constant, multiples of 16 are marked. Pointers are taken as 16-byte aligned, which PyTorch's
             allocator gives.
         constexprs: dict from constexpr name to value.
@@ -97,7 +97,7 @@ class Build:
     access: tuple  # ((argument name, "load" or "store", bytes), ...)
 
 
-def specialise(case):
+def specialize(case):
     """Signature, constants and attributes of a case, as `triton.jit` derives them from real arguments."""
     names = case.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
@@ -122,7 +122,7 @@ def specialise(case):
 
 def compile_case(case, target):
     """The triton.compile result of a case for one of TARGETS."""
-    signature, constants, attributes = specialise(case)
+    signature, constants, attributes = specialize(case)
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
     if TARGETS[target].backend == "hip":
         options = {"num_warps": case.waves or case.num_warps, "num_stages": case.hip_stages or case.num_stages}
@@ -140,7 +140,7 @@ def build(case, target):
     """
     key = (
         case.kernel.__name__,
-        str(specialise(case)),
+        str(specialize(case)),
         case.num_warps,
         case.waves,
         case.num_stages,
@@ -261,7 +261,7 @@ def _tensor_core(assembly):
 
 def _pointer_names(case):
     """Argument names in the order of the compiled kernel's parameters (constants are not passed)."""
-    signature, _, _ = specialise(case)
+    signature, _, _ = specialize(case)
     return [name for name in case.kernel.arg_names if signature[name] != "constexpr"]
 
 

@@ -7,7 +7,7 @@ Environment variables:
     TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the Triton
         path on CPU tensors too. The variable counts as it was when this package was imported; set it before starting
         Python.
-    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronisation per call).
+    MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronization per call).
     MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
 """
 
@@ -31,7 +31,7 @@ def use_triton(*tensors):
 
 
 def debug():
-    """Whether the checks that cost a synchronisation on a GPU were asked for."""
+    """Whether the checks that cost a synchronization on a GPU were asked for."""
     return os.environ.get("MASKALIGN_KERNELS_DEBUG", "0") not in ("", "0")
 
 
@@ -84,7 +84,7 @@ def check_subset(op, subset, num_tokens, distinct):
     """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats
     one.
 
-    Only where it costs no synchronisation: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never
+    Only where it costs no synchronization: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never
     while a graph is traced.
     """
     if torch.compiler.is_compiling() or subset.numel() == 0 or is_abstract(subset):

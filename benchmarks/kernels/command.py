@@ -37,7 +37,7 @@ from benchmarks.kernels.cases import (
     relative_error,
     tolerated_error,
 )
-from benchmarks.kernels.timing import copy_bandwidth, graph_ms, peak_memory
+from benchmarks.kernels.timing import GPU
 from benchmarks.steps.clock import CLOCKS
 
 COLUMNS = [
@@ -66,23 +66,22 @@ def moved_bytes(operation, shape):
     return total
 
 
-def measure(operation, shape, bandwidth, device):
-    """Yield one row (a dict with COLUMNS) per provider and direction."""
-    import triton
-
+def measure(operation, shape, bandwidth, device, clock=GPU, providers=PROVIDERS):
+    """Yield one row (a dict with COLUMNS) per provider and direction, see `measured`."""
     moved = moved_bytes(operation, shape)
-    same = {direction: copy_bandwidth(device, count) for direction, count in moved.items()}
+    same = {direction: clock.copy_bandwidth(device, count) for direction, count in moved.items()}
     arguments, leaves, functions = SETUPS[operation](shape, device)
-    for provider, function in functions.items():
+    for provider in providers:
+        function = functions[provider]
         error = relative_error(function, functions["eager"], arguments, leaves)
         row = {"operation": operation, "shape": label(operation, shape), "provider": provider, "error": error}
         if not error < tolerated_error(shape, leaves):
             yield {**dict.fromkeys(COLUMNS, ""), **row, "direction": "wrong result, not timed"}
             continue
         for direction, run in runners(function, arguments, leaves).items():
-            calls = triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
-            peak = peak_memory(run)
-            ms, low, high = graph_ms(run)
+            calls = clock.call_ms(run)
+            peak = clock.peak_memory(run)
+            ms, low, high = clock.graph_ms(run)
             # GB/s of useful bytes: the same for every provider, so that faster is more.
             speed = moved[direction] / ms / 1e6
             yield {
@@ -118,23 +117,34 @@ def draw(rows, path, title):
     figure.savefig(path, dpi=130)
 
 
-def benchmark(operations, shapes, device, out):
-    """Measure, print as it goes, and write kernels.csv and kernels.png; the exit status."""
+def measured(operations, shapes, device, clock=GPU, providers=PROVIDERS):
+    """Yield the rows (dicts with COLUMNS) of all operations on their shapes, as they are measured.
+
+    Args:
+        shapes: list of an operation's SHAPES, by its name.
+        clock: `timing.GPU`, or `timing.HOST` to rehearse the same code on a CPU.
+        providers: of PROVIDERS, in the order in which they are measured.
+    """
     torch.manual_seed(0)
     # The backward is timed alone, again and again on one graph, of which a compiled one would else free parts.
     functorch.donated_buffer = False
-    bandwidth = copy_bandwidth(device)
-    title = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s"
+    bandwidth = clock.copy_bandwidth(device)
+    title = f"{clock.name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s"
     print(title)
-    rows = []
     for operation in operations:
         for shape in shapes[operation]:
-            with torch.cuda.stream(torch.cuda.Stream()), precision(operation, shape, device):
-                for row in measure(operation, shape, bandwidth, device):
-                    rows.append(row | {"machine": title})
+            with clock.stream(), precision(operation, shape, device):
+                for row in measure(operation, shape, bandwidth, device, clock, providers):
                     print("  ".join(kernel_report.cell(row[c]) for c in COLUMNS[:-1]), flush=True)
+                    yield row | {"machine": title}
             torch._dynamo.reset()
-            torch.cuda.empty_cache()
+            clock.free()
+
+
+def benchmark(operations, shapes, device, out):
+    """Measure, print as it goes, and write kernels.csv and kernels.png; the exit status."""
+    rows = list(measured(operations, shapes, device))
+    title = rows[0]["machine"]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "kernels.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

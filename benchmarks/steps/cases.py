@@ -13,11 +13,12 @@ from maskalign.training import step as step_module
 from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer
 from maskalign.training.parallel import place
+from maskalign.training.plans import Plan
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
 # These run with the keep ratio of their YAML file, the others with those of --keep-ratios.
-OWN_RATIO = ("sit", "repa", "reg", "maskalign", "repa-maskalign")
-# Recipes by name; "maskalign-fast-no-mixer" is there to state what the mixer costs.
+OWN_RATIO = ("sit", "repa", "reg", "maskalign", "repa-maskalign", "maskalign-fused")
+# Recipes by name; "maskalign-fast-no-mixer" is there to state what the mixer costs, "-fused" runs `model.fused_adaln`.
 RECIPES = (
     *OWN_RATIO,
     "maskalign-fast",
@@ -32,11 +33,14 @@ RECIPES = (
 def recipe_settings(recipe, preset, keep):
     """The `Config` of a recipe's YAML file for a preset, at one keep ratio (None: the file's own)."""
     folder = CONFIGS / {"S": "b2", "B": "b2", "L": "l2", "XL": "xl2"}[preset.split("-")[1].split("/")[0]]
-    argv = ["--config", str(folder / f"{recipe.removesuffix('-no-mixer')}.yaml"), "--model.preset", preset]
+    file = recipe.removesuffix("-no-mixer").removesuffix("-fused")
+    argv = ["--config", str(folder / f"{file}.yaml"), "--model.preset", preset]
     if keep is not None:
         argv += ["--method.keep_ratio", str(keep)]
     if recipe.endswith("-no-mixer"):
         argv += ["--model.mixer", "none"]
+    if recipe.endswith("-fused"):
+        argv += ["--model.fused_adaln", "true"]
     return argv
 
 
@@ -48,20 +52,21 @@ class OurCase:
         batch_size, precision, device, compiled: of the run.
         data, teacher, folder: see `step_data.Batches`.
         update: False leaves the optimizer out: a step is then forward and backward, and takes a fifth of the memory.
+        plan: `parallel.plan`; another one than none needs the environment of torchrun.
     """
 
     averages_inside = True  # the moving average is a part of the optimizer's step
 
     def __init__(
         self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
-        folder=None, update=True,
+        folder=None, update=True, plan="none",
     ):  # fmt: skip
-        overrides = ["--training.precision", precision, "--training.device", device]
+        overrides = ["--training.precision", precision, "--training.device", device, "--parallel.plan", plan]
         overrides += ["--training.batch_size", str(batch_size)]
         self.config = parse_config(recipe_settings(recipe, preset, keep) + overrides)
         self.name = recipe if keep is None else f"{recipe}@{keep:g}"
         self.recipe, self.keep = recipe, as_schedule(self.config.method.keep_ratio).start
-        self.placement = place(self.config.training)
+        self.placement = place(self.config.training, self.config.parallel)
         aligned = as_schedule(self.config.method.align_weight).start > 0
         grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
         self.aligned = aligned
@@ -72,11 +77,12 @@ class OurCase:
         facts |= {"teacher_dims": self.batches.dims, "class_dim": self.batches.class_dim}
         self.model = build_model(self.config, facts)
         self.model.to(self.placement.device)
+        spread = Plan(self.model, self.config, self.placement)
         if update:
             self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
         else:
             self.optimizer = NoUpdate(self.model, self.placement.dtype)
-        self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement)
+        self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement, spread)
         if compiled:
             compile_model(self.model)
         self.kept = keep_count(self.keep, self.model.num_tokens, self.config.method.keep_multiple)
@@ -115,7 +121,8 @@ class OurCase:
         return split_of(self, device, steps, clock)
 
     def close(self):
-        """Nothing to end."""
+        """End a captured graph, and what a plan holds."""
+        self.train_step.close()
 
     def weights(self):
         return [*self.model.parameters(), *self.model.buffers()]

@@ -14,7 +14,7 @@ BLOCK = 256  # hashes of a program: 1024 numbers
 def keyed_random_kernel(out, key, stream, first, quarter, size, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
     """A part of one row; grid (rows, ceil(quarter / BLOCK)), quarter = ceil(size / 4).
 
-    The four words of a hash stand a quarter of the row apart, so that each is written side by side with its neighbours.
+    The four words of a hash stand a quarter of the row apart, so that each is written side by side with its neighbors.
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.int32)

@@ -2,13 +2,13 @@
 
 Two subsets pull on different tokens, so gradients of tokens cannot be compared directly. What they share are the
 trunk's parameters up to the tap, where the optimizer adds them up: the measure is the cosine of the two flat parameter
-gradients, of the whole trunk and block by block. Beside it stand what other noise on the same images, and other images,
-give for full-token alignment.
+gradients, of the whole trunk and block by block. For comparison, the same is measured for full-token alignment between
+two draws of noise on the same images, and between other images.
 """
 
 from maskalign.analysis.gradients import cut_at_tap, gradient_cosines, trunk_gradients
 
-AGREEMENT_DRAWS = 1_000_000  # numbers of draws from here on are the agreement's own
+AGREEMENT_DRAWS = 1_000_000  # first number of the draws that only the agreement uses
 PAIRS = {
     "two subsets, blocks see them alone": "two random subsets of the same images and noise, masked forward as trained",
     "two subsets, blocks see all": "two random subsets of the same images and noise, full forward",

@@ -1,4 +1,4 @@
-"""The work of `maskalign analyze`: measure checkpoints, then tables, pictures and the outcome in words."""
+"""The work of `maskalign analyze`: measure checkpoints, then write tables, pictures and outcome.md."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -54,7 +54,7 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
         settings: `AnalysisSettings`.
         ema: the moving average of the weights instead of the weights.
         most: of a run, at most this many checkpoints.
-        teachers: names, for files that do not tell them.
+        teachers: names, for files that do not name them.
         device: auto, cpu or cuda.
         progress: show bars.
 
@@ -157,7 +157,7 @@ def _about(data, images, settings, subject, ema):
 
 
 def _describe(subject):
-    """What matters of a run's settings, for the table of conditions."""
+    """The settings of a run that matter here, for the table of conditions."""
     model, method = subject.model, subject.config.method
     words = f"{model.depth} blocks of width {model.width}, tap after block {model.align_depth}"
     if model.class_dim is not None:
@@ -199,7 +199,7 @@ def _check_alike(subject, first, settings):
 
 def _check_finite(subject, found):
     for mode, norms in found.norms.items():
-        # Where all tokens are aligned every norm must be a number; elsewhere NaN means "not in the subset".
+        # With all tokens aligned every norm is finite; otherwise NaN means "not in the subset".
         if (mode == "full" and not (norms >= 0).all()) or (norms == float("inf")).any():
             raise RunError(f"{subject.label}: its alignment gradients are not finite; choose an earlier checkpoint")
 

@@ -38,7 +38,7 @@ def gap_work(images, settings):
 
 
 def check_mask_ratio(model, mask_ratio):
-    """Number of patches left of a model's.
+    """Number of patches that a mask ratio keeps.
 
     Raises:
         UsageError: nothing would be dropped.

@@ -13,7 +13,7 @@ class TokenGradients(NamedTuple):
     """norms, cosines: (B, N) in the model's dtype, of the patches alone; NaN at patches that the loss does not align.
 
     A norm is that of d(sum over aligned tokens of -cos) / d h, h the token's features at the tap; the training loss
-    divides the sum by the number of aligned tokens of the batch, which would only make subsets look stronger.
+    divides the sum by the number of aligned tokens, which would only make the gradients of subsets larger.
     """
 
     norms: torch.Tensor
@@ -21,9 +21,9 @@ class TokenGradients(NamedTuple):
 
 
 def cut_at_tap(model):
-    """A frozen copy of a `SiT` that ends at its tap: later blocks have no part in the alignment loss.
+    """A frozen copy of a `SiT` that ends at its tap: later blocks do not affect the alignment loss.
 
-    The copy keeps the model's forward pass; what it calls `velocity` is not one.
+    The copy keeps the model's forward pass, whose `velocity` is then meaningless.
     """
     trunk = copy.deepcopy(model).eval().requires_grad_(False)
     trunk.blocks = trunk.blocks[: trunk.align_depth]
@@ -32,7 +32,7 @@ def cut_at_tap(model):
 
 @contextmanager
 def _leaf_at_tap(trunk):
-    """Makes the output of the last block a leaf; gives a list that holds it after a forward pass."""
+    """Make the output of the last block a leaf; returns a list that holds it after a forward pass."""
     found = []
 
     def cut(block, inputs, output):
@@ -61,7 +61,7 @@ def token_gradients(
 ):
     """Norm of the alignment loss's gradient at every patch token of the tapped block's output, before the projector.
 
-    The loss has its term for the class token where there is one, but the class token's own gradient is left out.
+    The loss includes the class token where there is one; the gradient of the class token itself is not returned.
 
     Args:
         trunk: of `cut_at_tap`.
@@ -84,13 +84,13 @@ def token_gradients(
         (gradient,) = torch.autograd.grad(loss, h)
     shift = 0 if trunk.class_dim is None else 1  # the class token goes first
     norms = gradient[:, shift:].norm(dim=-1)
-    if norms.shape[1] < trunk.num_tokens:  # the tap saw the subset: back to the places of its tokens
+    if norms.shape[1] < trunk.num_tokens:  # the tap saw only the subset: put the norms at its positions
         norms = norms.new_full((batch, trunk.num_tokens), float("nan")).scatter(1, subset, norms)
     index = out.aligned_index
     if index is None:
         index = torch.arange(shift + trunk.num_tokens, device=h.device).expand(batch, -1)
     cosine = torch.stack([_cosines(z, y, index) for z, y in zip(out.aligned, teachers, strict=True)]).mean(dim=0)
-    if shift:  # a projector along the grid has left the class token out already
+    if shift:  # a projector along the grid does not project the class token
         first = 0 if trunk.projectors[0].needs_grid else 1
         index, cosine = index[:, first:] - 1, cosine[:, first:]
     nowhere = torch.full_like(norms, float("nan"))
@@ -104,10 +104,10 @@ def _cosines(rows, teacher, index):
 
 
 def parameter_groups(trunk):
-    """Parameters of the trunk that the alignment loss shapes, by place: dict name -> list of parameters.
+    """Parameters of the trunk that the alignment loss reaches: dict from a group's name to its parameters.
 
     `embedding` (patches, time, label, class token), `mixer` where there is one, `block 1` to the tapped one. Projectors
-    are left out: they do not outlive training.
+    are left out: they are discarded after training.
     """
     embedders = [trunk.x_embedder, trunk.t_embedder, trunk.y_embedder, trunk.class_embedder]
     groups = {"embedding": [module for module in embedders if module is not None], "mixer": [trunk.mixer]}

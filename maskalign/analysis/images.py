@@ -1,4 +1,4 @@
-"""The images that are looked at: read once, with labels and teacher features, and noised by keyed draws."""
+"""The images of an analysis: read once, with labels and teacher features, and noised by keyed draws."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -36,8 +36,8 @@ class Images:
     Args:
         path: folder or URL prefix of the data set.
         subject: a `Subject`, whose input size, grid and teachers they are for.
-        count: how many; all that are there where they are fewer.
-        teachers: names, where the checkpoint does not tell them.
+        count: how many; all of them where there are fewer.
+        teachers: names, where the checkpoint does not name them.
         batch_size, seed, device: of reading.
         progress: called with the number of images after each batch.
 
@@ -107,8 +107,8 @@ class Images:
     def _class_sources(self, path, subject, sources):
         """The sources, with those computed whose class tokens are stored by other statistics than the run's own.
 
-        Averages of rows are standardized, and principal components taken, with statistics of the data set: those of the
-        training count. Where its data set is not there, the given one is taken for it.
+        Averages of rows are standardized and projected with statistics of the training data; if that data set cannot be
+        read, those of the given data set are used.
 
         Raises:
             UsageError: rows without class tokens, or others than the run's, and no images to compute them from.
@@ -147,7 +147,7 @@ class Images:
         """
         name, wanted = sources[0][0], subject.model.class_dim
         entry = self.manifest.teachers.get(name, {}).get("class_token", {})
-        # A file of weights does not name its settings: a narrower class token tells of components.
+        # A file of weights has no settings: a narrower class token means principal components.
         if subject.config.model.class_token_dim is None and entry.get("dim", wanted) == wanted:
             return None
         stored = len(entry.get("components", {}).get("basis", ()))
@@ -166,7 +166,7 @@ class Images:
         parts = []
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
-            # Copies: the stream writes later batches where this one lies.
+            # Copies: the stream reuses the memory of a batch for later ones.
             teachers, token = features(batch)
             row = (inputs, batch["label"], *teachers, *([] if token is None else [token]))
             parts.append([x.cpu().clone() for x in row])
@@ -181,7 +181,7 @@ class Images:
     def draws(self, subject, keep_ratio, number, rows, seed):
         """The keyed draws `number` of the images `rows` (a slice), see `objective.draws`; labels are kept.
 
-        They depend on the seed, the number and the image's place alone: the same for all checkpoints and devices.
+        They depend only on the seed, the number and the image's place: the same for all checkpoints and devices.
         """
         model, method = subject.model, subject.config.method
         keep = subject.kept(keep_ratio)

@@ -46,7 +46,7 @@ def work_of(images, settings):
 def measure_tokens(subject, images, settings, progress=None):
     """Gradient norms of a checkpoint.
 
-    Noise and subset of a draw are the same at all times, so that times differ in nothing else.
+    Noise and subset of a draw are the same at all times, so that only the time differs.
 
     Args:
         subject: `Subject` on the device of `images`.
@@ -87,6 +87,6 @@ def _gradients(trunk, batch, modes):
     if any(projector.needs_grid for projector in trunk.projectors) or batch.align_subset is not None:
         yield SUBSET, token_gradients(*common, batch.subset, batch.align_subset, full_forward=True, **token)
         return
-    # A pointwise projector gives a token the same gradient whichever others are aligned: no second pass is needed.
+    # With a pointwise projector a token's gradient does not depend on which others are aligned: no second pass.
     kept = torch.zeros_like(full.norms, dtype=torch.bool).scatter(1, batch.subset, True)
     yield SUBSET, type(full)(*(values.where(kept, float("nan")) for values in full))

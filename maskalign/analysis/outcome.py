@@ -1,20 +1,10 @@
-"""The outcome in words. Every word that judges is chosen by the numbers beside it; nothing is known beforehand."""
+"""outcome.md: the conditions of an analysis and its results, as tables."""
 
-from maskalign.analysis.agreement import FULL_PAIR, IMAGE_PAIR, MASKED_PAIR, NOISE_PAIR, PAIRS
+from maskalign.analysis.agreement import PAIRS
 from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
 from maskalign.analysis.pictures import ratio_text, summary_cases
 from maskalign.analysis.stability import fixed_ranking_overlap
-from maskalign.analysis.tables import CHECKPOINTS, DRAWS, HALVES, MEAN_MAP, RUNS, SINGLE, TIMES, WAYS
-
-DEGREES = ((0.6, "strongly stable"), (0.3, "clearly stable"), (0.1, "weakly stable"), (0.0, "barely above chance"))
-
-
-def judge(value, expected, high):
-    """A verdict on an agreement: how far it is from chance (0) to perfect (1), if it leaves chance at all."""
-    if value <= high + 1e-6:  # shares of few tokens are often equal, but for rounding
-        return "not beyond chance"
-    excess = (value - expected) / (1 - expected)
-    return next(words for least, words in DEGREES if excess >= least)
+from maskalign.analysis.tables import CHECKPOINTS, DRAWS, MEAN_MAP, RUNS, SINGLE, WAYS
 
 
 def write_outcome(tables, about):
@@ -23,7 +13,7 @@ def write_outcome(tables, about):
     Args:
         tables: dict with lists of rows `shares`, `gap`, `positions`, `stability`, `concentration`, `agreement`.
         about: dict: data, images, times, draws, top, seed, weights, tokens, teachers, group_size; and by run: `series`
-            (its steps), `settings` (a text) and `kept` (tokens in a subset).
+            (its steps), `settings` (a text), `class_token` (whether it has one) and `kept` (tokens in a subset).
 
     Returns:
         str.
@@ -33,12 +23,26 @@ def write_outcome(tables, about):
     cases = summary_cases(tables["stability"])
     for run in about["series"]:
         lines += [f"## {run}", ""]
-        lines += _places(run, tables, about)
+        lines += _positions(run, tables, about)
         lines += _stability(run, cases, tables["stability"], about)
+        lines += _training(run, tables["stability"])
+        lines += _draws(run, cases, about)
         lines += _trunk(run, tables["agreement"], about)
-        lines.append("")
-    lines += ["## In short", "", *[f"- {line}" for line in in_short(tables, about)], ""]
-    return "\n".join(lines)
+    return "\n".join(lines + _between_runs(tables["stability"]))
+
+
+def markdown(head, rows):
+    """Lines of a Markdown table, with an empty line after it."""
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows]] + [""]
+
+
+def beyond(value, limit):
+    """`yes` where a number is above what chance reaches; shares of few tokens are often equal up to rounding."""
+    return "yes" if value > limit + 1e-6 else "no"
+
+
+def _step(step):
+    return "unknown" if step in (None, "") else str(step)
 
 
 def _conditions(about):
@@ -50,32 +54,31 @@ def _conditions(about):
         "",
         "The gradient is that of the sum over aligned tokens of -cos(projector(h), z) with respect to the token's "
         "features h at the tap, before the projector; labels are kept. Chance is given by random permutations, and for "
-        "mean maps also by turning one map on the torus, which keeps neighbors together: the wider interval counts.",
+        "mean maps also by turning one map on the torus, which keeps neighbors together; the wider interval counts.",
         "",
-        "| run | checkpoints (steps) | settings |",
-        "| --- | --- | --- |",
     ]
-    for run, steps in about["series"].items():
-        known = ", ".join("unknown" if step is None else str(step) for step in steps)
-        lines.append(f"| {run} | {known} | {about['settings'][run]}, subset of {about['kept'][run]} tokens |")
-    return lines
+    rows = [
+        [run, ", ".join(map(_step, steps)), f"{about['settings'][run]}, subset of {about['kept'][run]} tokens"]
+        for run, steps in about["series"].items()
+    ]
+    return lines + markdown(["run", "checkpoints (steps)", "settings"], rows)[:-1]
 
 
 def _papers(tables, about):
-    """The two measurements of the paper, by run and checkpoint, and what they come to."""
+    """The two measurements of the paper, by run and checkpoint, and the runs compared with the first one."""
     gaps = {(row["run"], row["step"]): row for row in tables["gap"] if row["time"] == ""}
     shares = [row for row in tables["shares"] if row["time"] == ""]
     first = shares[0]
     lines = [
         "## The paper's measurements",
         "",
-        "*Shares*, all tokens aligned: of the images (at all times and draws), the share in which a position's "
-        f"gradient is among the top {about['top']:.0%} of the patches; chance gives {first['chance']:.3f} everywhere. "
+        "*Shares*, all tokens aligned: the share of images (at all times and draws) in which a position's gradient is "
+        f"among the top {about['top']:.0%} of the patches; chance gives {first['chance']:.3f} everywhere. "
         f"A smallest share of zero counts as one of {first['observations']} observations, and the ratio is then a "
         "lower bound. The ratio by chance comes from permuting the positions of every image.",
         "",
     ]
-    head = ["run", "step", "largest share", "smallest share", "ratio (95 %)", "ratio by chance (95 %)"]
+    head = ["run", "step", "largest share", "smallest share", "ratio (95 %)", "ratio by chance (95 %)", "beyond chance"]
     if gaps:
         one = next(iter(gaps.values()))
         lines += [
@@ -84,16 +87,17 @@ def _papers(tables, about):
             f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
             f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets. "
             "The *matched* gap estimates the same number with less spread: it compares the subset's tokens with the "
-            "same tokens where the model sees all, so that it does not matter how hard the drawn patches are.",
+            "same tokens where the model sees all of them. A projector that needs the whole token grid has no "
+            "stability gap.",
             "",
         ]
         head += ["loss on all tokens", "G_r", "spread over subsets", "G_r, matched"]
-    lines += [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
+    rows = []
     for row in shares:
         cells = [
-            row["run"], "unknown" if row["step"] is None else str(row["step"]), f"{row['largest']:.3f}",
-            f"{row['smallest']:.3f}", f"{ratio_text(row)} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})",
-            f"{row['chance_ratio']:.1f} (up to {row['chance_high']:.1f})",
+            row["run"], _step(row["step"]), f"{row['largest']:.3f}", f"{row['smallest']:.3f}",
+            f"{ratio_text(row)} ({row['ratio_low']:.3g} to {row['ratio_high']:.3g})",
+            f"{row['chance_ratio']:.1f} (up to {row['chance_high']:.1f})", beyond(row["ratio"], row["chance_high"]),
         ]  # fmt: skip
         gap = gaps.get((row["run"], row["step"]))
         if gap is not None:
@@ -103,9 +107,11 @@ def _papers(tables, about):
             ]  # fmt: skip
         elif gaps:
             cells += ["", "not defined", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *[f"- {line}" for line in _papers_in_short(shares, gaps, about)], ""]
-    return lines
+        rows.append(cells)
+    lines += markdown(head, rows)
+    if not gaps:
+        lines += ["There is no stability gap: the projectors need the whole token grid.", ""]
+    return lines + _beside_first(shares, gaps)
 
 
 def _with_error(gap, value, error):
@@ -113,71 +119,47 @@ def _with_error(gap, value, error):
 
 
 def _seen(about):
-    """Whether the class token is among what a subset holds, for the runs at hand."""
+    """The class token's part in the description of a subset."""
     if not any(about["class_token"].values()):
         return ""
     return "the class token and " if all(about["class_token"].values()) else "the class token (where there is one) and "
 
 
-def _papers_in_short(shares, gaps, about):
-    last = {row["run"]: row for row in shares}
-    lines = []
-    for run, row in last.items():
-        beyond = "more than" if row["ratio"] > row["chance_high"] else "no more than"
-        lines.append(
-            f"{run}: at the last checkpoint the position most often among the top {about['top']:.0%} is there in "
-            f"{row['largest']:.1%} of the cases, the one least often in {row['smallest']:.1%}: a ratio of "
-            f"{ratio_text(row)}, {beyond} chance gives (up to {row['chance_high']:.1f})."
-        )
-        gap = gaps.get((run, row["step"]))
-        if gap is None:
-            lines.append(f"{run}: no stability gap, since its projector needs the whole token grid.")
-        else:
-            lines.append(
-                f"{run}: its stability gap is {_with_error(gap, 'gap', 'standard_error')} (matched: "
-                f"{_with_error(gap, 'matched_gap', 'matched_error')}, {_from_zero(gap)}), at an alignment loss of "
-                f"{gap['full_loss']:+.4f} on all tokens."
-            )
-    runs = list(last)
+def _beside_first(shares, gaps):
+    """A table of the other runs beside the first one, at the last step that both have."""
+    runs = list(dict.fromkeys(row["run"] for row in shares))
+    by_step = {(row["run"], row["step"]): row for row in shares}
+    rows = []
     for run in runs[1:]:
-        lines += _beside(runs[0], run, shares, gaps)
-    return lines
+        steps = {name: [row["step"] for row in shares if row["run"] == name] for name in (runs[0], run)}
+        common = [step for step in steps[run] if step is not None and step in steps[runs[0]]]
+        at = [common[-1]] * 2 if common else [steps[name][-1] for name in (runs[0], run)]
+        a, b = (by_step[name, step] for name, step in zip((runs[0], run), at, strict=True))
+        apart = "lower" if b["ratio_high"] < a["ratio_low"] else "higher" if b["ratio_low"] > a["ratio_high"] else "no"
+        cells = [run, f"{_step(at[1])}, {_step(at[0])}", ratio_text(b), ratio_text(a), apart]
+        a, b = (gaps.get((name, step)) for name, step in zip((runs[0], run), at, strict=True))
+        known = a is not None and b is not None
+        cells += [f"{b['full_loss']:+.4f}", f"{a['full_loss']:+.4f}", _share(a, b)] if known else ["", "", ""]
+        rows.append(cells)
+    if not rows:
+        return []
+    lines = [
+        f"Other runs beside {runs[0]}. Two ratios are apart where their intervals do not overlap; the share of the gap "
+        "is given where the first run's matched gap is more than two standard errors above zero.",
+        "",
+    ]
+    head = ["run", f"its step, {runs[0]}'s", "ratio", f"ratio of {runs[0]}", "apart"]
+    head += ["loss on all tokens", f"loss of {runs[0]}", f"matched gap over that of {runs[0]}"]
+    return lines + markdown(head, rows)
 
 
-def _from_zero(gap):
-    within = abs(gap["matched_gap"]) <= 2 * gap["matched_error"]
-    return f"{'within' if within else 'beyond'} two standard errors of zero"
-
-
-def _beside(first, run, shares, gaps):
-    """What another run's two measurements are beside the first run's, at the last step that both have."""
-    steps = {name: [row["step"] for row in shares if row["run"] == name] for name in (first, run)}
-    common = [step for step in steps[run] if step is not None and step in steps[first]]
-    at = {first: common[-1], run: common[-1]} if common else {name: known[-1] for name, known in steps.items()}
-    where = f"at step {common[-1]}" if common else "at their last checkpoints, which are of different steps"
-    a, b = ({(row["run"], row["step"]): row for row in shares}[name, at[name]] for name in (first, run))
-    if b["ratio_high"] < a["ratio_low"]:
-        flatter = f"the map of {run} is flatter"
-    elif b["ratio_low"] > a["ratio_high"]:
-        flatter = f"the map of {run} is less flat"
-    else:
-        flatter = "the images are too few to tell them apart"
-    lines = [f"{run} beside {first}, {where}: ratios {ratio_text(b)} and {ratio_text(a)}; {flatter}."]
-    a, b = (gaps.get((name, at[name])) for name in (first, run))
-    if a is None or b is None:
-        return lines
-    lower = "lower" if b["full_loss"] < a["full_loss"] else "not lower"
-    line = (
-        f"{run} beside {first}, {where}: its alignment loss on all tokens is {lower} ({b['full_loss']:+.4f} and "
-        f"{a['full_loss']:+.4f}), its matched stability gap "
-    )
+def _share(a, b):
+    """The matched gap `b` as a share of `a`, with its standard error; a dash where `a` is not clearly above zero."""
     if a["matched_gap"] <= 2 * a["matched_error"]:
-        line += f"{b['matched_gap']:+.5f}; it is not put as a share of {first}'s, which is not clearly above zero"
-    else:
-        share = b["matched_gap"] / a["matched_gap"]
-        errors = b["matched_error"] / a["matched_gap"], share * a["matched_error"] / a["matched_gap"]
-        line += f"{share:.1%} ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.1%} of {first}'s"
-    return [*lines, line + "."]
+        return "-"
+    share = b["matched_gap"] / a["matched_gap"]
+    errors = b["matched_error"] / a["matched_gap"], share * a["matched_error"] / a["matched_gap"]
+    return f"{share:.1%} ± {(errors[0] ** 2 + errors[1] ** 2) ** 0.5:.1%}"
 
 
 def _last(rows, run):
@@ -185,179 +167,128 @@ def _last(rows, run):
     return [row for row in rows if row["step"] == rows[-1]["step"]] if rows else []
 
 
-def _places(run, tables, about):
-    """Where the norms are large at the last checkpoint, by position, for each way to align."""
-    lines = []
+def _positions(run, tables, about):
+    """How the norms differ by position at the last checkpoint, for each way to align."""
+    rows = []
     for row in _last(tables["concentration"], run):
         maps = [r for r in _last(tables["positions"], run) if r["mode"] == row["mode"] and r["time"] == ""]
         norms = [r["norm"] for r in maps]
         mean = sum(norms) / len(norms)
         spread = (sum((norm - mean) ** 2 for norm in norms) / len(norms)) ** 0.5 / mean
-        above = row["taken"] > row["taken_high"]
-        lines.append(
-            f"- **By position, {MODES[row['mode']]}**: the mean norm varies by {spread:.0%} (standard deviation over "
-            f"mean), from {min(norms) / mean:.2f} to {max(norms) / mean:.2f} of its mean. The {about['top']:.0%} of "
-            f"positions most often at the top take {row['taken']:.1%} of all top places, "
-            f"{'more than' if above else 'which is within'} what chance gives ({row['taken_low']:.1%} to "
-            f"{row['taken_high']:.1%}); the most frequent position is at the top in {row['most_frequent']:.1%} of its "
-            "appearances."
-        )
-    return lines
+        rows.append(
+            [
+                MODES[row["mode"]], f"{spread:.0%}", f"{min(norms) / mean:.2f} to {max(norms) / mean:.2f}",
+                f"{row['taken']:.1%}", f"{row['taken_low']:.1%} to {row['taken_high']:.1%}",
+                beyond(row["taken"], row["taken_high"]), f"{row['most_frequent']:.1%}",
+            ]
+        )  # fmt: skip
+    head = [
+        "way to align", "deviation of the mean norm by position", "range over mean",
+        f"share of the top places at the {about['top']:.0%} of positions most often there", "by chance",
+        "beyond chance", "most frequent position",
+    ]  # fmt: skip
+    return markdown(head, rows)
 
 
 def _stability(run, cases, rows, about):
     lines = [
-        "",
         f"Overlap of the sets of the top {about['top']:.0%}, and Spearman's rank correlation of all tokens, at the "
-        "last checkpoint; in brackets what chance gives on average, and reaches:",
+        "last checkpoint; in brackets the mean of chance and the limit that it reaches:",
         "",
-        "| way to align | level | between | overlap | the top set is | correlation | the ranks are |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for mode in MODES:
-        for (level, between), case in cases.get((run, mode), {}).items():
-            lines.append(
-                f"| {mode} | {level} | {between} | {case['overlap']:.3f} ({case['overlap_chance']:.3f}, up to "
-                f"{case['overlap_limit']:.3f}) | {_verdict(case)} | {case['spearman']:+.2f} (0, up to "
-                f"{case['spearman_limit']:.2f}) | {_verdict(case, 'spearman')} |"
-            )
-    lines.append("")
-    for row in _last(rows, run):
-        if row["between"] == WAYS:
-            lines.append(
-                f"- Mean maps of *{row['a']}* and *{row['b']}*: correlation {row['spearman']:+.2f}, overlap "
-                f"{row['overlap']:.2f} (chance {row['overlap_chance']:.3f}, up to "
-                f"{max(row['overlap_high'], row['overlap_turned_high']):.2f})."
-            )
+    head = ["way to align", "level", "between", "overlap", "beyond chance", "correlation", "beyond chance"]
+    found = [
+        [
+            mode, level, between,
+            f"{case['overlap']:.3f} ({case['overlap_chance']:.3f}, up to {case['overlap_limit']:.3f})",
+            beyond(case["overlap"], case["overlap_limit"]),
+            f"{case['spearman']:+.2f} (0, up to {case['spearman_limit']:.2f})",
+            beyond(case["spearman"], case["spearman_limit"]),
+        ]
+        for mode in MODES
+        for (level, between), case in cases.get((run, mode), {}).items()
+    ]  # fmt: skip
+    lines += markdown(head, found)
+    ways = [
+        [
+            row["a"], row["b"], f"{row['spearman']:+.2f}",
+            f"{row['overlap']:.2f} ({row['overlap_chance']:.3f}, up to "
+            f"{max(row['overlap_high'], row['overlap_turned_high']):.2f})",
+        ]
+        for row in _last(rows, run) if row["between"] == WAYS
+    ]  # fmt: skip
+    if ways:
+        lines += ["Mean maps of two ways to align:", "", *markdown(["one", "other", "correlation", "overlap"], ways)]
     return lines
 
 
-def _verdict(case, key="overlap"):
-    return judge(case[key], case["overlap_chance"] if key == "overlap" else 0, case[f"{key}_limit"])
+def _training(run, rows):
+    """How the top sets of single images change from each checkpoint to the next, and from the first to the last."""
+    rows = [row for row in rows if (row["run"], row["mode"], row["between"]) == (run, FULL, CHECKPOINTS)]
+    pairs = {(row["a"], row["b"]): row for row in rows if row["level"] == SINGLE}
+    if not pairs:
+        return []
+    steps = list(dict.fromkeys(step for pair in pairs for step in pair))
+    shown = list(zip(steps, steps[1:], strict=False)) + ([(steps[0], steps[-1])] if len(steps) > 2 else [])
+    found = [[_step(a), _step(b), *_overlap(pairs[a, b])] for a, b in shown]
+    title = "All tokens aligned, overlap of an image's top set between checkpoints:"
+    return [title, "", *markdown(["from step", "to step", "overlap", "beyond chance"], found)]
+
+
+def _overlap(row):
+    """Two cells: an overlap with its chance, and whether it is beyond that."""
+    chance = f"({row['overlap_chance']:.2f}, up to {row['overlap_high']:.2f})"
+    return [f"{row['overlap']:.2f} {chance}", beyond(row["overlap"], row["overlap_high"])]
+
+
+def _draws(run, cases, about):
+    """What drawing subsets changes: the overlap of an image's top set from one draw to the next."""
+    full = cases[run, FULL].get((SINGLE, DRAWS))
+    if full is None:
+        return []
+    rows = [[MODES[FULL], f"{full['overlap']:.2f} ({full['overlap_chance']:.2f})", "1.00", f"{full['spearman']:+.2f}"]]
+    for mode in (MASKED, SUBSET):
+        case = cases.get((run, mode), {}).get((SINGLE, DRAWS))
+        if case is not None:
+            fixed = fixed_ranking_overlap(about["tokens"], about["kept"][run], about["top"])
+            overlap = f"{case['overlap']:.2f} ({case['overlap_chance']:.2f})"
+            rows.append([MODES[mode], overlap, f"{fixed:.2f}", f"{case['spearman']:+.2f}"])
+    title = (
+        "Overlap of an image's top set from one draw to the next, in brackets by chance; and of a ranking that never "
+    )
+    title += "changes, of which only the kept tokens are seen:"
+    head = ["way to align", "overlap", "of a fixed ranking", "correlation of tokens in both draws"]
+    return [title, "", *markdown(head, rows)]
 
 
 def _trunk(run, rows, about):
-    lines = ["", f"Cosine of the trunk's alignment gradients, {about['group_size']} images behind each gradient:", ""]
+    lines = [f"Cosine of the trunk's alignment gradients, {about['group_size']} images for each gradient:", ""]
     places = list(dict.fromkeys(row["place"] for row in _last(rows, run)))
     places = ["all", *[place for place in places if place != "all"]]
-    lines += [f"| between | {' | '.join(places)} |", f"| --- |{' --- |' * len(places)}"]
+    found = []
     for pair in PAIRS:
-        found = {row["place"]: row for row in _last(rows, run) if row["pair"] == pair}
-        if found:
-            values = [_value(found.get(place)) for place in places]
-            lines.append(f"| {PAIRS[pair]} | {' | '.join(values)} |")
-    return lines
+        values = {row["place"]: row for row in _last(rows, run) if row["pair"] == pair}
+        if values:
+            found.append([PAIRS[pair], *(_cosine(values.get(place)) for place in places)])
+    return lines + markdown(["between", *places], found)
 
 
-def _value(row):
+def _cosine(row):
     if row is None:
         return ""
     error = row["standard_error"]
     return f"{row['cosine']:.3f}" + ("" if error == "" else f" ± {error:.3f}")
 
 
-def in_short(tables, about):
-    """Sentences that answer the paper's question for each run, and compare the ways to align."""
-    cases, lines = summary_cases(tables["stability"]), []
-    for run in about["series"]:
-        full = cases[run, FULL]
-        tests = {
-            "between halves of the data": full.get((MEAN_MAP, HALVES)),
-            "between times, image by image": full.get((SINGLE, TIMES)),
-            "between checkpoints, image by image": full.get((SINGLE, CHECKPOINTS)),
-        }
-        tests = {name: case for name, case in tests.items() if case is not None}
-        sets, ranks = (
-            [f"{_verdict(case, key)} {name} ({case[key]:.2f})" for name, case in tests.items()]
-            for key in ("overlap", "spearman")
-        )
-        beyond = [case[k] > case[f"{k}_limit"] + 1e-6 for case in tests.values() for k in ("overlap", "spearman")]
-        finding = {len(beyond): "is seen here", 0: "is not seen here"}.get(sum(beyond), "is seen here in part")
-        lines.append(
-            f"{run}: that large alignment gradients keep their places under full-token alignment {finding} "
-            f"({sum(beyond)} of {len(beyond)} tests beyond chance). The sets of the top {about['top']:.0%} (overlap by "
-            f"chance {next(iter(tests.values()))['overlap_chance']:.2f}) are {', '.join(sets)}. The ranks of all "
-            f"tokens (correlation by chance 0) are {', '.join(ranks)}."
-        )
-        lines += _course(run, tables["stability"])
-        lines += _drawn_sets(run, cases, about)
-        lines += _trunk_in_short(run, tables["agreement"])
-    return lines + _between_runs(tables["stability"])
-
-
 def _between_runs(rows):
-    """Whether two runs pull on the same tokens, all tokens aligned, the same images, times and noise."""
-    lines = []
-    for row in rows:
-        if row["between"] == RUNS and row["level"] == SINGLE:
-            pair = (RUNS, MEAN_MAP, row["a"], row["b"])
-            mean = next(r for r in rows if (r["between"], r["level"], r["a"], r["b"]) == pair)
-            above = "beyond" if row["overlap"] > row["overlap_high"] else "within"
-            lines.append(
-                f"{row['a']} and {row['b']}, all tokens aligned: the top sets of the same images overlap by "
-                f"{row['overlap']:.2f} between the two models, {above} chance ({row['overlap_chance']:.2f}, up to "
-                f"{row['overlap_high']:.2f}); their mean maps correlate by {mean['spearman']:+.2f}."
-            )
-    return lines
-
-
-def _course(run, rows):
-    """How the top sets of single images moved over training: from each checkpoint to the next, and over all of it."""
-    rows = [row for row in rows if (row["run"], row["mode"], row["between"]) == (run, FULL, CHECKPOINTS)]
-    pairs = {(row["a"], row["b"]): row for row in rows if row["level"] == SINGLE}
-    if not pairs:
+    """Whether two runs pull on the same tokens of the same images, all tokens aligned, at equal times and noise."""
+    means = {(r["a"], r["b"]): r for r in rows if r["between"] == RUNS and r["level"] == MEAN_MAP}
+    found = [
+        [row["a"], row["b"], *_overlap(row), f"{means[row['a'], row['b']]['spearman']:+.2f}"]
+        for row in rows
+        if row["between"] == RUNS and row["level"] == SINGLE
+    ]
+    if not found:
         return []
-    steps = list(dict.fromkeys(step for pair in pairs for step in pair))
-
-    def words(a, b):
-        row = pairs[a, b]
-        verdict = judge(row["overlap"], row["overlap_chance"], row["overlap_high"])
-        return f"{a} to {b} {row['overlap']:.2f}, {verdict}"
-
-    found = [words(a, b) for a, b in zip(steps, steps[1:], strict=False)]
-    line = (
-        f"{run}, all tokens aligned, overlap of an image's top set from one checkpoint to the next: {'; '.join(found)}"
-    )
-    return [line + (f". First to last: {words(steps[0], steps[-1])}." if len(steps) > 2 else ".")]
-
-
-def _drawn_sets(run, cases, about):
-    full = cases[run, FULL].get((SINGLE, DRAWS))
-    lines = []
-    for mode in (MASKED, SUBSET):
-        other = cases.get((run, mode), {}).get((SINGLE, DRAWS))
-        if other is None or full is None:
-            continue
-        fixed = fixed_ranking_overlap(about["tokens"], about["kept"][run], about["top"])
-        lines.append(
-            f"{run}, {MODES[mode]}: from one draw to the next the most strongly pulled tokens of an image overlap by "
-            f"{other['overlap']:.2f} (chance {other['overlap_chance']:.2f}; a ranking that never changes would give "
-            f"{fixed:.2f}), against {full['overlap']:.2f} under full-token alignment (chance "
-            f"{full['overlap_chance']:.2f}): drawing subsets "
-            f"{'loosens' if other['overlap'] < full['overlap'] else 'does not loosen'} the set. Among the tokens that "
-            f"both draws kept, ranks correlate by {other['spearman']:+.2f} ({full['spearman']:+.2f} with all tokens)."
-        )
-    return lines
-
-
-def _trunk_in_short(run, rows):
-    found = {row["pair"]: row for row in _last(rows, run) if row["place"] == "all"}
-    subsets = found.get(MASKED_PAIR) or found.get(FULL_PAIR)
-    noise, images = found.get(NOISE_PAIR), found.get(IMAGE_PAIR)
-    if subsets is None or noise is None:
-        return []
-    line = (
-        f"{run}: trunk gradients of two random subsets of the same images agree by {subsets['cosine']:.2f}, "
-        f"{_more(subsets, noise)} those of all tokens under other noise ({noise['cosine']:.2f})"
-    )
-    if images is not None:
-        line += f", and {_more(subsets, images)} those of other images ({images['cosine']:.2f})"
-    return [line + "."]
-
-
-def _more(one, other):
-    """How two mean cosines compare, given their standard errors: `more than`, `less than`, or `about as much as`."""
-    errors = [0 if row["standard_error"] == "" else row["standard_error"] for row in (one, other)]
-    if abs(one["cosine"] - other["cosine"]) <= 2 * sum(error**2 for error in errors) ** 0.5:
-        return "about as much as"
-    return "more than" if one["cosine"] > other["cosine"] else "less than"
+    head = ["run", "other run", "overlap of an image's top set", "beyond chance", "correlation of the mean maps"]
+    return ["## Between runs", "", "All tokens aligned, the last checkpoints.", "", *markdown(head, found)]

@@ -7,22 +7,20 @@ from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
-from torch.distributed.checkpoint._hf_utils import (
-    CUSTOM_METADATA_KEY,
-    DCP_VERSION_KEY,
-    DTYPE_MAP,
-    FORMAT_KEY,
-    FORMAT_VALUE,
-    HF_DCP_VERSION,
-    SAVED_OFFSETS_KEY,
-)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from maskalign.checkpoints.layout import PIECE
 from maskalign.runtime.files import sync_file
 
-NAMES = {dtype: name for name, dtype in DTYPE_MAP.items()}
+# The header that torch's HuggingFaceStorageReader looks for; the tests read our files with it.
+CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY = "DCP_SHARDING_INFO", "saved_offsets"
+HEADER = {"DCP_VERSION": "1.0", "format": "pt"}
+# safetensors' names of dtypes.
+NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 class ShardWriter(HuggingFaceStorageWriter):
@@ -72,13 +70,7 @@ def write_file(path, tensors, offsets):
     # safetensors wants tensors aligned to their own element size: the widest come first.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     sharding = json.dumps({name: {SAVED_OFFSETS_KEY: offsets[name]} for name in names})
-    header = {
-        "__metadata__": {
-            CUSTOM_METADATA_KEY: sharding,
-            DCP_VERSION_KEY: str(HF_DCP_VERSION),
-            FORMAT_KEY: FORMAT_VALUE,
-        }
-    }
+    header = {"__metadata__": {CUSTOM_METADATA_KEY: sharding, **HEADER}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes

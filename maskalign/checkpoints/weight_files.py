@@ -44,7 +44,7 @@ def _read_pickle(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what torch thinks of a damaged file comes as an error as well
-            # Mapped, so that taking the averaged weights alone does not read the optimiser's state as well.
+            # Mapped, so that taking the averaged weights alone does not read the optimizer's state as well.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         text = str(error)

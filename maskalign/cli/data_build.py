@@ -18,16 +18,18 @@ class DataBuild:
     EXAMPLES = (
         "maskalign data build openmoji --out datasets/openmoji32",
         "maskalign data build photos/ --out datasets/photos64 --size 64",
+        "maskalign data build repa_data --out datasets/imagenet256  # images/ and vae-sd/ are taken over as they are",
         "maskalign data build imagenet/train --out datasets/imagenet256 --size 256 --image-format webp",
     )
 
     source: str = option(positional=True, path=True)
-    """openmoji, a folder or .zip/.tar of images (top folder = class, or dataset.json has the labels), webdataset
-    shards, or torchvision:NAME."""
+    """openmoji, a folder or .zip/.tar of images (top folder = class, or dataset.json has the labels), a folder prepared
+    for REPA or REG with its latents, webdataset shards (files or URLs), torchvision:NAME, or hf:NAME of a Hugging Face
+    data set."""
     out: Path = option(metavar="DIR")
     """Folder for the shards and manifest.json."""
-    size: int = 32
-    """Side of the stored square images in pixels."""
+    size: Optional[int] = None
+    """Side of the stored square images in pixels; by default 32, or that of pictures prepared for REPA or REG."""
     crop: Literal["adm", "resize"] = option("adm", group="images")
     """adm is ADM's center crop (as in REPA); resize squeezes the whole image into the square."""
     exif: Literal["apply", "ignore"] = option("apply", group="images")

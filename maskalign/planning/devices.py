@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from maskalign.errors import UsageError
+from maskalign.runtime.accelerators import PEAK_TFLOPS
 
 
 @dataclass(frozen=True)
@@ -35,29 +36,34 @@ class Device:
     per_node: int = 8
     source: str = ""
 
+    @property
+    def captures(self):
+        """Whether steps are captured as CUDA graphs there; AMD's devices are launched by Python."""
+        return not self.name.startswith(("MI", "AMD"))
+
 
 # Memory is what the driver reports, rounded down to whole GiB: data sheets say 80, 80, 141, 180 and 192 GB. Links are
 # half of the two-way figures that vendors print; network ports are those of the vendor's own node (DGX A100: 200 Gb/s
 # per GPU; DGX H100, H200, B200 and AMD's reference platform: 400 Gb/s).
 DEVICES = {
     "a100": Device(
-        "A100 SXM 80 GB", 79, 2039, 312, 156, 300, 25, 400,
+        "A100 SXM 80 GB", 79, 2039, *PEAK_TFLOPS["A100"], 300, 25, 400,
         source="NVIDIA A100 80GB data sheet (SXM), DGX A100 data sheet",
     ),
     "h100": Device(
-        "H100 SXM", 79, 3350, 989, 494, 450, 50, 700,
+        "H100 SXM", 79, 3350, *PEAK_TFLOPS["H100"], 450, 50, 700,
         source="NVIDIA H100 data sheet (SXM), DGX H100 data sheet",
     ),
     "h200": Device(
-        "H200 SXM", 139, 4800, 989, 494, 450, 50, 700,
+        "H200 SXM", 139, 4800, *PEAK_TFLOPS["H200"], 450, 50, 700,
         source="NVIDIA H200 data sheet (SXM), DGX H200 data sheet",
     ),
     "b200": Device(
-        "B200 SXM", 178, 7700, 2250, 1125, 900, 50, 1000,
+        "B200 SXM", 178, 7700, *PEAK_TFLOPS["B200"], 900, 50, 1000,
         source="NVIDIA Blackwell data sheet (HGX B200), DGX B200 data sheet",
     ),
     "mi300x": Device(
-        "MI300X", 191, 5300, 1307, 163, 448, 50, 750,
+        "MI300X", 191, 5300, *PEAK_TFLOPS["MI300X"], 448, 50, 750,
         source="AMD Instinct MI300X data sheet (float32: the matrix rate)",
     ),
 }  # fmt: skip

@@ -11,10 +11,10 @@ from typing import List, Optional, Tuple
 
 from maskalign.config import as_schedule, model_sizes, validate_with_data
 from maskalign.config.teacher_names import parse_teachers
+from maskalign.data.build.recipe import IMAGENET_IMAGES
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 
-IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
 IMAGENET_CLASSES = 1000
 LATENT_CHANNELS, LATENT_STRIDE = 4, 8  # sd-vae-ft-mse
 

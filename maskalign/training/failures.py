@@ -2,7 +2,7 @@
 
 Stopping. SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before it takes a node away) ask for a stop. The ranks agree on
 the step after which all of them stop and save. After SIGTERM and SIGUSR1 the file RUN/REQUEUE tells the job script that
-the same command goes on.
+the same command resumes.
 
 Hanging. Each rank's watchdog, a thread, writes what its rank does to torchrun's key-value store. A rank that makes no
 progress for `training.timeout` compares notes with the others', names the one that they wait for, and ends the job.
@@ -72,7 +72,7 @@ class Stop:
     def agree(self):
         """True where all ranks stop now. Called once per step by all.
 
-        With other ranks, the answer is to the question asked one step before, so that nobody waits for it.
+        With other ranks, the answer is to the question asked one step before, so that no rank waits for it.
         """
         if self.group is None:
             self.agreed = int(self.signal)
@@ -97,7 +97,7 @@ class Stop:
 
 
 def mark_requeue(run_dir, step):
-    """Leave RUN/REQUEUE: this run was interrupted at `step` and saved; the same command goes on."""
+    """Leave RUN/REQUEUE: this run was interrupted at `step` and saved; the same command resumes."""
     write_atomically(Path(run_dir, REQUEUE), f"stopped and saved at step {step}; the same command resumes\n".encode())
 
 
@@ -106,7 +106,7 @@ def clear_requeue(run_dir):
 
 
 class Watchdog:
-    """Ends a job of several ranks that does not go on, with one line that names the rank and the step.
+    """Ends a job of several ranks that makes no progress, with one line that names the rank and the step.
 
     Args:
         timeout: seconds without progress.
@@ -131,7 +131,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase, step=None):
-        """This rank goes on: with `phase` (data, step, save, sample, evaluate, ...) of `step`."""
+        """This rank makes progress: it is in `phase` (data, step, save, sample, evaluate, ...) of `step`."""
         self.phase = phase
         self.step = self.step if step is None else step
         self.progress += 1
@@ -180,7 +180,7 @@ class Watchdog:
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
     def _judge(self):
-        """One line about who holds up the job; None where somebody does what may take long."""
+        """One line about who holds up the job; None where a rank does something that may take long."""
         before = self._notes()
         for _ in range(3):  # for the others' watchdogs to give a sign of life, and for ours
             time.sleep(self.interval)
@@ -198,7 +198,7 @@ class Watchdog:
         late = [r for r, note in enumerate(now) if (note["step"], note["calls"]) == last]
         where = "; ".join(f"rank {r} is in {now[r]['phase']} at {now[r]['place']}" for r in late[:4])
         if len(late) < self.world_size:
-            return f"{_ranks(late)} did not go on in step {last[0] + 1} {took}, the others wait ({where})"
+            return f"{_ranks(late)} made no progress in step {last[0] + 1} {took}, the others wait ({where})"
         return f"all ranks wait in step {last[0] + 1}, which did not end {took} ({where})"
 
     def _end(self, line):
@@ -224,7 +224,7 @@ def lost_contact(error, watchdog):
     reason = text.strip().splitlines()[0].split("] ", 1)[-1].split(". ")[0]
     return RunError(
         f"rank {watchdog.rank} lost contact with another rank in step {watchdog.step + 1} ({reason}); "
-        "see the line of the rank that ended first; the same command goes on from the last checkpoint"
+        "see the line of the rank that ended first; the same command resumes from the last checkpoint"
     )
 
 

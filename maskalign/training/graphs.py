@@ -171,7 +171,7 @@ class CapturedStep:
         self.inputs = [micro_batch.map(torch.clone) for micro_batch in micro_batches]
         self.parameters = parameters
         self.results = self._record(lambda: compute(self.inputs), stream)
-        # They stay in the graph's memory, where every replay writes them anew.
+        # They stay in the graph's memory, where every replay overwrites them.
         self.gradients = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None

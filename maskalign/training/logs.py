@@ -123,18 +123,18 @@ def draw_curves(rows, path, title, evaluations=()):
     ]
     held_out = ["held_out_velocity_loss", "held_out_cosine", None, None]
     distances = [key for row in evaluations[-1:] for key in row if key.startswith(("frechet[", "kernel["))][:2]
-    colours = ["#1f5fa8", "#6b4ba3"]
-    panels += [(key, None, colour) for key, colour in zip(distances, colours, strict=False)]
+    colors = ["#1f5fa8", "#6b4ba3"]
+    panels += [(key, None, color) for key, color in zip(distances, colors, strict=False)]
     lines = 2 if len(panels) == 4 else 3
     figure, axes = plt.subplots(lines, 2, figsize=(10, 3.1 * lines), sharex=True, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, (name, values, colour) in zip(axes.flat, panels, strict=False):
+    for axis, (name, values, color) in zip(axes.flat, panels, strict=False):
         if values is None:
             points = [(row["step"], row[name]) for row in evaluations if name in row]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, linewidth=1.6, markersize=3.5)
+            axis.plot(*zip(*points, strict=True), "o-", color=color, linewidth=1.6, markersize=3.5)
         else:
-            axis.plot(steps, values, color=colour, linewidth=1.6)
+            axis.plot(steps, values, color=color, linewidth=1.6)
         name = name.replace("frechet[", "Frechet distance (").replace("kernel[", "kernel distance (").replace("]", ")")
         axis.set_title(name, fontsize=10, loc="left")
         axis.grid(alpha=0.25)
@@ -151,9 +151,9 @@ def draw_curves(rows, path, title, evaluations=()):
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
     # Where the keep ratio changes, the loss is over other tokens: show it behind the curve.
     keep = axes[0, 0].twinx()
-    keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="grey", alpha=0.12, linewidth=0)
+    keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="gray", alpha=0.12, linewidth=0)
     keep.set_ylim(0, 1.02)
-    keep.set_ylabel("keep ratio (grey)", fontsize=8)
+    keep.set_ylabel("keep ratio (gray)", fontsize=8)
     keep.spines[["top"]].set_visible(False)
     for axis in axes[-1]:
         axis.set_xlabel("step")

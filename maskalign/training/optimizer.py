@@ -9,17 +9,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from maskalign.training.flat_buffers import FlatBuffers, norm_of
 from maskalign.training.fused_update import FusedUpdate, library
 
 
 class Optimizer:
-    """One optimiser step of training: clip, AdamW, EMA, without a synchronisation with the host.
+    """One optimizer step of training: clip, AdamW, EMA, without a synchronization with the host.
 
     torch's fused AdamW divides gradients by `grad_scale` and skips the update where `found_inf` is set, inside its one
     pass over the weights; the clip and the guard against non-finite steps ride on these two.
 
     Where the model computes in bfloat16 its parameters are bfloat16 copies of float32 masters: no cast per use, half
-    the memory traffic, and updates that do not round to nothing.
+    the memory traffic, and updates that do not round to nothing. Parameters, moments and averages are views of one
+    buffer each, see flat_buffers.py.
 
     Where the parameters are DTensors (plans fsdp and hsdp) every rank updates and averages its shards alone, as plain
     tensors; only the gradient norm is summed over the ranks. There the gathered weights are the bfloat16 copies.
@@ -39,21 +41,30 @@ class Optimizer:
         self.names = [name for name, _ in named]
         self.params = [p for _, p in named]
         self.sharded = isinstance(self.params[0], DTensor)
+        device = self.params[0].device
+        ema_device = torch.device("cpu") if ema_on_cpu else device
+        # On a GPU the rate is a tensor, and no step asks the host for anything: graphs.py may capture it.
+        on_gpu = device.type != "cpu"
+        self.lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
+        self.pull = 1 - config.ema_decay  # weight of the new parameters in the average
+        # As the rate: where a step is captured, what changes from step to step is a tensor.
+        ramp_on_gpu = config.ema_warmup and on_gpu and not ema_on_cpu
+        self.pull_tensor = torch.tensor(self.pull, device=device) if ramp_on_gpu else None
+        # A step on a GPU that averages in host memory waits for a copy: it does so after all else, outside of a graph.
+        self.averages_apart = on_gpu and ema_on_cpu
+        plain = not on_gpu and all(p.dtype == torch.float32 and p.is_contiguous() for p in self.params)
+        single = fused and plain and library() is not None
+        self.flat = None
         if self.sharded:
             self.masters = [p.detach().to_local() for p in self.params]
             mesh = self.params[0].device_mesh
             self.shard_group = mesh.get_group(mesh.ndim - 1)
-        elif dtype == torch.bfloat16:
+        elif single and dtype == torch.bfloat16:
             self.masters = [p.detach().float().clone() for p in self.params]
             for p in self.params:
                 p.data = p.data.to(dtype)
         else:
             self.masters = self.params
-        with torch.no_grad():
-            self.ema = [p.detach().to("cpu" if ema_on_cpu else p.device, copy=True) for p in self.masters]
-        # On a GPU the rate is a tensor, and no step asks the host for anything: graphs.py may record it.
-        on_gpu = self.masters[0].device.type != "cpu"
-        self.lr = torch.tensor(config.lr, device=self.masters[0].device) if on_gpu else config.lr
         self.adamw = torch.optim.AdamW(
             self.masters,
             lr=config.lr,
@@ -65,15 +76,16 @@ class Optimizer:
         )
         for group in self.adamw.param_groups:
             group["lr"] = self.lr
-        self.pull = 1 - config.ema_decay  # weight of the new parameters in the average
-        # As the rate: where a step is recorded, what changes from step to step is a tensor.
-        ramp_on_gpu = config.ema_warmup and on_gpu and not ema_on_cpu
-        self.pull_tensor = torch.tensor(self.pull, device=self.masters[0].device) if ramp_on_gpu else None
-        # A step on a GPU that averages in host memory waits for a copy: it does so after all else, outside of a graph.
-        self.averages_apart = on_gpu and ema_on_cpu
+        if self.sharded or single:
+            with torch.no_grad():
+                self.ema = [p.detach().to(ema_device, copy=True) for p in self.masters]
+        else:
+            self.flat = FlatBuffers(self.params, dtype, ema_device, self.adamw)
+            self.ema = self.flat.views(self.flat.ema)
+            if dtype == torch.bfloat16:
+                self.masters = self.flat.views(self.flat.master)
         self.fused_update = None
-        plain = all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous() for p in self.masters)
-        if fused and plain and library() is not None:
+        if single:
             states = [self._state(k) for k in range(len(self.masters))]
             copies = self.params if self.has_copies else None
             self.fused_update = FusedUpdate(library(), config, self.masters, self.ema, copies, states)
@@ -104,16 +116,12 @@ class Optimizer:
         """
         if self.fused_update:
             return self._fused_step(lr, healthy)
-        if self.sharded:
-            for master, p in zip(self.masters, self.params, strict=True):
-                master.grad = None if p.grad is None else p.grad.to_local()
-        elif self.has_copies:
-            self._copy_gradients()
-        norm = self._over_shards(torch.nn.utils.get_total_norm([p.grad for p in self.masters if p.grad is not None]))
+        gradients = self._take_gradients()
+        norm = self._over_shards(gradient_norm(gradients, joined=self.flat is not None))
         skipped = ~(healthy & norm.isfinite())
         divisor = self._clip_divisor(norm)
         if divisor.dtype == torch.float64:
-            torch._foreach_div_([p.grad for p in self.masters if p.grad is not None], divisor)
+            torch._foreach_div_(gradients, divisor)
             divisor = torch.ones_like(divisor)
         self.adamw.grad_scale = divisor.float()
         self.adamw.found_inf = skipped.float()
@@ -123,28 +131,35 @@ class Optimizer:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
         self.adamw.step()
-        everything = range(len(self.params))
         if not self.averages_apart:
-            self._average(everything)
-        self._copy_masters(everything)
-        for p in self.params:
-            p.grad = None
-        for master in self.masters:
+            self._average_all()
+        if self.flat is not None and self.flat.copies is not None:
+            self.flat.copies.copy_(self.flat.master)
+        for master in self._updated():
             master.grad = None
         return norm, skipped
+
+    def _updated(self):
+        """The tensors that AdamW updates."""
+        return self.masters if self.flat is None else self.flat.masters
+
+    def _take_gradients(self):
+        """Move the parameters' gradients to the tensors that AdamW updates; returns those that there are."""
+        gradients = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        if self.flat is not None:
+            self.flat.join_gradients(gradients)
+        else:
+            for master, gradient in zip(self.masters, gradients, strict=True):
+                master.grad = None if gradient is None else gradient.to_local()
+        return [master.grad for master in self._updated() if master.grad is not None]
 
     @torch.no_grad()
     def average_on_host(self):
         """The part of a step that waits for the device: a moving average in host memory. Call it after `step`."""
         if self.averages_apart:
-            self._average(range(len(self.params)))
-
-    def _copy_gradients(self):
-        """The masters' gradients from those of the bfloat16 copies, in few launches."""
-        there = [(master, p) for master, p in zip(self.masters, self.params, strict=True) if p.grad is not None]
-        for master, _ in there:
-            master.grad = torch.empty_like(master)
-        torch._foreach_copy_([master.grad for master, _ in there], [p.grad for _, p in there])
+            self._average_all()
 
     def _fused_step(self, lr, healthy):
         """`step` in one pass; on a CPU it costs nothing to look whether the step is to be skipped."""
@@ -158,8 +173,10 @@ class Optimizer:
             self.fused_update(lr, float(self._clip_divisor(norm)), self.pull)
         done = {} if skipped else grads
         left = [k for k in range(len(self.params)) if k not in done]
-        self._average(left)
-        self._copy_masters(left)
+        if left:
+            self._average([self.masters[k] for k in left], [self.ema[k] for k in left])
+        if left and self.has_copies:
+            torch._foreach_copy_([self.params[k] for k in left], [self.masters[k] for k in left])
         for p in self.params:
             p.grad = None
         return norm, skipped
@@ -169,11 +186,14 @@ class Optimizer:
         clip = self.config.grad_clip
         return ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
 
-    def _average(self, which):
-        """Moving average of the parameters with these numbers."""
-        if not which:
-            return
-        masters, averages = [self.masters[k] for k in which], [self.ema[k] for k in which]
+    def _average_all(self):
+        if self.flat is None:
+            self._average(self.masters, self.ema)
+        else:
+            self._average([self.flat.master], [self.flat.ema])
+
+    def _average(self, masters, averages):
+        """Move averages towards their masters."""
         there = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
         if self.pull_tensor is None:
             torch._foreach_lerp_(averages, there, self.pull)
@@ -181,11 +201,6 @@ class Optimizer:
             gap = torch._foreach_sub(there, averages)
             torch._foreach_mul_(gap, self.pull_tensor)
             torch._foreach_add_(averages, gap)
-
-    def _copy_masters(self, which):
-        """The bfloat16 copies of the masters with these numbers."""
-        if self.has_copies and which:
-            torch._foreach_copy_([self.params[k] for k in which], [self.masters[k] for k in which])
 
     def _over_shards(self, norm):
         """Global norm, a 0-d tensor, from that of this rank's gradients; the same on all ranks."""
@@ -196,7 +211,7 @@ class Optimizer:
         return square.sqrt()
 
     def _state(self, k):
-        """AdamW's state of parameter number k; made where there is none yet."""
+        """AdamW's state of parameter number k, of masters that are no buffers; made where there is none yet."""
         master = self.masters[k]
         state = self.adamw.state[master]
         if not state:
@@ -265,9 +280,9 @@ class Optimizer:
 
         Moments are made where a parameter has none yet, so that saving and loading see one layout.
         """
-        out = {}
+        out, states = {}, self._states()
         for k, (name, master, ema) in enumerate(zip(self.names, self.masters, self.ema, strict=True)):
-            state = self._state(k)
+            state = states[k]
             out[f"model/{name}"] = self._whole(k, master.detach())
             out[f"ema/{name}"] = self._whole(k, ema)
             for key in ("exp_avg", "exp_avg_sq"):
@@ -275,11 +290,29 @@ class Optimizer:
             out[f"step/{name}"] = state["step"]
         return out
 
+    def _states(self):
+        """AdamW's state of every parameter: dicts of step, exp_avg and exp_avg_sq."""
+        if self.flat is None:
+            return [self._state(k) for k in range(len(self.masters))]
+        self.flat.spread_steps()
+        columns = self.flat.steps.unbind(), self.flat.views(self.flat.exp_avg), self.flat.views(self.flat.exp_avg_sq)
+        return [dict(zip(("step", "exp_avg", "exp_avg_sq"), row, strict=True)) for row in zip(*columns, strict=True)]
+
     @torch.no_grad()
     def after_load(self):
-        """Bring the bfloat16 copies up to masters that were loaded in place."""
+        """Take up what was loaded in place: the numbers of steps, and masters of which there are bfloat16 copies."""
+        if self.flat is not None:
+            self.flat.after_load()
         if self.has_copies:
             torch._foreach_copy_(self.params, self.masters)
+
+
+def gradient_norm(gradients, joined):
+    """Euclidean norm of all numbers of some tensors, 0-d; `joined` ones are few and long."""
+    if not joined:
+        return torch.nn.utils.get_total_norm(gradients)
+    norms = [norm_of(gradient) for gradient in gradients]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def average_decay(config, step):

@@ -1,4 +1,4 @@
-"""Where a run tells what it does: metrics.csv, TensorBoard, the progress bar, evaluation.csv and curves.png."""
+"""The records of a run: metrics.csv, TensorBoard, the progress bar, evaluation.csv and curves.png."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ class RunLog:
 
     Args:
         config: `Config`.
-        step, seconds: where the run goes on; later rows of an earlier try are dropped.
+        step, seconds: where the run resumes; later rows of an earlier attempt are removed.
         is_main: this rank writes.
     """
 

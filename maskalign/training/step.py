@@ -60,7 +60,7 @@ class MicroBatch(NamedTuple):
 
 
 class TrainStep:
-    """Runs optimiser steps of a model under the settings of a `Config`.
+    """Runs optimizer steps of a model under the settings of a `Config`.
 
     Args:
         model: a `SiT`.
@@ -105,7 +105,7 @@ class TrainStep:
         )
 
     def __call__(self, step, progress, inputs, labels, teachers, first_slot=0, prepare=None, class_token=None):
-        """One optimiser step on this rank's share of the batch.
+        """One optimizer step on this rank's share of the batch.
 
         Args:
             step: number of the step, from 0; it keys the draws.

@@ -9,18 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from maskalign.models.flops import step_flops
+from maskalign.runtime.accelerators import peak_tflops
 
-# Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
-# here (TF32, see device.tune_host; MI300X: its float32 matrix rate).
-PEAKS = {
-    "A100": (312, 156),
-    "H100 PCIe": (756, 378),
-    "H100": (989, 494),
-    "H200": (989, 494),
-    "GH200": (989, 494),
-    "B200": (2250, 1125),
-    "MI300X": (1307, 163),
-}
 SAMPLES = (1, 9, 50)  # steps before the first sample, between it and the second (the first is slow), and then on
 
 
@@ -53,10 +43,10 @@ class TeacherShare:
         if not 0 < self.left <= self.MEASURED:
             yield
         else:
-            _synchronise(self.device)
+            _synchronize(self.device)
             start = time.perf_counter()
             yield
-            _synchronise(self.device)
+            _synchronize(self.device)
             self.seconds[part] += time.perf_counter() - start
         if part == "step" and self.left:
             self.left -= 1
@@ -69,19 +59,17 @@ def device_peak(device, dtype):
     """Peak FLOP/s of a device in a precision: by its name where that is known, else the best of a few square matmuls
     with this process's threads."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [key for key in PEAKS if key in name]
+        known = peak_tflops(torch.cuda.get_device_name(device))
         if known:
-            low, single = PEAKS[max(known, key=len)]
-            return 1e12 * (low if dtype == torch.bfloat16 else single)
+            return 1e12 * known[0 if dtype == torch.bfloat16 else 1]
     size = 4096 if device.type == "cuda" else 512
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):
-        _synchronise(device)
+        _synchronize(device)
         start = time.perf_counter()
         a @ b
-        _synchronise(device)
+        _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -139,7 +127,7 @@ class Throughput:
         with torch.profiler.profile(activities=activities) as profile:
             begin = time.perf_counter()
             result = step(*args, **kwargs)
-            _synchronise(self.placement.device)
+            _synchronize(self.placement.device)
             end = time.perf_counter()
         spans = [
             (event.time_range.start, event.time_range.end) for event in profile.events() if _collective(event.name)
@@ -162,6 +150,6 @@ def _union(spans):
     return total
 
 
-def _synchronise(device):
+def _synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config, manifest, facts):
-    """Train a model, or go on with a run.
+    """Train a model, or resume a run.
 
     Args:
         config: `Config`.
@@ -351,7 +351,7 @@ class Trainer:
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
-            # A first row soon: somebody is watching the first seconds of a run.
+            # A first row soon: a user watches the first seconds of a run.
             if self.step % training.log_every == 0 or last or self.step == 1 or stop:
                 steps = self.step - since["step"]
                 self._log(result, sums, healthy, steps, since)

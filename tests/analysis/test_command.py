@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maskalign.analysis.command import analyze
-from maskalign.analysis.outcome import judge
+from maskalign.analysis.outcome import beyond
 from maskalign.analysis.settings import AnalysisSettings, parse_times
 from maskalign.analysis.subjects import find_checkpoints
 from maskalign.checkpoints.weight_files import repa_checkpoint, write_repa
@@ -57,7 +57,7 @@ def test_two_runs(masked_run, full_run, data_set, tmp_path, capsys):
         assert 0 <= float(row["overlap"]) <= 1 and -1.001 <= float(row["spearman"]) <= 1.001
         assert float(row["overlap_low"]) <= float(row["overlap_chance"]) <= float(row["overlap_high"])
 
-    # The words quote the tables.
+    # The outcome has the numbers of the tables.
     outcome = (tmp_path / "one" / "outcome.md").read_text()
     halves = next(
         row for row in stability
@@ -65,6 +65,9 @@ def test_two_runs(masked_run, full_run, data_set, tmp_path, capsys):
     )  # fmt: skip
     assert f"| full | mean map | halves of the data | {float(halves['overlap']):.3f} (" in outcome
     assert "12 images" in outcome and "| masked | 2, 4 |" in outcome
+    for block in outcome.split("\n\n"):  # every table has as many cells in each row as in its head
+        if block.startswith("| "):
+            assert len({line.count(" | ") for line in block.strip().splitlines()}) == 1, block
 
     assert status_of([*argv, "--out", str(tmp_path / "two")]) == 0
     for name in tables | {"outcome.md"}:
@@ -178,10 +181,8 @@ def test_which_checkpoints_a_path_means(masked_run, tmp_path):
         find_checkpoints([__file__])
 
 
-def test_judgments_follow_the_numbers():
-    verdicts = [judge(value, 0.1, 0.15) for value in (0.05, 0.15, 0.18, 0.3, 0.5, 0.9)]
-    assert verdicts[0] == verdicts[1] == "not beyond chance"
-    assert verdicts[2:] == ["barely above chance", "weakly stable", "clearly stable", "strongly stable"]
+def test_beyond_chance_is_more_than_chance_reaches():
+    assert [beyond(value, 0.15) for value in (0.05, 0.15, 0.15 + 1e-9, 0.18)] == ["no", "no", "no", "yes"]
 
 
 def test_times():

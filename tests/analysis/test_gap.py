@@ -149,7 +149,7 @@ def test_runs_with_and_without_a_class_token_side_by_side(class_run, full_run, c
     whole = next(row for row in gaps if (row["run"], row["time"]) == ("maskalign", ""))
     text = f"| {float(whole['full_loss']):+.4f} | {float(whole['gap']):+.5f} ± {float(whole['standard_error']):.5f} |"
     assert text in outcome and "the class token (where there is one) and 12 of 16 patches" in outcome
-    assert "maskalign beside full, at step 2" in outcome
+    assert "| maskalign | 2, 2 |" in outcome
     for name in ("shares.png", "gap.png"):
         assert (tmp_path / "out" / name).stat().st_size > 10_000
 

@@ -21,7 +21,7 @@ TINY = dict(
 )  # fmt: skip
 
 
-def randomise(model, seed, skip=()):
+def randomize(model, seed, skip=()):
     """Weights with nothing at zero, so that every tensor matters to the output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def assert_same_model(a, b):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_from_repa_of_to_repa_is_the_model(settings, dtype, seed, tmp_path):
-    model = randomise(SiT(**{**TINY, **settings}), seed).to(dtype)
+    model = randomize(SiT(**{**TINY, **settings}), seed).to(dtype)
     assert_same_model(model, from_repa(to_repa(model)).eval())
     # What to_repa notes beside the tensors also survives a file.
     torch.save(to_repa(model), tmp_path / "w.pt")
@@ -78,7 +78,7 @@ def test_from_repa_of_to_repa_is_the_model(settings, dtype, seed, tmp_path):
 
 @pytest.mark.parametrize("size", ["S", "B", "L", "XL"])
 @pytest.mark.parametrize("patch", [2, 8])
-def test_presets_are_recognised_by_their_shapes(size, patch):
+def test_presets_are_recognized_by_their_shapes(size, patch):
     with torch.device("meta"):
         model = SiT.from_preset(f"SiT-{size}/{patch}", mixer="none")
     plain = {name: torch.empty(value.shape, device="meta") for name, value in model.state_dict().items()}
@@ -106,7 +106,7 @@ def test_names_are_repas():
 
 
 def test_whole_checkpoints_and_arguments(seed):
-    model, ema = (randomise(SiT(**{**TINY, "mixer": "none"}), seed + k) for k in (0, 1))
+    model, ema = (randomize(SiT(**{**TINY, "mixer": "none"}), seed + k) for k in (0, 1))
     checkpoint = {
         "model": dict(model.state_dict()),
         "ema": dict(ema.state_dict()),
@@ -125,7 +125,7 @@ def test_whole_checkpoints_and_arguments(seed):
 
 def test_repas_early_names(seed):
     """The first checkpoints call the blocks after the tap decoder_blocks."""
-    model = randomise(SiT(**{**TINY, "mixer": "none", "align_depth": 3}), seed)
+    model = randomize(SiT(**{**TINY, "mixer": "none", "align_depth": 3}), seed)
     early = {name.replace("blocks.3.", "decoder_blocks.0."): value for name, value in model.state_dict().items()}
     again = from_repa(early, heads=3)
     assert again.align_depth == 3
@@ -135,13 +135,13 @@ def test_repas_early_names(seed):
 
 @pytest.mark.parametrize("mixer", ["token_mlp", "depthwise_conv", "attention"])
 def test_a_fresh_mixer_continues_a_checkpoint_as_it_is(mixer, seed):
-    model = randomise(SiT(**{**TINY, "mixer": "none"}), seed)
+    model = randomize(SiT(**{**TINY, "mixer": "none"}), seed)
     more = from_repa(to_repa(model), mixer=mixer).eval()
     x, t, labels = inputs(model, seed)
     assert torch.equal(model(x, t, labels).velocity, more(x, t, labels).velocity)
     # A fresh mixer is no hindrance to REPA's layout, a trained one is.
     assert set(to_repa(more, strict=True)) == set(to_repa(model))
-    randomise(more, seed)
+    randomize(more, seed)
     with pytest.raises(UsageError, match="no place for a trained mixer"):
         to_repa(more, strict=True)
     with pytest.raises(UsageError, match="cannot be replaced"):
@@ -183,7 +183,7 @@ class OfficialSiT(torch.nn.Module):
 
 @pytest.mark.parametrize("learn_sigma", [True, False])
 def test_official_sit_with_time_turned_round(learn_sigma, seed):
-    core = randomise(SiT(**{**TINY, "mixer": "none", "teacher_dims": ()}), seed).double()
+    core = randomize(SiT(**{**TINY, "mixer": "none", "teacher_dims": ()}), seed).double()
     channels = core.in_channels * (2 if learn_sigma else 1)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(4 * channels, core.width, generator=generator, dtype=torch.float64)
@@ -202,7 +202,7 @@ def test_official_sit_with_time_turned_round(learn_sigma, seed):
 
 
 def save_repa(path, seed, **settings):
-    model, ema = (randomise(SiT(**{**TINY, "mixer": "none", **settings}), seed + k) for k in (0, 1))
+    model, ema = (randomize(SiT(**{**TINY, "mixer": "none", **settings}), seed + k) for k in (0, 1))
     write_repa(path, repa_checkpoint(model, ema, steps=1234, path="cosine"))
     return model, ema
 
@@ -217,7 +217,7 @@ def test_repa_file_there_and_back(tmp_path, seed):
     assert about == {"step": 1234, "path": "cosine"}
     assert_same_model(ema, loaded)
     assert_same_model(model, load_file(tmp_path / "a.pt", ema=False)[0])
-    # REPA's resume loads the optimiser's state into an AdamW over all its parameters, the fixed pos_embed among them.
+    # REPA's resume loads the optimizer's state into an AdamW over all its parameters, the fixed pos_embed among them.
     parameters = [torch.nn.Parameter(value.clone()) for value in raw["model"].values()]
     torch.optim.AdamW(parameters).load_state_dict(raw["opt"])
 
@@ -238,7 +238,7 @@ def test_convert_round_trip_through_every_layout(tmp_path, seed):
 
 
 def test_safetensors_keeps_mixer_and_settings(tmp_path, seed):
-    model = randomise(SiT(**{**TINY, "restore": "fuse", "route": (1, 3)}), seed)
+    model = randomize(SiT(**{**TINY, "restore": "fuse", "route": (1, 3)}), seed)
     write_safetensors(tmp_path / "a.safetensors", model, 7)
     assert_same_model(model, load_file(tmp_path / "a.safetensors")[0])
     with pytest.raises(UsageError, match="no place for"):
@@ -246,8 +246,8 @@ def test_safetensors_keeps_mixer_and_settings(tmp_path, seed):
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_converting_repas_own_file_keeps_its_optimiser(tmp_path, seed):
-    model, ema = (randomise(SiT(**{**TINY, "mixer": "none"}), seed + k) for k in (0, 1))
+def test_converting_repas_own_file_keeps_its_optimizer(tmp_path, seed):
+    model, ema = (randomize(SiT(**{**TINY, "mixer": "none"}), seed + k) for k in (0, 1))
     opt = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": []}
     torch.save(repa_checkpoint(model, ema, 5, opt=opt), tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "b.pt")

@@ -87,7 +87,7 @@ def test_names_and_their_order_are_regs(seed):
 
 
 @pytest.mark.parametrize("size, patch", [("S", 4), ("B", 2), ("L", 8), ("XL", 2)])
-def test_presets_are_recognised_by_their_shapes(size, patch):
+def test_presets_are_recognized_by_their_shapes(size, patch):
     with torch.device("meta"):
         model = SiT.from_preset(f"SiT-{size}/{patch}", mixer="attention", mixer_layers=2, class_dim=768)
         again = from_reg(dict(to_reg(model)))

@@ -28,16 +28,6 @@ def test_edm_layout_has_its_labels_in_dataset_json(on_disk, build, tmp_path, kin
     assert "3 classes from the labels in dataset.json: 0 (1), 1 (1), 2 (2)" in said
 
 
-def test_repas_folder_of_images_and_latents(on_disk, build, tmp_path):
-    files, names = edm(on_disk, [RED, GREEN], "images/")
-    files["images/dataset.json"] = table(names, [1, 0])
-    files["vae-sd/dataset.json"] = table(["00000/img-mean-std-00000000.npy", "00001/img-mean-std-00001000.npy"], [1, 0])
-    files["vae-sd/00000/img-mean-std-00000000.npy"] = b"\x93NUMPY"
-    source = on_disk.folder("data", files)
-    assert build(source)[0] == 0
-    assert on_disk.labels(tmp_path / "out") == {RED: 1, GREEN: 0}
-
-
 def test_names_for_the_labels_of_dataset_json(on_disk, build, tmp_path):
     files, names = edm(on_disk, [RED, GREEN])
     own = on_disk.folder("own", files | {"dataset.json": table(names, [1, 0], class_names=["cat", "dog"])})

@@ -148,8 +148,8 @@ def mix_truth():
     def truth(x, shift, scale, gate, w1, b1, w2, b2, subset=None):
         images = []
         for image in range(x.shape[0]):
-            centred = x[image] - x[image].mean(-1, keepdim=True)
-            u = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            centered = x[image] - x[image].mean(-1, keepdim=True)
+            u = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt()
             a = w1 @ (u * (1 + scale[image]) + shift[image]) + b1[:, None]
             h = 0.5 * a * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (a + 0.044715 * a**3)))
             y = x[image] + gate[image] * (w2 @ h + b2[:, None])
@@ -227,7 +227,7 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
         for name, like, result, true, shift in zip(names, (x, *tensors), got, truths, moved, strict=True):
             assert result.dtype == like.dtype, name
             limit = tolerance(coarse) * (1 if name == "output" else 2)
-            if x.shape[2] == 1:  # One channel is normalised to 0 with 1 / std = 1000: rounding, a thousandfold.
+            if x.shape[2] == 1:  # One channel is normalized to 0 with 1 / std = 1000: rounding, a thousandfold.
                 limit = {"scale": float("inf"), "w1": float("inf"), "x": max(limit, 1e-4)}.get(name, limit)
             allowed, error = max(limit, 4 * shift), relative(result, true)
             assert error < allowed, (name, error, allowed)
@@ -388,38 +388,46 @@ def gpu_graphs(monkeypatch):
     return compile_for_gpu
 
 
+class Counts(collections.Counter):
+    """Bytes that each kernel's programs loaded and stored; `distinct`: without what a launch loads or stores again."""
+
+    def __init__(self):
+        super().__init__()
+        self.distinct = collections.Counter()
+
+
 @pytest.fixture
 def counted_bytes():
-    """with counted_bytes() as count: ... -> dict from kernel name to the bytes that its programs loaded and stored, in
-    Triton's interpreter.
-    """
+    """with counted_bytes() as count: ... -> `Counts` by kernel name, of what Triton's interpreter loads and stores."""
     from triton.runtime import interpreter
 
     @contextlib.contextmanager
     def count():
-        found = collections.Counter()
+        found = Counts()
         builder = interpreter.InterpreterBuilder
-        load, store, call = (
-            builder.create_masked_load,
-            builder.create_masked_store,
-            interpreter.GridExecutor.__call__,
-        )
-        running = []
+        load, store, call = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+        touched = {}  # of the running launch: (load or store, bytes of an element) -> arrays of addresses
+
+        def note(way, ptrs, mask):
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            touched.setdefault((way, size), []).append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
 
         def counting_load(self, ptrs, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            note("load", ptrs, mask)
             return load(self, ptrs, mask, *rest)
 
         def counting_store(self, ptrs, value, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            note("store", ptrs, mask)
             return store(self, ptrs, value, mask, *rest)
 
         def counting_call(self, *args, **kwargs):
-            running.append(self.fn.__name__)
-            try:
-                return call(self, *args, **kwargs)
-            finally:
-                running.pop()
+            touched.clear()
+            result = call(self, *args, **kwargs)
+            for (_, size), addresses in touched.items():
+                addresses = np.concatenate(addresses)
+                found[self.fn.__name__] += size * len(addresses)
+                found.distinct[self.fn.__name__] += size * len(np.unique(addresses))
+            return result
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(builder, "create_masked_load", counting_load)

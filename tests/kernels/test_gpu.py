@@ -180,7 +180,7 @@ def test_tuning_chooses_once_and_remembers(alignment_case, generator, monkeypatc
     text = (tmp_path / "choices.json").read_text()
     for launch in ("alignment_forward", "alignment_backward", "statistics", "mix", "hidden", "tokens"):
         assert f"|{launch}|" in text, launch
-    tuning._chosen.cache_clear()
+    tuning.forget()
     run().backward()
     assert (tmp_path / "choices.json").read_text() == text
 
@@ -228,6 +228,7 @@ def test_keyed_random(size, key):
     assert abs(float(normal.square().mean()) - 1) < 5 * (2 / normal.numel()) ** 0.5
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(tmp_path):
     command = [sys.executable, "-m", "benchmarks.kernels", "--quick", "--out", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=os.environ)

@@ -54,7 +54,7 @@ def pretend_gpu(monkeypatch):
         "get_device_name": lambda: "pretended",
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(command, "copy_bandwidth", lambda device, moved=0: 1000.0)
+    monkeypatch.setattr(command.GPU, "copy_bandwidth", lambda device, moved=0: 1000.0)
 
 
 def run_benchmark(folder):

@@ -1,4 +1,4 @@
-"""Training with a class token: it is learnt, logged, saved and resumed, and nothing else changes."""
+"""Training with a class token: it is learned, logged, saved and resumed, and nothing else changes."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_accumulation_gives_the_same_losses(run, classes, tmp_path):
     assert all(one[step] == pytest.approx(four[step], rel=1e-5) for step in one)
 
 
-def test_without_alignment_the_class_token_is_still_read_and_learnt(run, classes, tmp_path):
+def test_without_alignment_the_class_token_is_still_read_and_learned(run, classes, tmp_path):
     run(**PAPER, data__path=classes, method__align_weight=0, training__max_steps=2)
     rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert all(row["class_velocity_loss"] > 0 and row["align_loss"] == 0 for row in rows)

@@ -32,6 +32,7 @@ from maskalign.runtime.outputs import is_run
 
 WORK = ".build"
 BAD_LIST = "bad.csv"
+DEFAULT_SIZE = 32
 FEW = 4000  # images below which starting worker processes costs more than it brings
 
 
@@ -39,7 +40,7 @@ def build(
     source,
     out,
     *,
-    size=32,
+    size=None,
     crop="adm",
     image_format="png",
     shard_size=None,
@@ -58,14 +59,15 @@ def build(
     wait_seconds=1800.0,
     quiet=False,
 ):
-    """Build a data set, or go on with one whose building was stopped.
+    """Build a data set, or resume one whose building was stopped.
 
     Args:
         source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz) with one folder per class, or webdataset
             shards (see `sources.open_source`).
         out: folder for the shards and manifest.json; made if need be.
-        size: side of the stored square RGB images in pixels.
-        crop: "adm" (ADM's centre crop) or "resize" (the whole image, aspect ratio lost).
+        size: side of the stored square RGB images in pixels; by default 32, or that of a folder whose pictures and
+            latents REPA's or REG's scripts have prepared.
+        crop: "adm" (ADM's center crop) or "resize" (the whole image, aspect ratio lost).
         image_format: "png" or "webp" (both lossless), or "jpg".
         shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
         workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core, and
@@ -78,7 +80,7 @@ def build(
             None is the labels in dataset.json where it is there, else "top" where nothing speaks against it.
         holes: "keep" or "close" the holes between numbers of classes, see `labels.number_classes`; None asks.
         exif: "apply" turns photos as their cameras say; "ignore" takes them as they are stored, as ADM and REPA do.
-        license: licence of the images, for the manifest.
+        license: license of the images, for the manifest.
         root: folder where torchvision has, or puts, its files.
         rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
             them. Rank 0 waits for the others and writes the manifest.
@@ -146,14 +148,14 @@ def build(
         lost -= {item.label for item in job.found.items if item.name not in unusable}
         if lost:
             names = [job.found.class_names[label] for label in sorted(lost)]
-            say(f"note: no image of these classes is usable, and they cannot be learnt: {_first(names)}")
+            say(f"note: no image of these classes is usable, and they cannot be learned: {_first(names)}")
     if manifest.license:
-        say(f"licence: {manifest.license}")
+        say(f"license: {manifest.license}")
     return manifest
 
 
 def _describe(found, say):
-    """Say before the work what was found: the classes, what is passed over, and what may be meant otherwise."""
+    """Say before the work what was found: the classes, what is skipped, and what may be meant otherwise."""
     counts = Counter(item.label for item in found.items)
     classes = [f"{name} ({counts[label]:,})" for label, name in enumerate(found.class_names)]
     noun = "class" if len(classes) == 1 else "classes"
@@ -161,7 +163,7 @@ def _describe(found, say):
     for note in found.notes:
         say(f"note: {note}")
     if found.passed:
-        say(f"passed over, as no pictures that can be read here: {tell_passed(found.passed)}")
+        say(f"skipped, not pictures that can be read here: {tell_passed(found.passed)}")
     if found.rejected:
         say(f"{len(found.rejected):,} images cannot be used; first: {': '.join(found.rejected[0])}")
     if found.empty:
@@ -188,7 +190,7 @@ def read_names(path):
 def _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif):
     if exif not in ("apply", "ignore"):
         raise UsageError(f"exif is {exif!r}; give apply or ignore")
-    if not 1 <= size <= 8192:
+    if size is not None and not 1 <= size <= 8192:
         raise UsageError(f"size is {size}; give a side between 1 and 8192 pixels")
     if crop not in ("adm", "resize"):
         raise UsageError(f"crop is {crop!r}; give adm or resize")
@@ -283,6 +285,7 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, e
         ready = (plan_path, os.path.join(out, FILE_NAME))
         wait_for(lambda: any(map(os.path.exists, ready)), wait_seconds, "rank 0 to list the source")
     found = open_source(source, size=size, scratch=work, **listed)
+    size = size or found.size or DEFAULT_SIZE
     if license is not None:
         found.license = license
     shard_size = shard_size or min(max(-(-len(found.items) // 64), 64), 2048)
@@ -378,7 +381,7 @@ def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
     todo = [shard for shard in mine if (record := job.record(shard)) is None or job.mended(shard, record)]
     total = sum(len(job.part(shard)) for shard in todo)
     if len(todo) < len(mine):
-        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
     if workers is None:
         workers = 1 if total < FEW else available_cores()
     workers = min(workers, len(todo))
@@ -405,7 +408,7 @@ def _limit_bad(job, bad, latest, max_bad_fraction):
         name, reason = (latest or job.found.rejected)[-1]
         raise RunError(
             f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
-            f"{reason}; mend the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
+            f"{reason}; repair the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
             "lists what was found so far"
         )
 
@@ -456,6 +459,7 @@ def _finish(job, max_bad_fraction, wait_seconds):
         class_names=job.found.class_names,
         shards=shards,
         image_format=job.settings["image_format"],
+        latent=job.found.latent,
         license=job.found.license,
         source=job.found.name,
         extra={

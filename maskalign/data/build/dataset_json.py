@@ -58,8 +58,24 @@ def group_by_table(name, listing, reader, tables, *, subset, where, class_names,
         )
     ((folder, place),) = tables.items()
     what = f"source {where}: {folder}/{FILE}" if folder else f"source {where}: {FILE}"
-    labels, own_names = _read(reader, Item(f"{folder}/{FILE}" if folder else FILE, -1, place), what)
-    start = f"{folder}/" if folder else ""
+    labels, own_names = read_table(reader, Item(f"{folder}/{FILE}" if folder else FILE, -1, place), what)
+    return group_by_labels(
+        name, listing, reader, labels, own_names, start=f"{folder}/" if folder else "", subset=subset, where=where,
+        what=what, class_names=class_names, holes=holes,
+    )  # fmt: skip
+
+
+def group_by_labels(
+    name, listing, reader, labels, own_names=None, *, start="", subset=None, where, what, class_names, holes
+):
+    """Make a Source of pictures and their labels.
+
+    Args:
+        labels: {path of a picture below `start`: label}.
+        own_names: class names that came with the labels, or None.
+        start: "folder/" of the pictures, "" for all of the source.
+        what: where the labels are from, for messages. The others are as for `group_by_table`.
+    """
     found, rejected = [], [entry for entry in listing.rejected if entry[0].startswith(start)]
     named = set()
     for path, where_it_is in listing.images:
@@ -72,7 +88,7 @@ def group_by_table(name, listing, reader, tables, *, subset, where, class_names,
             rejected.append((path, f"has no label in {FILE}"))
             continue
         named.add(path[len(start) :])
-        found.append((path, _label(label, path, what), where_it_is))
+        found.append((path, clean_label(label, path, what), where_it_is))
     if not found:
         example = next(iter(labels), "nothing")
         raise UsageError(
@@ -98,17 +114,19 @@ def group_by_table(name, listing, reader, tables, *, subset, where, class_names,
     return source
 
 
-def _read(reader, item, what):
-    """({clean name: label}, class names or None)."""
+def read_table(reader, item, what, may_be_empty=False):
+    """({clean name: label}, class names or None) of a dataset.json; without labels an error, or {}."""
     try:
         data = json.loads(reader(item).decode("utf-8-sig"))
     except RecursionError:
-        raise UsageError(f"{what} is no JSON of labels (nested too deeply); mend it, or take it away") from None
+        raise UsageError(f"{what} is no JSON of labels (nested too deeply); repair it, or remove it") from None
     except Exception as error:  # undecodable bytes, no JSON, a damaged member: zipfile raises nearly anything
-        raise UsageError(f"{what} cannot be read ({one_line(error)}); mend it, or take it away") from None
+        raise UsageError(f"{what} cannot be read ({one_line(error)}); repair it, or remove it") from None
     labels = data.get("labels") if isinstance(data, dict) else None
     if isinstance(labels, dict):
         labels = list(labels.items())
+    if may_be_empty and not labels:
+        return {}, None
     if labels is None or labels == []:
         raise UsageError(f"{what} has no labels; {OTHERWISE}")
     pairs = {}
@@ -120,14 +138,14 @@ def _read(reader, item, what):
             )
         clean = clean_name(entry[0])
         if pairs.setdefault(clean, entry[1]) != entry[1]:
-            raise UsageError(f"{what}: {entry[0]} has two labels, {pairs[clean]} and {entry[1]}; mend it")
+            raise UsageError(f"{what}: {entry[0]} has two labels, {pairs[clean]} and {entry[1]}; correct it")
     names = data.get("class_names")
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return pairs, check_names(names, f"{what}: class_names")
     return pairs, None
 
 
-def _label(label, path, what):
+def clean_label(label, path, what):
     """A label as a whole number or a name; of a vector with a single one in it, its place."""
     if isinstance(label, list):
         ones = [number for number, value in enumerate(label) if value]

@@ -32,7 +32,7 @@ class FeatureMaker:
     def __init__(self, recipe, manifest, device, threads):
         self.recipe, self.manifest, self.device = recipe, manifest, torch.device(device)
         own = {"image_size": manifest.resolution, "grid": recipe.grid, "device": self.device}
-        # Normalised and standardized here, since the statistics are only known after a first pass.
+        # Normalized and standardized here, since the statistics are only known after a first pass.
         self.teachers = [load_teacher(wanted.name, weights=wanted.weights, **own) for wanted in recipe.teachers]
         self.vae = load_vae(recipe.latents, device=self.device) if recipe.latents else None
         self.statistics = {}

@@ -66,16 +66,16 @@ def group_by_class(name, listing, reader, *, subset=None, where, class_folders=N
         return found
     rejected += [(path, "lies outside any class folder") for path, _, _ in flat]
     prefix, images = _take_off(images, where, class_folders)
-    labelled, notes = _name_images(images, where, class_folders or "top")
-    names = in_order(label for _, label, _ in labelled)
+    labeled, notes = _name_images(images, where, class_folders or "top")
+    names = in_order(label for _, label, _ in labeled)
     number = {label: index for index, label in enumerate(names)}
-    items = sorted(Item(path, number[label], place) for path, label, place in labelled)
+    items = sorted(Item(path, number[label], place) for path, label, place in labeled)
     how = {"leaf": "the folders of the pictures", "path": "the paths of folders"}.get(class_folders, "the top folders")
     if prefix:
         how += f" of {'/'.join(prefix)}"
     found = Source(name, names, items, reader, rejected=sorted(rejected), notes=notes, how=how)
     found.passed = listing.passed
-    found.empty = [] if wanted else _empty(listing.folders, prefix, labelled)
+    found.empty = [] if wanted else _empty(listing.folders, prefix, labeled)
     if all(map(is_number, names)) and any(int(name) != label for label, name in enumerate(names)):
         found.notes.append(
             f"the names of the classes are numbers, but not their labels: label 0 is {names[0]!r}, and "
@@ -172,9 +172,9 @@ def _name_images(images, where, class_folders):
     return [(path, folders[-1], place) for path, folders, place in images], []
 
 
-def _empty(folders, prefix, labelled):
+def _empty(folders, prefix, labeled):
     """Folders beside those of the classes that hold no image: labels are not what a look at the folders tells."""
-    full = {path[:end] for path, _, _ in labelled for end in range(len(path)) if path[end] == "/"}
+    full = {path[:end] for path, _, _ in labeled for end in range(len(path)) if path[end] == "/"}
     depth = len(prefix) + 1
     beside = (path for path in folders if path.count("/") + 1 == depth and path.split("/")[:-1] == prefix)
     return sorted(path for path in beside if path not in full and not path.rpartition("/")[2].startswith("."))

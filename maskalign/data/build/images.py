@@ -1,4 +1,4 @@
-"""Images on their way into a data set: bounded decoding, ADM's centre crop or a plain resize, encoding.
+"""Images on their way into a data set: bounded decoding, ADM's center crop or a plain resize, encoding.
 
 Pillow and numpy, no torch.
 """
@@ -36,7 +36,7 @@ def decode_image(data, max_pixels=MAX_PIXELS, exif="ignore"):
         A loaded PIL image of mode RGB. Transparent parts are laid on white; an animation gives its first frame.
 
     Raises:
-        BadImage: not one of FORMATS, cut short, too large, or of numbers whose range cannot be told (see `to_rgb`).
+        BadImage: not one of FORMATS, cut short, too large, or of numbers whose range is unknown (see `to_rgb`).
     """
     try:
         with warnings.catch_warnings():
@@ -45,8 +45,8 @@ def decode_image(data, max_pixels=MAX_PIXELS, exif="ignore"):
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage(f"{width}x{height} pixels, over the limit of {max_pixels:,}")
-            colours = to_rgb(image, *_declared(image, data))
-            return upright(colours, image) if exif == "apply" else colours
+            colors = to_rgb(image, *_declared(image, data))
+            return upright(colors, image) if exif == "apply" else colors
     except BadImage:
         raise
     except Image.DecompressionBombError:
@@ -84,8 +84,8 @@ def to_rgb(image, bits=None, deep=False):
 
     Args:
         image: of any mode.
-        bits: how many bits large grey numbers have, where the file says so beyond doubt; else their range tells.
-        deep: the file has 16 bits per channel of colour, of which Pillow keeps the upper eight.
+        bits: how many bits large gray numbers have, where the file says so beyond doubt; else their range tells.
+        deep: the file has 16 bits per channel of color, of which Pillow keeps the upper eight.
 
     Raises:
         BadImage: numbers of 16 bits that may as well be dark pictures as fewer bits in large numbers, or no integers.
@@ -94,7 +94,7 @@ def to_rgb(image, bits=None, deep=False):
         image.load()
         return image
     if image.mode == "F":
-        raise BadImage("floating-point pixels, whose range nothing tells; give 8-bit pictures")
+        raise BadImage("floating-point pixels, whose range is unknown; give 8-bit pictures")
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image).astype(np.int64), bits)
     if deep:  # of 12-bit numbers the upper eight leave four, all but black
@@ -114,7 +114,7 @@ def _ranges(image):
 
 
 def _from_integers(values, bits):
-    """An RGB image of grey values of more than 8 bits.
+    """An RGB image of gray values of more than 8 bits.
 
     Where the file does not say how many bits they have, values over 16,383 can only be of 16, and those that end
     between 2,048 and 4,095 fill 12, as scanners and cameras deliver them. In between lie 14 bits and dark pictures.
@@ -130,28 +130,36 @@ def _from_integers(values, bits):
 
 
 def _untold(most):
-    return (
-        f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits, which nothing tells; convert "
-        "it to 8 bits"
-    )
+    return f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits; convert it to 8 bits"
 
 
 def _declared(image, data):
-    """What a file's header says of large numbers: (bits of grey ones or None, whether colours have 16 bits)."""
-    grey = image.mode.startswith(("I", "F"))
-    if image.format == "PPM" and grey:
+    """What a file's header says of large numbers: (bits of gray ones or None, whether colors have 16 bits)."""
+    gray = image.mode.startswith(("I", "F"))
+    if image.format == "PPM" and gray:
         return 16, False  # Pillow has scaled them from the largest number that the header names
     if image.format == "TIFF":
         depths = image.tag_v2.get(258, (8,))
         depths = depths if isinstance(depths, tuple) else (depths,)
-        if grey:
+        if gray:
             return (int(depths[0]) if 8 < depths[0] < 16 else None), False
         return None, any(depth > 8 for depth in depths)
-    return None, image.format == "PNG" and not grey and data[24:25] == b"\x10"
+    return None, image.format == "PNG" and not gray and data[24:25] == b"\x10"
+
+
+def is_as_stored(data, size, image_format):
+    """Whether a file's bytes, which can be decoded, are a stored image as they are: format, size, 8-bit RGB."""
+    if not isinstance(data, bytes):
+        return False
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        kind = {"JPEG": "jpg"}.get(image.format, image.format.lower())
+        plain = image.mode == "RGB" and "transparency" not in image.info and _declared(image, data) == (None, False)
+        turned = image.getexif().get(ORIENTATION, 1) != 1
+        return kind == image_format and image.size == (size, size) and plain and not turned
 
 
 def adm_crop(image, size):
-    """ADM's centre crop (guided-diffusion, image_datasets.center_crop_arr), as REPA and SiT use it.
+    """ADM's center crop (guided-diffusion, image_datasets.center_crop_arr), as REPA and SiT use it.
 
     The image is halved by area averaging while its shorter side is at least twice `size`, resized bicubically
     so that the shorter side is `size`, and the middle square is cut out.

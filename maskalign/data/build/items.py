@@ -22,16 +22,18 @@ class Source:
         class_names: label i is `class_names[i]`.
         items: the images, sorted by name.
         reader: called with an item, gives the file's bytes or a PIL image; picklable.
-        license: licence and attribution, None where unknown.
+        license: license and attribution, None where unknown.
         rejected: (name, reason) of what looked like an image but cannot be one of the data set.
         empty: folders that would be classes, but hold no image.
         identity: enters the plan's fingerprint, beside the items.
-        passed: how many files of other kinds are passed over, by ending.
+        passed: how many files of other kinds are skipped, by ending.
         notes: lines for the user: how classes were told, and what may be meant otherwise.
         how: where the classes are from, in a few words ("the top folders").
         takes_names: labels are numbers, for which the user may give names.
         subsets: --subset means something for this kind of source.
         photos: the images may say in EXIF how they are to be turned.
+        latent: the manifest's entry of latents that come with the images, see `prepared`.
+        size: side of images that come in one size, where that is known.
     """
 
     name: str
@@ -48,3 +50,5 @@ class Source:
     takes_names: bool = False
     subsets: bool = True
     photos: bool = True
+    latent: dict | None = None
+    size: int | None = None

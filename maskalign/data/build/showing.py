@@ -1,4 +1,4 @@
-"""`maskalign data show`: a contact sheet of a data set, one row per class, with the teachers' features as colours."""
+"""`maskalign data show`: a contact sheet of a data set, one row per class, with the teachers' features as colors."""
 
 import os
 
@@ -30,7 +30,7 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
         quiet: do not say what was written.
 
     Below each picture, where there are features, each teacher's tokens as red, green and blue: their first three
-    principal components, over all tokens on the sheet; and its class token as one colour, in the same way. Data sets
+    principal components, over all tokens on the sheet; and its class token as one color, in the same way. Data sets
     without images show the mean latents.
     """
     for option, value in (("--columns", columns), ("--rows", rows)):
@@ -57,7 +57,7 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
     if not quiet:
         print(f"{out}: {sum(map(len, samples.values()))} of {manifest.num_samples:,} samples")
         if manifest.license:
-            print(f"licence: {manifest.license}".encode("ascii", "replace").decode())
+            print(f"license: {manifest.license}".encode("ascii", "replace").decode())
     return os.fspath(out)
 
 
@@ -98,7 +98,7 @@ def _open(path):
 
 
 def _pictures(manifest, samples):
-    """{class: [PIL image or None]}: the images, or the mean latents in colours where there are none."""
+    """{class: [PIL image or None]}: the images, or the mean latents in colors where there are none."""
     if manifest.image_format is None:
         if manifest.latent is None:
             return {label: [None] * len(chosen) for label, chosen in samples.items()}
@@ -134,10 +134,10 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
     pictures = {label: [None] * len(chosen) for label, chosen in samples.items()}
     if not arrays:
         return pictures
-    colours = principal_colors(np.concatenate(list(arrays.values())))
+    colors = principal_colors(np.concatenate(list(arrays.values())))
     start = 0
     for label, number in arrays:
-        part = colours[start : start + grid[0] * grid[1]]
+        part = colors[start : start + grid[0] * grid[1]]
         start += len(part)
         pictures[label][number] = Image.fromarray(np.ascontiguousarray(part.reshape(grid[0], grid[1], 3)))
     return pictures
@@ -169,7 +169,7 @@ def _draw(manifest, classes, samples, strips, columns, tile):
     width = margin + columns * (tile + GAP) + GAP
     title = f"{manifest.source}: {manifest.num_samples:,} samples, {manifest.num_classes:,} classes, "
     title += f"{manifest.resolution} px" + "".join(f", {name}" for name, *_ in strips[1:])
-    footer = _wrap(f"Licence: {manifest.license}", font, width - 2 * GAP) if manifest.license else []
+    footer = _wrap(f"License: {manifest.license}", font, width - 2 * GAP) if manifest.license else []
     head = _wrap(title, font, width - 2 * GAP)
     line = TEXT + GAP
     top = GAP + len(head) * line + GAP

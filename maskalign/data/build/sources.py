@@ -1,4 +1,4 @@
-"""Where images come from: OpenMoji, a folder, an archive, webdataset shards, torchvision.
+"""Where images come from: OpenMoji, a folder, an archive, webdataset shards, torchvision, Hugging Face data sets.
 
 Each source becomes a sorted list of items with labels, plus a picklable reader that any worker can call.
 Sources only list; nothing is decoded here.
@@ -12,10 +12,13 @@ import sys
 from maskalign.data.build.archives import TarReader, ZipReader, archive_kind, decompress, list_tar, list_zip
 from maskalign.data.build.dataset_json import find_tables, group_by_table
 from maskalign.data.build.folders import CLASS_FOLDERS, group_by_class
+from maskalign.data.build.hub_source import open_hub
 from maskalign.data.build.images import ENDINGS, MAX_BYTES, BadImage
 from maskalign.data.build.items import Item, Source
 from maskalign.data.build.labels import HOLES, check_names, check_text
 from maskalign.data.build.listing import tell_passed, walk_folder
+from maskalign.data.build.prepared import find_latents, take_latents
+from maskalign.data.build.remote import open_urls
 from maskalign.data.build.torchvision_source import open_torchvision
 from maskalign.data.build.webdataset_source import find_shards, open_tars
 from maskalign.errors import UsageError
@@ -32,7 +35,7 @@ class NoImages(UsageError):
 def open_source(
     source,
     *,
-    size,
+    size=None,
     subset=None,
     class_names=None,
     class_folders=None,
@@ -43,9 +46,8 @@ def open_source(
     """List a source.
 
     Args:
-        source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz), webdataset shards (a folder of .tar
-            files or a pattern such as "shards/{000..009}.tar").
-        size: side in pixels that the images will have (OpenMoji is drawn to suit it).
+        source: "openmoji", "torchvision:NAME", "hf:NAME" (see `hub_source`), a folder, a .zip or .tar(.gz), webdataset
+            shards (a folder of .tar files or a pattern such as "shards/{000..009}.tar", or one of URLs).
         subset: the part of the source to take, as "train"; needed where it has several.
         class_names: names for the integer labels of webdataset shards or dataset.json; numbers where left out.
         class_folders: which folders are classes, see `folders.group_by_class`; one of CLASS_FOLDERS or None.
@@ -66,16 +68,20 @@ def open_source(
     labels = {"class_names": class_names, "holes": holes}
     folders = {"subset": subset, "class_folders": class_folders}
     if source == "openmoji":
-        found = _openmoji(size)
+        found = _openmoji(size or 32)
     elif source.startswith("torchvision:"):
         found = open_torchvision(source.removeprefix("torchvision:"), subset, root)
+    elif source.startswith("hf:"):
+        found = open_hub(source.removeprefix("hf:"), subset=subset, **labels)
+    elif re.match(r"https?://", source):
+        found = open_urls(source, scratch, **labels, **folders)
     elif re.match(r"[a-z0-9+]+:", source) and not os.path.exists(source):
         hint = "pipe: commands are refused" if source.startswith("pipe:") else "copy it to this machine first"
         raise UsageError(f"source {source!r} is not a local path; {hint}")
     elif re.search(r"[{*?]", source) and not os.path.exists(source):
         found = open_tars(source, find_shards(source), **labels, **folders)
     elif os.path.isdir(source):
-        found = _folder(source, labels, folders)
+        found = _folder(source, labels, folders, size)
     elif os.path.exists(source):
         found = _archive(source, labels, folders, scratch)
     else:
@@ -99,7 +105,7 @@ def open_source(
 def _no_images(source, found):
     reasons = [f"{found.rejected[0][0]}: {found.rejected[0][1]}"] if found.rejected else []
     if found.passed:
-        reasons.append(f"passed over: {tell_passed(found.passed)}")
+        reasons.append(f"skipped: {tell_passed(found.passed)}")
     if len(found.passed) and any(ending in ARCHIVES for ending in found.passed):
         reasons.append("archives inside are not opened, unpack them")
     reason = f" ({'; '.join(reasons)})" if reasons else ""
@@ -152,9 +158,11 @@ class FolderReader:
             return file.read()
 
 
-def _folder(root, labels, folders):
+def _folder(root, labels, folders, size):
     listing = walk_folder(root)
     where = os.path.abspath(root)
+    if not listing.images and any(name.lower().endswith(".parquet") for name, _ in listing.files):
+        return open_hub(root, subset=folders["subset"], **labels)
     tars = [name for name, _ in listing.files if name.lower().endswith(".tar")]
     if tars and not listing.images:
         found = open_tars(root, [os.path.join(root, name) for name in tars], **labels, **folders)
@@ -163,7 +171,14 @@ def _folder(root, labels, folders):
         found.passed += type(found.passed)()  # drops what is down to nothing
         found.rejected = sorted([*found.rejected, *listing.rejected])
         return found
-    return _group(f"folder {os.path.basename(where)}", listing, FolderReader(root), where, labels, folders)
+    reader = FolderReader(root)
+
+    def group():
+        return _group(f"folder {os.path.basename(where)}", listing, reader, where, labels, folders)
+
+    if folders["class_folders"] is None and find_latents(listing):
+        return take_latents(group, listing, reader, root, where, labels, size)
+    return group()
 
 
 def _archive(path, labels, folders, scratch):
@@ -196,7 +211,7 @@ def _archive(path, labels, folders, scratch):
 
 
 def _group(name, listing, reader, where, labels, folders, stem=None):
-    """A source of a listing: labelled by dataset.json where there is one, else by folders."""
+    """A source of a listing: labeled by dataset.json where there is one, else by folders."""
     tables = find_tables(listing, folders["subset"]) if folders["class_folders"] is None else {}
     if tables:
         return group_by_table(name, listing, reader, tables, subset=folders["subset"], where=where, **labels)

@@ -83,12 +83,12 @@ def _stem(path, source):
 def _are_shards(listing, reader):
     """Whether most images of a tar share their key with a label."""
     samples, strays = _samples(listing)
-    labelled = [sample for sample in samples.values() if sample.images and sample.labels]
-    if 2 * len(labelled) < len(listing.images) - len(strays):
+    labeled = [sample for sample in samples.values() if sample.images and sample.labels]
+    if 2 * len(labeled) < len(listing.images) - len(strays):
         return False
-    if any("cls" in sample.labels for sample in labelled):
+    if any("cls" in sample.labels for sample in labeled):
         return True
-    for sample in labelled[:LOOKED_AT]:
+    for sample in labeled[:LOOKED_AT]:
         try:
             _read_label(reader, "", sample)
             return True

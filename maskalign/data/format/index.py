@@ -8,7 +8,7 @@ metadata, every tar program lists it like any other file, and a shard without on
 The member holds the names of all members before it (each ended by a zero byte), a row of ROW for each, zeros, and
 FOOTER at the very end of its last block, where a reader finds it in front of the zeros that end a tar. It is believed
 only if its own CRC-32 holds, it stands where it says, and the last member's header is the one it names: another program
-that wrote the shard anew may have copied it along.
+that rewrote the shard may have copied it along.
 """
 
 import os

@@ -17,10 +17,9 @@ import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from dataclasses import asdict, dataclass, field, fields
 
+from maskalign.data.format.http import open_http, refusal
 from maskalign.data.format.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.format.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
@@ -60,7 +59,7 @@ class Manifest:
             and, where there are, leading principal components of the stored class tokens: {"mean" [dim],
             "basis" [M][dim], "scale" [M], ...}, such that ((r - mean) @ basis.T) / scale is white.
         hflip: the members of mirrored images are there too.
-        license: licence and attribution of the images, None where unknown.
+        license: license and attribution of the images, None where unknown.
         source: what the data set was built from.
         extra: keys of the file that this class does not know; they are written back unchanged. A new manifest says
             here that its shards' members carry checksums (format/members.py).
@@ -317,7 +316,7 @@ def is_url(path):
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
-def _require(fine, where, message, mend="build the data set again, or mend the file"):
+def _require(fine, where, message, mend="build the data set again, or repair the file"):
     if not fine:
         raise UsageError(f"{where}: {message}; {mend}")
 
@@ -356,7 +355,7 @@ def _read_url(url, timeout, tries=4):
     for attempt in range(tries):
         try:
             if url.startswith(("http://", "https://")):
-                with urllib.request.urlopen(url, timeout=timeout) as answer:
+                with open_http(url, timeout) as answer:
                     return answer.read()
             import fsspec  # slow to import, and only object stores need it
 
@@ -370,7 +369,8 @@ def _read_url(url, timeout, tries=4):
         except OSError as error:
             status = getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status in (401, 403, 404, 410):
-                raise UsageError(f"data set {url}: not there ({one_line(error)}); check the address") from None
+                reason = refusal(status) if status in (401, 403) else one_line(error)
+                raise UsageError(f"data set {url}: not there ({reason}); check the address") from None
             if attempt == tries - 1:
                 raise RunError(f"data set {url}: no answer after {tries} tries ({one_line(error)})") from None
             time.sleep(0.25 * 2**attempt)

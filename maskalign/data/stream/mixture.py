@@ -51,7 +51,7 @@ def open_data_sets(path, **settings):
             ("class names", manifest.class_names, first.class_names),
             ("tensors", columns_of(manifest), columns_of(first)),
             ("latent", manifest.latent, first.latent),
-            ("token grids or normalisations of teachers", _token_kinds(manifest), _token_kinds(first)),
+            ("token grids or normalizations of teachers", _token_kinds(manifest), _token_kinds(first)),
         ):
             if here != there:
                 raise UsageError(f"{opener.root} and {openers[0].root} cannot be mixed: other {what}")

@@ -60,7 +60,7 @@ class OpenShard:
             if members is None:
                 members, intact = self._scan()
             if not intact and (checked or any(crc != -1 for *_, crc in members)):
-                # Each member proves itself by its checksum, so what lies behind the damage can be used too.
+                # Each member proves itself by its checksum, so what follows the damage can be used too.
                 members = self._salvage()
             if not members and shard.num_samples:
                 raise BadShard("holds nothing that can be read")
@@ -147,7 +147,7 @@ class OpenShard:
         return members
 
     def _build(self, members, endings, merge):
-        """Group members by key (neighbours, as webdataset does; anywhere with `merge`) into columns."""
+        """Group members by key (neighbors, as webdataset does; anywhere with `merge`) into columns."""
         rows, current, places = {ending: [] for ending in endings}, None, {}
         for name, offset, size, crc in members:
             key, ending = split_name(name)

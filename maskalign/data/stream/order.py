@@ -3,7 +3,7 @@
 An epoch of N samples is dealt to S logical streams by count. The g-th sample that the whole job draws,
 counted over all epochs, comes from stream g % S, so every step of B samples (S divides B) takes B/S from each
 stream and an epoch ends after exactly N of them. In each epoch the shards are permuted and laid end to end,
-and stream s gets the s-th stretch of that line; a shard on a border is shared between neighbours by a
+and stream s gets the s-th stretch of that line; a shard on a border is shared between neighbors by a
 permutation of its samples. Inside a stream, the stretches of `group` shards are permuted together. So a data
 set of one shard works with any number of streams, and one of 100,000 shards needs no more than one integer
 per stream to say where it is.
@@ -19,7 +19,7 @@ SHARDS, SAMPLES, GROUP, FLIP = 1, 2, 3, 4  # what a permutation is for; part of 
 
 
 def mix64(x):
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014) on a Python int or a uint64 array."""
+    """SplitMix64's finalizer (Steele, Lea, Flood 2014) on a Python int or a uint64 array."""
     if isinstance(x, int):
         x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK

@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_ends_it_in_one_line_and_it_goes_on(pictures, tr
     killer = threading.Thread(target=kill_one)
     killer.start()
     try:
-        with pytest.raises(RunError, match="worker process died.*goes on") as caught:
+        with pytest.raises(RunError, match="worker process died.*to resume") as caught:
             build(pictures, tmp_path / "out", workers=2, quiet=True, **SETTINGS)
     finally:
         stop.set()
@@ -337,7 +337,7 @@ def test_openmoji(emoji):
     assert (pictures[:, 0, 0] > 240).all(axis=1).mean() > 0.9  # on white
     ink = (pictures < 250).any(axis=3)
     rows, columns = ink.any(axis=2), ink.any(axis=1)
-    for there in (rows, columns):  # centred, and large
+    for there in (rows, columns):  # centered, and large
         first, last = there.argmax(axis=1), there.shape[1] - 1 - there[:, ::-1].argmax(axis=1)
         assert np.abs(first + last - 15).max() <= 3
     assert (np.maximum(rows.sum(axis=1), columns.sum(axis=1)) >= 10).mean() > 0.95

@@ -75,8 +75,8 @@ def test_every_mode_becomes_rgb(mode):
     elif mode == "CMYK":
         data, expected = file_bytes(Image.new("CMYK", (7, 5), (0, 0, 0, 255)), format="JPEG"), (0, 0, 0)
     else:
-        grey = Image.new("RGBA", (7, 5), (255, 255, 255, 255)).convert(mode)
-        data, expected = file_bytes(grey, format="PNG"), (255, 255, 255)
+        gray = Image.new("RGBA", (7, 5), (255, 255, 255, 255)).convert(mode)
+        data, expected = file_bytes(gray, format="PNG"), (255, 255, 255)
     image = decode_image(data)
     assert image.mode == "RGB" and image.size == (7, 5)
     assert np.abs(np.asarray(image).astype(int) - expected).max() <= 2

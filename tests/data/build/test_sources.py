@@ -1,4 +1,4 @@
-"""Sources: what is listed, how it is labelled, and what is refused. Read back with the public webdataset reader."""
+"""Sources: what is listed, how it is labeled, and what is refused. Read back with the public webdataset reader."""
 
 import csv
 import io
@@ -17,19 +17,19 @@ from maskalign.data.build import build
 from maskalign.data.build.webdataset_source import expand_braces
 from maskalign.errors import RunError, UsageError
 
-COLOURS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "eel": (30, 30, 200)}
+COLORS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "eel": (30, 30, 200)}
 
 
-def png(colour, side=12):
+def png(color, side=12):
     buffer = io.BytesIO()
-    Image.new("RGB", (side, side), colour).save(buffer, format="PNG")
+    Image.new("RGB", (side, side), color).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def class_files(counts, prefix=""):
-    """{PREFIX/CLASS/number.png: bytes}, each picture in the colour of its class."""
+    """{PREFIX/CLASS/number.png: bytes}, each picture in the color of its class."""
     return {
-        f"{prefix}{label}/{number:02d}.png": png(COLOURS[label]) for label in counts for number in range(counts[label])
+        f"{prefix}{label}/{number:02d}.png": png(COLORS[label]) for label in counts for number in range(counts[label])
     }
 
 
@@ -89,7 +89,7 @@ def test_labels_are_the_places_of_the_sorted_folder_names(tmp_path):
     assert len({key for key, _, _ in found}) == len(found) == manifest.num_samples == 15
     for key, label, picture in found:
         assert "." not in key and picture.shape == (8, 8, 3)
-        assert np.abs(picture.astype(int) - COLOURS[manifest.class_names[label]]).max() <= 1
+        assert np.abs(picture.astype(int) - COLORS[manifest.class_names[label]]).max() <= 1
     labels = [label for _, label, _ in found]
     assert labels != sorted(labels) and [labels.count(i) for i in range(3)] == [7, 5, 3]
 
@@ -127,13 +127,13 @@ def test_every_kind_of_container_gives_the_same_shards(tmp_path):
 def test_a_tar_of_tars_has_a_class_in_each(tmp_path):
     """As ImageNet's training archive: n01440764.tar and so on inside, images directly in them."""
     inner = {
-        f"{label}.tar": tar_bytes({f"{label}_{i}.png": png(COLOURS[label]) for i in range(3)}, tmp_path)
+        f"{label}.tar": tar_bytes({f"{label}_{i}.png": png(COLORS[label]) for i in range(3)}, tmp_path)
         for label in ("dog", "cat")
     }
     manifest = make(write_tar(tmp_path / "train.tar", inner), tmp_path / "out")
     assert manifest.class_names == ["cat", "dog"] and manifest.num_samples == 6
     for _, label, picture in read_back(tmp_path / "out"):
-        assert np.abs(picture.astype(int) - COLOURS[manifest.class_names[label]]).max() <= 1
+        assert np.abs(picture.astype(int) - COLORS[manifest.class_names[label]]).max() <= 1
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
@@ -161,7 +161,7 @@ def test_classes_in_groups_are_leaves_but_not_one_class_in_two_places(tmp_path):
 
 
 def test_tiny_imagenets_images_folders_are_no_classes(tmp_path):
-    files = {f"train/{label}/images/{i}.png": png(COLOURS[label]) for label in ("cat", "dog") for i in range(2)}
+    files = {f"train/{label}/images/{i}.png": png(COLORS[label]) for label in ("cat", "dog") for i in range(2)}
     assert make(write_folder(tmp_path / "set", files), tmp_path / "out").class_names == ["cat", "dog"]
 
 
@@ -242,7 +242,7 @@ def test_a_zip_of_a_version_to_come_is_named_as_that(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 6] = 99  # the version that reading the first member needs
     path.write_bytes(data)
-    with pytest.raises(RunError, match="cannot be read here .*version.*pack the images anew"):
+    with pytest.raises(RunError, match="cannot be read here .*version.*pack the images again"):
         make(path, tmp_path / "out")
 
 
@@ -283,9 +283,9 @@ def wds_shard(path, samples):
 
 
 def numbered(labels, ending="cls", text=str):
-    names = sorted(COLOURS)
+    names = sorted(COLORS)
     return [
-        (f"d/{i:04d}", {"jpg": png(COLOURS[names[label]]), ending: text(label).encode()})
+        (f"d/{i:04d}", {"jpg": png(COLORS[names[label]]), ending: text(label).encode()})
         for i, label in enumerate(labels)
     ]
 
@@ -302,7 +302,7 @@ def test_webdataset_shards_with_numbers(tmp_path, ending, text):
         manifest = make(source, out)
         assert manifest.class_names == ["0", "1", "2"] and manifest.num_samples == 5
         for _, label, picture in read_back(out):
-            assert np.abs(picture.astype(int) - COLOURS[sorted(COLOURS)[label]]).max() <= 1
+            assert np.abs(picture.astype(int) - COLORS[sorted(COLORS)[label]]).max() <= 1
     named = make(tmp_path / "s-000.tar", tmp_path / "named", class_names=["cat", "dog", "eel", "fox"])
     assert named.class_names == ["cat", "dog", "eel", "fox"] and named.num_samples == 3
     with pytest.raises(UsageError, match=r"label 2 is outside \[0, 2\)"):
@@ -310,7 +310,7 @@ def test_webdataset_shards_with_numbers(tmp_path, ending, text):
 
 
 def test_webdataset_shards_with_class_names(tmp_path):
-    wds_shard(tmp_path / "s.tar", numbered([2, 0, 0], text=lambda label: sorted(COLOURS)[label]))
+    wds_shard(tmp_path / "s.tar", numbered([2, 0, 0], text=lambda label: sorted(COLORS)[label]))
     assert make(tmp_path / "s.tar", tmp_path / "out").class_names == ["cat", "eel"]
     with pytest.raises(UsageError, match="'eel' is not among"):
         make(tmp_path / "s.tar", tmp_path / "out2", class_names=["cat", "dog"])
@@ -359,7 +359,7 @@ def test_torchvision_data_sets(tmp_path, monkeypatch):
             return len(self.targets)
 
         def __getitem__(self, index):
-            return Image.new("RGB", (9, 9), COLOURS[self.classes[self.targets[index]]]), self.targets[index]
+            return Image.new("RGB", (9, 9), COLORS[self.classes[self.targets[index]]]), self.targets[index]
 
     monkeypatch.setattr(datasets, "Drawn", Drawn, raising=False)
     manifest = make("torchvision:Drawn", tmp_path / "train", root=tmp_path / "files")

@@ -58,7 +58,7 @@ def test_normal_numbers(generator):
     below = [float((x < point).double().mean()) for point in (-2.0, -1.0, 0.0, 1.0, 2.0)]
     exact = torch.special.ndtr(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0], dtype=torch.float64)).tolist()
     assert all(abs(a - b) < tolerance for a, b in zip(below, exact, strict=True))
-    # Neighbours in a row, in a column, and in another stream have nothing to do with each other.
+    # Neighbors in a row, in a column, and in another stream have nothing to do with each other.
     other = keyed_random(key, 1, 0, 8, 8000, normal=True).double()
     for a, b in ((x[:, 1:], x[:, :-1]), (x[1:], x[:-1]), (x, other), (x[:, 2000:], x[:, :-2000])):
         assert abs(float((a * b).mean())) < tolerance

@@ -96,7 +96,7 @@ def test_loss(gathered, alignment_case, cosine_truth):
 
 
 def test_only_inputs_and_three_scalars_are_saved(alignment_case):
-    """The naive chain would save gathered, widened and normalised copies: several times the student."""
+    """The naive chain would save gathered, widened and normalized copies: several times the student."""
     s, z, subset = alignment_case(4, 64, 32, 256, F32, INT8)
     known = {t.untyped_storage().data_ptr() for t in (s, z, subset)}
     saved = []

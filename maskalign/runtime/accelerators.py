@@ -1,0 +1,19 @@
+"""Peak rates of accelerators, the one table of them. Imports no torch."""
+
+# Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
+# here (TF32, see device.tune_host; MI300X: its float32 matrix rate). The keys are part of the driver's device names.
+PEAK_TFLOPS = {
+    "A100": (312, 156),
+    "H100 PCIe": (756, 378),
+    "H100": (989, 494),
+    "H200": (989, 494),
+    "GH200": (989, 494),
+    "B200": (2250, 1125),
+    "MI300X": (1307, 163),
+}
+
+
+def peak_tflops(name):
+    """(bfloat16, float32) peak TFLOP/s of a device by the driver's name of it; None for an unknown one."""
+    known = [key for key in PEAK_TFLOPS if key in name]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
