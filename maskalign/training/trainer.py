@@ -152,6 +152,7 @@ class Trainer:
             "num_classes": facts["num_classes"],
             "teacher_dims": self.features.dims,
             "class_dim": self.features.class_dim,
+            "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
             "teachers": [name for name, _ in facts["teachers"]],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
