@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a run, with 1, 2 and 4 ranks in turn; it must end like a run that nobody disturbed.
+"""kill -9 at random moments of a run, with 1, 2 and 4 ranks in turn; it must end like an undisturbed run.
 
     python -m benchmarks.kill_and_resume --data datasets/openmoji32 --out runs/kills
 
@@ -113,7 +113,7 @@ def send(pids, number):
 
 
 def kill(process):
-    """kill -9 for the whole tree. It is stopped first: a launcher left alive would start a rank that nobody knows."""
+    """kill -9 for the whole tree. It is stopped first: a launcher left alive would start further ranks."""
     stopped = []
     while new := [pid for pid in tree(process.pid) if pid not in stopped]:
         send(new, signal.SIGSTOP)

@@ -427,7 +427,7 @@ def main(argv=None):
     differing = [str(path) for path in texts] + [str(path.with_suffix(".png")) for path in stale]
     if options.check:
         for name in differing:
-            print(f"{name} differs from the CSVs; python -m benchmarks.report writes it anew")
+            print(f"{name} differs from the CSVs; python -m benchmarks.report rewrites it")
         return 1 if differing else 0
     for path, text in texts.items():
         path.write_text(text)

@@ -8,7 +8,7 @@ def one_line(message):
 
 
 class OneLine(Exception):
-    """An error whose message is told in one line, whatever names are in it."""
+    """An error whose message is one line, whatever names are in it."""
 
     def __str__(self):
         return one_line(super().__str__())
@@ -17,12 +17,12 @@ class OneLine(Exception):
 class UsageError(OneLine, ValueError):
     """What was asked for cannot be done: a wrong setting, path, shape or label. Exit status 2.
 
-    The message is one line that says what is wrong, where, and how to mend it.
+    The message is one line that says what is wrong, where, and how to fix it.
     """
 
 
 class RunError(OneLine, RuntimeError):
     """The work itself failed: bad data, a non-finite loss, a full disk. Exit status 1.
 
-    The message is one line that says what is wrong, where, and how to mend it.
+    The message is one line that says what is wrong, where, and how to fix it.
     """

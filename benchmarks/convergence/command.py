@@ -74,7 +74,7 @@ def parse(argv):
     add("--steps", type=int, help="a budget of steps instead, the same for all; needs no calibration")
     add("--prepare", action="store_true", help="build the data and the classifier, then end")
     add("--calibrate", action="store_true", help="time the steps of the recipes that have not been timed, then end")
-    add("--recalibrate", action="store_true", help="time all of them anew, then end")
+    add("--recalibrate", action="store_true", help="time all of them again, then exit")
     add("--rounds", type=int, default=15, help="rounds of the calibration")
     add("--points", type=int, default=6, help="points of a run at which it is measured; of the slowest one")
     add("--sample-points", type=int, default=3, help="of these, how many with samples; a divisor of --points")
@@ -459,6 +459,6 @@ def command(argv=None):
         print(f"benchmarks.convergence: error: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print("benchmarks.convergence: stopped; the same command goes on", file=sys.stderr)
+        print("benchmarks.convergence: stopped; the same command resumes", file=sys.stderr)
         return 130
     return 0

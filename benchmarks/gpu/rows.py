@@ -8,7 +8,7 @@ class Rows:
     """A CSV with a header; `add` appends a row and flushes it.
 
     Args:
-        path: of the file, which is written anew.
+        path: of the file, which is rewritten.
         columns: names, in order; a row may leave some out.
         always: dict of columns that are the same in every row.
     """

@@ -8,7 +8,7 @@ tokens of width 768. By default these lie in memory; --data shards reads them th
 runs an encoder in every step. `sit`, `repa`, `reg`, `maskalign` and `repa-maskalign` keep as many tokens as their YAML
 files say, the others as many as --keep-ratios. --reference takes a checkout of REPA or of REG and tells which it is. On
 a CPU the time of forward and backward alone is taken from the same steps. --passes-only leaves the optimizer out, and
---one-at-a-time builds the cases anew in every round: for models of which several do not fit into the memory. Our cases
+--one-at-a-time rebuilds the cases in every round: for models of which several do not fit into the memory. Our cases
 run with compiled blocks, as `training.compile` has them, where the machine has a compiler; the public code runs as it
 is published. Our cases live in one process, the public code in another, and they take turns, in
 another order every round; figures are medians over rounds, ratios are medians of the ratios within a round, and the
@@ -294,9 +294,7 @@ def parse(argv):
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2, help="steps of every case before the first round")
     parser.add_argument("--steps-per-turn", type=int, default=1, help="steps of a case in a round; their median counts")
-    parser.add_argument(
-        "--one-at-a-time", action="store_true", help="build a case anew in every round, and free it then"
-    )
+    parser.add_argument("--one-at-a-time", action="store_true", help="rebuild a case in every round, and free it then")
     parser.add_argument(
         "--passes-only", dest="update", action="store_false", help="forward and backward alone, without the optimizer"
     )

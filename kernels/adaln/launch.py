@@ -206,7 +206,7 @@ def modulate_backward_op(
 
 
 def _modulate_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else zeros are made for gradients that nobody has, a launch each
+    ctx.set_materialize_grads(False)  # else zeros are made for gradients that are not needed, a launch each
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:4], *output[1:])
 

@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
-PARTIAL = ".partial_"  # of a save that goes on, or that was cut off
-ASIDE = "aside_"  # damaged, or of later steps than the one a run went on from
+PARTIAL = ".partial_"  # of a save in progress, or of one that was interrupted
+ASIDE = "aside_"  # damaged, or of later steps than the one that a run resumed from
 PIECE = 16 * 2**20  # bytes that are hashed or written at a time; both release the interpreter lock
 
 
@@ -100,7 +100,7 @@ def newest_sound(run_dir, share=None):
             at a share of the files each and come to the same answer.
 
     Returns:
-        (path or None, line or None): the line names what was passed over, and what is used instead.
+        (path or None, line or None): the line names what was skipped, and what is used instead.
     """
     rank, world_size, gather = share or (0, 1, lambda value: [value])
     passed = []
@@ -118,7 +118,7 @@ def newest_sound(run_dir, share=None):
     passed = [f"the save of {name.removeprefix(PARTIAL)} was cut off" for name in partial] + passed
     if not passed:
         return chosen, None
-    instead = f"going on from {chosen.name}, the newest complete one" if chosen else "there is no complete one before"
+    instead = f"resuming from {chosen.name}, the newest complete one" if chosen else "there is no complete one before"
     return chosen, f"{Path(run_dir, FOLDER)}: {'; '.join(passed)}; {instead}"
 
 

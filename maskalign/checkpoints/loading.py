@@ -156,7 +156,7 @@ def load_tensors(checkpoint, tensors):
     try:
         with quiet():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
-    except CheckpointException as error:  # a BaseException, which nobody else would catch
+    except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
         reason = next(iter(error.failures.values()))[0]
         raise RunError(f"{checkpoint}: its tensors cannot be read ({reason}); choose another checkpoint") from None
 

@@ -1,6 +1,6 @@
 """The rules between settings: alone, with the number of processes, and with the data set.
 
-Each broken rule is one `UsageError` that says what, where and how to mend it. Nothing heavy is imported, so that a
+Each broken rule is one `UsageError` that says what, where and how to fix it. Nothing heavy is imported, so that a
 mistake is found before torch is loaded.
 """
 
@@ -20,7 +20,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def validate(config):
-    """Check the rules between settings; raises one UsageError with what, where and how to mend it."""
+    """Check the rules between settings; raises one UsageError with what, where and how to fix it."""
     _require(str(config.run_dir).strip(), "run_dir", repr(config.run_dir), "names no folder; give one for the run")
     sizes = model_sizes(config)
     for name in ("depth", "width", "heads", "patch_size"):

@@ -171,7 +171,7 @@ class TrainingConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay on disk."""
     keep_every: int = 0
-    """Checkpoints at multiples of this many steps stay on disk for good; 0 keeps the newest only."""
+    """Checkpoints at multiples of this many steps stay on disk permanently; 0 keeps the newest only."""
     async_checkpoint: bool = True
     """Copy to host memory and write in the background; else training waits for the disk."""
     timeout: float = 600.0

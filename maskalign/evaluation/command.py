@@ -29,7 +29,7 @@ from maskalign.runtime.outputs import make_folder
 from maskalign.sampling.command import apply_preset, decoder_for
 from maskalign.sampling.settings import Sampling, parse_classes
 
-SAMPLES = 1000  # drawn from a model where nobody says how many: minutes on two CPU cores at 32 pixels
+SAMPLES = 1000  # drawn from a model by default: minutes on two CPU cores at 32 pixels
 
 
 def evaluate(
@@ -109,7 +109,7 @@ def evaluate(
     elif real:
         kind, pictures = open_pictures(source)
         if kind == "folder" and pictures.passed:
-            print(f"passed over in {source}, as no pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
+            print(f"skipped in {source}, not pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
         raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")

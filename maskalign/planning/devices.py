@@ -36,6 +36,11 @@ class Device:
     per_node: int = 8
     source: str = ""
 
+    @property
+    def captures(self):
+        """Whether steps are captured as CUDA graphs there; AMD's devices are launched by Python."""
+        return not self.name.startswith(("MI", "AMD"))
+
 
 # Memory is what the driver reports, rounded down to whole GiB: data sheets say 80, 80, 141, 180 and 192 GB. Links are
 # half of the two-way figures that vendors print; network ports are those of the vendor's own node (DGX A100: 200 Gb/s

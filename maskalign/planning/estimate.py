@@ -50,6 +50,8 @@ class Estimate:
         alternatives: dicts with plan, sent_mib, link_ms and waiting_ms of a step under each plan on these ranks.
         rows: dicts, one per number of ranks and regime; `asked` is the one of the settings themselves.
         vae_flops: of encoding one image, None for pixels.
+        launches: operations of a step that are launched on a rank.
+        captured: whether they are replayed as a CUDA graph, and Python launches nothing.
     """
 
     config: object
@@ -67,6 +69,8 @@ class Estimate:
     alternatives: List[dict]
     rows: List[dict]
     asked: dict
+    launches: float
+    captured: bool
     assumed: List[str] = field(default_factory=list)
 
     @property
@@ -123,6 +127,9 @@ class _Planner:
         self.phases = schedule_phases(config, self.model, bool(aligned))
         self.shards = self._shards(world_size)
         self.memories = self._memories()
+        compiled = config.training.compile
+        self.launches = max(m.low.launches.total(self.accumulation, compiled) for m in self.memories.values())
+        self.captured = config.training.cuda_graph and options.device.captures
 
     def _shards(self, ranks, parallel=None):
         """Ranks that share the weights where there are `ranks` of them; None where the plan does not work there."""
@@ -174,6 +181,8 @@ class _Planner:
             alternatives=self._alternatives(),
             rows=rows,
             asked=asked,
+            launches=self.launches,
+            captured=self.captured,
             assumed=self.facts.assumed + self._assumptions(),
         )
 
@@ -225,7 +234,10 @@ class _Planner:
             parts = phase["student"] + phase["mixer"] + phase["projector"]
             useful += phase["share"] * 3 * parts * images * self.accumulation
         update = self._update(shards)
-        step = compute + links["waiting_ms"] / 1e3 + update
+        busy = compute + links["waiting_ms"] / 1e3 + update
+        # The device runs beside Python, which may be the slower of the two.
+        launching = self.launches * options.launch_us * 1e-6
+        step = busy if self.captured else max(busy, launching)
         whole = images * ranks * self.accumulation
         all_images = self.config.training.max_steps * self.config.training.batch_size
         hours = all_images / (whole / step) / 3600
@@ -233,6 +245,7 @@ class _Planner:
             "batch": batch, "ranks": ranks, "global_batch": whole, "batch_per_rank": images, "shards": shards,
             "memory_gib": memory / 2**30, "fits": memory <= options.limit,
             "step_ms": 1e3 * step, "compute_ms": 1e3 * compute, "update_ms": 1e3 * update, **links,
+            "launching_ms": 1e3 * launching, "python_ms": 1e3 * (step - busy),
             "images_per_second": whole / step, "mfu": useful / step / self.peak,
             "hours": hours, "gpu_hours": hours * ranks, "energy_kwh": hours * ranks * options.device.watts / 1000,
         }  # fmt: skip
@@ -259,6 +272,12 @@ class _Planner:
         ]
         if training.precision == "auto":
             lines.append("training.precision auto is bf16 there")
+        how = "fused in compiled blocks, " if training.compile else ""
+        lines.append(
+            f"Python takes {options.launch_us:g} us to launch an operation ({how}measured on the host of one H200)"
+            if options.launch_us == Options.launch_us
+            else f"Python takes {options.launch_us:g} us to launch an operation, as given by --launch-us"
+        )
         if training.compile:
             lines.append("activations are those of eager blocks; compiled ones keep fewer")
         if self.online:

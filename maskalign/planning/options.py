@@ -17,6 +17,9 @@ class Options:
         efficiency: share of the device's peak that matrix products reach, the element-wise work between them included.
         link_efficiency: share of the links' bandwidth that collectives reach.
         headroom: share of the memory that is left to the driver, communication and fragmentation.
+        launch_us: microseconds that Python takes for one launch, where steps are not captured as CUDA graphs. The
+            default is from an H200's host: 36.1 ms for a compiled SiT-B/2 step with half of the tokens, whose launches
+            this plan counts as 617 (benchmarks/results/gpu-step-graphs.csv).
         image_size, num_classes: of a data set that is not there; None for ImageNet's.
     """
 
@@ -25,6 +28,7 @@ class Options:
     efficiency: float = 0.4
     link_efficiency: float = 0.8
     headroom: float = 0.1
+    launch_us: float = 58.0
     image_size: int | None = None
     num_classes: int | None = None
 
@@ -35,6 +39,8 @@ class Options:
             value = getattr(self, name)
             if not 0 < value <= 1:
                 raise UsageError(f"--{name.replace('_', '-')}: {value} must be in (0, 1]")
+        if not 0 <= self.launch_us < float("inf"):
+            raise UsageError(f"--launch-us: {self.launch_us} must be at least 0")
         if not 0 <= self.headroom < 1:
             raise UsageError(f"--headroom: {self.headroom} must be in [0, 1)")
 

@@ -45,6 +45,7 @@ def text(estimate):
             _largest(estimate),
             "communication of a step, per rank\n" + _communication(estimate),
             *_alternatives(estimate),
+            _launching(estimate),
             *_scaling(estimate),
         ]
     )
@@ -116,6 +117,25 @@ def _alternatives(estimate):
     return ["what other plans would send in a step on these ranks\n" + aligned(lines)]
 
 
+def _launching(estimate):
+    """Whether Python, which launches what a device computes, is the limit; and what helps."""
+    row, training = estimate.asked, estimate.config.training
+    busy = row["step_ms"] - row["python_ms"]
+    what = f"a step launches {estimate.launches:,.0f} operations, for which Python takes {row['launching_ms']:,.1f} ms"
+    compute = f"the device is busy for {busy:,.1f} ms"
+    if estimate.captured:
+        helps = "; without it Python would be the limit" if row["launching_ms"] > busy else ""
+        return f"{what}; captured as a CUDA graph it launches none of them, and {compute}{helps}"
+    if row["python_ms"] <= 0:
+        return f"{what}; {compute}, which is longer"
+    helps = "training.cuda_graph true captures the step, which then takes as long as the device does"
+    if not estimate.options.device.captures:
+        helps = "more images per rank, or training.compile, help; AMD's devices have no captured steps here"
+        if training.compile:
+            helps = "more images per rank help; AMD's devices have no captured steps here"
+    return f"Python is the limit: {what}, while {compute}; {helps}"
+
+
 def _scaling(estimate):
     parts = []
     images = estimate.config.training.max_steps * estimate.config.training.batch_size
@@ -173,7 +193,12 @@ def draw(estimate, path):
     rows = [row for row in estimate.rows if row["batch"] == SAME_PER_RANK]
     ticks = [f"{row['ranks']:,}" for row in rows]
     bottom = [0.0] * len(rows)
-    for key, label in (("compute_ms", "computing"), ("waiting_ms", "waiting for links"), ("update_ms", "updating")):
+    for key, label in (
+        ("compute_ms", "computing"),
+        ("waiting_ms", "waiting for links"),
+        ("update_ms", "updating"),
+        ("python_ms", "waiting for Python"),
+    ):
         middle.bar(ticks, [row[key] for row in rows], bottom=bottom, label=label)
         bottom = [a + row[key] for a, row in zip(bottom, rows, strict=True)]
     middle.set_xlabel(f"ranks, {estimate.asked['batch_per_rank']:,} images each")

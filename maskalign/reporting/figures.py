@@ -6,6 +6,7 @@ MOST_POINTS = 600
 
 # Schedules are shown unsmoothed: smoothing would round their steps.
 EXACT = ("lr", "keep_ratio")
+NOT_ALIKE = " (not comparable: with and without a class token)"
 # column of metrics.csv -> title, unit, factor, logarithmic axis, which end is better (-1 low, 1 high, 0 neither)
 CURVES = {
     "velocity_loss": ("Velocity loss", "", 1, False, -1),
@@ -58,23 +59,33 @@ def _short(value):
 
 def evaluation_table(runs):
     """Rows of the evaluations: dict(name, cells, better); cells are (text, is best) per run, None where it has none."""
-    metrics = [_numbers(run.evaluation.get("metrics")) for run in runs]
-    return [_row(name, [m.get(name) for m in metrics]) for name in dict.fromkeys(name for m in metrics for name in m)]
+    metrics, alike = [_numbers(run.evaluation.get("metrics")) for run in runs], same_input(runs)
+    names = dict.fromkeys(name for m in metrics for name in m)
+    return [
+        _row(name, [m.get(name) for m in metrics], marked=alike or not name.startswith("held_out")) for name in names
+    ]
+
+
+def same_input(runs):
+    """Whether the models of all runs see the same: one with a class token is given a feature of the true image, and its
+    held-out losses are not to be compared with those of a model without one."""
+    models = [run.settings.get("model") for run in runs]
+    return len({bool(isinstance(model, dict) and model.get("class_token")) for model in models}) < 2
 
 
 def held_out_charts(runs):
     """Held-out metrics by time-step bin: list of dict(id, title, bins, series, rows) for the page and its script."""
     held = [run.evaluation.get("held_out") for run in runs]
     held = [h if isinstance(h, dict) else {} for h in held]
-    charts = []
+    charts, alike = [], same_input(runs)
     for metric in dict.fromkeys(name for h in held for name in h):
         values = [_numbers(h.get(metric)) for h in held]
         bins = sorted(dict.fromkeys(name for v in values for name in v), key=_bin_order)
         if bins:
             words = metric.replace("_", " ")
             series = [{"run": index, "value": [v.get(name) for name in bins]} for index, v in enumerate(values) if v]
-            rows = [_row(name, [v.get(name) for v in values], metric) for name in bins]
-            title = f"Held-out {words} by time"
+            rows = [_row(name, [v.get(name) for v in values], metric, marked=alike) for name in bins]
+            title = f"Held-out {words} by time" + ("" if alike else NOT_ALIKE)
             charts.append({"id": f"held-{len(charts)}", "title": title, "bins": bins, "series": series, "rows": rows})
     return charts
 
@@ -99,9 +110,9 @@ def better(name):
     return 1 if any(known in words for known in HIGHER_IS_BETTER) else -1
 
 
-def _row(name, values, metric=None):
-    """One line of a table; the best of two or more numbers is marked."""
-    side = better(metric or name)
+def _row(name, values, metric=None, marked=True):
+    """One line of a table; the best of two or more numbers is marked, where they can be compared."""
+    side = better(metric or name) if marked else 0
     there = [value for value in values if value is not None]
     best = max(there, key=lambda value: side * value) if side and len(set(there)) > 1 else None
     cells = [None if value is None else (f"{value:.4g}", value == best) for value in values]

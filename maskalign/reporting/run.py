@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its folder. What is missing or cannot be read is left out, with a note."""
+"""What a report shows of a run, read from its folder. Missing and unreadable parts are left out, with a note."""
 
 import csv
 import json

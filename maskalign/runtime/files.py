@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, on full disks and on file systems that lack something."""
+"""Atomic writes of files, also on full disks and on file systems that lack some operations."""
 
 import errno
 import os
@@ -59,7 +59,7 @@ def _sync(handle):
 
 
 def write_atomically(path, data):
-    """Write bytes to a file that is there whole or not at all, also after a power cut."""
+    """Write bytes to a file atomically, also with respect to a power cut."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
         sync_file(file)

@@ -47,7 +47,7 @@ def share_of_others(before, after):
 def make_room(before):
     """Have OpenMP's threads sleep while they wait if others have been busy since the reading `before`.
 
-    Nothing is changed where somebody has chosen, where torch is loaded already, or under torchrun, whose ranks are each
+    Nothing is changed where the user has chosen, where torch is loaded already, or under torchrun, whose ranks are each
     other's neighbors.
     """
     chosen = any(name in os.environ for name in OWN_CHOICE)

@@ -15,7 +15,7 @@ def dinov2_model(name):
 
 
 def check_weights(name, weights):
-    """Raise a UsageError where a teacher's weights cannot be had; quick, and without importing torch.
+    """Raise a UsageError where a teacher's weights are not available; quick, and without importing torch.
 
     Args:
         name: the teacher, a valid name.

@@ -23,7 +23,7 @@ MAY_CHANGE_TOO = (
     "method.align_ratio",
 )
 MAY_CHANGE_TOO += ("method.class_weight", "method.subset", "method.keep_multiple", "teacher.weights")
-# What a run is told anew at every start.
+# Settings that every start may change.
 SILENT = ("run_dir", "training.resume", "training.init_from", "training.progress", "model.preset")
 MOST = 4  # differences that one line names
 
@@ -185,7 +185,7 @@ def check_stream(path, state, stream, config, there):
         shards = sum(len(manifest.shards) for manifest in stream.manifests)
         raise UsageError(
             f"data.path: {_text(config.data.path)} holds {stream.num_samples:,} images in {shards:,} shards, but "
-            f"{path} was trained on{before}: images were added, removed or built anew, and the run cannot find its "
+            f"{path} was trained on{before}: images were added, removed or rebuilt, and the run cannot find its "
             f"place among them; restore the data set, or {new_run(path)}"
         )
     if config.training.batch_size % state["streams"]:
@@ -195,7 +195,7 @@ def check_stream(path, state, stream, config, there):
         )
     builds = [(manifest.extra.get("build") or {}).get("fingerprint") for manifest in stream.manifests]
     if "builds" in data and data["builds"] != builds:
-        return ["the images were built anew, from other files or with other settings (as many as before)"]
+        return ["the images were rebuilt from other files or with other settings (as many as before)"]
     return []
 
 

@@ -40,7 +40,7 @@ class Saver:
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
         keep: how many of the newest checkpoints stay.
-        keep_every: those at multiples of this many steps stay for good; 0 for none.
+        keep_every: those at multiples of this many steps stay permanently; 0 for none.
         background: write in a thread, after a copy of the tensors; else `save` returns when all is on disk.
     """
 
@@ -107,7 +107,7 @@ class Saver:
             raise error
 
     def clear(self, step):
-        """Make room for a run that goes on from `step`; rank 0 calls it before the first save.
+        """Make room for a run that resumes from `step`; rank 0 calls it before the first save.
 
         What saves that were cut off have left is removed. Checkpoints of later steps are damaged, or belong to a course
         that this run leaves: they get another name, so that neither a restart nor the rule of the newest counts them.
@@ -241,7 +241,7 @@ def save(run_dir, step, tensors, state, config_yaml, keep=3):
 
 
 def superfluous(checkpoints, keep, keep_every=0):
-    """Those of a list of step_* paths, oldest first, that are neither of the newest nor kept for good."""
+    """Those of a list of step_* paths, oldest first, that are neither of the newest nor kept permanently."""
     return [path for path in checkpoints[:-keep] if not keep_every or int(path.name.removeprefix("step_")) % keep_every]
 
 

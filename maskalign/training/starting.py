@@ -40,8 +40,8 @@ def find_resume(config, placement):
     lost = None if found else gather(_lost(Path(config.run_dir), passed_over))[0]
     if lost:
         raise UsageError(
-            f"{lost}; restore a checkpoint, begin anew in another folder with --run_dir NEW, or give --training.resume "
-            "restart to begin at step 0 here (what there is, is set aside)"
+            f"{lost}; restore a checkpoint, start in another folder with --run_dir NEW, or give --training.resume "
+            "restart to begin at step 0 here (existing files are set aside)"
         )
     if passed_over and placement.is_main:
         print(f"maskalign: {passed_over}", file=sys.stderr, flush=True)

@@ -24,7 +24,7 @@ def check_wandb():
 
 
 class WandbLog:
-    """A run of Weights & Biases that goes on when the run folder's training is resumed.
+    """A run of Weights & Biases that continues when the run folder's training is resumed.
 
     The project is WANDB_PROJECT or `maskalign`; WANDB_ENTITY, WANDB_MODE and the package's other variables count as
     ever. Offline files are below RUN/wandb; `wandb sync` uploads them.

@@ -134,7 +134,7 @@ def test_classes_that_are_others(begun, run, data_set, names, message):
 def test_images_built_anew_in_equal_number_are_named(begun, run, data_set, capsys):
     change_manifest(data_set, extra={"build": {"fingerprint": "another"}})
     run(training__max_steps=3)
-    assert "the images were built anew" in capsys.readouterr().out
+    assert "the images were rebuilt" in capsys.readouterr().out
 
 
 def test_features_made_in_another_way(begun, run, data_set):

@@ -3,16 +3,23 @@
 import csv
 
 import pytest
+import torch
 import yaml
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskalign.checkpoints.build import build_model
 from maskalign.cli import main
 from maskalign.errors import UsageError
+from maskalign.objective import draw, training_loss
 from maskalign.planning.communication import Collective
 from maskalign.planning.devices import DEVICES, load_device
 from maskalign.planning.estimate import SAME_GLOBAL, SAME_PER_RANK, exposed_seconds, plan_run
 from maskalign.planning.facts import find_facts
 from maskalign.planning.options import Options
+from maskalign.planning.report import text
+from maskalign.planning.trace import Launches, trace_step
+from maskalign.planning.work import Phase
 from maskalign.runtime.accelerators import peak_tflops
 
 H100 = DEVICES["h100"]
@@ -60,7 +67,7 @@ def test_a_plan_is_printed_written_and_drawn(tmp_path, capsys):
     images = 400_000 * 64
     hours = images / float(weak["images_per_second"]) / 3600
     assert float(weak["gpu_hours"]) == pytest.approx(64 * hours, rel=1e-4)
-    total = sum(float(weak[f"{part}_ms"]) for part in ("compute", "update", "waiting"))
+    total = sum(float(weak[f"{part}_ms"]) for part in ("compute", "update", "waiting", "python"))
     assert float(weak["step_ms"]) == pytest.approx(total, rel=1e-4)
 
 
@@ -204,3 +211,70 @@ def test_a_data_set_that_is_there_is_believed(settings, tmp_path):
     assert not facts.latent and not facts.assumed
     with pytest.raises(UsageError, match="the manifest of .* says both"):
         find_facts(settings(*words), num_classes=3)
+
+
+SMALL_BATCH = ["--model.preset", "SiT-S/2", "--model.depth", "2", "--method.align_depth", "1", "--training.batch_size"]
+
+
+def test_small_batches_wait_for_python_unless_steps_are_captured(settings):
+    """The step's time against launches times their cost, and against the device's own, at both ends of the batch."""
+
+    def planned(batch, *words, device=H100, **options):
+        words = ["--training.precision", "bf16", "--method.align_weight", "0", *SMALL_BATCH, str(batch), *words]
+        estimate = plan_run(settings(*words), Options(1, device, **options))
+        return estimate, estimate.asked, text(estimate)
+
+    launched = ["--training.cuda_graph", "false"]
+    estimate, small, said = planned(2, *launched, launch_us=50.0)
+    assert small["step_ms"] == small["launching_ms"] == pytest.approx(estimate.launches * 0.05)
+    busy = small["compute_ms"] + small["waiting_ms"] + small["update_ms"]
+    assert small["python_ms"] == pytest.approx(small["step_ms"] - busy) and busy < 0.2 * small["step_ms"]
+    assert "Python is the limit" in said and "training.cuda_graph true captures the step" in said
+    _, captured, said = planned(2, launch_us=50.0)
+    assert captured["step_ms"] == pytest.approx(busy) and captured["python_ms"] == 0
+    assert "captured as a CUDA graph" in said and "without it Python would be the limit" in said
+    _, large, said = planned(32768, *launched, launch_us=50.0)
+    assert large["python_ms"] == 0 and "which is longer" in said and "is the limit" not in said
+    _, amd, said = planned(2, device=DEVICES["mi300x"], launch_us=50.0)
+    assert amd["python_ms"] > 0 and "Python is the limit" in said and "AMD" in said
+    compiled, _, _ = planned(2, *launched, "--training.compile", "true", "--training.accumulation", "2")
+    assert 0.8 * estimate.launches < compiled.launches < 1.6 * estimate.launches
+
+
+def test_compiled_blocks_have_fewer_launches_and_every_micro_batch_has_its_own():
+    launches = Launches(products=10, others=35, outside=7, update=5)
+    assert launches.total(1, compiled=False) == 57 and launches.total(3, compiled=False) == 3 * 52 + 5
+    assert launches.total(2, compiled=True) == 2 * (20 + 7) + 5
+
+
+def test_launches_are_those_that_torch_dispatches(settings, build):
+    """An eager step's operations, counted by a mode of its own that leaves out views and allocations."""
+
+    class Count(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.split("::")[1]
+            self.count += not (
+                func.is_view or name in ("detach", "empty", "empty_like", "empty_strided", "_unsafe_view")
+            )
+            return func(*args, **(kwargs or {}))
+
+    config = settings("--method.align_weight", "0", "--model.attention", "sdpa", "--model.mixer", "none")
+    trace = trace_step(config, {**build, "teacher_dims": [], "cached_bytes": []}, Phase(32, 0, 1.0), 2)
+    model = build_model(config, {**build, "teacher_dims": []})
+    draws = draw(0, 0, 0, 2, shape=(4, 16, 16), grid=model.grid, keep=32)
+    with Count() as counted:
+        losses = training_loss(model, torch.randn(2, 4, 16, 16), torch.zeros(2, dtype=torch.int64), [], draws)
+        losses.total.backward()
+    launches = trace.launches
+    found = launches.products + launches.others + launches.outside
+    print(launches, counted.count)
+    assert 0.9 * counted.count < found < 1.1 * counted.count + 20
+    assert launches.products >= 4 * 15, "five linears and an attention in each block, forward and backward"
+
+
+@pytest.mark.parametrize("words", ["--launch-us -1", "--launch-us inf"])
+def test_a_wrong_cost_of_launching_is_told(words, capsys):
+    status, _, error = run("--world-size 1 " + words, capsys)
+    assert status == 2 and "--launch-us" in error and error.count("\n") == 1

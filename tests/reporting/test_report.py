@@ -244,3 +244,25 @@ def test_the_better_number_is_marked():
         "3 h 20 min",
         "4.6 days",
     ]
+
+
+def test_held_out_losses_with_and_without_a_class_token_are_not_ranked():
+    def run(name, class_token, loss):
+        return Run(
+            path=name, name=name, settings={"model": {"class_token": class_token}},
+            evaluation={
+                "metrics": {"frechet[x]": loss, "held_out_velocity_loss": loss},
+                "held_out": {"velocity_loss": {"0.0-0.5": loss}},
+            },
+        )  # fmt: skip
+
+    alike = [run("a", False, 1.0), run("b", False, 2.0)]
+    mixed = [run("a", False, 1.0), run("b", True, 2.0)]
+    best = {row["name"]: [cell[1] for cell in row["cells"]] for row in evaluation_table(alike)}
+    assert best == {"frechet [x]": [True, False], "held out velocity loss": [True, False]}
+    best = {row["name"]: [cell[1] for cell in row["cells"]] for row in evaluation_table(mixed)}
+    assert best == {"frechet [x]": [True, False], "held out velocity loss": [False, False]}
+    (chart,) = held_out_charts(mixed)
+    assert "not comparable" in chart["title"] and not any(cell[1] for row in chart["rows"] for cell in row["cells"])
+    (chart,) = held_out_charts(alike)
+    assert "not comparable" not in chart["title"]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole to the last bit or passed over, written beside the training, kept by two rules, for any plan."""
+"""Checkpoints: whole to the last bit or skipped, written beside the training, kept by two rules, for any plan."""
 
 import json
 import os
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(run, tmp_path, capsys, ho
     capsys.readouterr()
     assert run(**own, training__max_steps=6)["step"] == 6
     lines = [line for line in capsys.readouterr().err.splitlines() if "step_00000004" in line]
-    assert len(lines) == 1 and "going on from step_00000002" in lines[0]
+    assert len(lines) == 1 and "resuming from step_00000002" in lines[0]
     # keep 1 leaves the newest of this course, not the damaged one of a later step; and the run is the undisturbed one.
     assert names(tmp_path / "run") == ["step_00000006"]
     losses = [{r["step"]: r["loss"] for r in read_metrics(tmp_path / p / "metrics.csv")} for p in ("whole", "run")]
@@ -274,7 +274,7 @@ def test_killed_in_the_middle_of_a_save(command, run, tmp_path, capsys):
     assert names(tmp_path / "run") == ["step_00000002"]
     run(training__max_steps=5)
     err = capsys.readouterr().err
-    assert "the save of step_00000004 was cut off; going on from step_00000002" in err
+    assert "the save of step_00000004 was cut off; resuming from step_00000002" in err
     assert names(tmp_path / "run") == ["step_00000002", "step_00000005"]
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 

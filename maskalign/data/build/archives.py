@@ -204,7 +204,7 @@ def list_zip(path):
                 else:
                     listing.reject(name, "not a regular file")
     except NotImplementedError as error:  # zipfile's word for a version of the format that it does not read
-        raise RunError(f"source {path}: cannot be read here ({error}); pack the images anew") from None
+        raise RunError(f"source {path}: cannot be read here ({error}); pack the images again") from None
     except (zipfile.BadZipFile, EOFError, ValueError, OverflowError, struct.error, IndexError, OSError) as error:
         raise RunError(f"source {path}: damaged or cut short ({one_line(error)}); get the archive again") from None
     resolve_links(listing, 0, links, hidden)

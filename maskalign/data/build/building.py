@@ -59,7 +59,7 @@ def build(
     wait_seconds=1800.0,
     quiet=False,
 ):
-    """Build a data set, or go on with one whose building was stopped.
+    """Build a data set, or resume one whose building was stopped.
 
     Args:
         source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz) with one folder per class, or webdataset
@@ -155,7 +155,7 @@ def build(
 
 
 def _describe(found, say):
-    """Say before the work what was found: the classes, what is passed over, and what may be meant otherwise."""
+    """Say before the work what was found: the classes, what is skipped, and what may be meant otherwise."""
     counts = Counter(item.label for item in found.items)
     classes = [f"{name} ({counts[label]:,})" for label, name in enumerate(found.class_names)]
     noun = "class" if len(classes) == 1 else "classes"
@@ -163,7 +163,7 @@ def _describe(found, say):
     for note in found.notes:
         say(f"note: {note}")
     if found.passed:
-        say(f"passed over, as no pictures that can be read here: {tell_passed(found.passed)}")
+        say(f"skipped, not pictures that can be read here: {tell_passed(found.passed)}")
     if found.rejected:
         say(f"{len(found.rejected):,} images cannot be used; first: {': '.join(found.rejected[0])}")
     if found.empty:
@@ -381,7 +381,7 @@ def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
     todo = [shard for shard in mine if (record := job.record(shard)) is None or job.mended(shard, record)]
     total = sum(len(job.part(shard)) for shard in todo)
     if len(todo) < len(mine):
-        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
     if workers is None:
         workers = 1 if total < FEW else available_cores()
     workers = min(workers, len(todo))
@@ -408,7 +408,7 @@ def _limit_bad(job, bad, latest, max_bad_fraction):
         name, reason = (latest or job.found.rejected)[-1]
         raise RunError(
             f"{bad:,} of {total:,} images are bad, over max_bad_fraction {max_bad_fraction}; the last: {name}: "
-            f"{reason}; mend the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
+            f"{reason}; repair the source, or allow more with --max_bad_fraction; {os.path.join(job.out, BAD_LIST)} "
             "lists what was found so far"
         )
 

@@ -119,9 +119,9 @@ def read_table(reader, item, what, may_be_empty=False):
     try:
         data = json.loads(reader(item).decode("utf-8-sig"))
     except RecursionError:
-        raise UsageError(f"{what} is no JSON of labels (nested too deeply); mend it, or take it away") from None
+        raise UsageError(f"{what} is no JSON of labels (nested too deeply); repair it, or remove it") from None
     except Exception as error:  # undecodable bytes, no JSON, a damaged member: zipfile raises nearly anything
-        raise UsageError(f"{what} cannot be read ({one_line(error)}); mend it, or take it away") from None
+        raise UsageError(f"{what} cannot be read ({one_line(error)}); repair it, or remove it") from None
     labels = data.get("labels") if isinstance(data, dict) else None
     if isinstance(labels, dict):
         labels = list(labels.items())
@@ -138,7 +138,7 @@ def read_table(reader, item, what, may_be_empty=False):
             )
         clean = clean_name(entry[0])
         if pairs.setdefault(clean, entry[1]) != entry[1]:
-            raise UsageError(f"{what}: {entry[0]} has two labels, {pairs[clean]} and {entry[1]}; mend it")
+            raise UsageError(f"{what}: {entry[0]} has two labels, {pairs[clean]} and {entry[1]}; correct it")
     names = data.get("class_names")
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         return pairs, check_names(names, f"{what}: class_names")

@@ -58,7 +58,7 @@ def encode(
     wait_seconds=1800.0,
     quiet=False,
 ):
-    """Add teacher features and VAE moments to a data set, or go on with an encoding that was stopped.
+    """Add teacher features and VAE moments to a data set, or resume an encoding that was stopped.
 
     Args:
         data: folder of the data set (or its URL, with `out`).
@@ -248,7 +248,7 @@ def _plan(data, target, recipe, class_token, only_look, say):
 
 
 def _kept(manifest, recipe, all_rows):
-    """What the data set has and keeps: teachers whose rows are not written anew, and "latents"."""
+    """What the data set has and keeps: teachers whose rows are not rewritten, and "latents"."""
     new = [] if all_rows else [teacher.name for teacher in recipe.teachers if teacher.rows]
     kept = [name for name in manifest.teachers if name not in new]
     return kept + (["latents"] if manifest.latent and not recipe.latents else [])
@@ -342,7 +342,7 @@ def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
     mine = list(range(rank, len(job.manifest.shards), world_size))
     todo = [number for number in mine if job.record(job.manifest.shards[number]) is None]
     if len(todo) < len(mine):
-        say(f"going on: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
     if rank == 0:
         _check_space(job, size)
     total = sum(job.manifest.shards[number].num_samples for number in todo)

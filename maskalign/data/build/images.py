@@ -36,7 +36,7 @@ def decode_image(data, max_pixels=MAX_PIXELS, exif="ignore"):
         A loaded PIL image of mode RGB. Transparent parts are laid on white; an animation gives its first frame.
 
     Raises:
-        BadImage: not one of FORMATS, cut short, too large, or of numbers whose range cannot be told (see `to_rgb`).
+        BadImage: not one of FORMATS, cut short, too large, or of numbers whose range is unknown (see `to_rgb`).
     """
     try:
         with warnings.catch_warnings():
@@ -94,7 +94,7 @@ def to_rgb(image, bits=None, deep=False):
         image.load()
         return image
     if image.mode == "F":
-        raise BadImage("floating-point pixels, whose range nothing tells; give 8-bit pictures")
+        raise BadImage("floating-point pixels, whose range is unknown; give 8-bit pictures")
     if image.mode.startswith("I"):
         return _from_integers(np.asarray(image).astype(np.int64), bits)
     if deep:  # of 12-bit numbers the upper eight leave four, all but black
@@ -130,10 +130,7 @@ def _from_integers(values, bits):
 
 
 def _untold(most):
-    return (
-        f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits, which nothing tells; convert "
-        "it to 8 bits"
-    )
+    return f"16-bit pixels up to {most:,} of 65,535: a dark picture, or one of fewer bits; convert it to 8 bits"
 
 
 def _declared(image, data):

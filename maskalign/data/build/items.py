@@ -26,7 +26,7 @@ class Source:
         rejected: (name, reason) of what looked like an image but cannot be one of the data set.
         empty: folders that would be classes, but hold no image.
         identity: enters the plan's fingerprint, beside the items.
-        passed: how many files of other kinds are passed over, by ending.
+        passed: how many files of other kinds are skipped, by ending.
         notes: lines for the user: how classes were told, and what may be meant otherwise.
         how: where the classes are from, in a few words ("the top folders").
         takes_names: labels are numbers, for which the user may give names.

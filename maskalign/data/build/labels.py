@@ -112,7 +112,7 @@ def number_classes(labels, class_names, source, holes=None):
     if holes == "close":
         place = {number: index for index, number in enumerate(numbers)}
         closed = {label: place[number] for label, number in number_of.items()}
-        note = f"holes closed: {len(absent):,} labels without an image are left out, and the rest counted anew from 0"
+        note = f"holes closed: {len(absent):,} labels without an image are left out, the others renumbered from 0"
         return [names[number] for number in numbers], closed.__getitem__, [note]
     first = ", ".join(f"{number} ({names[number]})" for number in absent[:5]) + (", ..." if len(absent) > 5 else "")
     note = f"{len(absent):,} of {len(names):,} classes have no image and cannot be learned: {first}; --holes close"

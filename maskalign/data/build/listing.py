@@ -1,4 +1,4 @@
-"""What a folder or an archive holds: its files by name, and a reason for every picture that cannot be had.
+"""What a folder or an archive holds: its files by name, and a reason for every picture that cannot be read.
 
 One walk for building and for evaluating, so both see the same pictures. Nothing is opened or decoded here.
 """
@@ -20,7 +20,7 @@ class Listing:
     Attributes:
         files: (name, place) of all files that are not hidden; a name has "/" between its parts, none of them empty,
             "." or "..", and place is what the reader needs to find it.
-        rejected: (name, reason) of pictures that are named, but cannot be had.
+        rejected: (name, reason) of pictures that are named, but cannot be read.
         folders: names of all folders, as far as the source tells them.
         hidden: hidden folders, and hidden files with a picture's ending; macOS's shadow files are not counted.
     """
@@ -37,7 +37,7 @@ class Listing:
 
     @property
     def passed(self):
-        """Counter of what is passed over: endings (".heic"), "no ending" and "hidden"."""
+        """Counter of what is skipped: endings (".heic"), "no ending" and "hidden"."""
         count = Counter(ending_of(name) for name, _ in self.files if not has_image_ending(name))
         if self.hidden:
             count["hidden"] += self.hidden
@@ -73,7 +73,7 @@ class Listing:
                 seen.add(hidden)
 
     def reject(self, name, reason):
-        """Note that a picture cannot be had; files of other kinds, and hidden ones, need no word."""
+        """Note that a picture cannot be read; files of other kinds, and hidden ones, need no word."""
         clean = clean_name(name)
         if has_image_ending(name) and (clean is None or hidden_part(clean) is None):
             self.rejected.append((name if clean is None else clean, reason))

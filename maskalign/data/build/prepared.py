@@ -165,7 +165,7 @@ def _compare_labels(found, pictures, latent_labels, folder, where):
                 "latents are not of these pictures, or in another order"
             )
     if len(set(class_of.values())) < len(class_of):
-        raise UsageError(f"source {where}: {folder}/{FILE} tells classes apart that are one among the pictures")
+        raise UsageError(f"source {where}: {folder}/{FILE} separates classes that are one class among the pictures")
 
 
 def _sizes(found, reader, root, pictures, latents, where):

@@ -50,7 +50,7 @@ def in_processes(function, tasks, workers, *, set_up=None, shared=(), meanwhile=
                 meanwhile()
     except BrokenProcessPool:
         raise RunError(
-            "a worker process died (killed, or out of memory?); run the same command again and it goes on, "
+            "a worker process died (killed, or out of memory?); run the same command again to resume, "
             "with fewer --workers if memory is short"
         ) from None
     finally:

@@ -78,7 +78,7 @@ def entry_bytes(entry):
 
 
 def check_vae(name):
-    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where it cannot be had. Quick."""
+    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where there is none. Quick."""
     if find_spec("diffusers") is None:
         raise UsageError("latents need a package: pip install diffusers (or pip install 'maskalign[latents]')")
     if os.path.isdir(name):

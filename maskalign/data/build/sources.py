@@ -105,7 +105,7 @@ def open_source(
 def _no_images(source, found):
     reasons = [f"{found.rejected[0][0]}: {found.rejected[0][1]}"] if found.rejected else []
     if found.passed:
-        reasons.append(f"passed over: {tell_passed(found.passed)}")
+        reasons.append(f"skipped: {tell_passed(found.passed)}")
     if len(found.passed) and any(ending in ARCHIVES for ending in found.passed):
         reasons.append("archives inside are not opened, unpack them")
     reason = f" ({'; '.join(reasons)})" if reasons else ""

@@ -30,7 +30,7 @@ class Staging:
         manifest: of the old data set.
         target: folder of the new one: the same, or another.
         recipe: what is added to the samples.
-        renew: teachers whose stored class tokens get principal components anew.
+        renew: teachers whose stored class tokens get new principal components.
         work: folder for the new shards, named after `fingerprint`, which stands for the recipe and the old shards.
     """
 
@@ -71,7 +71,7 @@ class Staging:
         return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
     def can_go_on(self, folder=None):
-        """Whether a folder of new shards (this one's by default) is worth going on with.
+        """Whether a folder of new shards (this one's by default) can be resumed.
 
         That is, one of them is whole (its record is written after it), and the data set is still the one that they were
         made from.

@@ -18,7 +18,7 @@ def open_torchvision(name, subset=None, root=None):
         root: folder of its files; ~/.cache/maskalign/torchvision by default.
 
     Raises:
-        UsageError: no such class, files neither there nor to be had, or no integer labels.
+        UsageError: no such class, files that are missing and cannot be downloaded, or no integer labels.
     """
     root = os.path.expanduser(root or "~/.cache/maskalign/torchvision")
     dataset = _construct(name, subset or "train", root, True)
@@ -95,7 +95,7 @@ def _construct(name, subset, root, download):
     except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
         reason = one_line(error)[:200]
         raise UsageError(
-            f"{what}: cannot be had ({reason}); it needs a network, or its files in {root} (--root names another place)"
+            f"{what}: is not available ({reason}); it needs a network, or its files in {root} (or --root)"
         ) from None
 
 

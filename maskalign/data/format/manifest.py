@@ -316,7 +316,7 @@ def is_url(path):
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
 
 
-def _require(fine, where, message, mend="build the data set again, or mend the file"):
+def _require(fine, where, message, mend="build the data set again, or repair the file"):
     if not fine:
         raise UsageError(f"{where}: {message}; {mend}")
 

@@ -1,4 +1,4 @@
-"""Tar shards: the same to the byte every time, there whole or not at all, and read without trusting them."""
+"""Tar shards: equal to the byte every time, written atomically, and read without trusting them."""
 
 import hashlib
 import io
@@ -97,7 +97,7 @@ def add_member(tar, name, data):
 def read_shard(file, max_member_bytes=MAX_MEMBER_BYTES):
     """Yield (key, {ending: bytes}) for each sample of an open tar, forwards only, extracting nothing to disk.
 
-    Directories, links, devices and the index are passed over. A member larger than `max_member_bytes` raises
+    Directories, links, devices and the index are skipped. A member larger than `max_member_bytes` raises
     ValueError, a broken tar tarfile.TarError; a tar that is cut between two members, or has a damaged header in the
     middle, just ends (compare the count with the manifest's).
     """

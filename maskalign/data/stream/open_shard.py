@@ -60,7 +60,7 @@ class OpenShard:
             if members is None:
                 members, intact = self._scan()
             if not intact and (checked or any(crc != -1 for *_, crc in members)):
-                # Each member proves itself by its checksum, so what lies behind the damage can be used too.
+                # Each member proves itself by its checksum, so what follows the damage can be used too.
                 members = self._salvage()
             if not members and shard.num_samples:
                 raise BadShard("holds nothing that can be read")

@@ -49,7 +49,7 @@ class Opener:
         if root.startswith("file://"):
             root = urllib.request.url2pathname(urllib.parse.urlparse(root).path)
         self.timeout, self.retries, self.cache_dir, self.pause = timeout, retries, cache_dir, pause
-        self.stopped = threading.Event()  # set: nobody waits for downloads any more
+        self.stopped = threading.Event()  # set: no reader waits for downloads any more
         self.pipe = root.startswith("pipe:")
         if self.pipe and not allow_pipe:
             raise UsageError(f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it")
@@ -73,7 +73,7 @@ class Opener:
             return Manifest.from_json(file.read(), self.root)
 
     def open(self, shard):
-        """Descriptor of a shard (the manifest's entry); BadShard where it cannot be had."""
+        """Descriptor of a shard (the manifest's entry); BadShard where it is not available."""
         try:
             if not self.remote:
                 return os.open(os.path.join(self.root, shard.name), os.O_RDONLY | os.O_CLOEXEC)
@@ -136,7 +136,7 @@ class Opener:
             self.stopped.wait(min(self.pause * 2**attempt, LAST_PAUSE) * random.uniform(0.75, 1.25))
 
     def _copy_http(self, url, file):
-        """Fetch over http(s), going on where the last try stopped if the server can."""
+        """Fetch over http(s), continuing where the last attempt stopped if the server can."""
         have = file.seek(0, os.SEEK_END)
         try:
             with open_http(url, self.timeout, have) as answer:

@@ -13,7 +13,7 @@ def parse_state(state, here):
 
     Args:
         state: the dict.
-        here: {"version", "data", "seed", "streams", "group"} of the stream that shall go on; None fits anything.
+        here: {"version", "data", "seed", "streams", "group"} of the stream that will continue; None fits anything.
 
     Returns:
         (streams, group, served, positions: {stream: one position per data set}, bad: list of tuples).

@@ -86,7 +86,7 @@ class Share:
 
 @dataclass
 class Filled:
-    """What one process did for one step: kept samples, positions afterwards, and bad samples passed over."""
+    """What one process did for one step: kept samples, positions afterwards, and bad samples skipped."""
 
     keys: list = field(default_factory=list)
     epochs: list = field(default_factory=list)

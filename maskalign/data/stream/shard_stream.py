@@ -27,7 +27,7 @@ from maskalign.errors import UsageError
 class ShardStream:
     """Batches of one rank, read from a data set of shards.
 
-    Iterating goes on from the current position; a stream that has ended yields nothing. A batch is a dict:
+    Iterating continues from the current position; a stream that has ended yields nothing. A batch is a dict:
 
     - "key": list of b strings; "label": (b,) int64; "epoch": (b,) int64, the pass over the data set.
     - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), a (b, tokens, dim) per teacher under its name,
@@ -38,8 +38,8 @@ class ShardStream:
 
     A step's global batch is the same set of samples, at the same slots, for every world size and worker
     count. With `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty
-    (every rank yields the same number of batches). A bad sample is passed over and the next one of its
-    logical stream takes its place; with `epochs`, where the stream has no next one, the samples behind it on
+    (every rank yields the same number of batches). A bad sample is skipped and the next one of its
+    logical stream takes its place; with `epochs`, where the stream has no next one, the samples after it on
     its rank move up, so that at the very end slots then depend on the world size.
 
     Args:

@@ -158,7 +158,7 @@ class WorkerPool:
                 f"data worker {worker.number} died {worker.failures} times in a row ({how}); "
                 "lower data.num_workers if memory ran out"
             )
-        log.warning("data worker %d died (%s); another one goes on where it was", worker.number, how)
+        log.warning("data worker %d died (%s); another one continues where it was", worker.number, how)
         self._start(worker)
 
     def close(self):

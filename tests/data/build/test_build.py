@@ -120,7 +120,7 @@ def test_a_worker_that_is_killed_ends_it_in_one_line_and_it_goes_on(pictures, tr
     killer = threading.Thread(target=kill_one)
     killer.start()
     try:
-        with pytest.raises(RunError, match="worker process died.*goes on") as caught:
+        with pytest.raises(RunError, match="worker process died.*to resume") as caught:
             build(pictures, tmp_path / "out", workers=2, quiet=True, **SETTINGS)
     finally:
         stop.set()

@@ -242,7 +242,7 @@ def test_a_zip_of_a_version_to_come_is_named_as_that(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\1\2") + 6] = 99  # the version that reading the first member needs
     path.write_bytes(data)
-    with pytest.raises(RunError, match="cannot be read here .*version.*pack the images anew"):
+    with pytest.raises(RunError, match="cannot be read here .*version.*pack the images again"):
         make(path, tmp_path / "out")
 
 

@@ -272,7 +272,7 @@ def test_mixture_keeps_its_shares(make_shards):
         assert abs(kinds[0] - 5) <= 1 and abs(kinds[1] - 3) <= 1 and abs(kinds[2] - 2) <= 1
     counts = Counter(int(key) // 1000 for key in flat[:380])
     assert counts == {0: 190, 1: 114, 2: 76}
-    # Inside each data set the samples are passed over evenly, but for the streams' drift against each other.
+    # Inside each data set the samples are consumed evenly, but for the streams' drift against each other.
     for part, truth in enumerate((first, second, third)):
         drawn = Counter(key for key in flat if int(key) // 1000 == part)
         assert max(drawn.values()) - min(drawn[key] for key in truth) <= 2
