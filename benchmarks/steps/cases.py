@@ -91,9 +91,8 @@ class OurCase:
     def step(self, batch=None):
         """One optimizer step, on the next batch or the given one; returns the loss, a 0-d tensor."""
         self.count += 1
-        inputs, labels, teachers, prepare, class_token = batch or self.batches(self.clock)
-        given = dict(prepare=prepare, class_token=class_token)
-        return self.train_step(self.count, 0.0, inputs, labels, teachers, **given).loss
+        inputs, labels, teachers, _, class_token = batch or self.batches(self.clock)
+        return self.train_step(self.count, 0.0, inputs, labels, teachers, class_token=class_token).loss
 
     def step_seconds(self, device, clock):
         """(seconds, loss, seconds without the optimizer's step) of one step; the last is None where it is one graph."""
