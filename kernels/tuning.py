@@ -1,9 +1,24 @@
 """Which of a kernel's few configurations runs: a fixed default, or the fastest one measured once per shape.
 
-A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a
-handful of them, the first being the default, chosen by reasoning that its file explains. Nothing is timed
-unless asked for, so a run repeats bit for bit by default; under torch.compile and in the interpreter nothing
-is ever timed.
+A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a handful of
+them, the first being the default, chosen by reasoning that its file explains. Nothing is timed unless asked for, so a
+run repeats bit for bit by default; under torch.compile and in the interpreter nothing is ever timed.
+
+Why not `triton.autotune` (Triton 3.8):
+
+- Here the configuration is known before anything is allocated. The backward launches leave one part of a sum per
+  program, so the sizes of their outputs, and the arguments of the launch after them, depend on the configuration.
+  `triton.autotune` chooses at the launch, when the outputs exist: they would have to be as large as the largest
+  configuration needs, and the chosen one would have to be read back out of the kernel's `best_config`.
+- `triton.autotune` always times. A configuration decides the order of sums, so two runs could differ by rounding. It
+  also cannot time while a CUDA graph is captured.
+- Off, one configuration of each launch is built: 19 builds for the operations at XL/2's sizes (forward and backward in
+  bfloat16, as in `benchmarks.gpu`), where timing all of them builds 48.
+- Host time of the choice for a launch, on one core of a Xeon at 2.6 GHz: 0.4 us off, 1.2 us with a kept choice;
+  `triton.autotune` takes 3.8 us for a shape that it has seen, and 2.2 us for a list of one configuration.
+
+What `triton.autotune` has and this has not (pruning by a model, restoring inputs) is not needed for lists of one to
+four configurations whose outputs are overwritten.
 
 Environment variables:
     MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape is seen (eager calls only),
@@ -32,6 +47,15 @@ def mode():
 def cache_path():
     default = pathlib.Path.home() / ".cache" / "maskalign_kernels" / "configurations.json"
     return pathlib.Path(os.environ.get("MASKALIGN_KERNELS_CACHE", default))
+
+
+_decided = {}  # what `choose` has found in a cache file or measured, by what it depends on
+
+
+def forget():
+    """Read the cache file again at the next launch, as another process does."""
+    _decided.clear()
+    _chosen.cache_clear()
 
 
 @functools.cache
@@ -64,12 +88,16 @@ def choose(kernel_name, key, configs, tensor, launch):
     """
     if INTERPRET or mode() == "off":
         return configs[0]
+    place = (os.environ.get("MASKALIGN_KERNELS_CACHE"), kernel_name, key, tensor.device)
+    if place in _decided:
+        return _decided[place]
     path = cache_path()
     choices = _chosen(path)
     abstract = is_abstract(tensor) or torch.compiler.is_compiling()
     name = "" if abstract and not torch.cuda.is_available() else torch.cuda.get_device_name()
     entry = "|".join([name, f"triton {triton.__version__}", kernel_name, *map(str, key)])
     if choices.get(entry) in configs:
+        _decided[place] = choices[entry]
         return choices[entry]
     if abstract or mode() == "cached" or torch.cuda.is_current_stream_capturing():
         return configs[0]
@@ -85,4 +113,5 @@ def choose(kernel_name, key, configs, tensor, launch):
         times.append((time, index))
     choices[entry] = configs[min(times)[1]] if times else configs[0]
     _save(path, choices)
+    _decided[place] = choices[entry]
     return choices[entry]

@@ -78,7 +78,7 @@ def train(config, manifest, facts):
 
 @contextmanager
 def own_folder(config):
-    """Keep other runs out of the run's folder; rank 0 does it for all."""
+    """Lock the run's folder against other runs; rank 0 does it for all ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         yield
         return
@@ -98,7 +98,7 @@ def own_folder(config):
 
 
 def disk_line(run_dir, error):
-    """One line about a disk that takes no more: what is left of the run, and what to do."""
+    """One line about a full or unwritable disk: the newest checkpoint, and what to do."""
     there = complete_checkpoints(run_dir)
     kept, mend = "there is no complete checkpoint yet", "the same command begins again"
     if there:
@@ -151,21 +151,23 @@ class Trainer:
             "num_classes": facts["num_classes"],
             "teacher_dims": self.features.dims,
             "class_dim": self.features.class_dim,
+            "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
             "teachers": [name for name, _ in facts["teachers"]],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
             "data": data_facts(config, self.stream.manifests, facts),
         }
-        # All that may be refused comes before the model is built.
+        # Everything that may be refused is checked before the model is built.
         if resume:
             check_facts(resume, state["facts"], self.facts)
             changes += check_stream(resume, state["stream"], self.stream, config, state["facts"])
-        # On meta, spread, then filled: a model need not fit one device, and every plan starts from the same weights.
+        # Built on meta, sharded, then filled: the model need not fit on one device, and all plans start from the same
+        # weights.
         with torch.device("meta"):
             self.model = build_model(config, self.facts)
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
-        # What the run says before its first step.
+        # Lines to print before the first step.
         self.notes = [start_line(config, manifest, facts, self.stream.num_samples, self.model, self.placement)]
         if config.training.init_from and not resume:
             self.notes.append(init_from(self.model, config.training.init_from, config, self.facts))
@@ -199,7 +201,7 @@ class Trainer:
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
 
     def _fields(self):
-        """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
+        """The fields of a sample that a step needs; with latents, for example, images are not decoded."""
         fields = self.features.fields
         if self.manifest.latent is not None:
             fields.append("moments")
@@ -293,7 +295,7 @@ class Trainer:
             ) from None
 
     def step_inputs(self, batch):
-        """What `TrainStep` takes of a batch of the stream, on the device: its keyword arguments."""
+        """The keyword arguments of `TrainStep` for a batch of the stream, on the device."""
         if self.manifest.latent is not None:
             inputs = batch["moments"].to(self.device, non_blocking=True)
         else:
@@ -344,7 +346,7 @@ class Trainer:
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
-            # A first row soon: a user watches the first seconds of a run.
+            # Log an early first row, for users who watch the start of a run.
             if self.step % training.log_every == 0 or last or self.step == 1 or stop:
                 steps = self.step - since["step"]
                 self._log(result, sums, healthy, steps, since)

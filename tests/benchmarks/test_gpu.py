@@ -282,7 +282,7 @@ def test_a_rehearsal_is_no_result(tmp_path):
 @pytest.mark.slow
 def test_rehearsal(tmp_path, capfd):
     """Every part, on the CPU; each writes its rows, and no table is made of them."""
-    words = ["--device", "cpu", "--rehearse", "--minutes", "9", "--out", str(tmp_path)]
+    words = ["--device", "cpu", "--rehearse", "--minutes", "40", "--out", str(tmp_path)]
     status = command.main(words)
     outcomes = read(tmp_path / "gpu-parts.csv")
     assert status == 0, capfd.readouterr().out[-3000:]

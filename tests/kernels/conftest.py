@@ -141,7 +141,7 @@ def assert_aligned(cosine_truth, generator):
 
 @pytest.fixture(scope="session")
 def mix_truth():
-    """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the
+    """Mix and drop as its docstring defines it, in float64, image by image, with no help from the
     package.
     """
 
@@ -237,7 +237,7 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
 
 @pytest.fixture(scope="session")
 def adaln_truth():
-    """The three adaLN operations as DESIGN.md section 5 writes them, by name, in the dtype of their arguments, image by
+    """The three adaLN operations as their docstrings define them, by name, in the dtype of their arguments, image by
     image, with no help from the package.
     """
 
@@ -388,38 +388,46 @@ def gpu_graphs(monkeypatch):
     return compile_for_gpu
 
 
+class Counts(collections.Counter):
+    """Bytes that each kernel's programs loaded and stored; `distinct`: without what a launch loads or stores again."""
+
+    def __init__(self):
+        super().__init__()
+        self.distinct = collections.Counter()
+
+
 @pytest.fixture
 def counted_bytes():
-    """with counted_bytes() as count: ... -> dict from kernel name to the bytes that its programs loaded and stored, in
-    Triton's interpreter.
-    """
+    """with counted_bytes() as count: ... -> `Counts` by kernel name, of what Triton's interpreter loads and stores."""
     from triton.runtime import interpreter
 
     @contextlib.contextmanager
     def count():
-        found = collections.Counter()
+        found = Counts()
         builder = interpreter.InterpreterBuilder
-        load, store, call = (
-            builder.create_masked_load,
-            builder.create_masked_store,
-            interpreter.GridExecutor.__call__,
-        )
-        running = []
+        load, store, call = builder.create_masked_load, builder.create_masked_store, interpreter.GridExecutor.__call__
+        touched = {}  # of the running launch: (load or store, bytes of an element) -> arrays of addresses
+
+        def note(way, ptrs, mask):
+            size = ptrs.get_element_ty().primitive_bitwidth // 8
+            touched.setdefault((way, size), []).append(ptrs.data[np.broadcast_to(mask.data, ptrs.data.shape)].ravel())
 
         def counting_load(self, ptrs, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            note("load", ptrs, mask)
             return load(self, ptrs, mask, *rest)
 
         def counting_store(self, ptrs, value, mask, *rest):
-            found[running[-1]] += int(np.count_nonzero(mask.data)) * ptrs.get_element_ty().primitive_bitwidth // 8
+            note("store", ptrs, mask)
             return store(self, ptrs, value, mask, *rest)
 
         def counting_call(self, *args, **kwargs):
-            running.append(self.fn.__name__)
-            try:
-                return call(self, *args, **kwargs)
-            finally:
-                running.pop()
+            touched.clear()
+            result = call(self, *args, **kwargs)
+            for (_, size), addresses in touched.items():
+                addresses = np.concatenate(addresses)
+                found[self.fn.__name__] += size * len(addresses)
+                found.distinct[self.fn.__name__] += size * len(np.unique(addresses))
+            return result
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(builder, "create_masked_load", counting_load)

@@ -180,7 +180,7 @@ def test_tuning_chooses_once_and_remembers(alignment_case, generator, monkeypatc
     text = (tmp_path / "choices.json").read_text()
     for launch in ("alignment_forward", "alignment_backward", "statistics", "mix", "hidden", "tokens"):
         assert f"|{launch}|" in text, launch
-    tuning._chosen.cache_clear()
+    tuning.forget()
     run().backward()
     assert (tmp_path / "choices.json").read_text() == text
 

@@ -35,7 +35,7 @@ def choose(monkeypatch, tmp_path):
         return tuning.choose("mix", key, CONFIGS, tensor, launch)["ROWS"], timed
 
     yield call
-    tuning._chosen.cache_clear()
+    tuning.forget()
 
 
 def test_off_takes_the_first_and_times_nothing(choose, tmp_path):
@@ -46,7 +46,7 @@ def test_off_takes_the_first_and_times_nothing(choose, tmp_path):
 def test_the_fastest_is_kept_per_shape(choose, tmp_path):
     assert choose("1") == (16, [4, 8, 16, 32])
     assert choose("1") == (16, []), "measured once"
-    tuning._chosen.cache_clear()  # Another process.
+    tuning.forget()  # Another process.
     assert choose("cached") == (16, []), "read from the file"
     assert choose("1", key=(9, torch.float16)) == (16, [4, 8, 16, 32]), "another shape is measured"
     (first, second) = json.loads((tmp_path / "sub" / "choices.json").read_text())
@@ -72,6 +72,6 @@ def test_a_choice_that_is_no_longer_listed_is_measured_again(choose, tmp_path):
     choose("1")
     path = tmp_path / "sub" / "choices.json"
     path.write_text(path.read_text().replace("16", "64"))
-    tuning._chosen.cache_clear()
+    tuning.forget()
     assert choose("cached") == (4, [])
     assert choose("1") == (16, [4, 8, 16, 32])

@@ -173,18 +173,37 @@ def test_operators_pass_opcheck(mix_case):
 
 
 @pytest.mark.parametrize("dtype", [F32, F16])  # two launches of `tokens`, and one
-def test_launches_load_and_store_what_the_report_counts(dtype, mix_case, counted_bytes):
+def test_launches_load_and_store_what_the_report_counts(dtype, mix_case, counted_bytes, generator):
     """The count of the compile report plus the re-reads that it says L2 serves is what the programs really move."""
     from maskalign_kernels.mix_and_drop import cases
 
     B, N, K, D, T = 2, 128, 64, 64, 64  # Whole blocks: masked lanes load nothing, but index 0 is read for them.
-    tensors, subset = mix_case(B, N, D, K, T, dtype)
+    tensors, _ = mix_case(B, N, D, K, T, dtype)
+    subset = torch.randperm(N, generator=generator).view(B, K)  # Every token is kept by an image: all of w2 is read.
     with counted_bytes() as count:
         gradients(tensors, subset, torch.ones(B, K, D, dtype=dtype))
-    reported = collections.Counter()
+    moved, again = collections.Counter(), collections.Counter()
     for case in cases.aot_cases([(B, N, K, D, T, dtype, dtype, dtype)], every_configuration=False):
-        reported[case.kernel.__name__] += case.moved + case.cached
-    assert count == reported
+        moved[case.kernel.__name__] += case.moved
+        again[case.kernel.__name__] += case.cached
+    assert count == moved + again
+    assert count.distinct == moved, "what is moved is every tensor's bytes once, and the rest is read again"
+
+
+def test_the_least_bytes_are_those_of_one_tile_and_one_group(mix_case, counted_bytes, monkeypatch):
+    """Where nothing is left in parts, a launch touches exactly the bytes that the report calls its least."""
+    from maskalign_kernels.mix_and_drop import cases
+
+    B, N, K, D, T = 2, 64, 64, 32, 16
+    (config, *_) = mix_launch.hidden_configs(T, F16, F16)
+    monkeypatch.setattr(mix_launch, "hidden_configs", lambda *sizes: [config | {"BLOCK_D": D}])
+    monkeypatch.setattr(mix_launch, "images_per_program", lambda B, *sizes: B)
+    tensors, subset = mix_case(B, N, D, K, T, F16)
+    with counted_bytes() as count:
+        gradients(tensors, subset, torch.ones(B, K, D, dtype=F16))
+    found = list(cases.aot_cases([(B, N, K, D, T, F16, F16, F16)], every_configuration=False))
+    assert count.distinct == {case.kernel.__name__: case.least for case in found}
+    assert all(case.moved == case.least for case in found)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -218,16 +218,20 @@ def test_bytes_moved_are_what_the_report_says(alignment_case, counted_bytes):
             with counted_bytes() as forward:
                 out = function(student, teacher, subset, student_is_subset=not gathered, **weight)
             with counted_bytes() as backward:
-                out.sum().backward()
+                out.backward(torch.ones(out.shape))
             narrow = min(student_dtype.itemsize, teacher_dtype.itemsize)
             for direction, counted in (("forward", forward), ("backward", backward)):
                 looks_up = gathered and direction == "backward"
                 config = configurations(C, narrow, gather_backward=looks_up)[0]
                 programs = B * -(-(N if looks_up else K) // config["ROWS"])
                 sizes = (student_dtype.itemsize, teacher_dtype.itemsize, programs)
-                moved, _ = count_bytes(direction, gathered, loss, B, N, K, C, *sizes)
-                counted.pop("mean_kernel", None)
+                moved, least = count_bytes(direction, gathered, loss, B, N, K, C, *sizes)
+                for counts in (counted, counted.distinct):
+                    counts.pop("mean_kernel", None)
                 assert sum(counted.values()) == moved, (direction, gathered, loss, counted)
+                # The least is every byte once, and of the loss one sum instead of one for each program.
+                parts = 4 * (programs - 1) if loss and direction == "forward" else 0
+                assert sum(counted.distinct.values()) - parts == least, (direction, gathered, loss, counted.distinct)
 
 
 @pytest.mark.parametrize("gathered", [False, True])
