@@ -82,7 +82,9 @@ class OurCase:
             self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
         else:
             self.optimizer = NoUpdate(self.model, self.placement.dtype)
-        self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement, spread)
+        self.train_step = step_module.TrainStep(
+            self.model, self.optimizer, self.config, self.placement, spread, self.batches.latent
+        )
         if compiled:
             compile_model(self.model)
         self.kept = keep_count(self.keep, self.model.num_tokens, self.config.method.keep_multiple)

@@ -6,9 +6,9 @@ The loops are in fused_update.c, which the machine's own C compiler builds in le
 for later runs. Without a compiler the optimizer does the same in several passes.
 
 A compiled torch function over flat buffers does nearly as well and was measured against this one: for SiT-S/2 (45 M
-parameters, bfloat16 copies, one thread of a CPU that other work shared), an update took 0.144 s of CPU time here, 0.159 s
-as compiled by inductor (joining the gradients included) and 0.337 s in passes (medians of nine). This one stays: it needs
-no torch.compile, works on tensors where they are, and gives the same bits with any number of threads.
+parameters, bfloat16 copies, one thread of a CPU that other work shared), an update took 0.144 s of CPU time here, and
+0.159 s as compiled by inductor (joining the gradients included); in several passes 0.337 s (medians of nine). This one
+stays: it needs no torch.compile, works on tensors where they are, and gives the same bits with any number of threads.
 """
 
 import ctypes
