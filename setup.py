@@ -17,7 +17,7 @@ setup(
     package_data={
         "maskalign": ["py.typed"],
         "maskalign_kernels": ["py.typed"],
-        "maskalign_configs": ["*.yaml", "imagenet256/*/*.yaml", "slurm/*.sbatch"],
+        "maskalign_configs": ["*.yaml", "imagenet256/*/*.yaml", "imagenet512/*/*.yaml", "slurm/*.sbatch"],
         "maskalign.reporting": ["page.html", "page.css", "page.js"],
         "maskalign.training": ["fused_update.c"],
     },

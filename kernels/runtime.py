@@ -109,7 +109,7 @@ def check_subset(op, subset, num_tokens, distinct):
 
 def is_abstract(tensor):
     """A tensor without data of its own (fake, meta, functional, batched by vmap): there is nothing to check."""
-    if torch._C._functorch.is_batchedtensor(tensor):
+    if torch._C._functorch.is_batchedtensor(tensor):  # pyright: ignore
         return True
     return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter)
 

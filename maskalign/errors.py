@@ -8,7 +8,7 @@ def one_line(message):
 
 
 class OneLine(Exception):
-    """An error whose message is told in one line, whatever names are in it."""
+    """An error whose message is one line, whatever names are in it."""
 
     def __str__(self):
         return one_line(super().__str__())

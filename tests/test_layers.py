@@ -1,4 +1,4 @@
-"""Imports of maskalign's packages run one way: DESIGN's layers, read off the source with `ast`."""
+"""Imports of maskalign's packages run one way, as docs/architecture.md shows; read off the source with `ast`."""
 
 import ast
 from pathlib import Path

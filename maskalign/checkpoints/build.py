@@ -11,7 +11,8 @@ def build_model(config, facts):
     Args:
         config: `Config`.
         facts: dict with input_size, in_channels, num_classes, teacher_dims (one int per teacher) and class_dim (of the
-            class token, None for none; runs from before class tokens lack it).
+            class token, None for none; runs from before class tokens lack it); position_grid as for `SiT`, None or
+            absent for the model's own.
 
     Returns:
         SiT in float32 with fresh weights from torch's global generator.
@@ -26,6 +27,7 @@ def build_model(config, facts):
         num_classes=facts["num_classes"],
         teacher_dims=facts["teacher_dims"],
         class_dim=facts.get("class_dim"),
+        position_grid=facts.get("position_grid"),
         **sizes,
         mlp_ratio=model.mlp_ratio,
         qk_norm=model.qk_norm,

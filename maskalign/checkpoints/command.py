@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maskalign.checkpoints.conversion import pick_weights, to_reg, to_repa
+from maskalign.checkpoints.conversion import pick_weights, read_model, to_reg, to_repa
 from maskalign.checkpoints.loading import load
 from maskalign.checkpoints.sources import locate
 from maskalign.checkpoints.weight_files import (
@@ -19,7 +19,7 @@ LAYOUTS = ("repa", "reg", "safetensors")
 ENDINGS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 
 
-def convert(src, dst, to=None, weights="ema", heads=None):
+def convert(src, dst, to=None, weights="ema", heads=None, input_size=None):
     """Convert a checkpoint.
 
     Args:
@@ -30,6 +30,8 @@ def convert(src, dst, to=None, weights="ema", heads=None):
             class token, else REPA's.
         weights: `ema` or `model`, the set that safetensors holds; the layouts of REPA and REG hold both.
         heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
+        input_size: side of the latents (or pixels) that the model is for from now on, e.g. 64 for weights of 256 px
+            that continue at 512 px: positions are resampled to its grid.
 
     Returns:
         A line that says what was written.
@@ -46,6 +48,14 @@ def convert(src, dst, to=None, weights="ema", heads=None):
     if src.exists() and dst.exists() and src.samefile(dst):
         raise UsageError(f"{dst} is the file to read; write another one")
     models, about, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,), heads)
+    resized = ""
+    if input_size is not None and input_size != models[weights].input_size:
+        before = models[weights].grid
+        models, about = (
+            {kind: resize(model, input_size) for kind, model in models.items()},
+            _resized_facts(about, input_size),
+        )
+        resized = "; position embedding resampled from {}x{} to {}x{} tokens".format(*before, *models[weights].grid)
     chosen = models[weights]
     if to == "pt":
         to = "repa" if chosen.class_dim is None else "reg"
@@ -58,7 +68,24 @@ def convert(src, dst, to=None, weights="ema", heads=None):
     million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
     sizes = f"depth {chosen.depth}, width {chosen.width}, {chosen.heads} heads, patch {chosen.patch_size}"
     sizes += f", {million:.1f} M parameters, {about['path']} path"
-    return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}")
+    return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}") + resized
+
+
+def resize(model, input_size):
+    """A model for another input size, with its positions resampled to the new grid.
+
+    Raises:
+        UsageError: a mixer of token_mlp, positions that are not the fixed ones, or a size that the patches do not fill.
+    """
+    again, _ = read_model(to_repa(model), input_size=input_size)
+    return again.train(model.training)
+
+
+def _resized_facts(about, input_size):
+    latent = about.get("latent")
+    if not isinstance(latent, dict) or not isinstance(latent.get("shape"), list):
+        return about
+    return {**about, "latent": {**latent, "shape": [latent["shape"][0], input_size, input_size]}}
 
 
 def _read(src, wanted, heads):

@@ -17,6 +17,7 @@ import torch
 from maskalign.checkpoints.origins import read_origin
 from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError, one_line
+from maskalign.models.layers import sincos_position_embedding
 from maskalign.models.sit import SiT
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 METADATA_KEY = "maskalign"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NOTED = ("heads", "align_depth", "route", "restore", "attention")  # settings that shapes do not tell
+NOTED = ("heads", "align_depth", "route", "restore", "attention", "position_grid")  # settings that shapes do not tell
 
 
 class HeadsUnknown(UsageError):
@@ -74,7 +75,7 @@ def from_repa(
         layout: `repa` (also REG's); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` asks `args`, and
             without them takes a checkpoint that predicts twice its input channels (learn_sigma) for one of SiT's.
         settings: other arguments of `SiT`, e.g. route, restore, attention, and teacher_dims for weights that have no
-            projectors.
+            projectors. With another input_size the position embedding is resampled to its grid.
 
     Returns:
         SiT in the weights' dtype (the widest of them), in training mode as torch makes it. A warning is logged where
@@ -120,9 +121,14 @@ def read_model(
     sizes.update({name: value for name, value in told.items() if value is not None})
     if sizes["heads"] is None:
         _guess_heads(sizes)
-    for name in ("heads", "align_depth"):
+    for name in ("heads", "align_depth", "position_grid"):
+        if name == "position_grid" and sizes.get(name) is None:
+            continue
         if not isinstance(sizes[name], int) or isinstance(sizes[name], bool) or sizes[name] < 1:
             raise UsageError(f"{name} is {sizes[name]!r}, which is no number of at least 1")
+    input_size = settings.pop("input_size", None)
+    if input_size is not None and input_size != sizes["input_size"]:
+        state_dict = _resize(state_dict, sizes, input_size)
     fresh = _fresh_mixer(sizes, mixer, mixer_layers) + _fresh_class_token(sizes, class_dim)
     if settings.get("restore") == "fuse" and "fuse.linear.weight" not in state_dict:
         fresh.append("fuse.")
@@ -134,6 +140,37 @@ def read_model(
         raise UsageError(f"the weights do not make a SiT: {one_line(error)}") from None
     _load(model, state_dict, fresh)
     return model, None if noted else origin.doubt(variance)
+
+
+def _resize(state_dict, sizes, input_size):
+    """Enter another input size into `sizes`; the weights with the position embedding of that size."""
+    patch, old = sizes["patch_size"], sizes["input_size"] // sizes["patch_size"]
+    if not isinstance(input_size, int) or input_size < 1 or input_size % patch:
+        raise UsageError(f"input_size {input_size} is no multiple of the patch size {patch}")
+    if sizes["mixer"] == "token_mlp":
+        raise UsageError(
+            f"the mixer token_mlp has weights for {old**2} tokens, which fit no other input size; start a run from "
+            "them with training.init_from, where the mixer starts fresh"
+        )
+    counted = sizes.get("position_grid") or old
+    if not has_fixed_positions(state_dict["pos_embed"], (old, old), sizes.get("position_grid")):
+        raise UsageError(
+            "the weights' position embedding is not the fixed sine-cosine one, and cannot be had for another input size"
+        )
+    grid = (input_size // patch,) * 2
+    sizes.update(input_size=input_size, position_grid=counted if counted != grid[0] else None)
+    position = sincos_position_embedding(sizes["width"], grid, sizes["position_grid"])
+    return {**state_dict, "pos_embed": position.to(state_dict["pos_embed"])}
+
+
+def has_fixed_positions(position, grid, counted=None):
+    """Whether a position embedding (1, N, D) is the fixed one of a grid, up to the rounding of its dtype."""
+    if position.shape[-1] % 4 or position.shape[1] != grid[0] * grid[1]:
+        return False
+    own = sincos_position_embedding(position.shape[-1], grid, counted)
+    return bool(
+        (position.float() - own.to(position.device)).abs().max() < (1e-4 if position.dtype.itemsize > 2 else 1e-2)
+    )
 
 
 def _check_origin(origin, sizes, heads):
@@ -266,7 +303,8 @@ def _noted(model, source):
     out = OrderedDict((name, value.detach()) for name, value in source.items())
     route = list(model.route) if model.route else "none"
     attention = model.blocks[0].attn.implementation
-    noted = dict(zip(NOTED, (model.heads, model.align_depth, route, model.restore, attention), strict=True))
+    values = (model.heads, model.align_depth, route, model.restore, attention, model.position_grid)
+    noted = dict(zip(NOTED, values, strict=True))
     setattr(out, "_metadata", {METADATA_KEY: noted})  # noqa: B010  torch's own attribute, unknown to type checkers
     return out
 

@@ -32,6 +32,9 @@ class Convert:
     """The set of weights that safetensors holds, averaged (ema) or not (model); a .pt holds both."""
     heads: Optional[int] = None
     """Attention heads of the model, for a .pt of sizes that no preset has and that does not say it."""
+    input_size: Optional[int] = None
+    """Side of the latents that the model is for from now on, e.g. 64 to continue weights of 256 px at 512 px; the
+    position embedding is resampled."""
     list: bool = False
     """List the published weights that are known by name, and what conversion they need."""
 
@@ -50,4 +53,13 @@ def run(argv, start):
     start()
     from maskalign.checkpoints.command import convert
 
-    print(convert(settings.src, settings.dst, to=settings.to, weights=settings.weights, heads=settings.heads))
+    print(
+        convert(
+            settings.src,
+            settings.dst,
+            to=settings.to,
+            weights=settings.weights,
+            heads=settings.heads,
+            input_size=settings.input_size,
+        )
+    )

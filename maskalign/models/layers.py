@@ -52,11 +52,17 @@ def unpatchify(tokens, patch_size, grid):
     return x.reshape(tokens.shape[0], -1, rows * p, columns * p)
 
 
-def sincos_position_embedding(width, grid):
+def sincos_position_embedding(width, grid, counted=None):
     """Fixed 2-D sine-cosine position embedding (MAE's, as SiT and REPA use it).
 
     Half of the channels for each axis, the width axis first; inside a half sine then cosine; frequencies
     10000^(-i / (D/4)), computed in float64.
+
+    Args:
+        width: D. grid: (rows, columns) of the tokens.
+        counted: side of the square grid whose positions the tokens share, for weights that were trained on that grid:
+            token i of n has position (i + 1/2) counted / n - 1/2, as an image keeps its place when it is resized. None
+            counts the grid's own tokens from 0.
 
     Returns:
         (1, N, D) float32.
@@ -68,8 +74,12 @@ def sincos_position_embedding(width, grid):
         angle = positions.to(torch.float64)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
-    row = torch.arange(rows).repeat_interleave(columns)
-    column = torch.arange(columns).repeat(rows)
+    def positions(count):
+        own = torch.arange(count, dtype=torch.float64)
+        return own if counted is None else (own + 0.5) * (counted / count) - 0.5
+
+    row = positions(rows).repeat_interleave(columns)
+    column = positions(columns).repeat(rows)
     return torch.cat([axis(column), axis(row)], dim=1).float().unsqueeze(0)
 
 

@@ -69,6 +69,8 @@ class SiT(nn.Module):
             only which tokens are aligned (loss-only masking).
         restore: what happens to dropped tokens at `end`: `none` (they stay out), `bypass` (TREAD) or `fuse` (SPRINT).
         attention: `auto`, `sdpa`, `math` or `flash_attn`, see `layers.Attention`.
+        position_grid: side of the grid by which positions are counted, for weights that come from that grid; None for
+            the model's own, see `layers.sincos_position_embedding`.
         fused_adaln: norms, modulations and residuals of the blocks and of the mixer `attention` run as the fused
             operations of `maskalign_kernels`, see `layers.Block`.
 
@@ -102,6 +104,7 @@ class SiT(nn.Module):
         restore: str = "none",
         attention: str = "auto",
         fused_adaln: bool = False,
+        position_grid: Optional[int] = None,
     ):
         super().__init__()
         if input_size % patch_size:
@@ -124,11 +127,12 @@ class SiT(nn.Module):
         self.class_dim = class_dim or None
         self.grid = (input_size // patch_size,) * 2
         self.num_tokens = self.grid[0] * self.grid[1]
+        self.position_grid = None if position_grid == self.grid[0] else position_grid
         self.route = resolve_route(route, depth)
         self.restore = restore
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
-        self.register_buffer("pos_embed", sincos_position_embedding(width, self.grid))
+        self.register_buffer("pos_embed", self._positions())
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width)
         self.class_embedder = ClassEmbedder(class_dim, width) if class_dim else None
@@ -190,8 +194,17 @@ class SiT(nn.Module):
                 sharding, and for the parameters that two recipes share. None draws from torch's global generator.
         """
         with torch.device("cpu"):
-            self.pos_embed.copy_(sincos_position_embedding(self.width, self.grid))
+            self.pos_embed.copy_(self._positions())
         initialize(self, seed)
+
+    def count_positions(self, grid):
+        """Count positions by another square grid of this side from now on, see `position_grid`."""
+        self.position_grid = None if grid == self.grid[0] else grid
+        with torch.device("cpu"):
+            self.pos_embed.copy_(self._positions())
+
+    def _positions(self):
+        return sincos_position_embedding(self.width, self.grid, self.position_grid)
 
     def forward(
         self,

@@ -1,12 +1,12 @@
 """The work of `maskalign report`."""
 
-import os
 import time
 from pathlib import Path
 
 from maskalign.errors import RunError, UsageError
 from maskalign.reporting.page import render
 from maskalign.reporting.run import names_of, read_run
+from maskalign.runtime.files import write_atomically
 from maskalign.runtime.outputs import check_file
 
 
@@ -32,10 +32,8 @@ def report(runs, out, title=None):
     read = [read_run(path, name) for path, name in zip(runs, names_of(runs), strict=True)]
     title = title or (f"{read[0].name}" if len(read) == 1 else f"{len(read)} runs compared")
     page = render(read, title, made=time.strftime("%Y-%m-%d %H:%M"))
-    temporary = out.with_name(f".{out.name}.partial")
     try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, out)
+        write_atomically(out, page.encode())
     except OSError as error:
         raise RunError(f"cannot write {out} ({error.strerror or error}); choose another --out") from None
     return out, [f"{run.path}: {note}" for run in read for note in run.notes]

@@ -1,11 +1,11 @@
 """From noise to image: a strip of the states on the way, and an animation of the whole sheet."""
 
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from maskalign.runtime.files import replacing
 from maskalign.sampling.drawing import visible
 from maskalign.sampling.grids import class_grid, picture_grid
 from maskalign.sampling.samplers import data_from_velocity
@@ -110,7 +110,6 @@ def save_animation(path, trajectory, classes, class_names, per_class, *, decoder
         frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in frames]
     options = {"quality": 75, "method": 4} if kind == "WEBP" else {}
     durations = [FRAME_MS] * (count - 1) + [LAST_FRAME_MS]
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    frames[0].save(temporary, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        frames[0].save(temporary, kind, save_all=True, append_images=frames[1:], duration=durations, loop=0, **options)
     return path

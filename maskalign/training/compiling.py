@@ -1,4 +1,4 @@
-"""What the blocks of a model are wrapped in: torch.compile, whole graphs, and recomputation of activations.
+"""torch.compile of the blocks, each as one full graph, and recomputation of activations.
 
 Both replace a module's `forward`, inside the hooks by which FSDP gathers and frees weights, so that `fully_shard` may
 come before or after.
@@ -17,7 +17,8 @@ def prepare_blocks(model, config):
     """Wrap the blocks of a `SiT` in place, as `training.compile` and `parallel.recompute` ask for.
 
     With `selective`, compiled blocks leave the choice to torch's partitioner (its activation memory budget, a knapsack
-    of FLOPs against bytes); eager ones are recomputed whole or not at all, evenly spread, as many as the budget asks.
+    of FLOPs against bytes); of eager blocks, some are recomputed entirely, evenly spread, as many as the budget
+    requires.
     """
     parallel = config.parallel
     budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]

@@ -1,11 +1,12 @@
-"""When a run is told to stop, when a rank hangs, and when one is lost: every rank does the same, and one line says why.
+"""Stop signals, hung ranks and lost ranks: all ranks act alike, and one line says why.
 
 Stopping. SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before it takes a node away) ask for a stop. The ranks agree on
 the step after which all of them stop and save. After SIGTERM and SIGUSR1 the file RUN/REQUEUE tells the job script that
 the same command resumes.
 
 Hanging. Each rank's watchdog, a thread, writes what its rank does to torchrun's key-value store. A rank that makes no
-progress for `training.timeout` compares notes with the others', names the one that they wait for, and ends the job.
+progress for `training.timeout` compares the notes of all ranks, names the rank that the others wait for, and ends the
+job.
 """
 
 import json
@@ -26,21 +27,21 @@ from maskalign.runtime import rounds
 from maskalign.runtime.files import write_atomically
 
 REQUEUE = "REQUEUE"
-PATIENT = ("sample", "evaluate", "save", "set up", "end")  # phases in which a rank may take as long as it takes
+PATIENT = ("sample", "evaluate", "save", "set up", "end")  # phases without a time limit
 LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "Socket", "TCPStore", "Broken pipe")
 
 
 class Stop:
-    """The wish of any rank to stop, agreed on by all.
+    """A request to stop by any rank, on which all ranks agree.
 
-    Used as a context: inside, signals are caught. The first asks for a stop after the step in hand; a second Ctrl-C
-    ends this process at once.
+    A context in which signals are caught. The first asks for a stop after the current step; a second Ctrl-C ends this
+    process at once.
 
     """
 
     def __init__(self):
-        self.signal = 0  # the one that came to this rank
-        self.agreed = 0  # the one that all ranks stop for
+        self.signal = 0  # the signal that this rank received
+        self.agreed = 0  # the signal for which all ranks stop
         self.since = 0.0
         self.group = None
         self.question, self.pending = None, None
@@ -61,7 +62,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        # torchrun passes on a Ctrl-C that the terminal has sent to everybody: within a second it is the same one.
+        # torchrun forwards a Ctrl-C that the terminal has sent to all processes: within a second it is the same one.
         if self.signal and number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
         if not self.signal:
@@ -72,7 +73,7 @@ class Stop:
     def agree(self):
         """True where all ranks stop now. Called once per step by all.
 
-        With other ranks, the answer is to the question asked one step before, so that no rank waits for it.
+        On several ranks this returns the answer to the previous step's request, so that no rank waits for it.
         """
         if self.group is None:
             self.agreed = int(self.signal)
@@ -84,7 +85,7 @@ class Stop:
         return bool(self.agreed)
 
     def finish(self):
-        """Take the answer that is on its way, so that no message is left when the ranks part."""
+        """Receive the outstanding answer, so that no message is pending when the ranks leave."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -92,7 +93,7 @@ class Stop:
 
     @property
     def wants_requeue(self):
-        """True where the machine was taken away, not where a person pressed Ctrl-C."""
+        """True for the signals of a scheduler, not for Ctrl-C."""
         return self.agreed in (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -169,7 +170,7 @@ class Watchdog:
         self.store.set(f"rank{self.rank}", json.dumps(note | {"place": self._place()}))
 
     def _place(self):
-        """File, line and function in which the main thread is: of a hung rank, the best hint there is."""
+        """File, line and function of the main thread: the best hint on why a rank hangs."""
         frame = sys._current_frames().get(self.main)
         if frame is None:
             return "its end"
@@ -180,7 +181,7 @@ class Watchdog:
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
     def _judge(self):
-        """One line about who holds up the job; None where a rank does something that may take long."""
+        """One line that names the rank that blocks the job; None where a rank is in a phase without a time limit."""
         before = self._notes()
         for _ in range(3):  # for the others' watchdogs to give a sign of life, and for ours
             time.sleep(self.interval)
@@ -189,7 +190,7 @@ class Watchdog:
         took = f"within training.timeout {self.timeout:g} s"
         silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a is None or a["beats"] == b["beats"]]
         if silent:
-            # Its own last note may be some steps old: where the job stands, the waiting ranks know better.
+            # Its own last note may be some steps old; the waiting ranks know the current step.
             step = max(note["step"] for note in now if note)
             return f"{_ranks(silent)} gave no sign of life {took} in step {step + 1}: stopped, or its machine is gone"
         if any(note["phase"] in PATIENT for note in now):
@@ -202,7 +203,7 @@ class Watchdog:
         return f"all ranks wait in step {last[0] + 1}, which did not end {took} ({where})"
 
     def _end(self, line):
-        """Say it once, and end this process: its main thread cannot, as it waits in a collective."""
+        """Print the line once and end this process, whose main thread waits in a collective."""
         if self.store.add("told", 1) == 1:
             hint = "see that rank's log, or raise training.timeout; the last checkpoint is kept"
             print(f"\nmaskalign: failed: {line}; {hint}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""A training step as one CUDA graph: a GPU is faster at a step than Python at launching its few thousand kernels.
+"""A training step as one CUDA graph, because Python launches its few thousand kernels more slowly than a GPU runs them.
 
-A step on half of the tokens is half of the work in as many launches, so a step on a subset is the first to wait for
-Python. A graph holds the launches with their arguments, those of collectives included: it is captured once for each
+A step on half of the tokens does half of the work in the same number of launches, so steps on subsets wait for Python
+first. A graph holds the launches with their arguments, those of collectives included: it is captured once for each
 kind of step (the number of kept tokens, with an alignment loss or without) and then replayed on inputs that are copied
 to where the captured kernels read them.
 
@@ -61,7 +61,7 @@ class StepGraphs:
         update: function (losses, lr) -> tuple of tensors: clip, optimizer, moving average. It frees the gradients.
         plan: `plans.Plan` of the model.
 
-    Neither function may wait for the GPU, or keep anything between its calls but in tensors that stay where they are.
+    Neither function may wait for the GPU, and what they keep between calls must be tensors at fixed addresses.
     """
 
     def __init__(self, gradients, update, plan):
@@ -106,7 +106,7 @@ class StepGraphs:
         return losses, *self.update(losses, self.lr)
 
     def _is_due(self):
-        # Not while torch's profiler looks at the step.
+        # Not while torch's profiler records the step.
         profiled = torch.autograd._profiler_enabled()
         return self.part != NOTHING and self.launched >= WARM_UP and self.plan.can_capture and not profiled
 
@@ -120,7 +120,7 @@ class StepGraphs:
         return results
 
     def release(self):
-        """Give the memory of the graph back. Call it before the process group ends: the graph holds its collectives."""
+        """Release the memory of the graph. Call it before the process group ends: the graph holds its collectives."""
         if self.captured is not None:
             torch.cuda.synchronize(self.device)
             self.captured = None
@@ -193,7 +193,7 @@ class CapturedStep:
         return tuple(result.clone() for result in self.results)
 
     def hand_over_gradients(self):
-        """Let the parameters have the gradients of the last replay."""
+        """Set the parameters' gradients to those of the last replay."""
         for p, gradient in zip(self.parameters, self.gradients, strict=True):
             p.grad = gradient
 

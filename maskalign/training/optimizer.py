@@ -17,10 +17,10 @@ class Optimizer:
     """One optimizer step of training: clip, AdamW, EMA, without a synchronization with the host.
 
     torch's fused AdamW divides gradients by `grad_scale` and skips the update where `found_inf` is set, inside its one
-    pass over the weights; the clip and the guard against non-finite steps ride on these two.
+    pass over the weights; the clip and the guard against non-finite steps use these two.
 
     Where the model computes in bfloat16 its parameters are bfloat16 copies of float32 masters: no cast per use, half
-    the memory traffic, and updates that do not round to nothing. Parameters, moments and averages are views of one
+    the memory traffic, and small updates are not rounded away. Parameters, moments and averages are views of one
     buffer each, see flat_buffers.py.
 
     Where the parameters are DTensors (plans fsdp and hsdp) every rank updates and averages its shards alone, as plain
@@ -162,7 +162,7 @@ class Optimizer:
             self._average_all()
 
     def _fused_step(self, lr, healthy):
-        """`step` in one pass; on a CPU it costs nothing to look whether the step is to be skipped."""
+        """`step` in one pass; on a CPU, checking whether to skip the step costs nothing."""
         grads = {k: p.grad for k, p in enumerate(self.params) if p.grad is not None}
         if self.sharded:
             grads = {k: grad.to_local() for k, grad in grads.items()}
@@ -241,8 +241,11 @@ class Optimizer:
 
     @contextmanager
     def averaged(self):
-        """Inside, the model's parameters are the moving averages, in float32 (as gathered in the plan's precision where
-        they are sharded: all ranks must then call the model together). Nothing is compiled for it."""
+        """Context in which the model's parameters are the moving averages, in float32.
+
+        Sharded averages are gathered in the plan's precision, and all ranks must then call the model together. Nothing
+        is compiled for it.
+        """
         with torch.compiler.set_stance("force_eager"):
             yield from self._averaged_shards() if self.sharded else self._averaged_parameters()
 
@@ -300,7 +303,7 @@ class Optimizer:
 
     @torch.no_grad()
     def after_load(self):
-        """Take up what was loaded in place: the numbers of steps, and masters of which there are bfloat16 copies."""
+        """Call after loading in place: reads the step counts, and refreshes the bfloat16 copies of the masters."""
         if self.flat is not None:
             self.flat.after_load()
         if self.has_copies:

@@ -13,7 +13,7 @@ BAR_UNITS = 1000  # of the progress bar
 
 
 class RunLog:
-    """The open logs of a run. Every rank has one, and all but the main one's are silent.
+    """The open logs of a run. Every rank has one; only rank 0's writes.
 
     Args:
         config: `Config`.
@@ -41,7 +41,7 @@ class RunLog:
         return writers
 
     def _bar(self, step, seconds):
-        """A bar over the share of the run that is done; the time left comes first, to be seen on narrow terminals."""
+        """A progress bar; the remaining time comes first, so that it is visible on narrow terminals."""
         layout = "{desc}: {percentage:3.0f}%|{bar:14}| {remaining} left{postfix}"
         return tqdm(
             total=BAR_UNITS,
@@ -67,7 +67,7 @@ class RunLog:
         self.bar.update(self._units(step, seconds) - self.bar.n)
 
     def interval(self, row, seconds):
-        """Tell of the steps since the last row.
+        """Log the steps since the last row.
 
         Args:
             row: dict of `logs.COLUMNS`.
@@ -87,7 +87,7 @@ class RunLog:
         )
 
     def _line(self, row):
-        """A row in words, for logs in which a bar would be redrawn."""
+        """A row as a line of text, for log files, in which a bar would be repeated."""
         training = self.training
         until = f" of {training.max_steps}" if training.max_seconds is None else ""
         time = f", {row['time']:.0f} s" + (f" of {training.max_seconds:.0f} s" if training.max_seconds else "")
@@ -102,7 +102,7 @@ class RunLog:
         return ", ".join(parts)
 
     def samples(self, step, sheet):
-        """Tell of a sheet of samples, a Pillow image, that has been drawn."""
+        """Log a sheet of samples, a Pillow image."""
         if not self.is_main:
             return
         self._draw_curves()
@@ -110,7 +110,7 @@ class RunLog:
             writer.add_image("samples", np.asarray(sheet), step)
 
     def evaluation(self, step, seconds, found):
-        """Tell of an evaluation: dict from a measure's name to its value."""
+        """Log an evaluation: dict from a measure's name to its value."""
         if not self.is_main:
             return
         history.add_to_history(self.run_dir / history.FILE_NAME, {"step": step, "time": seconds, **found})

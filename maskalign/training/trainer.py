@@ -19,7 +19,6 @@ from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
-from maskalign.objective.flow_matching import sample_posterior
 from maskalign.runtime.device import tune_host
 from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
 from maskalign.runtime.lock import locked
@@ -79,7 +78,7 @@ def train(config, manifest, facts):
 
 @contextmanager
 def own_folder(config):
-    """Keep other runs out of the run's folder; rank 0 does it for all."""
+    """Lock the run's folder against other runs; rank 0 does it for all ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         yield
         return
@@ -99,7 +98,7 @@ def own_folder(config):
 
 
 def disk_line(run_dir, error):
-    """One line about a disk that takes no more: what is left of the run, and what to do."""
+    """One line about a full or unwritable disk: the newest checkpoint, and what to do."""
     there = complete_checkpoints(run_dir)
     kept, mend = "there is no complete checkpoint yet", "the same command begins again"
     if there:
@@ -152,21 +151,23 @@ class Trainer:
             "num_classes": facts["num_classes"],
             "teacher_dims": self.features.dims,
             "class_dim": self.features.class_dim,
+            "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
             "teachers": [name for name, _ in facts["teachers"]],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
             "data": data_facts(config, self.stream.manifests, facts),
         }
-        # All that may be refused comes before the model is built.
+        # Everything that may be refused is checked before the model is built.
         if resume:
             check_facts(resume, state["facts"], self.facts)
             changes += check_stream(resume, state["stream"], self.stream, config, state["facts"])
-        # On meta, spread, then filled: a model need not fit one device, and every plan starts from the same weights.
+        # Built on meta, sharded, then filled: the model need not fit on one device, and all plans start from the same
+        # weights.
         with torch.device("meta"):
             self.model = build_model(config, self.facts)
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
-        # What the run says before its first step.
+        # Lines to print before the first step.
         self.notes = [start_line(config, manifest, facts, self.stream.num_samples, self.model, self.placement)]
         if config.training.init_from and not resume:
             self.notes.append(init_from(self.model, config.training.init_from, config, self.facts))
@@ -187,7 +188,7 @@ class Trainer:
         if self.placement.is_main:
             warn_of_full_subset(TokenBudget(config.method, self.model))
         prepare_blocks(self.model, config)
-        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
+        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan, manifest.latent)
         self.throughput = Throughput(self.model, config, self.placement)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
@@ -200,7 +201,7 @@ class Trainer:
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
 
     def _fields(self):
-        """What a step reads of a sample: latents beside images, say, leave the images undecoded."""
+        """The fields of a sample that a step needs; with latents, for example, images are not decoded."""
         fields = self.features.fields
         if self.manifest.latent is not None:
             fields.append("moments")
@@ -294,11 +295,11 @@ class Trainer:
             ) from None
 
     def step_inputs(self, batch):
-        """What `TrainStep` takes of a batch of the stream, on the device: its keyword arguments."""
+        """The keyword arguments of `TrainStep` for a batch of the stream, on the device."""
         if self.manifest.latent is not None:
-            inputs, prepare = batch["moments"].to(self.device, non_blocking=True), self._draw_latents
+            inputs = batch["moments"].to(self.device, non_blocking=True)
         else:
-            inputs, prepare = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1, None
+            inputs = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1
         teachers, class_token = self.features(batch)
         return {
             "inputs": inputs,
@@ -306,12 +307,7 @@ class Trainer:
             "teachers": teachers,
             "class_token": class_token,
             "first_slot": batch["slot"],
-            "prepare": prepare,
         }
-
-    def _draw_latents(self, moments, posterior):
-        latent = self.manifest.latent
-        return sample_posterior(moments.float(), posterior, latent["scale"], latent["bias"])
 
     def _loop(self):
         training = self.config.training
@@ -350,7 +346,7 @@ class Trainer:
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
-            # A first row soon: a user watches the first seconds of a run.
+            # Log an early first row, for users who watch the start of a run.
             if self.step % training.log_every == 0 or last or self.step == 1 or stop:
                 steps = self.step - since["step"]
                 self._log(result, sums, healthy, steps, since)

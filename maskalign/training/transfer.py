@@ -7,7 +7,7 @@ the objective is refused: its weights would load wherever shapes happen to fit, 
 
 import torch
 
-from maskalign.checkpoints.conversion import HeadsUnknown, to_repa
+from maskalign.checkpoints.conversion import HeadsUnknown, has_fixed_positions, to_repa
 from maskalign.checkpoints.layout import read_state
 from maskalign.checkpoints.loading import load
 from maskalign.errors import UsageError
@@ -49,11 +49,7 @@ def init_from(model, path, config, facts):
     _check_function(path, model, there, own, weights, config, about)
     fresh = _fresh(model, there, own, weights, facts, loaded)
     notes = list(fresh.values())
-    if there.input_size != model.input_size:
-        notes.append(
-            f"position embedding for {_grid(model)} tokens instead of {_grid(there)} (input size {model.input_size}, "
-            f"there {there.input_size})"
-        )
+    resampled = _positions(path, model, there, facts)
     dropped = {name for name in weights for prefixes in fresh if name.startswith(prefixes)}
     taken = [name for name in own if name in weights and name not in dropped and name != LABELS]
     for name in taken:
@@ -67,12 +63,31 @@ def init_from(model, path, config, facts):
     unused = [name for name in weights if name not in own and name not in buffers and name not in dropped]
     line = f"training.init_from: {count} of {len(own)} tensors from {path}"
     line += f", step {about['step']}" if about.get("step") is not None else ""
+    line += resampled
     line += f"; starting fresh: {'; '.join(notes)}" if notes else ""
     if not knows_heads:
         line += f"; it does not say its number of heads: model.heads {model.heads} is taken"
     if None not in latents and latents[0] != latents[1]:
         line += f"; the latents have the scale {latents[1]}, there {latents[0]}"
     return line + (f"; not used: {_parts(unused)}" if unused else "")
+
+
+def _positions(path, model, there, facts):
+    """Count positions as the weights do, and return what to say about it."""
+    if not has_fixed_positions(there.pos_embed, there.grid, there.position_grid):
+        raise UsageError(
+            f"training.init_from: {path} has a position embedding of its own, which is not the fixed sine-cosine one "
+            "of this model; choose other weights"
+        )
+    counted = there.position_grid or there.grid[0]
+    model.count_positions(counted)
+    facts["position_grid"] = model.position_grid
+    if there.input_size == model.input_size:
+        return ""
+    return (
+        f"; position embedding resampled from {_grid(there)} to {_grid(model)} tokens (input size {model.input_size}, "
+        f"there {there.input_size})"
+    )
 
 
 def _load(path, heads):

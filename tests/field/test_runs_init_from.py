@@ -1,10 +1,12 @@
 # ruff: noqa: F401, F811 (fixtures are imported)
 """A new run from the weights of another model: what fits is loaded, what does not starts fresh and is named."""
 
+import math
+
 import pytest
 import torch
 
-from maskalign.checkpoints import load_model
+from maskalign.checkpoints import convert, load_model
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from tests.training import conftest
@@ -28,6 +30,14 @@ def continued(run, capsys, tmp_path, source, name="second", **changes):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("training.init_from:")]
     before = dict(load_model(source).named_parameters())
     return before, dict(load_model(tmp_path / name).named_parameters()), line
+
+
+def assert_positions(model, counted):
+    """Channel 0 of the width axis is sin(position), the middle of a token its place in an image of `counted` tokens."""
+    side = model.grid[0]
+    expected = [math.sin((i + 0.5) * counted / side - 0.5) for i in range(side)]
+    assert model.pos_embed[0, :side, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert model.pos_embed[0, ::side, model.width // 2].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def same(a, b):
@@ -71,7 +81,16 @@ def test_another_input_size(run, capsys, tmp_path, data_set_of, mixer, fresh):
     data_set_of("large", size=24, grid=(6, 6))
     own = dict(data__path=tmp_path / "large", model__mixer=mixer)
     before, after, line = continued(run, capsys, tmp_path, tmp_path / "first", **own)
-    assert "position embedding for 6x6 tokens instead of 4x4" in line
+    assert "position embedding resampled from 4x4 to 6x6 tokens (input size 24, there 16)" in line
+    assert_positions(load_model(tmp_path / "second"), 4)
+    # A resumed run, an export of it and a run from that know which grid the positions are counted by.
+    run("second", **STILL | own | dict(training__max_steps=2))
+    assert_positions(load_model(tmp_path / "second"), 4)
+    convert(tmp_path / "second", tmp_path / "out.safetensors")
+    assert_positions(load_model(tmp_path / "out.safetensors"), 4)
+    _, _, again = continued(run, capsys, tmp_path, tmp_path / "out.safetensors", name="third", **own)
+    assert "resampled" not in again
+    assert_positions(load_model(tmp_path / "third"), 4)
     assert ("mixer (of other sizes there)" in line) == fresh
     loaded = [name for name in before if not (fresh and name.startswith("mixer."))]
     assert loaded and all(same(before[name], after[name]) for name in loaded)

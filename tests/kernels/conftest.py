@@ -141,7 +141,7 @@ def assert_aligned(cosine_truth, generator):
 
 @pytest.fixture(scope="session")
 def mix_truth():
-    """Mix and drop as DESIGN.md section 5 writes it, in float64, image by image, with no help from the
+    """Mix and drop as its docstring defines it, in float64, image by image, with no help from the
     package.
     """
 
@@ -237,7 +237,7 @@ def assert_mixed(mix_truth, relative, tolerance, shaken, generator):
 
 @pytest.fixture(scope="session")
 def adaln_truth():
-    """The three adaLN operations as DESIGN.md section 5 writes them, by name, in the dtype of their arguments, image by
+    """The three adaLN operations as their docstrings define them, by name, in the dtype of their arguments, image by
     image, with no help from the package.
     """
 

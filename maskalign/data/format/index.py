@@ -1,14 +1,14 @@
-"""The table of contents at the end of a shard: opening one takes two small reads, and not one for every member.
+"""The table of contents at the end of a shard: opening one takes at most three small reads, not one per member.
 
 A tar has headers only, each in front of its member, so finding the members of a shard of 2,048 samples takes thousands
 of scattered reads: seconds on a cold disk, minutes on a network file system, for every shard of every stream before the
-first step. So the writer ends each shard with a member `__index__`. webdataset passes over names of this form as
+first step. So the writer ends each shard with a member `__index__`. webdataset skips names of this form as
 metadata, every tar program lists it like any other file, and a shard without one is read header by header.
 
 The member holds the names of all members before it (each ended by a zero byte), a row of ROW for each, zeros, and
-FOOTER at the very end of its last block, where a reader finds it in front of the zeros that end a tar. It is believed
-only if its own CRC-32 holds, it stands where it says, and the last member's header is the one it names: another program
-that rewrote the shard may have copied it along.
+FOOTER at the very end of its last block, where a reader finds it in front of the zeros that end a tar. It is used
+only if its own CRC-32 is right, it stands at the offset that it gives, and the last member's header is the one that it
+names: another program that rewrote the shard may have copied it.
 """
 
 import os
@@ -46,7 +46,7 @@ def pack_index(members, offset):
 
 
 def read_index(fd, size):
-    """[(name as bytes, offset, size, crc)] of a shard's members, or None where it has no index that can be believed.
+    """[(name as bytes, offset, size, crc)] of a shard's members, or None where it has no valid index.
 
     Args:
         fd: descriptor of the tar.

@@ -178,7 +178,7 @@ class ShardTable:
 
 
 def _close_result(future):
-    if not future.canceled() and future.exception() is None:
+    if not future.cancelled() and future.exception() is None:
         future.result().close()
 
 
