@@ -1,6 +1,7 @@
 """Samples per second of the data path, against webdataset's own pipeline and REPA's one file per sample.
 
     python -m benchmarks.loader [--out DIR] [--samples N] [--seconds S] [--workers 0 2] [--layouts ...]
+        [--peers streaming grain --streaming-python .venv-streaming/bin/python]
 
 Two layouts, of random content: `latents` is what ImageNet at 256 px takes in training (moments 8x32x32
 float16 and 256x768 int8 teacher tokens, no image), `pixels` is 64 px PNG images with 64x320 int8 tokens.
@@ -15,6 +16,9 @@ entries and inodes stay cached, which favors one file per sample.) Ours compares
 sample when a process first reads it, so in the cold pass but hardly in the warm ones; the others check
 nothing. Samples per CPU second count the time that the loader itself computes, which other work on the
 machine hardly changes; without workers only.
+
+Peers (MosaicML Streaming, Grain) read the same latents from their own layouts, see loader_peers.py; each of their runs
+is a process of its own, whose clock starts at the same place. `--promises` prints what each of them promises.
 """
 
 import argparse
@@ -24,13 +28,14 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 
 import numpy as np
 import torch
 
+from benchmarks import loader_peers
 from maskalign.data import Manifest, ShardStream
 from maskalign.data.format.tar_shards import shard_name, write_shard
 
@@ -218,49 +223,74 @@ def count(batch):
 def warm_rate(make, root, layout, workers, samples, seconds):
     """(samples per second, samples per CPU second) of a loader that runs, over about `seconds`."""
     batches = iter(make(root, layout, workers))
-    for _ in range(1 + samples // BATCH):  # one pass
-        next(batches)
-    seen, start, cpu = 0, time.perf_counter(), time.process_time()
-    while (elapsed := time.perf_counter() - start) < seconds:
-        seen += count(next(batches))
-    cpu = time.process_time() - cpu
+    rates = loader_peers.warm(batches, samples, BATCH, seconds, count)
     if hasattr(batches, "close"):
         batches.close()
-    return seen / elapsed, seen / cpu
+    return rates
 
 
 def cold_rate(make, root, layout, workers, samples):
-    """(samples per second, samples per CPU second) of one pass over data that are not in the page cache.
-
-    From the start of the loader; not the very last batches, which a shuffling loader may hold back.
-    """
-    for folder, _, names in os.walk(root):
-        for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    seen, start, cpu = 0, time.perf_counter(), time.process_time()
-    batches = iter(make(root, layout, workers))
-    while seen < samples - BATCH:
-        seen += count(next(batches))
-    elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
+    """The same of one pass over data that are not in the page cache, from the start of the loader."""
+    loader_peers.drop_pages(root)
+    *rates, batches = loader_peers.cold(lambda: iter(make(root, layout, workers)), samples, BATCH, count)
     if hasattr(batches, "close"):
         batches.close()
-    return seen / elapsed, seen / cpu
+    return tuple(rates)
 
 
-def measure(layout, root, samples, workers, seconds, rounds):
+class Peer:
+    """A loader of another library, run in a process of its own with an interpreter that has it.
+
+    Args:
+        name: key of `loader_peers.PEERS`.
+        python: path of the interpreter.
+    """
+
+    def __init__(self, name, python):
+        self.name, self.python, self.title = name, python, loader_peers.PEERS[name][0]
+
+    def write(self, root):
+        """Write the peer's layout of the samples in root/shards."""
+        self._run("write", root)
+
+    def warm_rate(self, root, workers, samples, seconds):
+        """As `warm_rate`."""
+        return self._run("warm", root, "--workers", workers, "--samples", samples, "--seconds", seconds)
+
+    def cold_rate(self, root, workers, samples):
+        """As `cold_rate`."""
+        return self._run("cold", root, "--workers", workers, "--samples", samples)
+
+    def _run(self, action, root, *options):
+        words = [self.python, loader_peers.__file__, self.name, action, root, "--batch", BATCH, *options]
+        done = subprocess.run(list(map(str, words)), capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise SystemExit(f"{self.title} ({self.python}) cannot {action}: {lines[-1]}")
+        return None if action == "write" else tuple(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def measure(layout, root, samples, workers, seconds, rounds, peers=()):
     """Rows of the table for one layout."""
     size = build(layout, root, samples)
-    loaders, rows = LOADERS[layout], []
+    peers = peers if layout == "latents" else ()
+    for peer in peers:
+        peer.write(root)
+    loaders, rows = LOADERS[layout] | {peer.title: peer for peer in peers}, []
     for number in workers:
         warm, cold = {name: [] for name in loaders}, {name: [] for name in loaders}
         for _ in range(rounds):  # in turn, so that what else runs on the machine hits all alike
             for name, make in loaders.items():
-                warm[name].append(warm_rate(make, root, layout, number, samples, seconds))
+                if isinstance(make, Peer):
+                    warm[name].append(make.warm_rate(root, number, samples, seconds))
+                else:
+                    warm[name].append(warm_rate(make, root, layout, number, samples, seconds))
         for _ in range(rounds):
             for name, make in loaders.items():
-                cold[name].append(cold_rate(make, root, layout, number, samples))
+                if isinstance(make, Peer):
+                    cold[name].append(make.cold_rate(root, number, samples))
+                else:
+                    cold[name].append(cold_rate(make, root, layout, number, samples))
         rates = {
             name: [statistics.median(values) for runs in (warm, cold) for values in zip(*runs[name], strict=True)]
             for name in loaders
@@ -311,7 +341,15 @@ def main(argv=None):
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="loader processes")
     parser.add_argument("--layouts", nargs="+", default=list(TEACHERS), choices=list(TEACHERS))
     parser.add_argument("--scratch", default=None, help="folder on the disk to measure")
+    parser.add_argument("--peers", nargs="*", default=[], choices=list(loader_peers.PEERS), help="other libraries")
+    parser.add_argument("--streaming-python", default=sys.executable, help="interpreter that has mosaicml-streaming")
+    parser.add_argument("--grain-python", default=sys.executable, help="interpreter that has grain")
+    parser.add_argument("--promises", action="store_true", help="print what each loader promises, and measure nothing")
     options = parser.parse_args(argv)
+    if options.promises:
+        print(loader_peers.promises())
+        return 0
+    peers = [Peer(name, getattr(options, f"{name}_python")) for name in options.peers]
     if options.samples < 2 * BATCH:
         parser.error(f"--samples {options.samples}: give at least {2 * BATCH}")
     torch.set_num_threads(1)
@@ -326,7 +364,7 @@ def main(argv=None):
     rows = []
     for layout in options.layouts:
         with tempfile.TemporaryDirectory(dir=options.scratch) as root:
-            rows += measure(layout, root, options.samples, options.workers, options.seconds, options.rounds)
+            rows += measure(layout, root, options.samples, options.workers, options.seconds, options.rounds, peers)
     os.makedirs(options.out, exist_ok=True)
     path = os.path.join(options.out, "loader.csv")
     with open(path, "w", newline="") as file:

@@ -349,3 +349,17 @@ def test_waiting_is_measured(make_shards, monkeypatch):
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, maskalign.data, maskalign.data.format.members; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_shard_is_closed_again(make_shards, caplog):
+    """What a callback of a future raises is only logged, and would leave descriptors open."""
+    path, _ = make_shards([6] * 12)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        stream = ShardStream(path, 4, epochs=2)
+        assert sum(len(batch["key"]) for batch in stream) == 144
+        stream.close()
+    deadline = time.monotonic() + 10
+    while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(os.listdir("/proc/self/fd")) == before and not caplog.records

@@ -1,0 +1,237 @@
+"""MosaicML Streaming and Grain beside our loader: the same latents, each in its own best layout.
+
+`python -m benchmarks.loader` runs this file as a script with the interpreter that has the library: MosaicML Streaming
+0.13 pins numpy below 2.2 and transformers below 5, which do not fit the other packages here, so it needs an environment
+of its own (`--streaming-python`). Nothing of maskalign is imported.
+
+    python benchmarks/loader_peers.py NAME write ROOT
+    python benchmarks/loader_peers.py NAME warm|cold ROOT --batch B --workers N --samples N --seconds S
+
+Layouts: MDS shards of 128 MiB without compression, and ArrayRecord files of 512 records, one per group, uncompressed;
+random numbers do not compress. Both are written from the tar shards, and hold the same arrays and labels.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import tarfile
+import time
+
+import numpy as np
+
+MOMENTS, TOKENS = (8, 32, 32), (256, 768)
+MOMENTS_BYTES, TOKENS_BYTES = int(np.prod(MOMENTS)) * 2, int(np.prod(TOKENS))
+# What each loader promises, by its documentation; ours is held by tests/data/stream.
+PROMISES = {
+    "exact resume": {
+        "maskalign": "yes, from a few integers per logical stream in the checkpoint",
+        "MosaicML Streaming": "yes, with its own StreamingDataLoader",
+        "Grain": "yes, from the state of its iterators",
+    },
+    "resume on another number of ranks": {
+        "maskalign": "yes, and of workers; the batch size may change too",
+        "MosaicML Streaming": "yes, with num_canonical_nodes fixed",
+        "Grain": "no, the state belongs to a process",
+    },
+    "same global batch on any number of ranks": {
+        "maskalign": "yes, the same samples at the same places",
+        "MosaicML Streaming": "yes, with num_canonical_nodes fixed",
+        "Grain": "up to the pipeline: where one order is dealt out by rank",
+    },
+    "damaged samples": {
+        "maskalign": "checksum per sample; skipped, counted, named, up to a limit",
+        "MosaicML Streaming": "optional hash per shard, at download; raises",
+        "Grain": "raises",
+    },
+    "readable by other tools": {
+        "maskalign": "tar, webdataset",
+        "MosaicML Streaming": "MDS, its own",
+        "Grain": "ArrayRecord, its own",
+    },
+}
+
+
+def samples_of(shards):
+    """Yield (moments, tokens, label) of every sample of a folder of tar shards, in order."""
+    for name in sorted(name for name in os.listdir(shards) if name.endswith(".tar")):
+        with tarfile.open(os.path.join(shards, name)) as tar:
+            found = {}
+            for info in tar:
+                if info.name.startswith("__"):
+                    continue
+                data = tar.extractfile(info).read()
+                ending = info.name.partition(".")[2]
+                found["label" if ending == "cls" else "moments" if ending == "moments.npy" else "tokens"] = data
+                if len(found) == 3:
+                    arrays = (np.load(io.BytesIO(found[key])) for key in ("moments", "tokens"))
+                    yield *arrays, int(found["label"])
+                    found = {}
+
+
+def write_streaming(shards, folder):
+    """MDS shards of the same samples."""
+    from streaming import MDSWriter
+
+    shape = {"moments": MOMENTS, "tokens": TOKENS}
+    first = next(samples_of(shards))
+    columns = {
+        key: f"ndarray:{array.dtype}:{','.join(map(str, array.shape))}"
+        for key, array in zip(shape, first[:2], strict=True)
+    }
+    with MDSWriter(out=folder, columns=columns | {"label": "int"}, size_limit=2**27) as writer:
+        for moments, tokens, label in samples_of(shards):
+            writer.write({"moments": moments, "tokens": tokens, "label": label})
+
+
+def read_streaming(folder, batch, workers):
+    """Endless batches (moments, tokens, label) of StreamingDataset through torch's DataLoader."""
+    import torch
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+
+    class Samples(StreamingDataset):
+        def __getitem__(self, index):
+            sample = super().__getitem__(index)
+            # A decoded array looks into the bytes that were read, which torch warns of unless it is copied.
+            return (
+                torch.from_numpy(sample["moments"].copy()),
+                torch.from_numpy(sample["tokens"].copy()),
+                sample["label"],
+            )
+
+    data = Samples(local=folder, shuffle=True, batch_size=batch)
+    loader = torch.utils.data.DataLoader(data, batch, num_workers=workers, persistent_workers=workers > 0)
+    while True:
+        yield from loader
+
+
+def write_grain(shards, folder, per_file=512):
+    """ArrayRecord files of the same samples: the bytes of both arrays and the label."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    os.makedirs(folder)
+    shapes, writer = None, None
+    for number, (moments, tokens, label) in enumerate(samples_of(shards)):
+        shapes = {"moments": list(moments.shape), "tokens": list(tokens.shape)}
+        if number % per_file == 0:
+            if writer is not None:
+                writer.close()
+            path = os.path.join(folder, f"{number // per_file:06d}.array_record")
+            writer = ArrayRecordWriter(path, "group_size:1,uncompressed")
+        writer.write(moments.tobytes() + tokens.tobytes() + np.int64(label).tobytes())
+    writer.close()
+    with open(os.path.join(folder, "shapes.json"), "w") as file:
+        json.dump(shapes, file)
+
+
+def read_grain(folder, batch, workers):
+    """Endless batches (moments, tokens, label) of a Grain pipeline."""
+    import grain.python as grain
+    import torch
+
+    with open(os.path.join(folder, "shapes.json")) as file:
+        shapes = json.load(file)
+    moments, tokens = tuple(shapes["moments"]), tuple(shapes["tokens"])
+    middle = int(np.prod(moments)) * 2
+    end = middle + int(np.prod(tokens))
+
+    def parse(record):
+        data = np.frombuffer(record, np.uint8)
+        return (
+            data[:middle].view(np.float16).reshape(moments),
+            data[middle:end].view(np.int8).reshape(tokens),
+            np.frombuffer(record, np.int64, 1, end)[0],
+        )
+
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".array_record"))
+    source = grain.ArrayRecordDataSource([os.path.join(folder, name) for name in names])
+    data = grain.MapDataset.source(source).shuffle(seed=0).repeat().map(parse)
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * batch)
+    data = data.to_iter_dataset(options).batch(batch)
+    if workers:
+        data = data.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    for parts in data:
+        yield tuple(torch.from_numpy(np.asarray(part)) for part in parts)
+
+
+PEERS = {
+    "streaming": ("MosaicML Streaming", write_streaming, read_streaming),
+    "grain": ("Grain", write_grain, read_grain),
+}
+
+
+def drop_pages(root):
+    """Have the system forget the content of all files below a folder."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def warm(batches, samples, batch, seconds, count):
+    """(samples per second, samples per CPU second) after one pass, over about `seconds`; `count` of a batch."""
+    for _ in range(1 + samples // batch):  # one pass
+        next(batches)
+    seen, start, cpu = 0, time.perf_counter(), time.process_time()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        seen += count(next(batches))
+    return seen / elapsed, seen / (time.process_time() - cpu)
+
+
+def cold(make, samples, batch, count):
+    """(samples per second, samples per CPU second) of one pass from the start of the loader.
+
+    Without the very last batches, which a shuffling loader may hold back.
+    """
+    seen, start, cpu = 0, time.perf_counter(), time.process_time()
+    batches = make()
+    while seen < samples - batch:
+        seen += count(next(batches))
+    elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return seen / elapsed, seen / cpu, batches
+
+
+def promises():
+    """The table of promises as Markdown."""
+    names = ["maskalign", *(name for name, _, _ in PEERS.values())]
+    lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
+    lines += [f"| {what} | " + " | ".join(row[name] for name in names) + " |" for what, row in PROMISES.items()]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """Write a peer's layout, or measure it and print the two rates as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=PEERS)
+    parser.add_argument("action", choices=["write", "warm", "cold"])
+    parser.add_argument("root")
+    for option, default in (("--batch", 256), ("--workers", 0), ("--samples", 0), ("--seconds", 4.0)):
+        parser.add_argument(option, type=type(default), default=default)
+    options = parser.parse_args(argv)
+    _, write, read = PEERS[options.name]
+    folder = os.path.join(options.root, options.name)
+    if options.action == "write":
+        write(os.path.join(options.root, "shards"), folder)
+        os.sync()
+        return 0
+    import torch
+
+    torch.set_num_threads(1)
+    if options.action == "warm":
+        batches = read(folder, options.batch, options.workers)
+        rates = warm(batches, options.samples, options.batch, options.seconds, lambda parts: len(parts[-1]))
+    else:
+        drop_pages(folder)
+        make = lambda: read(folder, options.batch, options.workers)  # noqa: E731
+        *rates, _ = cold(make, options.samples, options.batch, lambda parts: len(parts[-1]))
+    print(json.dumps(list(rates)), flush=True)
+    os._exit(0)  # both libraries keep threads that hold an interpreter up at its end
+
+
+if __name__ == "__main__":
+    sys.exit(main())
