@@ -48,7 +48,7 @@ def train(config, manifest, facts):
     Args:
         config: `Config`.
         manifest: the data set's `Manifest`.
-        facts: what `config.validate_with_data` returned for the two.
+        facts: `config.DataFacts` of the two.
 
     Returns:
         dict with step, seconds, run_dir and whether the run is `finished`.
@@ -128,9 +128,9 @@ class Trainer:
         if config.training.compile:
             check_compile(self.device)
 
-        grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
+        grid = (facts.input_size // model_sizes(config)["patch_size"],) * 2
         self.features = Features(
-            config, manifest, facts["teachers"], grid, self.device, class_token=facts["class_token"],
+            config, manifest, facts.teachers, grid, self.device, class_token=facts.class_token,
             prepare=lambda network: prepare_teacher(network, config, self.placement),
         )  # fmt: skip
         self.stream = ShardStream(
@@ -146,13 +146,13 @@ class Trainer:
             fields=self._fields(),
         )
         self.facts = {
-            "input_size": facts["input_size"],
-            "in_channels": facts["in_channels"],
-            "num_classes": facts["num_classes"],
+            "input_size": facts.input_size,
+            "in_channels": facts.in_channels,
+            "num_classes": facts.num_classes,
             "teacher_dims": self.features.dims,
             "class_dim": self.features.class_dim,
             "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
-            "teachers": [name for name, _ in facts["teachers"]],
+            "teachers": [name for name, _ in facts.teachers],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
             "data": data_facts(config, self.stream.manifests, facts),
