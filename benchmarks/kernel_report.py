@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.report import markdown_table
+from maskalign.runtime.accelerators import PEAK_TFLOPS
 from maskalign_kernels import aot
 from maskalign_kernels.adaln import cases as adaln_cases
 from maskalign_kernels.mix_and_drop import cases as mix_cases
@@ -38,14 +39,12 @@ CASES = {
     **adaln_cases.OPERATIONS,
 }  # fmt: skip
 
-# Published figures: GB/s, then dense TFLOP/s of bfloat16 and float16, of TF32 (float32 on MI300X), of float32 vectors.
-DEVICES = {
-    "A100": (2039, 312, 156, 19.5),
-    "H100": (3350, 989, 494, 67),
-    "H200": (4800, 989, 494, 67),
-    "B200": (8000, 2250, 1125, 75),
-    "MI300X": (5300, 1307, 163, 163),
-}
+# Published GB/s of memory and TFLOP/s of float32 vectors.
+MEMORY_AND_VECTORS = {
+    "A100": (2039, 19.5), "H100": (3350, 67), "H200": (4800, 67), "B200": (8000, 75), "MI300X": (5300, 163),
+}  # fmt: skip
+# GB/s, then dense TFLOP/s of bfloat16 and float16, of TF32 (float32 on MI300X), of float32 vectors.
+DEVICES = {name: (memory, *PEAK_TFLOPS[name], vectors) for name, (memory, vectors) in MEMORY_AND_VECTORS.items()}
 
 
 class BytesMoved(TorchDispatchMode):

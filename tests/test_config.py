@@ -6,6 +6,7 @@ import pytest
 
 from maskalign.config import (
     Config,
+    DataFacts,
     Schedule,
     all_keys,
     dump_config,
@@ -137,10 +138,10 @@ def test_broken_yaml(content, words, tmp_path):
 def test_the_data_set_decides_what_the_model_sees():
     config = parse_config([*BASE, "--training.batch_size", "8", "--method.align_weight", "0"])
     facts = validate_with_data(config, manifest())
-    assert facts == dict(input_size=32, in_channels=3, num_classes=3, teachers=[], class_token=None)
+    assert facts == DataFacts(input_size=32, in_channels=3, num_classes=3, teachers=[], class_token=None)
     latent = dict(shape=[8, 16, 16], scale=0.18215, bias=0.0, dtype="float16", name="vae")
     facts = validate_with_data(config, manifest(resolution=128, latent=latent))
-    assert facts["input_size"] == 16 and facts["in_channels"] == 4
+    assert facts.input_size == 16 and facts.in_channels == 4
 
 
 @pytest.mark.parametrize(
@@ -182,8 +183,8 @@ def test_without_a_name_the_teacher_is_the_one_in_the_data_set():
     def found(teachers, *argv):
         config = parse_config([*BASE, "--training.batch_size", "8", "--teacher.names", "[]", *argv])
         facts = validate_with_data(config, manifest(teachers=teachers))
-        assert config.teacher.names == [name for name, _ in facts["teachers"]]  # what the run's config.yaml will say
-        return facts["teachers"]
+        assert config.teacher.names == [name for name, _ in facts.teachers]  # what the run's config.yaml will say
+        return facts.teachers
 
     assert found({"dinov2-s": rows()}) == [("dinov2-s", True)]
     assert found({"dinov2-s": rows()}, "--teacher.mode", "online") == [("dinov2-s", False)]
@@ -198,8 +199,8 @@ def test_recipes_for_pictures_of_ones_own_need_only_the_data_set(side, tokens):
     config = parse_config(["--data.path", "datasets/mine", "--config", f"pixels{side}"])
     there = manifest(resolution=side, teachers={"timm:resnet18": rows()})
     facts = validate_with_data(config, there)
-    assert config.data.path == "datasets/mine" and facts["teachers"] == [("timm:resnet18", True)]
-    assert (facts["input_size"] // model_sizes(config)["patch_size"]) ** 2 == tokens
+    assert config.data.path == "datasets/mine" and facts.teachers == [("timm:resnet18", True)]
+    assert (facts.input_size // model_sizes(config)["patch_size"]) ** 2 == tokens
 
 
 CLASS = [*BASE, "--training.batch_size", "8", "--model.class_token", "true"]
@@ -236,7 +237,7 @@ CLASS = [*BASE, "--training.batch_size", "8", "--model.class_token", "true"]
 def test_where_the_class_token_comes_from(argv, teachers, want):
     facts = validate_with_data(parse_config([*CLASS, *argv]), manifest(teachers=teachers))
     expected = want[0][0] if isinstance(want[1], list) else want[1]
-    assert facts["teachers"] == want[0] and facts["class_token"] == expected
+    assert facts.teachers == want[0] and facts.class_token == expected
 
 
 ONLY = "maskalign data encode --data datasets/imagenet256 --teacher dinov2-b --class-token only"

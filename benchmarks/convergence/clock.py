@@ -164,7 +164,7 @@ def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, about
     for name, (settings, overrides) in recipes.items():
         config = recipe_config(settings, **overrides)
         manifest, facts = check_data(config)
-        tokens = (facts["input_size"] // model_sizes(config)["patch_size"]) ** 2
+        tokens = (facts.input_size // model_sizes(config)["patch_size"]) ** 2
         for phase, progress in phases(config, tokens).items():
             key = key_of(config, phase)
             if name == "repa":

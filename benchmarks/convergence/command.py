@@ -178,7 +178,7 @@ class Benchmark:
         self.manifest = Manifest.load(self.train)
         config = next(iter(self.configs.values()))
         self.facts = validate_with_data(config, self.manifest)
-        self.tokens = (self.facts["input_size"] // model_sizes(config)["patch_size"]) ** 2
+        self.tokens = (self.facts.input_size // model_sizes(config)["patch_size"]) ** 2
         self.calibration_path = options.work / f"calibration-{self.data}.json"
         self.calibration = Calibration.load(self.calibration_path)
 

@@ -1,5 +1,7 @@
 """TFLOP of a training step of a recipe in one of its phases."""
 
+from dataclasses import asdict
+
 import torch
 
 from maskalign.checkpoints.build import build_model
@@ -12,17 +14,17 @@ def step_tflop(config, facts, manifest, phase):
 
     Args:
         config: of the recipe.
-        facts: what `config.validate_with_data` returned.
+        facts: `config.DataFacts`.
         manifest: of the training data, for the teachers' widths.
         phase: `clock.Phase`.
     """
     weight = as_schedule(config.method.align_weight)
     ever = max(weight.ends) > 0
-    names = [name for name, _ in facts["teachers"]] or config.teacher.names
+    names = [name for name, _ in facts.teachers] or config.teacher.names
     dims = [manifest.teachers[name]["dim"] for name in names] if ever and phase.aligned else []
     class_dim = None
     if config.model.class_token:
         class_dim = config.model.class_token_dim or manifest.teachers[names[0]]["class_token"]["dim"]
     with torch.device("meta"):
-        model = build_model(config, {**facts, "teacher_dims": dims, "class_dim": class_dim})
+        model = build_model(config, {**asdict(facts), "teacher_dims": dims, "class_dim": class_dim})
     return config.training.batch_size * step_flops(model, phase.keep) / 1e12

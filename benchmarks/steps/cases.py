@@ -82,7 +82,9 @@ class OurCase:
             self.optimizer = Optimizer(self.model, self.config.optimizer, self.placement.dtype, fused=True)
         else:
             self.optimizer = NoUpdate(self.model, self.placement.dtype)
-        self.train_step = step_module.TrainStep(self.model, self.optimizer, self.config, self.placement, spread)
+        self.train_step = step_module.TrainStep(
+            self.model, self.optimizer, self.config, self.placement, spread, self.batches.latent
+        )
         if compiled:
             compile_model(self.model)
         self.kept = keep_count(self.keep, self.model.num_tokens, self.config.method.keep_multiple)
@@ -91,9 +93,8 @@ class OurCase:
     def step(self, batch=None):
         """One optimizer step, on the next batch or the given one; returns the loss, a 0-d tensor."""
         self.count += 1
-        inputs, labels, teachers, prepare, class_token = batch or self.batches(self.clock)
-        given = dict(prepare=prepare, class_token=class_token)
-        return self.train_step(self.count, 0.0, inputs, labels, teachers, **given).loss
+        inputs, labels, teachers, _, class_token = batch or self.batches(self.clock)
+        return self.train_step(self.count, 0.0, inputs, labels, teachers, class_token=class_token).loss
 
     def step_seconds(self, device, clock):
         """(seconds, loss, seconds without the optimizer's step) of one step; the last is None where it is one graph."""

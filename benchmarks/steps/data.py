@@ -81,6 +81,11 @@ class Batches:
         """Width of the class token, for the model; None without one."""
         return self.dim if self.with_class else None
 
+    @property
+    def latent(self):
+        """How moments become latents, as a manifest says it; None where the inputs are latents."""
+        return None if self.stream is None else {"scale": SCALE, "bias": 0.0}
+
     def __call__(self, part=None):
         """The next `Batch`; `part` names the contexts that time `data` and `teacher`."""
         part = part or (lambda name: nullcontext())

@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "shard_ranks": "checks",
         "validate": "checks",
         "validate_with_data": "checks",
+        "DataFacts": "checks",
         "validate_with_ranks": "checks",
         "all_keys": "parsing",
         "as_plain": "parsing",

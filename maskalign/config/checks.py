@@ -4,6 +4,9 @@ Each broken rule is one `UsageError` that says what, where and how to fix it. No
 mistake is found before torch is loaded.
 """
 
+from dataclasses import dataclass
+from typing import List, Optional, Tuple
+
 from maskalign.config.schedules import as_schedule
 from maskalign.config.settings import model_sizes
 from maskalign.config.teacher_names import (
@@ -149,6 +152,28 @@ def shard_ranks(parallel, world_size, local_world_size=None):
     return size
 
 
+@dataclass(frozen=True)
+class DataFacts:
+    """What a run takes from its data set.
+
+    Attributes:
+        input_size, in_channels, num_classes: of the model.
+        teachers: (name, cached) of every teacher that is aligned with.
+        class_token: such a pair for the class token that is denoised too, or None.
+    """
+
+    input_size: int
+    in_channels: int
+    num_classes: int
+    teachers: List[Tuple[str, bool]]
+    class_token: Optional[Tuple[str, bool]] = None
+
+    @property
+    def sources(self):
+        """(name, cached) of every teacher whose features a step needs."""
+        return self.teachers or ([self.class_token] if self.class_token else [])
+
+
 def validate_with_data(config, manifest, num_samples=None):
     """Check the settings against the data set's manifest; fills in `teacher.names` where none are given.
 
@@ -158,8 +183,7 @@ def validate_with_data(config, manifest, num_samples=None):
         num_samples: of all data sets together; by default the manifest's.
 
     Returns:
-        dict with what the model takes from the data: input_size, in_channels, num_classes; `teachers`, a list of
-        (name, cached) pairs; `class_token`, such a pair for the class token that is denoised too, or None.
+        DataFacts.
     """
     sizes = model_sizes(config)
     if manifest.latent is not None:
@@ -189,13 +213,13 @@ def validate_with_data(config, manifest, num_samples=None):
         for name, cached in sources:
             _check_class_token(config, manifest, name, cached)
         _check_class_token_dim(config, manifest, names[0])
-    return {
-        "input_size": input_size,
-        "in_channels": in_channels,
-        "num_classes": len(manifest.class_names),
-        "teachers": sources if aligned else [],
-        "class_token": sources[0] if with_class else None,
-    }
+    return DataFacts(
+        input_size=input_size,
+        in_channels=in_channels,
+        num_classes=len(manifest.class_names),
+        teachers=sources if aligned else [],
+        class_token=sources[0] if with_class else None,
+    )
 
 
 def teachers_of(manifest, path):

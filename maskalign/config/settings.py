@@ -1,6 +1,6 @@
-"""One typed tree of settings, and what follows from them alone.
+"""The settings as one tree of dataclasses, and values that follow from them alone.
 
-The text under a field is its help line. What types cannot say is in checks.py, how the tree is read in parsing.py.
+The text under a field is its help line. checks.py has the rules that types cannot express, parsing.py reads the tree.
 """
 
 from dataclasses import dataclass, field
@@ -73,7 +73,7 @@ class ModelConfig:
     class_token_dim: Optional[int] = None
     """Denoise this many leading principal components of the class token; for models narrower than the teacher."""
     mixer: Literal["token_mlp", "depthwise_conv", "attention", "none"] = "attention"
-    """What shares information across all tokens before some are dropped."""
+    """Layers that share information across all tokens before some are dropped."""
     mixer_layers: int = 2
     """SiT blocks of the attention mixer."""
     mixer_hidden: int = 64
@@ -101,7 +101,7 @@ class MethodConfig:
     route: Union[Literal["all", "none"], Tuple[int, int]] = "all"
     """Blocks [start, end) that see only the subset; none: all blocks see all tokens (loss-only masking)."""
     restore: Literal["none", "bypass", "fuse"] = "none"
-    """What returns at the end of the route: nothing, the dropped tokens (TREAD), or a learned fusion (SPRINT)."""
+    """What happens to dropped tokens after the route: none, bypass (they return, TREAD) or fuse (SPRINT)."""
     subset: Literal["uniform", "grid", "block"] = "uniform"
     """How the subset is drawn."""
     keep_multiple: int = 8
@@ -258,7 +258,7 @@ class ParallelConfig:
     prefetch: int = 1
     """fsdp, hsdp: blocks whose weights are gathered ahead of the one that computes."""
     recompute: Literal["none", "block", "selective"] = "none"
-    """Activations made again in the backward: none, of all blocks, or as many as memory_budget asks for."""
+    """Activations that the backward recomputes: none, of all blocks, or as many as memory_budget requires."""
     memory_budget: float = 0.5
     """selective: share of the blocks' activations that is kept, in [0, 1]."""
     ema_on_cpu: bool = False

@@ -74,19 +74,19 @@ def _read(config, manifests):
     manifest, images = manifests[0], sum(one.num_samples for one in manifests)
     found = validate_with_data(config, manifest, **({"num_samples": images} if len(manifests) > 1 else {}))
     latent = manifest.latent is not None
-    cached = {name: entry for name, entry in manifest.teachers.items() if (name, True) in found["teachers"]}
-    class_token = found.get("class_token")
+    cached = {name: entry for name, entry in manifest.teachers.items() if (name, True) in found.teachers}
+    class_token = found.class_token
     class_dim = config.model.class_token_dim
     if class_token is not None and class_dim is None and class_token[1]:
         class_dim = manifest.teachers[class_token[0]]["class_token"]["dim"]
     return Facts(
-        input_size=found["input_size"],
-        in_channels=found["in_channels"],
-        num_classes=found["num_classes"],
-        image_size=manifest.resolution or found["input_size"] * LATENT_STRIDE,
+        input_size=found.input_size,
+        in_channels=found.in_channels,
+        num_classes=found.num_classes,
+        image_size=manifest.resolution or found.input_size * LATENT_STRIDE,
         latent=latent,
         images=images,
-        teachers=found["teachers"],
+        teachers=found.teachers,
         teacher_dims={name: entry["dim"] for name, entry in cached.items()},
         teacher_bytes={name: 1 if entry.get("dtype") == "int8" else 2 for name, entry in cached.items()},
         class_token=class_token,

@@ -25,7 +25,6 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from maskalign.checkpoints.build import build_model
 from maskalign.objective.draws import Draws
-from maskalign.objective.flow_matching import sample_posterior
 from maskalign.runtime.ranks import Placement
 from maskalign.training.compiling import prepare_blocks
 from maskalign.training.optimizer import Optimizer
@@ -229,7 +228,8 @@ def _traced(config, facts, phase, model, placement, images, parts):
     optimizer = Optimizer(model, config.optimizer, placement.dtype)
     optimizer.tensors()  # makes the moments, which the first step of a run would make
     prepare_blocks(model, config)
-    step = _Step(model, optimizer, config, placement, plan)
+    latent = {"scale": 1.0, "bias": 0.0} if facts["latent"] else None
+    step = _Step(model, optimizer, config, placement, plan, latent)
     step.phase = phase
     count = images * parts
     labels = torch.zeros(count, dtype=torch.int64)
@@ -267,11 +267,10 @@ def _traced(config, facts, phase, model, placement, images, parts):
             tracker.updating = False
 
     optimizer.step, plan.micro_batch = watched, fresh
-    prepare = (lambda moments, draw: sample_posterior(moments.float(), draw)) if facts["latent"] else None
     config.method.keep_ratio = phase.kept / model.num_tokens
     config.method.align_weight = 1.0 if phase.aligned else 0.0
     with tracker:
-        step(0, 0.0, inputs, labels, teachers, prepare=prepare, class_token=class_token)
+        step(0, 0.0, inputs, labels, teachers, class_token=class_token)
     state = optimizer.adamw.state.values()
     held = {
         "masters": _nbytes(optimizer.masters),

@@ -1,1 +1,1 @@
-"""What every part may use and what knows nothing of diffusion: files, locks, and the rounds of a restarted job."""
+"""What every package may use, without anything about diffusion: devices, ranks, files, locks, restarts."""

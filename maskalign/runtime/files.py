@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-# What the place of a file is to blame for, not the program: the command ends in one line.
+# Errors of the file's location, not of the program: the command ends with one line.
 DISK_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "ENODEV", "ENOTCONN", "EREMOTEIO")
@@ -26,7 +26,7 @@ def is_disk_error(error):
 
 
 def disk_reason(error):
-    """What `is_disk_error` found, in a few words: the system's text, and the file where it is known."""
+    """The cause that `is_disk_error` found: the system's message, and the file if it is known."""
     while not (isinstance(error, OSError) and error.errno in DISK_ERRORS):
         error = error.__cause__ or error.__context__
     return os.strerror(error.errno) + (f": {error.filename}" if error.filename else "")

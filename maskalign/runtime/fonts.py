@@ -1,4 +1,4 @@
-"""The font of sheets of pictures, and what is written where no font has the characters of a name."""
+"""The font of sheets of pictures, and replacements for names whose characters no font has."""
 
 import os
 import sys

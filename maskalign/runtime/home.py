@@ -1,4 +1,4 @@
-"""`~` at the beginning of a path, which a shell leaves alone behind `=` and inside quotes."""
+"""`~` at the beginning of a path, which shells do not expand after `=` and inside quotes."""
 
 import os
 from dataclasses import fields, is_dataclass
@@ -8,9 +8,9 @@ from maskalign.errors import UsageError
 
 
 def expand_home(value):
-    """A value with the home folder put in: a path, text, a list or dict of them, or a tree of settings.
+    """Expand `~` in a value: a path, text, a list or dict of them, or a tree of settings (in place).
 
-    Text of several paths with commas between them is understood; what does not begin with `~` is returned as it is.
+    Text may hold several paths separated by commas. What does not begin with `~` is unchanged.
 
     Raises:
         UsageError: there is no such user.

@@ -17,7 +17,7 @@ def hub_url():
 def check_hub(what, repository, instead):
     """Raise a UsageError where a repository is neither in the cache nor on a hub that answers.
 
-    Left alone, the hub's client retries an unknown host for most of a minute.
+    Without this check the hub's client retries an unknown host for most of a minute.
     """
     if not in_cache(repository) and not hub_answers(hub_url()):
         raise UsageError(
@@ -34,7 +34,7 @@ def in_cache(repository):
 
 
 def hub_answers(url, timeout=HUB_TIMEOUT):
-    """Whether anything at all answers at `url` within `timeout` seconds, name look-up included."""
+    """Whether anything answers at `url` within `timeout` seconds, including the DNS lookup."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     answered = []
@@ -43,13 +43,13 @@ def hub_answers(url, timeout=HUB_TIMEOUT):
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
         except urllib.error.HTTPError:
-            answered.append(True)  # a refusal is an answer
+            answered.append(True)  # an error status is an answer too
         except (OSError, ValueError):
             return
         else:
             answered.append(True)
 
-    # The look-up of a name has no time limit of its own, hence the thread.
+    # The DNS lookup has no timeout of its own, hence the thread.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)

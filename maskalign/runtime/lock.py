@@ -24,10 +24,10 @@ def locked(folder, what, option="--out", patience=1.0):
     """Keep other writers out of a folder while the context lasts.
 
     The lock is flock's on FOLDER/.lock, which holds the name of the machine and the process. A file that a killed
-    process has left there locks nothing. Where the file system has no locks, a line says so.
+    process left behind locks nothing. If the file system has no locks, a warning says so.
 
     Args:
-        folder: made, with its parents, where it is not there; removed again where it is empty in the end.
+        folder: created with its parents if it does not exist, and removed again if it is empty at the end.
         what: the command, for the message to another one.
         option: the setting that named the folder.
         patience: seconds to wait for a process that is about to end.
@@ -43,11 +43,11 @@ def locked(folder, what, option="--out", patience=1.0):
     finally:
         if handle is not None:
             _held.discard(handle)
-            # Removed while it is still locked: who waits for it finds that its file is not this one any more.
+            # Removed while it is still locked: a process that waits for it finds that its file is no longer this one.
             path.unlink(missing_ok=True)
             os.close(handle)
         with suppress(OSError):
-            path.parent.rmdir()  # only an empty folder goes
+            path.parent.rmdir()  # only if it is empty
 
 
 def _make(folder, option):

@@ -1,4 +1,4 @@
-"""Where a command writes: found to be possible before the work whose result goes there."""
+"""Checks that a command can write its output, before the work starts."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from maskalign.errors import UsageError
 
 
 def make_folder(path, option="--out"):
-    """Make a folder to write to, with its parents, unless it is there.
+    """Create a folder to write to, with its parents, unless it exists.
 
     Args:
         path: the folder.
-        option: what named it, for the message.
+        option: the option that named it, for the message.
 
     Returns:
         Path.
@@ -38,7 +38,7 @@ def _make(folder, option):
 
 
 def check_file(path, option="--out"):
-    """Make the folder of a file to write, and see that no folder stands in the file's place.
+    """Create the folder of a file to write, and check that the file's path is not a folder.
 
     Args:
         path: the file; option: see `make_folder`.

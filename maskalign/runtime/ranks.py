@@ -16,13 +16,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from maskalign.runtime import rounds
 
-# A rank may draw for long before it meets the others: sets take hours.
+# A rank may draw for hours before it exchanges anything with the others.
 PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where this process stands.
+    """The device and rank of this process.
 
     device: torch.device; dtype: of parameters and activations in forward and backward; rank, world_size, local_rank:
     as torchrun counts; mesh: DeviceMesh with the dimensions `replicate` and `shard`, None for the plan `none`.
@@ -79,7 +79,7 @@ def make_mesh(device, shards):
 
 
 class Ranks:
-    """This process among the others; alone, nothing is sent anywhere."""
+    """This process among the others; a single process communicates with nothing."""
 
     def __init__(self, rank=0, world_size=1):
         self.rank, self.world_size = rank, world_size
@@ -115,5 +115,5 @@ def torchrun_ranks():
     store, rank, world_size = rounds.join(PATIENCE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), world_size)
-    # Not after an error: the others may be in the middle of a meeting, and torchrun ends them.
+    # Not after an error: the others may be inside a collective, and torchrun ends them.
     dist.destroy_process_group()

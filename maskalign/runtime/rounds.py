@@ -1,4 +1,4 @@
-"""Which start of a job this is: agreed on by its ranks, as torchrun's agents do not know.
+"""The number of this start of a job, on which its ranks agree because torchrun's agents do not know it.
 
 With --max-restarts torchrun's store outlives the ranks: it holds the addresses and notes of those that are dead. Each
 start therefore needs names of its own in the store. TORCHELASTIC_RESTART_COUNT cannot give them: every node counts the
@@ -46,8 +46,8 @@ def _of_job(store):
 def agree(store, rank, world_size, timeout):
     """The number of this start, the same on all ranks, and never one that the store has seen before.
 
-    Rank 0 takes the number. Each other rank asks with a word of its own, and takes only an answer that repeats it: an
-    answer to a dead rank, or a question of one, is left in the store and means nothing.
+    Rank 0 chooses the number. Each other rank asks with a unique word, and accepts only an answer that repeats it:
+    questions of dead ranks, and answers to them, stay in the store without effect.
     """
     end = time.monotonic() + timeout.total_seconds()
     pause = 0.02 + world_size / 2000

@@ -1,4 +1,4 @@
-"""How threads wait on a machine that other processes use, too; asked before torch, and its OpenMP, are loaded.
+"""How OpenMP's threads wait on a machine that other processes use too; set before torch loads OpenMP.
 
 OpenMP's threads spin while they wait for each other, which is fastest where they are alone. Where other processes want
 the same processors, the spinning threads hold up the one that they wait for: on two cores with two other busy processes
@@ -10,8 +10,8 @@ import sys
 import time
 from typing import NamedTuple
 
-SHARE = 0.25  # of the processors, in use by others: from here on it is better to sleep
-LEAST_SECONDS = 0.2  # the kernel counts in hundredths
+SHARE = 0.25  # share of the processors in use by others above which sleeping is better
+LEAST_SECONDS = 0.2  # between readings; the kernel counts hundredths of a second
 OWN_CHOICE = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 
 

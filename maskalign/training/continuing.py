@@ -93,7 +93,7 @@ def data_facts(config, manifests, facts):
         config: `Config`. manifests: of all data sets. facts: of `config.validate_with_data`.
     """
     manifest, features = manifests[0], {}
-    for name, _ in facts["teachers"] or ([facts["class_token"]] if facts["class_token"] else []):
+    for name, _ in facts.sources:
         entry = manifest.teachers.get(name)
         if entry is None:
             features[name] = {
@@ -104,8 +104,8 @@ def data_facts(config, manifests, facts):
             features[name] = {"normalize": entry["normalize"], "weights": entry.get("weights", "default")}
             features[name]["mean"] = _digest(entry.get("mean"))
     class_token = None
-    if facts["class_token"]:
-        name = facts["class_token"][0]
+    if facts.class_token:
+        name = facts.class_token[0]
         entry = manifest.teachers.get(name, {}).get("class_token", {})
         count, components = config.model.class_token_dim, entry.get("components") or {}
         used = {key: entry.get(key) for key in ("mean", "std")}

@@ -8,9 +8,9 @@ enum { BLOCK = 16384 }; /* elements; tensors are cut into blocks, and these deal
 
 typedef struct {
     float *master, *first, *second, *average;
-    const void *grad; /* bfloat16, or float32 where `wide` */
+    const void *grad; /* bfloat16, or float32 where `is_float` */
     uint16_t *copy;   /* bfloat16, or NULL */
-    int64_t size, wide;
+    int64_t size, is_float;
     float rate;       /* learning rate over 1 - beta1^step */
     float correction; /* 1 over the root of 1 - beta2^step */
 } Tensor;
@@ -22,7 +22,7 @@ typedef struct {
     float pull;   /* 1 - decay of the average */
 } Numbers;
 
-static inline float widen(uint16_t half) {
+static inline float bfloat16_to_float(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
     float value;
     memcpy(&value, &bits, 4);
@@ -30,16 +30,16 @@ static inline float widen(uint16_t half) {
 }
 
 /* Round to nearest, ties to even; what is not a number stays one. */
-static inline uint16_t narrow(float value) {
+static inline uint16_t float_to_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
     uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     return value == value ? (uint16_t)rounded : 0x7fc0;
 }
 
-static int64_t blocks(const Tensor *tensor) { return (tensor->size + BLOCK - 1) / BLOCK; }
+static int64_t block_count(const Tensor *tensor) { return (tensor->size + BLOCK - 1) / BLOCK; }
 
-static int64_t end_of(const Tensor *tensor, int64_t block) {
+static int64_t block_end(const Tensor *tensor, int64_t block) {
     int64_t end = (block + 1) * BLOCK;
     return end < tensor->size ? end : tensor->size;
 }
@@ -47,14 +47,14 @@ static int64_t end_of(const Tensor *tensor, int64_t block) {
 /* Deals all blocks of all tensors to the threads in equal shares; each walks the list and visits what is its own. */
 typedef void (*Visit)(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *context);
 
-static void deal(const Tensor *tensors, int64_t count, int threads, Visit visit, const void *context) {
+static void share_blocks(const Tensor *tensors, int64_t count, int threads, Visit visit, const void *context) {
     int64_t total = 0;
-    for (int64_t k = 0; k < count; k++) total += blocks(tensors + k);
+    for (int64_t k = 0; k < count; k++) total += block_count(tensors + k);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t thread = 0; thread < threads; thread++) {
         int64_t low = total * thread / threads, high = total * (thread + 1) / threads, before = 0;
         for (int64_t k = 0; k < count && before < high; k++) {
-            int64_t own = blocks(tensors + k);
+            int64_t own = block_count(tensors + k);
             int64_t begin = low > before ? low - before : 0, end = high - before < own ? high - before : own;
             if (begin < end) visit(tensors + k, begin, end, before, context);
             before += own;
@@ -62,7 +62,7 @@ static void deal(const Tensor *tensors, int64_t count, int threads, Visit visit,
     }
 }
 
-static inline float same(float value) { return value; }
+static inline float float_to_float(float value) { return value; }
 
 /* One loop for each kind of gradient, with and without a copy: the compiler must see straight code. */
 #define UPDATE_SPAN(name, kind, load, store)                                                                           \
@@ -87,22 +87,22 @@ static inline float same(float value) { return value; }
             store;                                                                                                     \
         }                                                                                                              \
     }
-UPDATE_SPAN(narrow_with_copy, uint16_t, widen, copy[i] = narrow(p))
-UPDATE_SPAN(narrow_alone, uint16_t, widen, )
-UPDATE_SPAN(wide_with_copy, float, same, copy[i] = narrow(p))
-UPDATE_SPAN(wide_alone, float, same, )
+UPDATE_SPAN(update_bfloat16_with_copy, uint16_t, bfloat16_to_float, copy[i] = float_to_bfloat16(p))
+UPDATE_SPAN(update_bfloat16, uint16_t, bfloat16_to_float, )
+UPDATE_SPAN(update_float_with_copy, float, float_to_float, copy[i] = float_to_bfloat16(p))
+UPDATE_SPAN(update_float, float, float_to_float, )
 
 static void update_blocks(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *numbers) {
-    int64_t first = begin * BLOCK, last = end_of(tensor, end - 1);
+    int64_t first = begin * BLOCK, last = block_end(tensor, end - 1);
     (void)before;
-    if (tensor->wide)
-        (tensor->copy ? wide_with_copy : wide_alone)(tensor, first, last, numbers);
+    if (tensor->is_float)
+        (tensor->copy ? update_float_with_copy : update_float)(tensor, first, last, numbers);
     else
-        (tensor->copy ? narrow_with_copy : narrow_alone)(tensor, first, last, numbers);
+        (tensor->copy ? update_bfloat16_with_copy : update_bfloat16)(tensor, first, last, numbers);
 }
 
 void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int threads) {
-    deal(tensors, count, threads, update_blocks, numbers);
+    share_blocks(tensors, count, threads, update_blocks, numbers);
 }
 
 #define SQUARE_SUM(name, kind, load)                                                                                   \
@@ -118,19 +118,20 @@ void update(const Tensor *tensors, int64_t count, const Numbers *numbers, int th
         for (int lane = 0; lane < 16; lane++) sum += sums[lane];                                                       \
         return sum;                                                                                                    \
     }
-SQUARE_SUM(narrow_squares, uint16_t, widen)
-SQUARE_SUM(wide_squares, float, same)
+SQUARE_SUM(squares_of_bfloat16, uint16_t, bfloat16_to_float)
+SQUARE_SUM(squares_of_float, float, float_to_float)
 
 static void square_blocks(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *out) {
     for (int64_t block = begin; block < end; block++) {
-        int64_t first = block * BLOCK, count = end_of(tensor, block) - first;
-        ((float *const *)out)[0][before + block] = tensor->wide
-                                                       ? wide_squares((const float *)tensor->grad + first, count)
-                                                       : narrow_squares((const uint16_t *)tensor->grad + first, count);
+        int64_t first = block * BLOCK, count = block_end(tensor, block) - first;
+        ((float *const *)out)[0][before + block] = tensor->is_float
+                                                       ? squares_of_float((const float *)tensor->grad + first, count)
+                                                       : squares_of_bfloat16((const uint16_t *)tensor->grad + first,
+                                                                             count);
     }
 }
 
 /* Sum of squares of every block of every gradient, into `out`: the same with any number of threads. */
 void square_sums(const Tensor *tensors, int64_t count, float *out, int threads) {
-    deal(tensors, count, threads, square_blocks, &out);
+    share_blocks(tensors, count, threads, square_blocks, &out);
 }

@@ -4,6 +4,11 @@ torch's fused AdamW is one pass of its own, but wants float32 gradients, and ave
 bfloat16 gradients these move 64 bytes per weight where 38 are enough, and one thread takes all that the memory gives.
 The loops are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept
 for later runs. Without a compiler the optimizer does the same in several passes.
+
+A compiled torch function over flat buffers does nearly as well and was measured against this one: for SiT-S/2 (45 M
+parameters, bfloat16 copies, one thread of a CPU that other work shared), an update took 0.144 s of CPU time here, and
+0.159 s as compiled by inductor (joining the gradients included); in several passes 0.337 s (medians of nine). This one
+stays: it needs no torch.compile, works on tensors where they are, and gives the same bits with any number of threads.
 """
 
 import ctypes
@@ -30,7 +35,7 @@ class Tensor(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("master", "first", "second", "average", "grad", "copy")),
-        *((name, ctypes.c_int64) for name in ("size", "wide")),
+        *((name, ctypes.c_int64) for name in ("size", "is_float")),
         ("rate", ctypes.c_float),
         ("correction", ctypes.c_float),
     ]
@@ -58,7 +63,7 @@ class FusedUpdate:
         self.config = config
         self.steps = [state["step"] for state in states]
         moments = [(state["exp_avg"], state["exp_avg_sq"]) for state in states]
-        self.kept = list(zip(masters, moments, averages, copies or [None] * len(masters), strict=True))
+        self.tensors_of = list(zip(masters, moments, averages, copies or [None] * len(masters), strict=True))
 
     def prepare(self, grads):
         """Take the gradients, for `norm` and `__call__`; they must not change until both are done.
@@ -66,15 +71,15 @@ class FusedUpdate:
         Args:
             grads: dict from a parameter's number to its gradient, bfloat16 or float32.
         """
-        self.which, self.grads = list(grads), [grad.contiguous() for grad in grads.values()]
+        self.numbers, self.grads = list(grads), [grad.contiguous() for grad in grads.values()]
         self.table = (Tensor * len(grads))()
-        for entry, k, grad in zip(self.table, self.which, self.grads, strict=True):
-            master, (first, second), average, copy = self.kept[k]
+        for entry, k, grad in zip(self.table, self.numbers, self.grads, strict=True):
+            master, (first, second), average, copy = self.tensors_of[k]
             entry.master, entry.first, entry.second, entry.average, entry.grad = (
                 tensor.data_ptr() for tensor in (master, first, second, average, grad)
             )
             entry.copy = None if copy is None else copy.data_ptr()
-            entry.size, entry.wide = grad.numel(), grad.dtype == torch.float32
+            entry.size, entry.is_float = grad.numel(), grad.dtype == torch.float32
 
     def norm(self):
         """Global norm of the gradients, 0-d float32; the same with any number of threads."""
@@ -91,7 +96,7 @@ class FusedUpdate:
                 average; numbers.
         """
         beta1, beta2 = self.config.betas
-        steps = [self.steps[k] for k in self.which]
+        steps = [self.steps[k] for k in self.numbers]
         torch._foreach_add_(steps, 1)
         for entry, step in zip(self.table, torch.stack(steps).tolist(), strict=True):
             entry.rate = lr / (1 - beta1**step)

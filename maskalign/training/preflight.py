@@ -32,8 +32,8 @@ def check_data(config):
     )
     manifest = manifests[0]
     facts = validate_with_data(config, manifest, sum(other.num_samples for other in manifests))
-    sources = dict(facts["teachers"] + ([facts["class_token"]] if facts["class_token"] else []))
-    if facts["class_token"]:
+    sources = dict(facts.teachers + ([facts.class_token] if facts.class_token else []))
+    if facts.class_token:
         roots = [opener.root for opener in openers]
         check_class_tokens(roots, manifests, [name for name, cached in sources.items() if cached])
     run_dir, resume = Path(config.run_dir), config.training.resume

@@ -72,14 +72,14 @@ def start_line(config, manifest, facts, num_samples, model, placement):
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
-    teachers = [f"{name} {'cached' if cached else 'online'}" for name, cached in facts["teachers"]]
+    teachers = [f"{name} {'cached' if cached else 'online'}" for name, cached in facts.teachers]
     parts = [
         f"{size} parameters",
         f"{num_samples:,} images of {len(manifest.class_names):,} classes",
         f"teacher {', '.join(teachers)}" if teachers else "no teacher",
     ]
     if model.class_dim:
-        name, cached = facts["class_token"]
+        name, cached = facts.class_token
         parts.append(f"class token of {name} ({model.class_dim} numbers, {'cached' if cached else 'online'})")
     parts.append(kept_tokens(TokenBudget(config.method, model)))
     precision = "bf16" if placement.dtype == torch.bfloat16 else "fp32"

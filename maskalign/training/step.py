@@ -6,7 +6,7 @@ import torch
 
 from maskalign.config.schedules import TokenBudget, schedule_value
 from maskalign.objective.draws import Draws, draw
-from maskalign.objective.flow_matching import training_loss
+from maskalign.objective.flow_matching import sample_posterior, training_loss
 from maskalign.training.graphs import StepGraphs
 from maskalign.training.plans import Plan
 from maskalign.training.schedules import learning_rate
@@ -68,14 +68,16 @@ class TrainStep:
         config: `Config`.
         placement: `ranks.Placement`.
         plan: `plans.Plan` over the model; by default one process.
+        latent: what a manifest says of stored moments, a dict with scale and bias; None where inputs are ready.
     """
 
-    def __init__(self, model, optimizer, config, placement, plan=None):
+    def __init__(self, model, optimizer, config, placement, plan=None, latent=None):
         self.model = model
         self.plan = plan or Plan(model, config, placement)
         self.optimizer = optimizer
         self.config = config
         self.placement = placement
+        self.latent = latent
         self.tokens = TokenBudget(config.method, model)
         self.graphs = None if self.plan.stream is None else StepGraphs(self.gradients, self.update, self.plan)
 
@@ -104,17 +106,16 @@ class TrainStep:
             device=self.placement.device,
         )
 
-    def __call__(self, step, progress, inputs, labels, teachers, first_slot=0, prepare=None, class_token=None):
+    def __call__(self, step, progress, inputs, labels, teachers, first_slot=0, class_token=None):
         """One optimizer step on this rank's share of the batch.
 
         Args:
             step: number of the step, from 0; it keys the draws.
             progress: share of the run that is done, for the schedules.
-            inputs: (b, C, H, W) float32 latents or pixels, or moments (b, 2C, h, w) with `prepare`.
+            inputs: (b, C, H, W) float32 latents or pixels; with `latent` moments (b, 2C, h, w), of any dtype.
             labels: (b,) int64.
             teachers: one (b, N, Dz) per teacher, floating or int8.
             first_slot: slot of the first image in the global batch.
-            prepare: function (inputs, posterior draw) -> clean latents, for stored moments; None for ready inputs.
             class_token: (b, class_dim) clean class tokens, for a model that has one.
 
         Returns:
@@ -127,9 +128,7 @@ class TrainStep:
         self.optimizer.set_step(step)
         if align_weight == 0:
             teachers = []
-        micro_batches = self._micro_batches(
-            step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token
-        )
+        micro_batches = self._micro_batches(step, kept, drawn, inputs, labels, teachers, first_slot, class_token)
         if self.graphs is None:
             losses = self.gradients(micro_batches, align_weight)
             norm, skipped = self.update(losses, lr)
@@ -138,15 +137,17 @@ class TrainStep:
         self.optimizer.average_on_host()
         return StepResult(*losses.unbind(), norm, skipped, lr, kept, drawn, align_weight)
 
-    def _micro_batches(self, step, kept, drawn, inputs, labels, teachers, first_slot, prepare, class_token):
+    def _micro_batches(self, step, kept, drawn, inputs, labels, teachers, first_slot, class_token):
         """Yield the parts of the batch, each with its draws."""
         size = labels.shape[0]
         parts = self.config.training.accumulation
         for part in range(parts):
             low, high = part * (size // parts), size if part == parts - 1 else (part + 1) * (size // parts)
-            draws = self.draws(step, first_slot + low, high - low, kept, drawn, prepare is not None)
-            x = inputs[low:high] if prepare is None else prepare(inputs[low:high], draws.posterior)
-            draws = draws._replace(posterior=None)  # it is in x
+            draws = self.draws(step, first_slot + low, high - low, kept, drawn, self.latent is not None)
+            x = inputs[low:high]
+            if self.latent is not None:
+                x = sample_posterior(x.float(), draws.posterior, self.latent["scale"], self.latent["bias"])
+                draws = draws._replace(posterior=None)  # it is in x
             teachers_of = [z[low:high] for z in teachers]
             class_of = None if class_token is None else class_token[low:high]
             share, last = (high - low) / size, part == parts - 1

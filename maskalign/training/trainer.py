@@ -19,7 +19,6 @@ from maskalign.data.stream.position import merge_states
 from maskalign.errors import RunError, UsageError
 from maskalign.evaluation import history
 from maskalign.evaluation.periodic import PeriodicEvaluation
-from maskalign.objective.flow_matching import sample_posterior
 from maskalign.runtime.device import tune_host
 from maskalign.runtime.files import disk_reason, is_disk_error, write_atomically
 from maskalign.runtime.lock import locked
@@ -49,7 +48,7 @@ def train(config, manifest, facts):
     Args:
         config: `Config`.
         manifest: the data set's `Manifest`.
-        facts: what `config.validate_with_data` returned for the two.
+        facts: `config.DataFacts` of the two.
 
     Returns:
         dict with step, seconds, run_dir and whether the run is `finished`.
@@ -129,9 +128,9 @@ class Trainer:
         if config.training.compile:
             check_compile(self.device)
 
-        grid = (facts["input_size"] // model_sizes(config)["patch_size"],) * 2
+        grid = (facts.input_size // model_sizes(config)["patch_size"],) * 2
         self.features = Features(
-            config, manifest, facts["teachers"], grid, self.device, class_token=facts["class_token"],
+            config, manifest, facts.teachers, grid, self.device, class_token=facts.class_token,
             prepare=lambda network: prepare_teacher(network, config, self.placement),
         )  # fmt: skip
         self.stream = ShardStream(
@@ -147,13 +146,13 @@ class Trainer:
             fields=self._fields(),
         )
         self.facts = {
-            "input_size": facts["input_size"],
-            "in_channels": facts["in_channels"],
-            "num_classes": facts["num_classes"],
+            "input_size": facts.input_size,
+            "in_channels": facts.in_channels,
+            "num_classes": facts.num_classes,
             "teacher_dims": self.features.dims,
             "class_dim": self.features.class_dim,
             "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
-            "teachers": [name for name, _ in facts["teachers"]],
+            "teachers": [name for name, _ in facts.teachers],
             "class_names": manifest.class_names,
             "latent": manifest.latent,
             "data": data_facts(config, self.stream.manifests, facts),
@@ -189,7 +188,7 @@ class Trainer:
         if self.placement.is_main:
             warn_of_full_subset(TokenBudget(config.method, self.model))
         prepare_blocks(self.model, config)
-        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan)
+        self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan, manifest.latent)
         self.throughput = Throughput(self.model, config, self.placement)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
         self.previews = Previews(config, self.facts, self.device, precision)
@@ -298,9 +297,9 @@ class Trainer:
     def step_inputs(self, batch):
         """The keyword arguments of `TrainStep` for a batch of the stream, on the device."""
         if self.manifest.latent is not None:
-            inputs, prepare = batch["moments"].to(self.device, non_blocking=True), self._draw_latents
+            inputs = batch["moments"].to(self.device, non_blocking=True)
         else:
-            inputs, prepare = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1, None
+            inputs = batch["image"].to(self.device, non_blocking=True).float() / 127.5 - 1
         teachers, class_token = self.features(batch)
         return {
             "inputs": inputs,
@@ -308,12 +307,7 @@ class Trainer:
             "teachers": teachers,
             "class_token": class_token,
             "first_slot": batch["slot"],
-            "prepare": prepare,
         }
-
-    def _draw_latents(self, moments, posterior):
-        latent = self.manifest.latent
-        return sample_posterior(moments.float(), posterior, latent["scale"], latent["bias"])
 
     def _loop(self):
         training = self.config.training

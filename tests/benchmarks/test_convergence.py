@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,13 +127,14 @@ def test_tflop_are_those_that_torch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     from maskalign.checkpoints.build import build_model
+    from maskalign.config import DataFacts
 
     settings = {"model.attention": "math", "training.batch_size": 2, **RECIPES[recipe]}
     config = recipe_config(settings)
-    facts = {"input_size": 32, "in_channels": 3, "num_classes": 10, "teachers": [("efficientnet-lite0", True)]}
+    facts = DataFacts(input_size=32, in_channels=3, num_classes=10, teachers=[("efficientnet-lite0", True)])
     manifest = SimpleNamespace(teachers={"efficientnet-lite0": {"dim": 320, "class_token": {"dim": 320}}})
     class_dim = 64 if config.model.class_token else None
-    model = build_model(config, {**facts, "teacher_dims": [320], "class_dim": class_dim})
+    model = build_model(config, {**asdict(facts), "teacher_dims": [320], "class_dim": class_dim})
     token = torch.randn(2, 64) if class_dim else None
     for phase, progress in phases(config, 64).items():
         assert phase == phase_at(config, 64, progress)

@@ -194,3 +194,17 @@ def test_the_command_line(hub, tmp_path, seed, capsys):
     assert code == 2 and "needs SRC and DST" in text
     code, text = call("sample", "hf-hub:user/none", "--out", tmp_path / "out")
     assert code == 2 and text.count("\n") == 1 and "no such repository" in text
+
+
+def test_evaluation_analysis_and_init_from_take_names(hub, tmp_path, seed):
+    from maskalign.analysis.subjects import find_checkpoints, load_subject
+    from maskalign.evaluation.subject import is_model
+    from maskalign.training.transfer import _load
+
+    model, data = weights(seed, ".safetensors", tmp_path)
+    hub.add("user/net", {"model.safetensors": data})
+    assert is_model("hf-hub:user/net") and is_model("reg-xl2")
+    (entry,) = find_checkpoints(["hf-hub:user/net"])
+    assert entry.run == "net" and same(model, load_subject(entry).model)
+    loaded, knows_heads = _load("hf-hub:user/net", 2)
+    assert same(model, loaded.model) and knows_heads

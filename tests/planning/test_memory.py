@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.steps.clock import saved_bytes
 from maskalign.checkpoints.build import build_model
-from maskalign.objective.flow_matching import sample_posterior
 from maskalign.planning.communication import step_collectives
 from maskalign.planning.memory import Memory, shard_bytes
 from maskalign.planning.trace import trace_step
@@ -35,7 +34,8 @@ class Measured:
         self.model = build_model(config, build)
         self.optimizer = Optimizer(self.model, config.optimizer, dtype)
         prepare_blocks(self.model, config)
-        self.train_step = TrainStep(self.model, self.optimizer, config, Placement(torch.device("cpu"), dtype))
+        placement, latent = Placement(torch.device("cpu"), dtype), {"scale": 1.0, "bias": 0.0}
+        self.train_step = TrainStep(self.model, self.optimizer, config, placement, latent=latent)
         size = build["input_size"]
         rows = self.model.num_tokens + (self.model.class_dim is not None)
         self.batch = SimpleNamespace(
@@ -53,8 +53,7 @@ class Measured:
 
     def step(self, batch):
         self.train_step(
-            0, 0.0, batch.inputs, batch.labels, batch.teachers, prepare=lambda m, d: sample_posterior(m.float(), d),
-            class_token=batch.class_token,
+            0, 0.0, batch.inputs, batch.labels, batch.teachers, class_token=batch.class_token,
         )  # fmt: skip
 
 

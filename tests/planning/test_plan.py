@@ -85,7 +85,7 @@ def test_a_run_that_does_not_fit_ends_in_a_line_after_its_tables(tmp_path, capsy
 @pytest.mark.parametrize(
     "words, line",
     [
-        ("", "world_size"),
+        ("", "--world-size is missing"),
         ("--world-size 0", "--world-size: 0 must be at least 1"),
         ("--world-size 2", "none runs in one process, not on 2 ranks"),
         ("--world-size 3 --parallel.plan ddp", "training.batch_size: 64 must be a multiple of ranks"),

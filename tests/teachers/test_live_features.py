@@ -36,7 +36,7 @@ def build(folder, names=VIT, grid=GRID, **settings):
     config = parse_config([word for key, value in own.items() for word in (f"--{key}", str(value))])
     manifest = Manifest.load(folder)
     facts = validate_with_data(config, manifest)
-    features = Features(config, manifest, facts["teachers"], grid, CPU, class_token=facts["class_token"])
+    features = Features(config, manifest, facts.teachers, grid, CPU, class_token=facts.class_token)
     fields = [*features.fields, *(["image"] if features.needs_images else [])]
     read = next(iter(ShardStream(str(folder), 4, streams=1, fields=fields)))
     everything = ["image", VIT, RESNET, f"{VIT}.class", f"{RESNET}.class"]

@@ -339,3 +339,37 @@ def test_graphs_on_a_gpu(changes, dtype, seed, caplog):
     *found, step = train("cuda", seed, *changes, dtype=dtype)
     assert "cannot be captured" not in caplog.text and step.graphs.captured is not None
     assert_same(found, expected, 1e-3 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip, reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("plan", ["none", "ddp", "fsdp"])
+def test_captured_runs_over_nccl_are_the_plain_ones(plan, run, tmp_path, caplog):
+    """One rank; collectives are launched all the same. 200 steps, a change of K, previews and checkpoints between."""
+    own = {**LONG, **PLANS[plan], "training__max_steps": 200, "training__device": "cuda", "training__sample_every": 70}
+    run("plain", **own, training__cuda_graph="false")
+    run("captured", **own, training__cuda_graph="true")
+    assert "cannot be captured" not in caplog.text
+    assert_rows(tmp_path / "plain", tmp_path / "captured", plan, tolerance=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device here")
+@pytest.mark.parametrize("changes", [[], PAPER])
+def test_a_step_on_a_gpu_does_not_synchronize(changes, seed, monkeypatch):
+    own = TrainStep.gradients, TrainStep.update
+
+    def watched(function):
+        def call(*args):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(*args)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return call
+
+    train("cuda", seed, *changes, graphs=False)  # compiles and tunes
+    monkeypatch.setattr(TrainStep, "gradients", watched(own[0]))
+    monkeypatch.setattr(TrainStep, "update", watched(own[1]))
+    train("cuda", seed, *changes, graphs=False)

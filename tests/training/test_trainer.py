@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -98,19 +99,52 @@ def test_loader_processes_do_not_change_the_run(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, kept",
     [
-        dict(method__route="[1, 2]", method__restore="fuse", model__mixer="none", method__align_weight=0),
-        dict(method__route="none", model__mixer="none"),
-        dict(method__route="[0, 1]", method__restore="bypass", model__mixer="depthwise_conv", method__subset="grid"),
-        dict(model__mixer="attention", method__align_ratio=0.5, method__keep_multiple=1, method__subset="block"),
-        dict(objective__path="cosine", objective__time="lognormal", model__projector="conv", method__keep_ratio=1.0),
-        dict(training__precision="bf16"),
+        (dict(method__route="[1, 2]", method__restore="fuse", model__mixer="none", method__align_weight=0), 8),
+        (dict(method__route="none", model__mixer="none"), 8),
+        (
+            dict(
+                method__route="[0, 1]", method__restore="bypass", model__mixer="depthwise_conv", method__subset="grid"
+            ),
+            8,
+        ),
+        (
+            dict(
+                model__mixer="attention", method__align_ratio=0.5, method__keep_multiple=1, method__subset="block",
+                method__keep_ratio=0.7,
+            ),
+            11,
+        ),
+        (
+            dict(
+                objective__path="cosine", objective__time="lognormal", model__projector="conv", method__keep_ratio=1.0
+            ),
+            16,
+        ),
+        (dict(training__precision="bf16"), 8),
     ],
     ids=["sprint", "loss-only", "tread", "align-ratio", "cosine-conv", "bf16"],
-)
-def test_recipes_train(run, changes):
-    assert run(**changes, training__max_steps=2)["finished"]
+)  # fmt: skip
+def test_recipes_keep_their_tokens_and_learn(run, tmp_path, monkeypatch, changes, kept):
+    """The number K that a step draws, a velocity loss that falls, and an alignment that is there or not."""
+    from maskalign.training.step import TrainStep
+
+    drawn, own = set(), TrainStep.draws
+
+    def draws(self, *args, **kwargs):
+        result = own(self, *args, **kwargs)
+        drawn.add(16 if result.subset is None else result.subset.shape[1])
+        return result
+
+    monkeypatch.setattr(TrainStep, "draws", draws)
+    assert run(**changes, training__max_steps=40, optimizer__lr=0.01)["finished"] and drawn == {kept}
+    rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert {row["keep_ratio"] for row in rows} == {kept / 16}
+    first, last = (statistics.median(row["velocity_loss"] for row in part) for part in (rows[:10], rows[-10:]))
+    assert last < first
+    aligns = "method__align_weight" not in changes
+    assert all((0 < abs(row["align_loss"]) <= 1) == aligns for row in rows)
 
 
 def test_a_constant_may_be_written_as_a_schedule(run):
@@ -131,10 +165,29 @@ def test_latents_and_features_on_another_grid(run, data_set_of, tmp_path):
     assert (model.in_channels, model.input_size, model.num_tokens) == (4, 8, 16)
 
 
-def test_online_features_equal_cached_ones_in_kind(run, tmp_path):
-    run(teacher__names="[timm:vit_tiny_patch16_224]", teacher__weights="random", training__max_steps=2)
-    model = load_model(tmp_path / "run")
-    assert model.teacher_dims == (192,)
+def test_online_features_are_those_that_encoding_would_cache(run, data_set, tmp_path):
+    """The rows of a step, computed from the images, against the same images through the teacher by itself."""
+    from maskalign.config import parse_config
+    from maskalign.teachers import load_teacher
+    from maskalign.training import trainer
+    from maskalign.training.preflight import check_data
+    from tests.training.conftest import arguments
+
+    name = "timm:vit_tiny_patch16_224"
+    own = dict(teacher__names=f"[{name}]", teacher__weights="random", training__max_steps=2)
+    config = parse_config(arguments(data_set, tmp_path / "run", **own))
+    made = trainer.Trainer(config, *check_data(config))
+    batch = next(iter(made.stream))
+    (rows,) = made.step_inputs(batch)["teachers"]
+    (source,) = made.features.sources
+    alone = load_teacher(name, weights="random", image_size=16)
+    alone.encoder.network.load_state_dict(source.teacher.encoder.network.state_dict())
+    with torch.no_grad():
+        expected = alone(batch["image"])
+    assert expected.shape[-1] == 192 == made.model.teacher_dims[0] and rows.shape[:2] == (8, made.model.num_tokens)
+    maps = expected.unflatten(1, source.grid).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.adaptive_avg_pool2d(maps, made.model.grid)
+    torch.testing.assert_close(rows.float(), grid.flatten(2).transpose(1, 2).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_give_the_model_back(run, tmp_path):

@@ -1,4 +1,4 @@
-"""Bad samples: each counted and named once, and a limit to how many there may be."""
+"""Bad samples: each is counted and named once, and their number is limited."""
 
 import logging
 from collections import Counter
@@ -9,7 +9,7 @@ log = logging.getLogger(__name__)
 
 
 class BadSamples:
-    """The bad samples that a stream has met.
+    """The bad samples that a stream has found.
 
     Args:
         root: the (first) data set, for messages.
@@ -19,7 +19,7 @@ class BadSamples:
     Attributes:
         places: dict with a key (data set, shard, sample) for each: an ordered set.
         lines: one line for each that was met here and not before a restart.
-        limit: the most that there may be.
+        limit: the largest number that is allowed.
     """
 
     def __init__(self, root, manifests, max_fraction):

@@ -1,8 +1,7 @@
-"""Memory for batches: written once, by whoever reads the sample, and handed to torch without a copy.
+"""Memory for batches: written once, by the process that reads a sample, and passed to torch without a copy.
 
-A batch is one block of memory that holds its columns one after the other. Blocks are used again once the last
-tensor that looks into them is gone, which saves the page faults of fresh memory; a consumer who keeps batches
-keeps theirs.
+A batch is one block of memory that holds its columns one after the other. A block is reused after the last tensor
+that views it is freed, which avoids the page faults of fresh memory; consumers that keep batches keep their blocks.
 """
 
 import mmap
@@ -56,7 +55,7 @@ class BlockPool:
         self.blocks, self.descriptors, self.free = [], [], deque()
 
     def lease(self):
-        """(number of the block, its arrays); the block is free again when all that looks into it is gone."""
+        """(number of the block, its arrays); the block is free again when everything that views it is freed."""
         number = self.free.popleft() if self.free else self._grow()
         arrays, base = self.layout.arrays(self.blocks[number])
         # Every array, and every tensor made of one, keeps `base` alive.
@@ -76,7 +75,7 @@ class BlockPool:
         return len(self.blocks) - 1
 
     def close(self):
-        """Close the descriptors; memory that is still looked into stays until it is not."""
+        """Close the descriptors; memory that is still viewed stays until it is freed."""
         for descriptor in self.descriptors:
             if descriptor is not None:
                 os.close(descriptor)
@@ -86,7 +85,7 @@ class BlockPool:
 
 
 def _nameless_file(size):
-    """Descriptor of `size` bytes of shared memory that vanish with their last user, also after kill -9.
+    """Descriptor of `size` bytes of shared memory that are freed with their last user, also after kill -9.
 
     memfd is not bound by the size of /dev/shm, which containers keep at 64 MiB.
     """

@@ -1,6 +1,6 @@
 """Turn the bytes of a member into a label, an array or an image: bounded, and never by unpickling.
 
-Only these formats exist here, whatever else a shard holds: ASCII integers (.cls), numpy's .npy with a plain
+Only these formats are decoded: ASCII integers (.cls), numpy's .npy with a plain
 dtype, PNG, JPEG and WebP. Each function raises BadSample with a reason that names the fault.
 """
 
@@ -55,7 +55,7 @@ def decode_stored_image(data, resolution):
     The size is compared before any pixel is decoded, so a 100-megapixel image costs no more than its header.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # told by the size below
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below reports it
         try:
             with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
                 if image.size != (resolution, resolution):

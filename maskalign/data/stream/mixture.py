@@ -121,7 +121,7 @@ class Mixture:
         self.pattern = cycle(weights)
         length = len(self.pattern)
         # One row of draws (one per stream) follows the last one in the cycle. Where the number of streams
-        # shares a divisor with the length, a stream would see the same few data sets for ever, so rows are
+        # shares a divisor with the length, a stream would always see the same few data sets, so rows are
         # shifted a little.
         self.stride = next(q for q in range(streams, streams + length + 1) if gcd(q, length) == 1)
 

@@ -1,4 +1,4 @@
-"""One open shard: an index of its members, and reads of single members straight into their place in a batch.
+"""One open shard: an index of its members, and reads of single members directly into a batch.
 
 webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The
 stream permutes a few shards together and takes its place again in the middle of them, so it reads members by
@@ -60,7 +60,7 @@ class OpenShard:
             if members is None:
                 members, intact = self._scan()
             if not intact and (checked or any(crc != -1 for *_, crc in members)):
-                # Each member proves itself by its checksum, so what follows the damage can be used too.
+                # Each member has its own checksum, so members after the damage can be used too.
                 members = self._salvage()
             if not members and shard.num_samples:
                 raise BadShard("holds nothing that can be read")
@@ -175,7 +175,7 @@ class OpenShard:
         return any((column.crc[column.offset >= 0] < 0).any() for column in self.columns.values())
 
     def _compare_sha256(self):
-        """Labels have no other protection: a shard of another writer is used whole or not at all."""
+        """Without checksums per member, labels have no other protection: use the whole shard or nothing of it."""
         digest, position = hashlib.sha256(), 0
         while data := os.pread(self.fd, 2**20, position):
             digest.update(data)
@@ -197,7 +197,7 @@ class OpenShard:
         return offset, int(column.size[i]), int(column.crc[i]), int(column.seed[i])
 
     def read_ahead(self, i):
-        """Have the system fetch sample i from the disk while others are being read."""
+        """Ask the system to fetch sample i from the disk while others are being read."""
         if i < len(self.keys) and hasattr(os, "posix_fadvise"):  # macOS has none
             start = int(self.starts[i])
             length = max(int(self.stops[i]) - start, 1)
@@ -225,7 +225,7 @@ class OpenShard:
     def read_array(self, i, ending, out, proven=False):
         """Copy the data of a .npy member into `out`, a C-contiguous array of the expected shape and dtype.
 
-        With `proven` the checksum is taken to hold.
+        With `proven` the checksum is not compared again.
         """
         offset, size, crc, seed = self._find(i, ending)
         header = bytearray(size - out.nbytes) if 10 < size - out.nbytes <= MAX_NPY_HEADER else None

@@ -1,14 +1,15 @@
 """Open a shard wherever it lies: local paths, http(s)://, any URL that fsspec knows, pipe: if allowed.
 
-What is remote is copied to local disk first (into `cache_dir`, which keeps it, or into a file without a name,
+Remote shards are copied to local disk first (into `cache_dir`, which keeps it, or into a file without a name,
 which the system removes with the process), because the stream reads a group of shards in a permuted order.
 Copies are made ahead of use by threads. A server that fails is asked again with growing pauses; one that
 sends nothing for `timeout` seconds counts as failed.
 
 Why this is written here: urllib3's Retry ends with the headers of an answer, so a body that breaks off is neither asked
 for again nor continued by a range, and tenacity would replace the eight lines of one loop. The caching file systems of
-fsspec (2026.9, `simplecache` and `filecache`) write a copy under its final name and believe any file that is there,
-without its size and without a lock: ranks of one machine would fetch a shard several times, or read half of one.
+fsspec (2026.9, `simplecache` and `filecache`) write a copy under its final name and trust any existing file,
+without a check of its size and without a lock: ranks of one machine would fetch a shard several times, or read half of
+one.
 """
 
 import errno
@@ -54,7 +55,7 @@ class Opener:
         if self.pipe and not allow_pipe:
             raise UsageError(f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it")
         if self.pipe and "{}" not in root:
-            raise UsageError(f"data set {root!r}: put {{}} where the file's name belongs in the command")
+            raise UsageError(f"data set {root!r}: put {{}} in the command where the file's name belongs")
         self.root = root
         self.remote = self.pipe or is_url(root)
 
@@ -93,7 +94,7 @@ class Opener:
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
 
     def copy(self, name, file):
-        """Append to an open file what it lacks of a remote one; BadShard where that cannot be had."""
+        """Append to an open file what it lacks of a remote one; BadShard where that is not available."""
         self._download(name, file)
 
     def _open_cached(self, shard):
@@ -185,7 +186,7 @@ def _open_whole(path, shard):
 
 
 def _copy_watched(open_source, file, timeout):
-    """Copy a stream whose library knows no time limit: a thread reads, left behind once nothing comes."""
+    """Copy a stream whose library knows no time limit: a thread reads, and is abandoned when no data arrives."""
     progress, stop, result = threading.Event(), threading.Event(), []
     file.seek(0)
     file.truncate()

@@ -40,8 +40,8 @@ def hash_key(*values):
 def permutation(n, *key):
     """Permutation of range(n) keyed by integers, as an int64 array.
 
-    Sorting hashed indices is used and not `numpy.random`, whose streams may change between versions: a
-    checkpoint must mean the same order years later.
+    Sorts hashed indices instead of using `numpy.random`, whose streams may change between versions: a
+    checkpoint must stand for the same order years later.
     """
     draws = mix64(np.uint64(hash_key(*key)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN))
     return np.argsort(draws, kind="stable")
@@ -55,7 +55,7 @@ def drawn_by(stream, total, streams):
 def default_streams(batch_size, most=64):
     """Number of logical streams where none is given: a divisor of the batch size, at most `most`.
 
-    It depends on nothing but the batch size, so neither ranks nor workers change the order. Divisors that
+    It depends only on the batch size, so neither ranks nor workers change the order. Divisors that
     keep the batch size's power of two are preferred: those are dealt to 2, 4, 8, 16 ranks without a
     remainder.
     """
@@ -153,7 +153,7 @@ class Cursor:
         return self._epoch, shard, sample
 
     def advance(self):
-        """Go on to the next sample."""
+        """Advance to the next sample."""
         self.position += 1
         self._next += 1
 

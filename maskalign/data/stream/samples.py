@@ -1,6 +1,6 @@
 """From positions to rows of a batch: what one process does for the streams that it owns.
 
-Bad samples are dealt with here. A stream's position counts all its samples, good and bad; a step takes the
+This file handles bad samples. A stream's position counts all its samples, good and bad; a step takes the
 next good ones, so which samples a step gets depends on the data alone and not on who reads them.
 """
 
