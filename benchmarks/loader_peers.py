@@ -25,7 +25,7 @@ import numpy as np
 
 MOMENTS, TOKENS = (8, 32, 32), (256, 768)
 MOMENTS_BYTES, TOKENS_BYTES = int(np.prod(MOMENTS)) * 2, int(np.prod(TOKENS))
-# What each loader promises, by its documentation; ours is held by tests/data/stream.
+# What each loader promises. Ours is held by tests/data/stream; the others are untested knowledge of these libraries.
 PROMISES = {
     "exact resume": {
         "maskalign": "yes, from a few integers per logical stream in the checkpoint",
