@@ -99,7 +99,7 @@ def packaged_recipes():
     """{name: path} of the recipes that are installed with the package, e.g. `imagenet256/b2/maskalign`."""
     import maskalign_configs
 
-    root = Path(maskalign_configs.__file__).parent
+    root = Path(str(maskalign_configs.__file__)).parent
     return {path.relative_to(root).with_suffix("").as_posix(): path for path in root.rglob("*.yaml")}
 
 
