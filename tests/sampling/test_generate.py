@@ -188,7 +188,7 @@ def test_the_command(checkpoint, tmp_path, capfd):
         (["sample", tmp_path / "nothing", "--out", "o"], "does not exist"),
         ([*words[:4], "--cfg-interval", "0.7"], "LO,HI"),
         ([*words[:4], "--npz", "0"], "--npz"),
-        ([*words[:4], "--npz", "4", "--strip"], "a call of their own"),
+        ([*words[:4], "--npz", "4", "--strip"], "a second call"),
         ([*words[:4], "--frames", "1"], "--frames"),
         ([*words[:4], "--interpolate", "class", "--classes", "1"], "needs two classes"),
         ([*words[:4], "--interpolate", "labels"], "interpolate"),
