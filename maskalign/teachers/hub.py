@@ -14,6 +14,12 @@ def dinov2_model(name):
     return f"vit_{DINOV2_SIZES[name.removeprefix('dinov2-')]}_patch14_dinov2.lvd142m"
 
 
+WITHOUT_HUB = (
+    "its weights, a .safetensors or .pth file (teacher.weights in training, --weights of data encode, "
+    "--teacher-weights of evaluate), or use the teacher efficientnet-lite0, which is installed"
+)
+
+
 def check_weights(name, weights):
     """Raise a UsageError where a teacher's weights are not available; quick, and without importing torch.
 
@@ -25,4 +31,4 @@ def check_weights(name, weights):
         if not os.path.isfile(weights):
             raise UsageError(f"teacher {name}: there is no weights file {weights} (or say hub or random)")
     elif name.startswith("dinov2-") and weights != "random":
-        check_hub(f"teacher {name}", f"timm/{dinov2_model(name)}", "its weights (a .safetensors or .pth file)")
+        check_hub(f"teacher {name}", f"timm/{dinov2_model(name)}", WITHOUT_HUB)

@@ -10,7 +10,7 @@ import torch
 
 from maskalign.errors import UsageError, one_line
 from maskalign.runtime.hub import check_hub, hub_url
-from maskalign.teachers.hub import SOURCES
+from maskalign.teachers.hub import SOURCES, WITHOUT_HUB
 
 RANDOM_SEED = 0
 
@@ -108,7 +108,7 @@ def _from_hub(model, teacher, kwargs):
             if isinstance(cached, str):
                 # Without contacting the hub, whose client would wait where there is no network.
                 return _from_state_dict(model, read_state_dict(cached, teacher), kwargs)
-    check_hub(f"teacher {teacher}", repository or model, "its weights (a .safetensors or .pth file)")
+    check_hub(f"teacher {teacher}", repository or model, WITHOUT_HUB)
     try:
         return timm.create_model(model, pretrained=True, **kwargs)
     except OSError as error:

@@ -196,3 +196,15 @@ def test_a_place_that_cannot_be_written_is_one_line(ending, tmp_path, seed, monk
     with pytest.raises((RunError, UsageError), match="Permission denied") as error:
         convert(tmp_path / "a.safetensors", tmp_path / "closed" / f"b{ending}")
     assert "\n" not in str(error.value) and not list((tmp_path / "closed").iterdir())
+
+
+def test_a_hub_that_does_not_answer_names_the_settings_and_the_installed_teacher(monkeypatch):
+    from maskalign.teachers.hub import check_weights
+
+    monkeypatch.setattr("maskalign.runtime.hub.in_cache", lambda repository: False)
+    monkeypatch.setattr("maskalign.runtime.hub.hub_answers", lambda url: False)
+    with pytest.raises(UsageError) as error:
+        check_weights("dinov2-b", None)
+    said = str(error.value)
+    assert all(word in said for word in ("dinov2-b", "does not answer", "teacher.weights", "--weights of data encode"))
+    assert "efficientnet-lite0, which is installed" in said and "\n" not in said
