@@ -221,7 +221,7 @@ def _add_distances(report, pictures, real, networks, settings, progress):
         on_images = bar.update
         if isinstance(pictures, DrawnPictures):  # drawing takes most of the time
             pictures.choose_labels(labels)
-            pictures.on_images, on_images = bar.update, None
+            pictures.on_images, on_images = _up_to_total(bar), None
             report["settings"] |= asdict(pictures.settings) | {"labels": pictures.label_choice}
         features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
@@ -347,6 +347,11 @@ def _check_input(model, manifest, path):
         )
     if manifest.num_classes != model.num_classes:
         raise UsageError(f"the model has {model.num_classes} classes, but {path} has {manifest.num_classes}")
+
+
+def _up_to_total(bar):
+    """Update a bar by fractions of images, whose rounded sum may exceed the total: tqdm warns of that."""
+    return lambda images: bar.update(min(images, bar.total - bar.n))
 
 
 def _bar(total, name, shown):
