@@ -3,7 +3,9 @@
     python -m benchmarks.parallel [--preset SiT-B/2] [--ranks 2] [--batch-size 8] [--plans ddp,fsdp,zero2] [--rounds N]
 
 starts torchrun itself. A step is forward, backward, gradient reduction, clip, AdamW and EMA on random latents 4x32x32
-and cached teacher features 256x768 in memory. All plans live in the same processes and take turns, in another order
+and cached teacher features 256x768 in memory, with a class token for recipes that denoise one.
+
+All plans live in the same processes and take turns, in another order
 every round; a figure is the median over rounds of the slowest rank's step, the ratio the median of the ratios to the
 first plan within a round. CPU seconds, of all threads of the busiest rank, say what a step costs on a CPU whatever else
 runs on the machine. Communication is the share of a profiled step in which a collective was under way.
@@ -51,7 +53,8 @@ class Case:
         config = parse_config(argv)
         self.name = name
         self.placement = place(config.training, config.parallel)
-        facts = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "teacher_dims": [768]}
+        class_dim = 768 if config.model.class_token else None
+        facts = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "teacher_dims": [768], "class_dim": class_dim}
         with torch.device("meta"):
             model = build_model(config, facts)
         plan = Plan(model, config, self.placement)
@@ -63,11 +66,13 @@ class Case:
         self.plan = plan
         size, device = options.batch_size, self.placement.device
         generator = torch.Generator().manual_seed(self.placement.rank)
+        rows = 256 + (class_dim is not None)  # the class token's comes first
         self.batch = (
             torch.randn(size, 4, 32, 32, generator=generator).to(device),
             torch.randint(1000, (size,), generator=generator).to(device),
-            [torch.randint(-127, 128, (size, 256, 768), generator=generator, dtype=torch.int8).to(device)],
+            [torch.randint(-127, 128, (size, rows, 768), generator=generator, dtype=torch.int8).to(device)],
         )
+        self.class_token = torch.randn(size, class_dim, generator=generator).to(device) if class_dim else None
         self.first_slot = size * self.placement.rank
         self.number = 0
 
@@ -79,7 +84,8 @@ class Case:
         run = self.throughput.run if profiled else lambda step, *args, **kwargs: step(*args, **kwargs)
         self.plan.wait()
         start, cpu = time.perf_counter(), time.process_time()
-        result = run(self.train_step, self.number, 0.0, *self.batch, first_slot=self.first_slot)
+        own = {"first_slot": self.first_slot, "class_token": self.class_token}
+        result = run(self.train_step, self.number, 0.0, *self.batch, **own)
         float(result.loss)
         return self.plan.max_over_ranks(time.perf_counter() - start, time.process_time() - cpu)
 

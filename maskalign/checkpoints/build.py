@@ -16,9 +16,14 @@ def build_model(config, facts):
 
     Returns:
         SiT in float32 with fresh weights from torch's global generator.
+
+    Raises:
+        ValueError: the settings ask for a class token, and the facts do not say how many numbers it has.
     """
     sizes = model_sizes(config)
     model, method = config.model, config.method
+    if model.class_token and facts.get("class_dim") is None:
+        raise ValueError("model.class_token needs the facts' class_dim: another model would be built in silence")
     # A trained model loads anywhere, with the same numbers; training itself has asked for the package (preflight.py).
     attention = "auto" if model.attention == "flash_attn" and flash_package() is None else model.attention
     return SiT(

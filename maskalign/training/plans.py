@@ -10,7 +10,6 @@ from contextlib import nullcontext
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.nn.parallel import DistributedDataParallel
 
 from maskalign.training.compiling import compile_units
@@ -220,13 +219,15 @@ def abandon_shards(state):
     Args:
         state: of one FSDP module.
     """
+    # Private to torch, and needed here alone: a version without it must still train.
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
     context, step = state._comm_ctx, state._state_ctx
     context.all_gather_state = None
     context.post_forward_order.clear()
     for name in ("reduce_scatter_states", "_last_post_reduce_events"):
         getattr(context, name, {}).clear()
-    for name in ("reduce_scatter_state",):
-        setattr(context, name, None)
+    context.reduce_scatter_state = None
     step.iter_forward_root, step.post_backward_final_callback_queued = None, False
     state._training_state = TrainingState.IDLE
     getattr(state, "_modules_to_run_forward", set()).clear()

@@ -370,3 +370,15 @@ def test_convert_says_what_it_cannot_do(tmp_path, seed):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UsageError, match="cannot tell what this is"):
         convert(tmp_path / "notes.txt", tmp_path / "b.pt")
+
+
+def test_a_model_is_never_built_without_the_class_token_that_is_asked_for():
+    from maskalign.checkpoints.build import build_model
+    from maskalign.config import parse_config
+
+    config = parse_config(["--model.preset", "SiT-S/2", "--model.class_token", "true", "--model.depth", "1"])
+    facts = {"input_size": 8, "in_channels": 3, "num_classes": 2, "teacher_dims": [4]}
+    with torch.device("meta"):
+        with pytest.raises(ValueError, match="class_dim"):
+            build_model(config, facts)
+        assert build_model(config, {**facts, "class_dim": 5}).class_dim == 5

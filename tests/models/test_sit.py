@@ -8,6 +8,7 @@ import torch
 from maskalign.errors import UsageError
 from maskalign.models import PRESETS, SiT, draw_subset
 from maskalign.models.layers import patchify, unpatchify
+from maskalign.models.mixer import DepthwiseConvMixer
 
 MIXERS = ("token_mlp", "depthwise_conv", "attention", "none")
 SMALL = dict(
@@ -229,3 +230,39 @@ def test_attention_implementations_agree():
 def test_bad_settings_name_themselves(settings, word):
     with pytest.raises(ValueError, match=word):
         small(**settings)
+
+
+def random_depthwise(grid, width=6):
+    mixer = DepthwiseConvMixer(width, grid).double()
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter)
+    return mixer
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_the_depthwise_mixer_is_its_formula(grid, seed):
+    """x + gate * conv(LayerNorm(x) * (1 + scale) + shift), the 7x7 convolution written out as a sum."""
+    torch.manual_seed(seed)
+    (rows, columns), width = grid, 6
+    mixer = random_depthwise(grid, width)
+    x, c = torch.randn(2, rows * columns, width).double(), torch.randn(2, width).double()
+    subset = torch.tensor([[0, 3, 7], [1, 2, 11]])
+    shift, scale, gate = (part.unsqueeze(1) for part in mixer.adaLN_modulation(c))
+    centered = x - x.mean(-1, keepdim=True)
+    normed = centered / (centered.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift
+    padded = torch.zeros(2, rows + 6, columns + 6, width, dtype=torch.float64)
+    padded[:, 3 : 3 + rows, 3 : 3 + columns] = normed.view(2, rows, columns, width)
+    mixed = mixer.conv.bias.expand(2, rows, columns, width).clone()
+    for down, right in itertools.product(range(7), range(7)):
+        mixed += padded[:, down : down + rows, right : right + columns] * mixer.conv.weight[:, 0, down, right]
+    expected = x + gate * mixed.flatten(1, 2)
+    torch.testing.assert_close(mixer(x, c), expected, rtol=1e-12, atol=1e-12)
+    kept = torch.stack([expected[b, subset[b]] for b in range(2)])
+    torch.testing.assert_close(mixer(x, c, subset), kept, rtol=1e-12, atol=1e-12)
+
+
+def test_a_depthwise_gradient_has_the_strides_of_its_weight():
+    """A convolution's own gradient has others in its dimension of size 1, of which DDP warns on every rank."""
+    mixer = random_depthwise((8, 8))
+    mixer(torch.randn(2, 64, 6).double(), torch.randn(2, 6).double()).square().sum().backward()
+    assert mixer.conv.weight.grad.stride() == mixer.conv.weight.stride()

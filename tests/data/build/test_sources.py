@@ -16,14 +16,9 @@ from PIL import Image
 from maskalign.data.build import build
 from maskalign.data.build.webdataset_source import expand_braces
 from maskalign.errors import RunError, UsageError
+from tests.on_disk import png, write_folder, write_tar
 
 COLORS = {"cat": (200, 30, 30), "dog": (30, 200, 30), "eel": (30, 30, 200)}
-
-
-def png(color, side=12):
-    buffer = io.BytesIO()
-    Image.new("RGB", (side, side), color).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def class_files(counts, prefix=""):
@@ -31,23 +26,6 @@ def class_files(counts, prefix=""):
     return {
         f"{prefix}{label}/{number:02d}.png": png(COLORS[label]) for label in counts for number in range(counts[label])
     }
-
-
-def write_folder(root, files):
-    for name, data in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return root
-
-
-def write_tar(path, files, mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime = len(data), 1_700_000_000
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def write_zip(path, files):
@@ -255,7 +233,7 @@ def test_a_damaged_header_inside_a_tar_is_noticed(tmp_path):
         make(path, tmp_path / "out")
 
 
-@pytest.mark.parametrize("source", ["pipe:cat x.tar", "http://host/x.tar", "s3://bucket/x", "imagenet", "torchvision"])
+@pytest.mark.parametrize("source", ["pipe:cat x.tar", "http://host/x.zip", "s3://bucket/x", "imagenet", "torchvision"])
 def test_what_cannot_be_a_source(tmp_path, source):
     with pytest.raises(UsageError, match="pipe: commands are refused|this machine|does not exist") as caught:
         make(source, tmp_path / "out")
