@@ -58,6 +58,17 @@ def _sync(handle):
             raise
 
 
+def remove_leftovers(path):
+    """Remove the temporary files of `path` that killed processes left. Only where no other process is writing it."""
+    pattern = _temporary(Path(path), "*").name
+    for temporary in Path(path).parent.glob(pattern):
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path, process):
+    return path.with_name(f".{path.stem}.{process}.tmp{path.suffix}")
+
+
 def write_atomically(path, data):
     """Write bytes to a file atomically, also with respect to a power cut."""
     with replacing(path) as temporary, open(temporary, "wb") as file:
@@ -73,7 +84,7 @@ def replacing(path):
     by which libraries choose a format.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = _temporary(path, os.getpid())
     try:
         yield str(temporary)
         os.replace(temporary, path)

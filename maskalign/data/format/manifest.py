@@ -23,7 +23,7 @@ from maskalign.data.format.http import open_http, refusal
 from maskalign.data.format.members import KEY as MEMBER_CHECKSUMS
 from maskalign.data.format.members import KIND as MEMBER_CHECKSUM_KIND
 from maskalign.errors import RunError, UsageError, one_line
-from maskalign.runtime.files import write_atomically
+from maskalign.runtime.files import remove_leftovers, write_atomically
 from maskalign.runtime.home import expand_home
 
 FILE_NAME = "manifest.json"
@@ -202,9 +202,10 @@ class Manifest:
         return json.dumps(data | self.extra, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, folder):
-        """Write `folder`/manifest.json at once or not at all; returns its path."""
+        """Write `folder`/manifest.json at once or not at all; returns its path. One process writes it at a time."""
         self.validate(os.path.join(str(folder), FILE_NAME))
         path = os.path.join(str(folder), FILE_NAME)
+        remove_leftovers(path)
         write_atomically(path, self.to_json().encode())
         return path
 

@@ -196,3 +196,11 @@ def test_reading_a_manifest_imports_neither_torch_nor_numpy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_what_a_killed_process_left_of_a_manifest_goes(tmp_path):
+    (tmp_path / ".manifest.4711.tmp.json").write_text("{")
+    (tmp_path / ".other.4711.tmp.json").write_text("{")
+    manifest = Manifest(num_samples=1, resolution=8, class_names=["a"], shards=[Shard("s.tar", 1, 1, "0" * 64)])
+    manifest.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"manifest.json", ".other.4711.tmp.json"}
