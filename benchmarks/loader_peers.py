@@ -28,7 +28,7 @@ import numpy as np
 MOMENTS, TOKENS = (8, 32, 32), (256, 768)
 MOMENTS_BYTES, TOKENS_BYTES = int(np.prod(MOMENTS)) * 2, int(np.prod(TOKENS))
 # What each loader promises. tests/data/stream test ours. The promises of MosaicML Streaming 0.13.0 are those of its
-# documentation (fast resumption, elastic determinism), those of Grain 0.2.18 are read in its code (elastic_iterator.py).
+# documentation (fast resumption, elastic determinism); those of Grain 0.2.18 are read in its elastic_iterator.py.
 PROMISES = {
     "exact resume": {
         "maskalign": "yes, from a few integers per logical stream in the checkpoint",

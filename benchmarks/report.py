@@ -178,8 +178,8 @@ def loader_section(path, note):
     where = ["in the training process" if number == 0 else f"{number:g} processes" for number in workers]
     head = ["layout, loader", *(f"{cache}, {place}" for place in where for cache in ("page cache", "cold disk"))]
     text = paragraph(
-        f"Samples per second, and in parentheses how many times as fast ours is. {note['conditions']} docs/data.md says "
-        "what each loader promises."
+        f"Samples per second, and in parentheses how many times as fast ours is. {note['conditions']} docs/data.md "
+        "says what each loader promises."
     )
     table = markdown_table(head, lines)
     return "\n\n".join([text, f"`{note['command']}`", table])
