@@ -160,16 +160,29 @@ def share_of_reg(row, key):
 
 
 def loader_section(path, note):
-    """The rates of `benchmarks.loader` with no worker processes."""
-    rows = [row for row in read_csv(path) if row["workers"] == 0]
+    """The rates of `benchmarks.loader`."""
+    rows = {(row["layout"], row["loader"], row["workers"]): row for row in read_csv(path)}
+    workers = sorted({number for *_, number in rows})
+
+    def rate(layout, loader, number, kind):
+        row = rows[layout, loader, number]
+        faster = "" if loader == "maskalign" else f" ({row[f'maskalign_times_as_fast_{kind}']:.1f}x)"
+        return f"{row[f'{kind}_samples_per_second']:,.0f}{faster}"
+
+    columns = [(number, kind) for number in workers for kind in ("warm", "cold")]
     lines = [
-        [f"{row['layout']}, {row['loader']}", f"{row['warm_samples_per_second']:,.0f}",
-         f"{row['cold_samples_per_second']:,.0f}", f"{row['bytes_per_sample'] / 1000:.0f} kB"]
-        for row in rows
-    ]  # fmt: skip
-    head = ["layout, loader", "samples/s, page cache", "samples/s, cold disk", "a sample"]
-    text = paragraph(f"Samples per second, read in the training process. {note['conditions']}")
-    return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
+        [f"{layout}, {loader}", *(rate(layout, loader, *column) for column in columns)]
+        for layout, loader, number in rows
+        if number == workers[0]
+    ]
+    where = ["in the training process" if number == 0 else f"{number:g} processes" for number in workers]
+    head = ["layout, loader", *(f"{cache}, {place}" for place in where for cache in ("page cache", "cold disk"))]
+    text = paragraph(
+        f"Samples per second, and in parentheses how many times as fast ours is. {note['conditions']} docs/data.md "
+        "says what each loader promises."
+    )
+    table = markdown_table(head, lines)
+    return "\n\n".join([text, f"`{note['command']}`", table])
 
 
 def convergence_section(path, note):

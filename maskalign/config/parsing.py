@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, List, Union
 
 from maskalign.config.checks import validate
-from maskalign.config.messages import explain
+from maskalign.config.messages import RANGED, explain
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
 from maskalign.runtime.home import expand_home
@@ -33,7 +33,11 @@ def make_config_parser(more_names=(), shown=str, **kwargs):
             raise UsageError(explain(message, [*all_keys(), *more_names], shown))
 
     class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Descriptions and examples as they are written; types and defaults after each setting."""
+        """Descriptions and examples as they are written; types with their ranges, and defaults, after each setting."""
+
+        def _get_type_str(self, action):
+            text = super()._get_type_str(action)
+            return text and RANGED.sub(r"\g<type>, \g<range>", text)
 
     parser = ConfigParser(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
     parser.add_argument(
