@@ -134,7 +134,10 @@ def shard(on_disk, labels, name="s.tar", ending="cls"):
 
 @pytest.mark.parametrize(
     "labels, missing, names",
-    [([1, 2, 3], "no image has the label 0:", ["1", "2", "3"]), ([0, 7, 2, 7], "no image has 1, 3-6:", ["0", "2", "7"])],
+    [
+        ([1, 2, 3], "no image has the label 0:", ["1", "2", "3"]),
+        ([0, 7, 2, 7], "no image has the label 1, 3-6:", ["0", "2", "7"]),
+    ],
 )
 def test_holes_between_labels_are_asked_about(on_disk, build, tmp_path, labels, missing, names):
     source = shard(on_disk, labels)

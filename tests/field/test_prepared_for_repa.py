@@ -62,7 +62,10 @@ def test_pictures_labels_and_latents_are_taken_over_as_they_are(images, command,
     truth = prepare(tmp_path / "data", [3, 0, 1, 2, 1, 0, 3], images)
     status, said, error = command("data", "build", tmp_path / "data", "--out", tmp_path / "out")
     assert status == 0, error
-    assert "4 classes from the labels in dataset.json" in said and "default of REPA and REG, stabilityai/sd-vae-ft-mse" in said
+    assert (
+        "4 classes from the labels in dataset.json" in said
+        and "default of REPA and REG, stabilityai/sd-vae-ft-mse" in said
+    )
     manifest, samples = Manifest.load(tmp_path / "out"), stored(tmp_path / "out")
     assert manifest.resolution == SIDE and manifest.num_samples == len(samples) == 7
     vae = {"scale": 0.18215, "bias": 0.0, "dtype": "float32", "name": "stabilityai/sd-vae-ft-mse"}

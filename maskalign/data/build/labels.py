@@ -107,8 +107,8 @@ def number_classes(labels, class_names, source, holes=None):
         number_of = {number: number for number in numbers}
         if absent and class_names is None and holes is None:
             raise UsageError(
-                f"source {source}: labels run from {low} to {high}, but no image has the label {tell_numbers(absent)}. "
-                f"Sampling would draw such a class without training; give --holes close for {len(numbers)} classes "
+                f"source {source}: labels run from {low} to {high}, but no image has the label {tell_numbers(absent)}: "
+                f"sampling would draw such a class without training; give --holes close for {len(numbers)} classes "
                 f"numbered 0 to {len(numbers) - 1}, named after the old numbers, or --holes keep to keep the numbers"
             )
     if not absent:
