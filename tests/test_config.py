@@ -125,8 +125,8 @@ def test_a_misspelt_key_in_yaml(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"model: {preset: [\n", "is no YAML in line 2"),
-        (b"\x96\xff\x00", "is no text"),
+        (b"model: {preset: [\n", "is not valid YAML in line 2"),
+        (b"\x96\xff\x00", "is not a text file"),
         (b"", "holds no settings"),
         (b"- model\n- data\n", "holds no settings"),
         (b"trainin: {max_steps: 3}\n", "there is no setting 'trainin.max_steps'; did you mean 'training.max_steps'"),

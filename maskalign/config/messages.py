@@ -1,4 +1,4 @@
-"""What jsonargparse says of a wrong option or setting, in words that say what, where and how to fix it."""
+"""Turn jsonargparse's messages about a wrong option or setting into one line: what, where, and how to fix it."""
 
 import re
 from difflib import SequenceMatcher, get_close_matches
@@ -38,7 +38,7 @@ MISSING = re.compile(r"(?:arguments are required|[Kk]ey|option)[: ]+\"?([\w.,\- 
 
 
 def explain(message, names, shown=str, what="setting"):
-    """A message of jsonargparse as one line in the words of the product.
+    """Rewrite a message of jsonargparse as one line in the terms of this package.
 
     Args:
         message: the text, or the exception.

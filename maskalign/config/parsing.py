@@ -108,7 +108,7 @@ def packaged_recipes():
 
 
 def check_yaml(path):
-    """Raise a UsageError where a file of settings is no YAML mapping; what is in it is checked later."""
+    """Raise a UsageError unless a file of settings is a YAML mapping; its content is checked later."""
     import yaml
 
     if not os.path.isfile(path):
@@ -119,11 +119,11 @@ def check_yaml(path):
     except OSError as error:
         raise UsageError(f"--config: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UsageError(f"--config: {path} is no text; give a YAML file of settings") from None
+        raise UsageError(f"--config: {path} is not a text file; give a YAML file of settings") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f" in line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config: {path} is no YAML{line}: {' '.join(str(problem).split())}") from None
+        raise UsageError(f"--config: {path} is not valid YAML{line}: {' '.join(str(problem).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(
             f"--config: {path} holds no settings; write sections of them, such as training: {{max_steps: 1000}}"
