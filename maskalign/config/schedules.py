@@ -117,7 +117,7 @@ class TokenBudget:
 
     @property
     def least(self):
-        """The smallest number of kept tokens of the run, which is at one of its ends: the keep ratio changes in one direction."""
+        """The smallest number of kept tokens of the run. The keep ratio is monotonic, so it is that of an end."""
         return min(self.ends)
 
     @property
