@@ -152,8 +152,9 @@ def rows_of(name, model, options, trained):
 
 def table(rows):
     """The rows as a Markdown table."""
-    head = ["model", "way", "images/s", "against fp32 eager", "by CPU time", "against fp32 medium, by CPU time",
-            "pictures: mean level", "PSNR", "worst picture", "within 4 levels"]  # fmt: skip
+    head = ["model", "precision", "images/s", "relative to fp32 eager", "by CPU time",
+            "relative to fp32 medium, by CPU time",
+            "pictures: mean difference in levels", "PSNR", "PSNR of the worst picture", "within 4 levels"]  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for row in rows:
         cells = [

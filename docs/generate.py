@@ -2,7 +2,7 @@
 
     python -m docs.generate [--check] [--page docs/configuration.md]
 
---check changes nothing and exits with status 1 where the page differs from the code.
+--check changes nothing, and exits with status 1 if the page differs from the code.
 """
 
 import argparse
@@ -35,7 +35,7 @@ example `--method.keep_ratio "{kind: linear, start: 0.25, end: 1.0}"`. `maskalig
 
 
 def type_name(annotation):
-    """A type as a user writes it: `int`, `"a" or "b"`, `number or schedule`."""
+    """The name of a type on the page, such as `integer` or `number or schedule`."""
     names = {float: "number", int: "integer", str: "text", bool: "true or false", type(None): "null"}
     names[Schedule] = "[schedule](#schedules)"
     if annotation in names:
@@ -58,7 +58,7 @@ def type_name(annotation):
 
 
 def default_of(field):
-    """A field's default as YAML."""
+    """The default of a field, as YAML."""
     value = field.default_factory() if field.default is MISSING else field.default
     if value is None:
         return "-"
@@ -70,13 +70,13 @@ def default_of(field):
 
 
 def help_lines(cls):
-    """{field name: its help, on one line} from the texts under the fields of a dataclass."""
+    """{field name: its description on one line}, from the docstrings below the fields of a dataclass."""
     parsed = docstring_parser.parse_from_object(cls)
     return {entry.arg_name: " ".join(entry.description.split()) for entry in parsed.params if entry.description}
 
 
 def table(cls, prefix):
-    """A table of a dataclass's own fields, nested ones left out."""
+    """A table of the fields of a dataclass, without nested dataclasses."""
     lines = ["| setting | type | default | meaning |", "| --- | --- | --- | --- |"]
     texts = help_lines(cls)
     for field in fields(cls):
@@ -93,7 +93,7 @@ def summary(cls):
 
 
 def page():
-    """The whole page."""
+    """The text of the page."""
     parts = [INTRODUCTION, "## General\n", table(Config, ""), ""]
     for field in fields(Config):
         if is_dataclass(field.type):
@@ -105,7 +105,7 @@ def page():
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m docs.generate", description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 where the page differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the page differs")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(argv)
     new = page()

@@ -1,4 +1,4 @@
-"""For mkdocs: the pages link to benchmarks/results, which is outside docs/ but in the same repository."""
+"""Hooks for mkdocs: add benchmarks/results, to which the pages link, although it is outside of docs/."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 
 def on_files(files, config):
-    """Add the plots and tables under results/."""
+    """Add the plots and tables to the site, in the folder results/."""
     for path in sorted(RESULTS.glob("*.*")):
         if path.suffix in (".png", ".csv"):
             files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
@@ -16,5 +16,5 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    """Point the links there."""
+    """Change links to benchmarks/results into links to that folder."""
     return markdown.replace("](../benchmarks/results/", "](results/")

@@ -2,9 +2,9 @@
 
     python examples/custom_mixer.py [STEPS]
 
-A mixer is given all tokens x (B, N, D), the condition c (B, D), and the rows to keep, and returns only those rows. This
-one adds to every token an average over all tokens, weighted by a learned score per token. CONTRIBUTING.md says what
-else a mixer needs to become a setting.
+A mixer receives all tokens x (B, N, D), the condition c (B, D) and the indices of the rows to keep, and returns only
+these rows. This one adds to every token an average over all tokens, weighted by a learned score per token.
+CONTRIBUTING.md lists the changes to make a mixer available as a setting.
 """
 
 import sys
@@ -20,7 +20,7 @@ from maskalign.models.routing import gather_tokens
 class AverageMixer(nn.Module):
     """x + gate(c) * W sum_j softmax(score(u))_j u_j with u = LayerNorm(x) * (1 + scale(c)) + shift(c)."""
 
-    needs_grid = False  # True for a mixer along the patch grid, which gets no class token
+    needs_grid = False  # True for a mixer along the patch grid, which cannot process the class token
 
     def __init__(self, width):
         super().__init__()
@@ -28,7 +28,7 @@ class AverageMixer(nn.Module):
         self.score = nn.Linear(width, 1)
         self.out = nn.Linear(width, width)
         self.adaLN_modulation = AdaLN(width, 3)
-        # A gate of zero makes the fresh mixer the identity, so that a trained SiT can be continued with it.
+        # With a gate of zero the new mixer is the identity, so training of a SiT can be continued with it.
         for parameter in self.adaLN_modulation.parameters():
             nn.init.zeros_(parameter)
 

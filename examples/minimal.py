@@ -1,10 +1,11 @@
-"""MaskAlign in one file: pictures, teacher, model, objective, training loop, samples. Under a minute on a CPU.
+"""MaskAlign in one file: pictures, teacher, model, objective, training loop, samples. Takes less than a minute on a
+CPU.
 
     python examples/minimal.py [STEPS] [OUT.png]
 
-A small SiT learns 128 emoji of OpenMoji at 32 px. In every step two mixing layers see all 64 patches of an image, the
-blocks see a random 48 of them, and the features after block 2 are aligned with those of a frozen EfficientNet on the
-same 48. `maskalign train` does the same with data loading, mixed precision, many GPUs, checkpoints and logs.
+A small SiT learns 128 emoji of OpenMoji at 32 px. In every step, two mixing layers process all 64 patches of an image,
+the blocks process a random 48 of them, and the features after block 2 are aligned with those of a frozen EfficientNet
+on the same 48. `maskalign train` adds data loading, mixed precision, many GPUs, checkpoints and logs.
 """
 
 import copy
@@ -38,7 +39,7 @@ def load_pictures():
 
 
 def load_features(pictures):
-    """The teacher's rows for every patch of the student: (n, N, Dz). Its mean row says nothing about an image."""
+    """The teacher's rows for every patch of the student: (n, N, Dz), minus the mean row of all images."""
     teacher = load_teacher("efficientnet-lite0")
     z = torch.cat([teacher(part) for part in pictures.split(32)])
     z = resample_tokens(z, teacher.grid, (SIZE // PATCH, SIZE // PATCH))
@@ -71,7 +72,7 @@ def loss_of(model, x, labels, z):
     s = t.view(-1, 1, 1, 1)
     x_t, target = (1 - s) * x + s * noise, noise - x
     labels = torch.where(torch.rand(batch) < LABEL_DROPOUT, model.num_classes, labels)
-    subset = draw_subset(batch, model.grid, KEEP)  # (B, K), another one in every step
+    subset = draw_subset(batch, model.grid, KEEP)  # (B, K), drawn again in every step
 
     out = model(x_t, t, labels, subset)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on your own pictures: a folder with a subfolder per class, or a .zip or .tar of one.
 #
-#   examples/own_pictures.sh PICTURES OUT [--section.key value ...]     the options go to maskalign train
+#   examples/own_pictures.sh PICTURES OUT [--section.key value ...]     the options are passed to maskalign train
 set -euo pipefail
 PICTURES=${1:?usage: own_pictures.sh PICTURES OUT [--section.key value ...]}
 OUT=${2:?usage: own_pictures.sh PICTURES OUT [--section.key value ...]}
