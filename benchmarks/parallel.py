@@ -38,6 +38,7 @@ class Case:
 
         from benchmarks.steps.cases import recipe_settings
         from maskalign.checkpoints.build import build_model
+        from maskalign.checkpoints.spec import ModelSpec
         from maskalign.config import parse_config
         from maskalign.training.compiling import prepare_blocks
         from maskalign.training.optimizer import Optimizer
@@ -54,9 +55,9 @@ class Case:
         self.name = name
         self.placement = place(config.training, config.parallel)
         class_dim = 768 if config.model.class_token else None
-        facts = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "teacher_dims": [768], "class_dim": class_dim}
+        spec = ModelSpec(input_size=32, in_channels=4, num_classes=1000, teacher_dims=[768], class_dim=class_dim)
         with torch.device("meta"):
-            model = build_model(config, facts)
+            model = build_model(config, spec)
         plan = Plan(model, config, self.placement)
         model.to_empty(device=self.placement.device).reset_parameters(0)
         self.optimizer = Optimizer(model, config.optimizer, self.placement.dtype, fused=True)

@@ -8,6 +8,7 @@ import torch
 from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import as_schedule, keep_count, model_sizes, parse_config
 from maskalign.training import step as step_module
 from maskalign.training.compiling import compile_model
@@ -73,9 +74,8 @@ class OurCase:
         with_class = self.config.model.class_token
         self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned, with_class)
         torch.manual_seed(0)
-        facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
-        facts |= {"teacher_dims": self.batches.dims, "class_dim": self.batches.class_dim}
-        self.model = build_model(self.config, facts)
+        spec = ModelSpec(LATENT[1], LATENT[0], CLASSES, self.batches.dims, self.batches.class_dim)
+        self.model = build_model(self.config, spec)
         self.model.to(self.placement.device)
         spread = Plan(self.model, self.config, self.placement)
         if update:

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00000100/
         shard-*.safetensors   tensors by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; a file per rank
-        state.json            step, seconds, stream position, and the facts that rebuild the model
+        state.json            step, seconds, stream position, and the `ModelSpec` (facts)
         config.yaml           the full settings
         COMPLETE              written last: size and sha256 of every file
 

@@ -140,7 +140,7 @@ def test_damage_is_told_where_a_model_is_loaded(run, tmp_path):
     flip(next(new.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="damaged .*another checksum"):
         load_model(new)
-    assert load(tmp_path / "run").about["step"] == 2
+    assert load(tmp_path / "run").info.step == 2
     flip(next(old.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="no complete checkpoint"):
         find(tmp_path / "run")
@@ -151,7 +151,7 @@ def test_checkpoints_without_checksums_are_still_read(run, tmp_path):
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     marked = json.loads((checkpoint / MARKER).read_text())
     (checkpoint / MARKER).write_text(json.dumps({name: entry["size"] for name, entry in marked.items()}))
-    assert load(checkpoint).about["step"] == 2
+    assert load(checkpoint).info.step == 2
 
 
 def test_which_checkpoints_stay(run, tmp_path):
@@ -404,7 +404,7 @@ def test_saved_by_two_ranks_and_continued_by_one_and_by_two(command, run, tmp_pa
     assert all(one[step] == pytest.approx(whole[step], rel=1e-5) for step in one)
     whole = load(tmp_path / "whole")
     single = load_model(tmp_path / "one")
-    assert whole.about["step"] == 6
+    assert whole.info.step == 6
     for a, b in zip(whole.model.parameters(), single.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -428,7 +428,7 @@ def test_one_to_four_ranks_and_every_plan_go_on_from_each_other(command, tmp_pat
         tensors = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
         alone = next((tmp_path / "whole" / "checkpoints" / newest.name).glob("*.safetensors")).stat().st_size
         assert tensors < 1.5 * alone + 20_000 * ranks
-        assert load(tmp_path / "moved").about["step"] == 2 * number + 2
+        assert load(tmp_path / "moved").info.step == 2 * number + 2
     moved = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "moved" / "metrics.csv")}
     assert moved.keys() == whole.keys()
     assert all(moved[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)
