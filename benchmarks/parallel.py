@@ -117,7 +117,7 @@ def measure(options):
                 flush=True,
             )
     first = seconds[options.plans[0]]
-    about = (
+    settings = (
         f"{options.preset} {options.recipe} keep {options.keep:g} {options.precision}, "
         f"batch {options.batch_size} per rank, {options.ranks} ranks, {cases[0].placement.device.type}, "
         f"compile {options.compile}"
@@ -129,7 +129,7 @@ def measure(options):
         ratio, cpu_ratio = (statistics.median(a[k] / b[k] for a, b in pairs) for k in (0, 1))
         figures = [statistics.median(own), own[0], own[-1], ratio, statistics.median(cpu), cpu_ratio]
         figures += [case.throughput.share_in_communication, case.state_mib()]
-        rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, about])
+        rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, settings])
     return rows, cases[0].placement.is_main
 
 

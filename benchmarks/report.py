@@ -175,13 +175,13 @@ def loader_section(path, note):
 def convergence_section(path, note):
     """The table of one suite of `benchmarks.convergence`, and its plot."""
     rows = with_names(convergence_report.read_rows(path), note, "recipe")
-    about = json.loads(path.with_suffix(".json").read_text())
+    record = json.loads(path.with_suffix(".json").read_text())
     lines = convergence_report.summary(rows)
     names = {"velocity_loss": "held-out loss", "raw_velocity_loss": "not averaged", "frechet": "Frechet"}
     head = [names.get(key, key) for key in lines[0]]
     longest = max(row["seconds"] or 0 for row in rows)
-    limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
-    what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
+    limit = f"{longest:.0f} s of training each ({record['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
+    what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {record['images']:,} images; {record['machine']}."
     key = "Loss, cosine and distances are those of all tokens and the averaged weights"
     if len({row["seed"] for row in rows}) > 1:
         key += "; in brackets the lowest and the highest seed, a star where every seed is better than all of REPA's"
@@ -192,7 +192,7 @@ def convergence_section(path, note):
         key += " A part of the budget is a run that was planned for it. Times are shares of REPA's run."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']} {key}{names_then(note)}"),
-        f"`{about['command']}`",
+        f"`{record['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
         f"![{alt}](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
@@ -201,23 +201,26 @@ def convergence_section(path, note):
 def paper_section(path, note):
     """The table of a suite that measures what the paper reports, and its plot."""
     rows = convergence_report.read_rows(path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    rates = {name: settings.get("optimizer.lr", "") for name, settings in about["recipes"].items()}
+    record = json.loads(path.with_suffix(".json").read_text())
+    rates = {name: settings.get("optimizer.lr", "") for name, settings in record["recipes"].items()}
     lines = beside_paper.summary(rows, rates)
     longest = max(row["seconds"] or 0 for row in rows)
-    what = f"{rows[0]['data']}, {longest:.0f} s of training each ({about['clock']}), {about['images']:,} images; "
-    what += f"{about['machine']}. Distances are those of {about['samples']:,} samples without guidance from held-out "
-    what += f"images, in the features of a small classifier that is right on {about['classifier']['accuracy']:.1%} of "
-    what += f"these; {about['samples']:,} training images in place of samples have {about['real']['frechet_cnn']:.1f}. "
-    what += "`G_r` is the stability gap at mask ratio 0.25 and its standard error over images, `heat map's ratio` the "
+    what = f"{rows[0]['data']}, {longest:.0f} s of training each ({record['clock']}), {record['images']:,} images; "
+    what += f"{record['machine']}. Distances are those of {record['samples']:,} samples without guidance from held-out "
+    what += f"images, in the features of a small classifier that is right on {record['classifier']['accuracy']:.1%} of "
+    what += f"these; {record['samples']:,} training images in place of samples have "
     what += (
-        "largest over the smallest share of images in which a position is among the top 10 % of alignment gradients."
+        f"{record['real']['frechet_cnn']:.1f}. `G_r` is the stability gap at mask ratio 0.25 and its standard error "
     )
+    what += (
+        "over images, `heat map's ratio` the largest over the smallest share of images in which a position is among "
+    )
+    what += "the top 10 % of alignment gradients."
     if len({row["seed"] for row in rows}) > 1:
         what += " In brackets the lowest and the highest seed."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']}"),
-        f"`{about['command']}`",
+        f"`{record['command']}`",
         markdown_table(list(lines[0]), [[str(value) for value in line.values()] for line in lines]),
         f"![Distances by recipe](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
@@ -225,10 +228,10 @@ def paper_section(path, note):
 
 def beside_paper_section(path, note):
     """What the paper says and what the suites see, and the paper's own results; `path` is the suite `paper`'s CSV."""
-    rows, about = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
+    rows, record = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
     others = path.with_name(path.name.replace("convergence-paper-", "convergence-ablations-"))
     ablations = convergence_report.read_rows(others) if others.is_file() else None
-    lines = beside_paper.comparison(rows, ablations, about["step_seconds"])
+    lines = beside_paper.comparison(rows, ablations, record["step_seconds"])
     head, published = beside_paper.published_table()
     guided_head, guided = beside_paper.guided_table()
     first = (
@@ -406,8 +409,8 @@ def draw(path):
         rows = with_names(read_csv(path), note_of(path), "case")
         step_report.draw(rows, rows[0]["machine"], plot, metadata=metadata)
     else:
-        about = json.loads(path.with_suffix(".json").read_text())
-        title = f"{about['command']}\n{about['machine']}"
+        record = json.loads(path.with_suffix(".json").read_text())
+        title = f"{record['command']}\n{record['machine']}"
         rows = with_names(convergence_report.read_rows(path), note_of(path), "recipe")
         convergence_report.draw(rows, title, plot, metadata=metadata)
 

@@ -188,12 +188,12 @@ def table(rows):
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def draw(rows, about, path, metadata=None):
+def draw(rows, title, path, metadata=None):
     """The plot of a suite: `draw_curves`, or `draw_ends` where every run was measured at its end only.
 
     Args:
         rows: those of `read_rows`.
-        about: the title; long lines are wrapped.
+        title: its long lines are wrapped.
         path: the PNG; metadata: its text entries.
     """
     import matplotlib
@@ -202,7 +202,7 @@ def draw(rows, about, path, metadata=None):
     from matplotlib import pyplot as plt
 
     figure = (draw_curves if has_curves(rows, shown_metrics(rows)) else draw_ends)(rows)
-    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in about.splitlines()), fontsize=8)
+    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in title.splitlines()), fontsize=8)
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
 

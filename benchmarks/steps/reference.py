@@ -45,14 +45,14 @@ class Reference:
         words = [sys.executable, "-m", "benchmarks.steps.reference", json.dumps(settings), str(torch.get_num_threads())]
         here = Path(__file__).resolve().parent.parent.parent
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
-        facts = self._ask("facts")
-        self.name, self.code = facts["name"], facts["code"]
+        described = self._ask("description")
+        self.name, self.code = described["name"], described["code"]
         with torch.device("meta"):
-            projectors = [torch.nn.Linear(*size, bias=False) for size in facts["projector"]]
-        block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=facts["hidden"])))
+            projectors = [torch.nn.Linear(*size, bias=False) for size in described["projector"]]
+        block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=described["hidden"])))
         self.model = SimpleNamespace(
-            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block], class_dim=facts["class_dim"],
-            projectors=[torch.nn.ModuleList(projectors)], **facts["sizes"],
+            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block],
+            class_dim=described["class_dim"], projectors=[torch.nn.ModuleList(projectors)], **described["sizes"],
         )  # fmt: skip
         self.kept = self.model.num_tokens
 
@@ -197,11 +197,11 @@ def serve(settings):
 
 
 def respond(case, what, clock="wall", steps=1):
-    if what == "facts":
+    if what == "description":
         matrices = [p for net in case.net.projectors for p in net.parameters() if p.dim() > 1]
         hidden = case.net.blocks[0].mlp.fc1.out_features
-        facts = {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
-        return {**facts, "name": case.name, "code": case.code, "class_dim": case.batches.class_dim}
+        described = {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
+        return {**described, "name": case.name, "code": case.code, "class_dim": case.batches.class_dim}
     if what == "saved":
         return saved_bytes(case)
     if what == "split":
