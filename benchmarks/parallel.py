@@ -42,7 +42,7 @@ class Case:
         from maskalign.config import parse_config
         from maskalign.training.compiling import prepare_blocks
         from maskalign.training.optimizer import Optimizer
-        from maskalign.training.parallel import place
+        from maskalign.training.parallel import make_placement
         from maskalign.training.plans import Plan
         from maskalign.training.step import TrainStep
         from maskalign.training.throughput import Throughput
@@ -53,7 +53,7 @@ class Case:
         argv += ["--training.compile", str(options.compile).lower(), "--training.accumulation", "1"]
         config = parse_config(argv)
         self.name = name
-        self.placement = place(config.training, config.parallel)
+        self.placement = make_placement(config.training, config.parallel)
         class_dim = 768 if config.model.class_token else None
         spec = ModelSpec(input_size=32, in_channels=4, num_classes=1000, teacher_dims=[768], class_dim=class_dim)
         with torch.device("meta"):

@@ -209,13 +209,9 @@ def paper_section(path, note):
     what += f"{record['machine']}. Distances are those of {record['samples']:,} samples without guidance from held-out "
     what += f"images, in the features of a small classifier that is right on {record['classifier']['accuracy']:.1%} of "
     what += f"these; {record['samples']:,} training images in place of samples have "
-    what += (
-        f"{record['real']['frechet_cnn']:.1f}. `G_r` is the stability gap at mask ratio 0.25 and its standard error "
-    )
-    what += (
-        "over images, `heat map's ratio` the largest over the smallest share of images in which a position is among "
-    )
-    what += "the top 10 % of alignment gradients."
+    what += f"{record['real']['frechet_cnn']:.1f}. `G_r` is the stability gap at mask ratio 0.25 and its standard "
+    what += "error over images, `heat map's ratio` the largest over the smallest share of images in which a position "
+    what += "is among the top 10 % of alignment gradients."
     if len({row["seed"] for row in rows}) > 1:
         what += " In brackets the lowest and the highest seed."
     return "\n\n".join([

@@ -13,7 +13,7 @@ from maskalign.config import as_schedule, keep_count, model_sizes, parse_config
 from maskalign.training import step as step_module
 from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
@@ -67,7 +67,7 @@ class OurCase:
         self.config = parse_config(recipe_settings(recipe, preset, keep) + overrides)
         self.name = recipe if keep is None else f"{recipe}@{keep:g}"
         self.recipe, self.keep = recipe, as_schedule(self.config.method.keep_ratio).start
-        self.placement = place(self.config.training, self.config.parallel)
+        self.placement = make_placement(self.config.training, self.config.parallel)
         aligned = as_schedule(self.config.method.align_weight).start > 0
         grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
         self.aligned = aligned

@@ -43,7 +43,7 @@ from maskalign.config.presets import preset_sizes
 from maskalign.errors import UsageError
 from maskalign.models.flops import step_flops
 from maskalign.runtime.device import tune_host
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 
 
 def case_names(options):
@@ -342,7 +342,7 @@ def main(argv=None):
         torch.set_num_threads(options.threads)
     training = Config().training
     training.device, training.precision = options.device, options.precision
-    device = place(training).device
+    device = make_placement(training).device
     if options.compile is None:
         options.compile = can_compile(device)
     if options.peak_of:

@@ -23,7 +23,7 @@ from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.config import model_sizes, parse_config
 from maskalign.errors import RunError, UsageError
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 
 SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards", "update")
 
@@ -108,7 +108,7 @@ class ReferenceCase:
         self.class_weight = config.method.class_weight
         sizes = model_sizes(config)
         width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
-        self.device = torch.device(place(config.training).device if device == "auto" else device)
+        self.device = torch.device(make_placement(config.training).device if device == "auto" else device)
         grid = (LATENT[1] // sizes["patch_size"],) * 2
         class_token = self.code == "reg"
         self.batches = Batches(data, teacher, batch_size, self.device, grid, shards, class_token=class_token)

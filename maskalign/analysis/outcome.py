@@ -95,8 +95,9 @@ def _conditions_text(conditions):
     times = ", ".join(f"{time:g}" for time in conditions.times)
     lines = [
         f"Measured on {conditions.images} images of {conditions.data}, at t = {times} (1 is noise), with "
-        f"{conditions.draws} draws of noise and subset each; weights: {conditions.weights}; {conditions.tokens} tokens, "
-        f"of which the top {conditions.top:.0%} are the largest; seed {conditions.seed}. Teachers: {', '.join(conditions.teachers)}.",
+        f"{conditions.draws} draws of noise and subset each; weights: {conditions.weights}; {conditions.tokens} "
+        f"tokens, of which the top {conditions.top:.0%} are the largest; seed {conditions.seed}. Teachers: "
+        f"{', '.join(conditions.teachers)}.",
         "",
         "The gradient is that of the sum over aligned tokens of -cos(projector(h), z) with respect to the token's "
         "features h at the tap, before the projector; labels are kept. Chance is given by random permutations, and for "

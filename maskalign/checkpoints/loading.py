@@ -155,7 +155,7 @@ def load_tensors(checkpoint, tensors):
             )
     tensors = {stored[name]: tensor for name, tensor in tensors.items()}
     try:
-        with quiet():
+        with ignoring_warnings():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
         reason = next(iter(error.failures.values()))[0]
@@ -176,8 +176,8 @@ def tensor_shapes(checkpoint):
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
 
 
-class quiet(warnings.catch_warnings):
-    """DCP warns that no process group is there, which is what one process means."""
+class ignoring_warnings(warnings.catch_warnings):
+    """For calls of DCP, which warns that no process group is there, which is what one process means."""
 
     def __enter__(self):
         super().__enter__()

@@ -4,11 +4,14 @@ The text under a field is its help line. checks.py has the rules that types cann
 """
 
 from dataclasses import dataclass, field
-from typing import Dict, List, Literal, Optional, Tuple, Union
+from typing import Dict, List, Literal, Optional, Tuple, Union, get_args
 
 from maskalign.config.presets import preset_sizes
 from maskalign.config.schedules import Scheduled
 from maskalign.errors import UsageError
+
+PathName = Literal["linear", "cosine"]
+PATHS = get_args(PathName)  # of the interpolant
 
 
 @dataclass
@@ -112,7 +115,7 @@ class MethodConfig:
 class ObjectiveConfig:
     """The denoising objective."""
 
-    path: Literal["linear", "cosine"] = "linear"
+    path: PathName = "linear"
     """Interpolant between data (t = 0) and noise (t = 1)."""
     time: Literal["uniform", "lognormal"] = "uniform"
     """Distribution of the time t."""

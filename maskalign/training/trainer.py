@@ -31,7 +31,7 @@ from maskalign.training.continuing import changed_settings, check_spec, check_st
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.logs import peak_memory_mib
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan, prepare_teacher
 from maskalign.training.previews import Previews
 from maskalign.training.run_log import RunLog
@@ -114,7 +114,7 @@ class Trainer:
     def __init__(self, config, manifest, facts, stop=None, watchdog=None):
         self.config = config
         self.manifest = manifest
-        self.placement = place(config.training, config.parallel)
+        self.placement = make_placement(config.training, config.parallel)
         self.stop, self.watchdog = stop or Stop(), watchdog or Watchdog(config.training.timeout)
         if self.placement.world_size > 1:
             self.stop.join()

@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from maskalign.checkpoints.command import convert
-from maskalign.checkpoints.layout import complete_checkpoints, damage
+from maskalign.checkpoints.layout import complete_checkpoints, find_damage
 from maskalign.data.build import build, check, encode
 from maskalign.runtime.files import sync_folder
 from tests.evaluation.conftest import pictures, write_folder
@@ -54,7 +54,7 @@ def test_a_run_saves_resumes_and_exports(run, tmp_path, monkeypatch, what):
     lacking(monkeypatch, what)
     run(training__max_steps=2)
     assert run(training__max_steps=4)["step"] == 4
-    assert all(damage(path) is None for path in complete_checkpoints(tmp_path / "run"))
+    assert all(find_damage(path) is None for path in complete_checkpoints(tmp_path / "run"))
     convert(tmp_path / "run", tmp_path / "weights.safetensors", to="safetensors", weights="ema")
     assert (tmp_path / "weights.safetensors").stat().st_size > 1000
 

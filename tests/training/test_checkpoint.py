@@ -17,7 +17,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, digest_of, find, newest_sound
+from maskalign.checkpoints.layout import (
+    MARKER,
+    PARTIAL,
+    complete_checkpoints,
+    file_digest,
+    find,
+    find_damage,
+    newest_sound,
+)
 from maskalign.checkpoints.loading import load, load_model, load_tensors
 from maskalign.errors import RunError, UsageError
 from maskalign.training import saving
@@ -78,28 +86,28 @@ def test_nothing_in_a_checkpoint_is_a_pickle(run, tmp_path):
 def test_every_bit_counts(tmp_path, seed):
     save(tmp_path, 1)
     (checkpoint,) = complete_checkpoints(tmp_path)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     generator = torch.Generator().manual_seed(seed)
     for path in sorted(checkpoint.iterdir()):
         whole = path.read_bytes()
         for place in torch.randint(len(whole), (12,), generator=generator).tolist():
             flip(path, place)
-            assert damage(checkpoint) is not None, (path, place)
+            assert find_damage(checkpoint) is not None, (path, place)
             path.write_bytes(whole)
         for length in (0, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
-            assert damage(checkpoint) is not None, (path, length)
+            assert find_damage(checkpoint) is not None, (path, length)
         path.unlink()
-        assert damage(checkpoint) is not None, path
+        assert find_damage(checkpoint) is not None, path
         path.write_bytes(whole)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_ranks_that_look_at_a_share_each_find_what_one_would(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_00000002" / "config.yaml", 3)
-    found = [damage(tmp_path / "checkpoints" / "step_00000002", part, 3) for part in range(3)]
+    found = [find_damage(tmp_path / "checkpoints" / "step_00000002", part, 3) for part in range(3)]
     assert sum(problem is not None for problem in found) == 1
     chosen, line = newest_sound(tmp_path)
     assert chosen.name == "step_00000001" and "config.yaml" in line
@@ -295,7 +303,7 @@ def age(checkpoint):
     state = json.loads((checkpoint / "state.json").read_text())
     state["facts"].pop("class_dim")
     (checkpoint / "state.json").write_text(json.dumps(state))
-    files = {name: digest_of(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
+    files = {name: file_digest(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
     (checkpoint / MARKER).write_text(json.dumps(files))
 
 

@@ -17,7 +17,7 @@ from maskalign.objective import alignment
 from maskalign.runtime.ranks import leave_ranks
 from maskalign.training import step as step_module
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan
 from maskalign.training.step import MicroBatch, TrainStep
 
@@ -57,7 +57,7 @@ def make(device, changes=(), dtype=torch.float32, plan="none"):
     """A `TrainStep`, its optimizer and a batch of two micro-batches on a device."""
     config = parse_config([*SETTINGS, *changes, "--parallel.plan", plan, "--training.device", "cpu"])
     config.training.precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    placement = place(config.training, config.parallel)
+    placement = make_placement(config.training, config.parallel)
     model = build_model(config, SPEC)
     spread = Plan(model, config, placement)
     model.to(device)
