@@ -26,8 +26,7 @@ from maskalign.evaluation.losses import velocity_and_cosine
 from maskalign.models import SiT
 from maskalign.objective.interpolant import Interpolant
 from maskalign.teachers.tokens import class_projection, project_class_token
-from tests.evaluation.conftest import train_on
-from tests.training.conftest import TEACHER, write_data_set
+from tests.tiny_runs import TEACHER, train_on, write_data_set
 
 DIM = 6
 RUN = dict(model__class_token="true", model__mixer="attention", training__max_steps=2)

@@ -9,7 +9,7 @@ import torch
 from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import load_reference
-from tests.training.conftest import write_data_set
+from tests.tiny_runs import write_data_set
 
 
 class MeanColor:

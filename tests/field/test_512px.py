@@ -18,8 +18,8 @@ from maskalign.models.layers import sincos_position_embedding
 from maskalign.planning.devices import load_device
 from maskalign.planning.estimate import plan_run
 from maskalign.planning.options import Options
-from tests.training import conftest
-from tests.training.conftest import command, data_set, data_set_of, run, write_data_set  # noqa: F401
+from tests import tiny_runs
+from tests.tiny_runs import command, data_set, data_set_of, run, write_data_set  # noqa: F401
 
 TINY = dict(
     input_size=32, patch_size=2, in_channels=4, num_classes=3, depth=2, width=24, heads=3, teacher_dims=(6,),
@@ -118,7 +118,7 @@ def test_a_recipe_at_a_small_width(name, tmp_path, monkeypatch, seed):
     assert text == dump_config(small)  # the same training; the data make it 512 px
     assert model_sizes(recipe)["patch_size"] == 2
 
-    monkeypatch.setattr(conftest, "TEACHER", "dinov2-b")
+    monkeypatch.setattr(tiny_runs, "TEACHER", "dinov2-b")
     write_data_set(
         tmp_path / "data",
         samples=4,

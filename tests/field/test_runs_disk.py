@@ -15,7 +15,7 @@ from maskalign.runtime.files import replacing, write_atomically
 from maskalign.training import logs, previews, run_log
 from maskalign.training.event_file import EventFile
 from maskalign.training.logs import MetricsFile, read_metrics
-from tests.training.conftest import command, data_set, run
+from tests.tiny_runs import command, data_set, run
 
 
 def full(*arguments, **keywords):

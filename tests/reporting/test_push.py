@@ -11,7 +11,7 @@ from maskalign.checkpoints import load, load_model
 from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
 from maskalign.reporting.push import push
-from tests.checkpoints.test_command import make_run
+from tests.made_runs import make_run
 
 
 @pytest.fixture

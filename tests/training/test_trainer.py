@@ -171,7 +171,7 @@ def test_online_features_are_those_that_encoding_would_cache(run, data_set, tmp_
     from maskalign.teachers import load_teacher
     from maskalign.training import trainer
     from maskalign.training.preflight import check_data
-    from tests.training.conftest import arguments
+    from tests.tiny_runs import arguments
 
     name = "timm:vit_tiny_patch16_224"
     own = dict(teacher__names=f"[{name}]", teacher__weights="random", training__max_steps=2)
