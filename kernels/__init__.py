@@ -1,7 +1,7 @@
-"""The operations of the method and of its blocks as Triton kernels, each with its plain PyTorch twin.
+"""The operations of the method and of its blocks as Triton kernels, each with an equivalent in plain PyTorch.
 
-A folder per operation. CUDA and ROCm tensors run the kernels, CPU tensors run PyTorch (see runtime.use_triton); callers
-never branch. This package imports nothing of `maskalign`.
+Each operation has its own folder. CUDA and ROCm tensors run the kernels and CPU tensors run PyTorch (see
+runtime.use_triton), so callers never branch. This package does not import `maskalign`.
 """
 
 from .adaln import adaln_modulate, gated_residual, gated_residual_adaln

@@ -1,9 +1,9 @@
-"""Build kernels ahead of time for GPUs that are not here, and read off what the compiler made of them.
+"""Compile kernels ahead of time, on a machine without a GPU, and read registers, memory and instructions of the result.
 
-Each operation's folder has `cases.py` with `aot_cases()`, which yields one `Case` per
-launch and configuration worth looking at. A case says how the launch is made (arguments, grid, configuration)
-and how many bytes and FLOPs it costs by its geometry; `build` compiles it for a target with the argument
-specialization that the JIT would apply, and returns a `Build`.
+The `cases.py` of each operation's folder has `aot_cases()`, which yields one `Case` per launch and configuration. A
+case describes how the launch is made (arguments, grid, configuration) and how many bytes and FLOPs follow from its
+geometry. `build` compiles a case for a target with the argument specialization that the JIT would apply, and returns a
+`Build`.
 """
 
 import dataclasses
@@ -32,29 +32,29 @@ class Case:
     Attributes:
         operation: the public function, such as "mix_and_drop".
         direction: "forward" or "backward".
-        launch: a name for this launch, such as "hidden"; launches of one (operation, direction, shape,
-            config) add up.
+        launch: a name for this launch, such as "hidden". The costs of all launches with the same (operation, direction,
+            shape, config) are added up.
         shape: the shape and dtypes, such as "B32 N256 K128 C768 bf16/int8".
         config: the configuration, such as "default" or "ROWS=8 BLOCK_C=256 warps=4".
         kernel: the triton.jit function.
-        arguments: dict from argument name, in the kernel's order, to a pointer type ("*bf16"), an int, a
-            float or None; constexprs are left out. Ints are specialized as the JIT does it: 1 becomes a
-            constant, multiples of 16 are marked. Pointers are taken as 16-byte aligned, which PyTorch's
-            allocator gives.
+        arguments: dict from argument name, in the kernel's order, to a pointer type ("*bf16"), an int, a float or None,
+            without the constexprs. Ints are specialized as by the JIT: 1 becomes a constant, multiples of 16 are
+            marked. Pointers are assumed to be 16-byte aligned, as PyTorch's allocator returns them.
         constexprs: dict from constexpr name to value.
         num_warps, num_stages: compile options.
-        waves, hip_stages: num_warps and num_stages on gfx942, where a warp has 64 lanes and shared memory 64 KiB; 0
-            stands for num_warps, num_stages.
+        waves, hip_stages: num_warps and num_stages on gfx942, where a warp has 64 lanes and shared memory is 64 KiB; 0
+            means the same as num_warps or num_stages.
         grid: the launch grid.
-        moved: bytes that the launch's programs load and store, re-reads included (masked-off lanes move
+        moved: bytes that the programs of the launch load and store, including repeated reads (masked-off lanes move
             nothing).
-        cached: bytes that programs load again and L2 has; left out of `moved` where the operation's file says why.
-        warm: bytes of `moved` that the launch before has left in L2, so that DRAM need not give them again.
+        cached: bytes that programs load again from L2. They are not part of `moved` where cases.py of the operation
+            states the reason.
+        warm: bytes of `moved` that the previous launch has left in L2, so they are not read from DRAM.
         hip_constexprs: constexprs that differ on gfx942.
-        least: bytes that this launch cannot do without: each of its inputs once, each of its outputs once.
+        least: the least bytes that this launch can move: each of its inputs and each of its outputs once.
         flops: floating-point operations of the launch.
-        rows: arguments through which token rows are read or written; none of these accesses may be under 16
-            bytes.
+        rows: arguments through which token rows are read or written; each of these accesses must be at least 16 bytes
+            wide.
     """
 
     operation: str
@@ -81,7 +81,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What the compiler made of a case for one target."""
+    """The compiled code of a case for one target: registers, memory, occupancy and instructions."""
 
     target: str
     registers: int  # per thread (VGPRs and AGPRs on gfx942)
@@ -89,7 +89,7 @@ class Build:
     stack: int  # bytes per thread
     spills: int  # spill loads and stores (bytes on NVIDIA, registers on gfx942)
     shared: int  # bytes per block
-    occupancy: float  # resident warps over the most that a multiprocessor (compute unit) holds, by rule
+    occupancy: float  # resident warps over the maximum of a multiprocessor (compute unit), computed from its limits
     widest_load: int  # bytes
     widest_store: int
     narrowest_row: int  # bytes: the narrowest access through one of case.rows
@@ -98,7 +98,7 @@ class Build:
 
 
 def specialize(case):
-    """Signature, constants and attributes of a case, as `triton.jit` derives them from real arguments."""
+    """The signature, constants and attributes that `triton.jit` would derive from real arguments of a case."""
     names = case.kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(names):
@@ -135,9 +135,7 @@ _built = {}
 
 
 def build(case, target):
-    """Compile a case and read off its `Build`; the same source is compiled once per process (and cached by
-    Triton).
-    """
+    """Compile a case and return its `Build`; the same source is compiled once per process (and cached by Triton)."""
     key = (
         case.kernel.__name__,
         str(specialize(case)),
@@ -153,7 +151,7 @@ def build(case, target):
     return _built[key]
 
 
-# ---- Reading what the compiler made ------------------------------------------------------------------------
+# ---- Reading the compiled code -----------------------------------------------------------------------------
 
 
 def _inspect(case, target, compiled):
@@ -195,8 +193,7 @@ def _nvidia_usage(cubin):
         found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
         spills = 0
         if found["STACK"] or found.get("LOCAL"):
-            # Spills live in local memory, so there are none without a stack; with one, count its accesses in
-            # the SASS.
+            # Spilled registers are kept in local memory (the stack): count the accesses to it in the SASS.
             sass = subprocess.run([_tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True)
             spills = len(re.findall(r"\b(?:STL|LDL)\b", sass.stdout))
     stack = found["STACK"] + found.get("LOCAL", 0)
@@ -206,7 +203,7 @@ def _nvidia_usage(cubin):
 def _amd_usage(assembly):
     found = {key: int(value) for key, value in re.findall(r"^\s*-?\s*\.(\w+):\s+(\d+)\s*$", assembly, re.MULTILINE)}
     return {
-        # gfx942 counts the accumulation registers inside vgpr_count: the two share one file.
+        # On gfx942, vgpr_count includes the accumulation registers: both kinds share one register file.
         "registers": max(found["vgpr_count"], found.get("agpr_count", 0)),
         "scalar_registers": found["sgpr_count"],
         "stack": found["private_segment_fixed_size"],
@@ -215,8 +212,13 @@ def _amd_usage(assembly):
 
 
 def occupancy(target, threads, registers, shared):
-    """Share of a multiprocessor's warps (a compute unit's waves) that can be resident, from the published
-    limits.
+    """The share of a multiprocessor's warps (a compute unit's waves) that can be resident, from the published limits.
+
+    Args:
+        target: a key of TARGETS.
+        threads: threads per block.
+        registers: registers per thread.
+        shared: bytes of shared memory per block.
     """
     if TARGETS[target].backend == "hip":
         waves = threads // 64
@@ -225,7 +227,7 @@ def occupancy(target, threads, registers, shared):
         return blocks * waves / 32
     memory = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[target] * 1024
     warps = threads // 32
-    per_warp = -(-registers * 32 // 256) * 256  # Registers are handed out to a warp in units of 256.
+    per_warp = -(-registers * 32 // 256) * 256  # Registers are allocated to a warp in units of 256.
     blocks = min(64 // warps, 32, 65536 // per_warp // warps, memory // (shared + 1024))
     return blocks * warps / 64
 
@@ -260,7 +262,7 @@ def _tensor_core(assembly):
 
 
 def _pointer_names(case):
-    """Argument names in the order of the compiled kernel's parameters (constants are not passed)."""
+    """The argument names in the order of the compiled kernel's parameters, without constants, which are not passed."""
     signature, _, _ = specialize(case)
     return [name for name in case.kernel.arg_names if signature[name] != "constexpr"]
 
@@ -323,13 +325,17 @@ _ACCESSES = [
 def accesses(llir, names):
     """The set of (argument, "load" or "store", bytes per lane) of a kernel's LLVM IR.
 
-    Every SSA value carries the set of pointer arguments that it was computed from; what was loaded carries
-    none.
+    For every SSA value, this tracks the set of pointer arguments that it was computed from. The set of a loaded value
+    is empty.
+
+    Args:
+        llir: text of the LLVM IR.
+        names: argument names in the order of the kernel's parameters.
     """
     body = llir[re.search(r"^define .*?_kernel void", llir, re.MULTILINE).start() :].splitlines()
     origin = {f"%{i}": {name} for i, name in enumerate(names)}
     found = set()
-    for _ in range(3):  # A phi may name values further down: repeat until loops have settled.
+    for _ in range(3):  # A phi may refer to values that are defined below it: repeat for loops.
         for line in body[1:]:
             code = line.split(", !dbg")[0]
             match = re.match(r"\s+(%[\w.]+) = ", code)

@@ -1,7 +1,7 @@
-"""What the operations share where Triton runs: how a kernel is compiled, launched, and made an operator of PyTorch.
+"""Shared by the operations where Triton runs: how kernels are launched and registered as operators of PyTorch.
 
-Imported with the first call that runs kernels, for `torch.library.triton_op` brings PyTorch's compiler with it. Under
-torch.compile that import happens while the call is traced.
+This module is imported with the first call that runs kernels, because `torch.library.triton_op` imports PyTorch's
+compiler. Under torch.compile that import happens while the call is traced.
 """
 
 import functools
@@ -14,7 +14,7 @@ from .runtime import INTERPRET, is_abstract
 
 __all__ = ["WARP_SIZE", "kernel_op", "tl", "triton", "wrap_triton"]
 
-# Lanes of a warp (NVIDIA) or wave (AMD Instinct): configurations are given in threads, so both get the same tiles.
+# Lanes of a warp (NVIDIA) or wave (AMD Instinct). Configurations are given in threads, so tiles are equal on both.
 WARP_SIZE = 64 if torch.version.hip else 32
 
 _tracing_shapes = False
@@ -48,7 +48,7 @@ def kernel_op(name):
 
 
 def _on_its_device(function):
-    """Triton launches on the current device, which need not be the one that holds the tensors."""
+    """The function, run with the device of its first argument as the current one, on which Triton launches."""
 
     @functools.wraps(function)
     def guarded(*args, **kwargs):
@@ -67,7 +67,7 @@ class _NoLaunch:
 
 
 def wrap_triton(kernel):
-    """`torch.library.wrap_triton` that also takes interpreted kernels on every supported PyTorch."""
+    """`torch.library.wrap_triton`, extended to interpreted kernels for every supported version of PyTorch."""
     if _tracing_shapes:
         return _NoLaunch()
     return kernel if INTERPRET else torch.library.wrap_triton(kernel)

@@ -1,12 +1,11 @@
-"""What the operations share on any machine: where a call runs, and how its arguments are checked.
+"""Shared by the operations on any machine: whether a call runs the kernels, and how its arguments are checked.
 
-Neither Triton nor PyTorch's compiler is imported here: a call on a CPU needs neither, and together they take seconds.
-operators.py has what the kernels share.
+Neither Triton nor PyTorch's compiler is imported here: a call on a CPU does not need them, and importing both takes
+seconds. The part that needs Triton is in operators.py.
 
 Environment variables:
-    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The kernels' public functions then take the Triton
-        path on CPU tensors too. The variable counts as it was when this package was imported; set it before starting
-        Python.
+    TRITON_INTERPRET=1: Triton interprets its kernels on the CPU. The public functions then take the Triton path on CPU
+        tensors too. The variable is read once, when this package is imported; set it before starting Python.
     MASKALIGN_KERNELS_DEBUG=1: check the indices of a subset on a GPU as well (costs one synchronization per call).
     MASKALIGN_KERNELS_AUTOTUNE=1: see tuning.py.
 """
@@ -16,7 +15,7 @@ import os
 
 import torch
 
-# No Triton wheel for this platform (macOS, for one): the CPU reference still works.
+# Some platforms, such as macOS, have no Triton wheel. The CPU path works without it.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -31,15 +30,15 @@ def use_triton(*tensors):
 
 
 def debug():
-    """Whether the checks that cost a synchronization on a GPU were asked for."""
+    """Whether MASKALIGN_KERNELS_DEBUG enables the checks that cost a synchronization on a GPU."""
     return os.environ.get("MASKALIGN_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-# ---- Argument checks: every error is a ValueError that names the argument, what it is and what was expected
+# ---- Argument checks: every error is a ValueError with the argument's name, its description and what was expected
 
 
 def describe(tensor):
-    """'shape (2, 3) float32 on cpu' for an error message."""
+    """The description of a tensor for an error message, such as 'of shape (2, 3), float32, on cpu'."""
     if not isinstance(tensor, torch.Tensor):
         return f"a {type(tensor).__name__}"
     dtype = str(tensor.dtype).removeprefix("torch.")
@@ -51,15 +50,20 @@ def fail(op, name, tensor, expected):
 
 
 def check_tensor(op, name, tensor, dims, sizes, dtypes, device=None):
-    """Check one argument and learn the sizes it fixes.
+    """Check one argument, and record the sizes of its dimensions.
 
     Args:
+        op: the public function, for the message.
+        name: the argument's name, for the message.
         dims: one letter per dimension, such as "BNC".
         sizes: dict from letter to size; letters not yet in it are added from this tensor.
         dtypes: the accepted dtypes.
-        device: the device of the arguments before, or None for the first one.
+        device: the device of the previous arguments, or None for the first one.
+
+    Raises:
+        ValueError: the argument's type, shape, dtype or device does not fit.
     """
-    # The message is only put together where there is one: to format a symbolic size would fix it in the
+    # Messages are formatted only after a check has failed: formatting a symbolic size would make it constant in the
     # graph.
     if not isinstance(tensor, torch.Tensor):
         fail(op, name, tensor, f"a tensor of shape {_spell(dims, sizes)}")
@@ -81,11 +85,13 @@ def _spell(dims, sizes):
 
 
 def check_subset(op, subset, num_tokens, distinct):
-    """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats
-    one.
+    """Check that every index lies in [0, num_tokens), and with `distinct` that no row of `subset` repeats one.
 
-    Only where it costs no synchronization: on the CPU always, on a GPU with MASKALIGN_KERNELS_DEBUG=1, never
-    while a graph is traced.
+    The check needs the values. It always runs on the CPU, on a GPU only with MASKALIGN_KERNELS_DEBUG=1, because it
+    costs a synchronization there, and never while a graph is traced.
+
+    Raises:
+        ValueError: an index is out of range or repeated.
     """
     if torch.compiler.is_compiling() or subset.numel() == 0 or is_abstract(subset):
         return
@@ -108,7 +114,7 @@ def check_subset(op, subset, num_tokens, distinct):
 
 
 def is_abstract(tensor):
-    """A tensor without data of its own (fake, meta, functional, batched by vmap): there is nothing to check."""
+    """Whether a tensor has no data of its own (fake, meta, functional, batched by vmap), so no values to check."""
     if torch._C._functorch.is_batchedtensor(tensor):  # pyright: ignore
         return True
     return tensor.device.type == "meta" or type(tensor) not in (torch.Tensor, torch.nn.Parameter)

@@ -1,9 +1,9 @@
-"""How the operations meet torch.func and a second derivative.
+"""Behavior of the operations under torch.func and second derivatives.
 
-`torch.func.grad` and `torch.func.vjp` work through every operation. What has no formula here (second derivatives,
-`torch.func.vmap`, forward-mode differentiation) raises one line that says so. Without this file some of it would be
-silently wrong: `torch.autograd.function.once_differentiable` does not notice a second derivative under torch.func, and
-a custom operator of PyTorch gives forward mode no tangent.
+`torch.func.grad` and `torch.func.vjp` work through every operation. Second derivatives, `torch.func.vmap` and
+forward-mode differentiation are not implemented and raise a NotImplementedError. Without this file some of them would
+be silently wrong: `torch.autograd.function.once_differentiable` does not detect a second derivative under torch.func,
+and a custom operator of PyTorch has no tangent in forward mode.
 """
 
 import functools
@@ -13,14 +13,14 @@ from torch.autograd import forward_ad
 
 
 def transformed():
-    """Whether a transform of torch.func, or forward-mode differentiation, is around the call. False in a graph."""
+    """Whether the call runs inside a transform of torch.func or forward-mode differentiation. False in a graph."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _Refusing(torch.autograd.Function):
-    """What an autograd function lacks, said in one line. Not for torch.compile, which takes no function with a vmap."""
+    """Mixin whose vmap and jvp raise a one-line error. torch.compile rejects an autograd function that has a vmap."""
 
     OPERATION = ""
 
@@ -38,10 +38,10 @@ def _refuse(operation, what, instead):
 
 
 def applying(operation, function):
-    """A function that calls `function.apply`, and that refuses in one line what the autograd function lacks.
+    """A function that calls `function.apply`, and that raises a one-line error under vmap and forward mode.
 
     Args:
-        operation: the public function that errors name.
+        operation: the name of the public function, for the error.
         function: subclass of torch.autograd.Function with a setup_context.
     """
     refusing = type(function.__name__, (_Refusing, function), {"OPERATION": operation})
@@ -55,8 +55,13 @@ def applying(operation, function):
 def differentiable(operation, op, backward, setup_context):
     """Register the gradient of a custom operator, and return a function that calls it.
 
-    A custom operator's own gradient knows no torch.func: there the operator runs inside an autograd function with the
-    same gradient.
+    The gradient registered with a custom operator does not support torch.func. Inside its transforms, the operator
+    therefore runs in an autograd function with the same gradient.
+
+    Args:
+        operation: the name of the public function, for errors.
+        op: the custom operator.
+        backward, setup_context: as for `op.register_autograd`.
     """
     op.register_autograd(backward, setup_context=setup_context)
 
@@ -76,8 +81,11 @@ def differentiable(operation, op, backward, setup_context):
 
 
 def first_gradient(operation, function):
-    """`function`, which computes an operation's gradients; where it is differentiated in its turn, one line says that
-    there is no second derivative.
+    """Wrap `function`, which computes an operation's gradients, so that differentiating it raises a one-line error.
+
+    Args:
+        operation: the name of the public function, for the error.
+        function: returns the gradients of the operation's arguments.
     """
 
     class Gradient(_Refusing):
@@ -89,7 +97,7 @@ def first_gradient(operation, function):
 
         @staticmethod
         def setup_context(ctx, inputs, output):
-            """There is nothing to keep."""
+            """Saves nothing: the backward only raises."""
 
         @staticmethod
         def backward(ctx, *grads):

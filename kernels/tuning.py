@@ -1,30 +1,30 @@
-"""Which of a kernel's few configurations runs: a fixed default, or the fastest one measured once per shape.
+"""Select a kernel's configuration: a fixed default, or the fastest of a few, measured once per shape.
 
-A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel lists a handful of
-them, the first being the default, chosen by reasoning that its file explains. Nothing is timed unless asked for, so a
-run repeats bit for bit by default; under torch.compile and in the interpreter nothing is ever timed.
+A configuration is a dict of the kernel's block sizes with `num_warps` and `num_stages`. Every kernel has a list of a
+few configurations. The first is the default; the kernel's launch.py explains the choice. Nothing is timed by default,
+so runs are reproducible bit for bit. Under torch.compile and in the interpreter, nothing is ever timed.
 
-Why not `triton.autotune` (Triton 3.8):
+Reasons for not using `triton.autotune` (Triton 3.8):
 
-- Here the configuration is known before anything is allocated. The backward launches leave one part of a sum per
-  program, so the sizes of their outputs, and the arguments of the launch after them, depend on the configuration.
+- Here the configuration is known before outputs are allocated. The backward launches write one partial sum per
+  program, so the sizes of their outputs, and the arguments of the next launch, depend on the configuration.
   `triton.autotune` chooses at the launch, when the outputs exist: they would have to be as large as the largest
-  configuration needs, and the chosen one would have to be read back out of the kernel's `best_config`.
-- `triton.autotune` always times. A configuration decides the order of sums, so two runs could differ by rounding. It
+  configuration needs, and the choice would have to be read from the kernel's `best_config`.
+- `triton.autotune` always times. A configuration determines the order of sums, so two runs could differ by rounding. It
   also cannot time while a CUDA graph is captured.
-- Off, one configuration of each launch is built: 19 builds for the operations at XL/2's sizes (forward and backward in
-  bfloat16, as in `benchmarks.gpu`), where timing all of them builds 48.
-- Host time of the choice for a launch, on one core of a Xeon at 2.6 GHz: 0.4 us off, 1.2 us with a kept choice;
-  `triton.autotune` takes 3.8 us for a shape that it has seen, and 2.2 us for a list of one configuration.
+- With tuning off, one configuration of each launch is compiled: 19 builds for the operations at XL/2's sizes (forward
+  and backward in bfloat16, as in `benchmarks.gpu`). Timing all configurations compiles 48.
+- Host time of the choice for a launch, on one core of a Xeon at 2.6 GHz: 0.4 us with tuning off, 1.2 us with a cached
+  choice; `triton.autotune` takes 3.8 us for a known shape, and 2.2 us for a list of one configuration.
 
-What `triton.autotune` has and this has not (pruning by a model, restoring inputs) is not needed for lists of one to
-four configurations whose outputs are overwritten.
+The other features of `triton.autotune` (pruning by a model, restoring inputs) are not needed for lists of one to four
+configurations whose outputs are overwritten.
 
 Environment variables:
-    MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape is seen (eager calls only),
-        keep the fastest, and write it to the cache file. Later runs, compiled ones too, read it from there.
-    MASKALIGN_KERNELS_CACHE: the cache file; default ~/.cache/maskalign_kernels/configurations.json. It is
-        read only with MASKALIGN_KERNELS_AUTOTUNE=1 (tune and use) or =cached (use, never time).
+    MASKALIGN_KERNELS_AUTOTUNE=1: time the list on the GPU the first time a shape occurs (in eager calls only), use the
+        fastest, and write it to the cache file. Later runs, including compiled ones, read it from there.
+    MASKALIGN_KERNELS_CACHE: the cache file; default ~/.cache/maskalign_kernels/configurations.json. It is read only
+        with MASKALIGN_KERNELS_AUTOTUNE=1 (time and use) or =cached (use, never time).
 """
 
 import functools
@@ -49,18 +49,18 @@ def cache_path():
     return pathlib.Path(os.environ.get("MASKALIGN_KERNELS_CACHE", default))
 
 
-_decided = {}  # what `choose` has found in a cache file or measured, by what it depends on
+_decided = {}  # the choices of this process, from the cache file or measured, by (cache file, kernel, key, device)
 
 
 def forget():
-    """Read the cache file again at the next launch, as another process does."""
+    """Forget the choices of this process, so that the next launch reads the cache file again."""
     _decided.clear()
     _chosen.cache_clear()
 
 
 @functools.cache
 def _chosen(path):
-    """The choices in a cache file, read once per process; an unreadable file counts as empty."""
+    """The choices in a cache file, read once per process. An unreadable file is treated as empty."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -72,19 +72,19 @@ def _save(path, choices):
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}")
     part.write_text(json.dumps(choices, indent=1, sort_keys=True))
-    part.replace(path)  # Atomic: several ranks may tune at once, and the last one wins.
+    part.replace(path)  # Atomic: several ranks may tune at the same time, and the last one's file stays.
 
 
 def choose(kernel_name, key, configs, tensor, launch):
     """The configuration to launch with.
 
     Args:
-        key: tuple of the sizes and dtypes that the best choice depends on; plain ints and strings, never
-            symbolic sizes.
+        kernel_name: the name under which the choice is cached.
+        key: tuple of the sizes and dtypes that the best choice depends on; plain ints and strings, never symbolic
+            sizes.
         configs: the list; configs[0] is the default.
-        tensor: one of the call's tensors, which tells the device and whether there is data at all.
-        launch: function of a configuration that launches the kernel once; its outputs are overwritten by the
-            real launch.
+        tensor: one of the call's tensors. It determines the device, and whether there is data to time with.
+        launch: function of a configuration that launches the kernel once. The actual launch overwrites its outputs.
     """
     if INTERPRET or mode() == "off":
         return configs[0]

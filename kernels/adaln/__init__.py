@@ -1,4 +1,4 @@
-"""What an adaLN-Zero block does between its matrix products, each in one pass over the tokens.
+"""The operations of an adaLN-Zero block between its matrix products, each in one pass over the tokens.
 
 Files in reading order: operations.py (what is computed, checks, dispatch), naive.py (the formulas, which are also the
 CPU path), kernels.py (Triton), launch.py (configurations, launches, `torch.library.triton_op` with gradient), cases.py

@@ -1,9 +1,9 @@
-"""The launches of the three operations for the compile report: how they are made, what they move and compute.
+"""The launches of the three operations for the compile report: arguments and configurations, bytes and FLOPs.
 
-`moved` counts what has to come from or go to DRAM: each launch is charged every tensor that it touches, once. What is
-read again is counted apart, as `cached`: an image's shift, scale and gate, a few kilobytes that every row of the image
-loads (its programs run side by side), and in the backward of a subset the image's indices, which each program looks
-through. A test counts loads and stores in the interpreter: `moved` plus `cached`.
+`moved` counts the traffic with DRAM: every tensor that a launch reads or writes, once. Repeated reads are counted in
+`cached`: an image's shift, scale and gate, a few kilobytes that every row of the image loads (the programs of an image
+run at the same time), and in the backward with a subset the image's indices, which each program searches. A test counts
+loads and stores in the interpreter and compares them with `moved` plus `cached`.
 """
 
 import torch
@@ -15,9 +15,9 @@ from . import launch as adaln
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [
-    # (images, tokens, rows or None, width, x, branch and vectors and modulated rows): XL/2 with a class token, all rows
-    # and, as in the last mixing layer, three quarters of the patches; a quarter; other dtypes; the other presets; the
-    # longest row.
+    # (images, tokens, rows or None, width, dtype of x, dtype of branch, vectors and modulated rows). XL/2 with a class
+    # token: all rows, and three quarters of the patches as in the last mixing layer. Then a quarter of the rows, other
+    # dtypes, the other presets, and the longest row.
     (32, 257, None, 1152, _BF16, _BF16),
     (32, 257, 193, 1152, _BF16, _BF16),
     (32, 256, 64, 1152, _BF16, _BF16),
@@ -34,7 +34,7 @@ SHAPES = [
 
 
 class Operation:
-    """One of the three operations, as the report knows an operation: shapes, and a Case for every launch on them."""
+    """One of the three operations in the form that the report expects: SHAPES, and a Case for every launch on them."""
 
     SHAPES = SHAPES
 
@@ -71,7 +71,7 @@ def _vectors(residual, norm):
 
 
 def _groups(shape):
-    """The parts that the default backward leaves of each sum, by operation."""
+    """A function of the number of summed vectors: how many partial sums per image the default backward writes."""
     _, tokens, kept, width, x, branch = shape
     narrow = min(x.itemsize, branch.itemsize)
 
@@ -161,5 +161,5 @@ def _cost(operation, shape, launch, config, groups):
         moved += B * N * D * x.itemsize  # -> dx
     if K:
         again += (groups * (config["ROWS"] // config["TILE"]) - 1) * index
-    # The sums themselves, in float32, are the least that could leave this launch.
+    # The least that this launch could write is the sums themselves, in float32, instead of partial sums.
     return moved + parts, again, moved + 4 * vectors * B * D, B * kept * D * (3 * residual + 16 * norm)

@@ -3,19 +3,20 @@
     y = x[subset] + gate * branch                        RESIDUAL; without it y = x[subset]
     u = LayerNorm(y) * (1 + scale) + shift               NORM; LayerNorm without affine
 
-forward_kernel gives y and u, and keeps the mean and 1/std of each row. With g = du (1 + scale) and n = LayerNorm(y),
-backward_kernel gives, from one reading of dy, du, y and branch,
+forward_kernel computes y and u, and saves the mean and 1/std of each row. With g = du (1 + scale) and n = LayerNorm(y),
+backward_kernel reads dy, du, y and branch once and computes
 
     dY = dy + rstd (g - mean(g) - n mean(g n)),  dx = dY,  dbranch = gate dY
     dshift = sum(du),  dscale = sum(n du),  dgate = sum(branch dY)                     over the rows of an image
 
-dx has N rows: a program owns rows of x and looks each of them up in the subset, so what is not in the subset becomes
-zero in the same pass. The sums over rows stay in registers for a program's ROWS rows and leave it as one part each;
-sums_kernel adds the parts of an image in a fixed order. No atomics: a run repeats bit for bit.
+dx has N rows. A program owns rows of x and looks each of them up in the subset, so the rows outside the subset are set
+to zero in the same pass. A program sums over its ROWS rows in registers and writes one partial sum per vector;
+sums_kernel adds the partial sums of an image in a fixed order. No atomics are used, so results are reproducible bit for
+bit.
 
-A row goes through registers whole, as a tuple of tiles of BLOCK columns: BLOCK is what its lanes take with 16 bytes
-each, so rows of 1152 cost 5 tiles of 256, not a power of two. Where the lanes of a row are one warp, no warp waits for
-another before the end of the program. Arithmetic is float32.
+A whole row is held in registers, as a tuple of tiles of BLOCK columns. BLOCK is the number of elements that the lanes
+of a row load with 16 bytes each, so a row of 1152 takes 5 tiles of 256 instead of a power of two. Where one warp holds
+a row, warps do not wait for each other before the end of the program. Arithmetic is in float32.
 """
 
 import triton
@@ -24,7 +25,7 @@ import triton.language as tl
 
 @triton.jit
 def _inside(offs, SIZE: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr):
-    """Which of a tile's columns there are; a constant where all are."""
+    """Mask of the tile's columns that lie inside the row; a constant where all do."""
     if START + BLOCK <= SIZE:
         return tl.full((BLOCK,), 1, tl.int1)
     else:
@@ -33,7 +34,7 @@ def _inside(offs, SIZE: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr):
 
 @triton.jit
 def _load_rows(base, at, live, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows that begin at offsets `at` (ROWS,), as a tuple of (ROWS, BLOCK) tiles; zeros where there is nothing."""
+    """Load the rows that begin at offsets `at` (ROWS,), as a tuple of (ROWS, BLOCK) tiles; masked elements are 0."""
     tiles = ()
     for d in tl.static_range(0, D, BLOCK):
         cols = d + tl.arange(0, BLOCK)
@@ -44,7 +45,7 @@ def _load_rows(base, at, live, D: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_vector(base, live, D: tl.constexpr, BLOCK: tl.constexpr, START: tl.constexpr):
-    """BLOCK columns of one vector, for every row: each warp loads what it needs, after the first from L1."""
+    """Load BLOCK columns of one vector for every row. Each warp loads them itself, all but the first time from L1."""
     cols = START + tl.arange(0, BLOCK)
     mask = live[:, None] & _inside(cols, D, BLOCK, START)[None, :]
     at = tl.zeros((live.shape[0], 1), tl.int32) + cols[None, :]
@@ -60,9 +61,9 @@ def _store(base, at, values, live, D: tl.constexpr, BLOCK: tl.constexpr, START: 
 
 @triton.jit
 def _statistics(tiles, eps, D: tl.constexpr, BLOCK: tl.constexpr):
-    """Mean and 1/std of rows, in registers twice over.
+    """Mean and 1/std of rows, in two passes over the registers.
 
-    Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
+    The row's first element is subtracted first, so a constant row of any size has variance 0 exactly.
     """
     head = tl.where((tl.arange(0, BLOCK) == 0)[None, :], tiles[0].to(tl.float32), 0.0)
     first = tl.sum(head, axis=1)
@@ -104,7 +105,9 @@ def forward_kernel(
         for s in tl.static_range(len(tiles)):
             gates = _load_vector(gate + b * stride_gate, live, D, BLOCK, s * BLOCK)
             total = tiles[s].to(tl.float32) + gates * added[s].to(tl.float32)
-            sums = sums + (total.to(y.dtype.element_ty),)  # As it is stored: the backward normalizes what it reads.
+            sums = sums + (
+                total.to(y.dtype.element_ty),
+            )  # Rounded as stored: the backward normalizes the stored values.
             _store(y, out, sums[s], live, D, BLOCK, s * BLOCK)
         tiles = sums
     if NORM:
@@ -156,8 +159,8 @@ def backward_kernel(
 ):  # fmt: skip
     """ROWS rows of x of one image, TILE at a time; grid (images * ceil(N / ROWS),).
 
-    y is what was normalized: (B, K, D) where there is a residual, else x itself, (B, N, D). `parts` is (images, groups,
-    2 * NORM + RESIDUAL, D): dshift, dscale, dgate.
+    y is the input of the normalization: (B, K, D) with RESIDUAL, else x itself, (B, N, D). `parts` is (images, groups,
+    2 * NORM + RESIDUAL, D) and receives the partial sums of dshift, dscale and dgate.
     """
     groups = tl.cdiv(N, ROWS)
     b = (tl.program_id(0) // groups).to(tl.int64)
@@ -169,8 +172,8 @@ def backward_kernel(
         n = begin + i + tl.arange(0, TILE)
         owned = n < N
         if HAS_SUBSET:
-            # The place of each row in the subset, -1 for none: comparing is cheaper than an inverse table. This is not
-            # a function, from whose result torch.compile would conclude that the subset is written to.
+            # The position of each row in the subset, or -1. Comparing is cheaper than an inverse table. This is inlined
+            # because torch.compile would conclude from a function's result that the subset is written to.
             k = tl.full((TILE,), -1, tl.int32)
             for start in range(0, K, BLOCK_K):
                 place = start + tl.arange(0, BLOCK_K)
@@ -231,7 +234,7 @@ def sums_kernel(
     parts, first, second, third, groups,
     D: tl.constexpr, VECTORS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one vector's sum over its image's parts; grid (images * VECTORS * tiles of D,)."""
+    """Sum a tile of one vector over the partial sums of its image; grid (images * VECTORS * tiles of D,)."""
     tiles: tl.constexpr = (D + BLOCK - 1) // BLOCK
     b = (tl.program_id(0) // (VECTORS * tiles)).to(tl.int64)
     vector = tl.program_id(0) // tiles % VECTORS
@@ -245,7 +248,7 @@ def sums_kernel(
     summed = tl.sum(total, axis=0)
     if vector == 0:
         tl.store(first + b * D + cols, summed.to(first.dtype.element_ty), mask=inside)
-    if VECTORS > 1:  # What is not there must not be named in a store: torch.compile would take it for a result.
+    if VECTORS > 1:  # torch.compile takes every pointer that occurs in a store for a result, so absent ones must not.
         if vector == 1:
             tl.store(second + b * D + cols, summed.to(second.dtype.element_ty), mask=inside)
     if VECTORS > 2:

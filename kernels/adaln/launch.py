@@ -20,9 +20,9 @@ def _power_of_two(size):
 
 
 def _tiles(width, itemsize, most, threads):
-    """(rows of a tile, its columns, threads): 16 bytes per lane, at most `most` numbers of a row per lane.
+    """(rows of a tile, its columns, threads) for 16 bytes per lane and at most `most` elements of a row per lane.
 
-    The lanes of a row are one warp's 32 where the row fits them so.
+    The lanes of a row are the 32 of one warp where the row fits that limit.
     """
     per_lane = 16 // itemsize
     lanes = 32
@@ -34,18 +34,19 @@ def _tiles(width, itemsize, most, threads):
 
 
 def forward_configs(width, narrow, wide):
-    """A row to a warp, 8 rows to a program: of its traffic with L2 an eighth is the modulation, the rest are rows.
+    """Configurations of the forward; the first is the default: one warp per row, 8 rows per program.
+
+    An eighth of a program's traffic with L2 is then the modulation, and the rest is rows.
 
     Args:
         width: D.
-        narrow, wide: bytes of an element of the narrowest and of the widest of the tensors of rows.
+        narrow, wide: bytes per element of the narrowest and of the widest tensor of rows.
     """
-    most = 40 if narrow < 4 else 32  # numbers of a row per lane
+    most = 40 if narrow < 4 else 32  # elements of a row per lane
     rows, block, threads = _tiles(width, narrow, most, 256)
     default = {"ROWS": rows, "BLOCK": block, "threads": threads}
-    if (
-        narrow != wide
-    ):  # Stored as they are not computed: with another number of rows the exchange between lanes spills.
+    if narrow != wide:
+        # Loads and stores are laid out differently, and exchanging lanes spills with any other number of rows.
         return [default]
     rows, block, threads = _tiles(width, narrow, most, 128)
     small = {"ROWS": rows, "BLOCK": block, "threads": threads}
@@ -53,18 +54,22 @@ def forward_configs(width, narrow, wide):
 
 
 def backward_configs(width, itemsize, vectors, has_subset):
-    """Two warps to a row of 1152, one to a row of 768, and twice as many in float32: so a row's numbers and its sums
-    fit the registers of the lanes.
+    """Configurations of the backward; the first is the default.
 
-    Few warps are resident, so the next rows are loaded (into shared memory) while these are computed; with a subset,
-    where it takes a search to know which rows are next, that is not possible. A program's rows leave one part of each
-    sum: as many rows as let writing the parts and reading them again add about a tenth to the bytes of the rows. More
-    would leave too few programs for a GPU.
+    A row of 1152 takes two warps and a row of 768 one, and twice as many in float32, so that the row and its sums fit
+    in the registers of the lanes.
+
+    Few warps are resident, so the next rows are loaded into shared memory while the current ones are computed. With a
+    subset this is not possible, because the next rows are known only after a search. A program writes one partial sum
+    of each vector for all of its rows. The number of rows is such that writing the partial sums and reading them again
+    adds about a tenth to the bytes of the rows; more rows would leave too few programs for a GPU.
 
     Args:
-        itemsize: bytes of an element of the narrowest of the tensors of rows.
-        vectors: how many sums over the rows there are: 1 without the normalization, 2 without the residual, or 3.
-        has_subset: then some of a program's rows are only zeros to be written, and it takes twice as many.
+        width: D.
+        itemsize: bytes per element of the narrowest tensor of rows.
+        vectors: number of sums over the rows: 1 without the normalization, 2 without the residual, or 3.
+        has_subset: whether there is a subset. Some of a program's rows are then only set to zero, so a program takes
+            twice as many.
     """
     configs = []
     stages = 1 if has_subset else 2
@@ -83,11 +88,11 @@ def _distinct(configs):
 SUMS = {"BLOCK_P": 16, "BLOCK": 128, "threads": 128}
 
 
-HIP_STAGES = 1  # AMD's compiler keeps the next rows in registers, which are short already.
+HIP_STAGES = 1  # AMD's compiler would keep the next rows in registers, of which there are too few.
 
 
 def look_up_block(config):
-    """Subset entries compared at a time: at most 2048 comparisons per step, which stay in registers."""
+    """The number of subset entries compared at a time: at most 2048 comparisons per step, which fit in registers."""
     return max(16, min(128, 2048 // config["TILE"]))
 
 
@@ -100,7 +105,7 @@ def _options(config):
 
 
 def _itemsizes(*tensors):
-    """Of the narrowest and of the widest of them."""
+    """Bytes per element of the narrowest and of the widest of the tensors; None is ignored."""
     sizes = [t.dtype.itemsize for t in tensors if t is not None]
     return min(sizes), max(sizes)
 
@@ -110,7 +115,7 @@ def _cdiv(a, b):
 
 
 def _strides(tensor, dims):
-    """The first strides of a tensor; zeros where there is none."""
+    """The strides of a tensor's first `dims` dimensions; zeros for None."""
     return (0,) * dims if tensor is None else tensor.stride()[:dims]
 
 
@@ -118,7 +123,7 @@ def _strides(tensor, dims):
 
 
 def _forward(x, branch, gate, shift, scale, subset, dtype):
-    """(y, u, mean, rstd): y where there is a branch, the others where there is a modulation, else None."""
+    """Launch the forward and return (y, u, mean, rstd): y is None without a branch, the others without a modulation."""
     B, N, D = x.shape
     K = N if subset is None else subset.shape[1]
     residual, norm = branch is not None, shift is not None
@@ -130,7 +135,7 @@ def _forward(x, branch, gate, shift, scale, subset, dtype):
         return y, u, mean, rstd
 
     def launch(config):
-        # Where a tensor is missing x stands for it: the pointer is not used.
+        # x is passed in place of a missing tensor: the pointer is not used.
         pointers = [x if t is None else t for t in (branch, gate, shift, scale, subset, y, u, mean, rstd)]
         wrap_triton(forward_kernel)[(B * _cdiv(K, config["ROWS"]),)](
             x, *pointers, *_strides(x, 2), *_strides(branch, 2),
@@ -145,7 +150,10 @@ def _forward(x, branch, gate, shift, scale, subset, dtype):
 
 
 def _backward(dy, du, y, branch, gate, shift, scale, subset, mean, rstd, tokens):
-    """(dx, dbranch, dgate, dshift, dscale); None where there is nothing to differentiate, dx also where it is dy."""
+    """Launch the backward and return (dx, dbranch, dgate, dshift, dscale).
+
+    The gradient of an absent argument is None; dx is also None where it is equal to dy.
+    """
     grads = dy if du is None else du
     B, K, D = grads.shape
     residual, norm = branch is not None, du is not None
@@ -189,7 +197,7 @@ def _backward(dy, du, y, branch, gate, shift, scale, subset, mean, rstd, tokens)
 def modulate_op(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, subset: torch.Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The modulated rows, and the mean and 1/std of each."""
+    """The modulated rows, and the mean and 1/std of each row."""
     return _forward(x, None, None, shift, scale, subset, dtype)[1:]
 
 
@@ -206,7 +214,7 @@ def modulate_backward_op(
 
 
 def _modulate_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else zeros are made for gradients that are not needed, a launch each
+    ctx.set_materialize_grads(False)  # Otherwise one launch per unused gradient would fill it with zeros.
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[:4], *output[1:])
 
@@ -230,7 +238,7 @@ def residual_op(x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, subse
 def residual_backward_op(
     dy: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, subset: torch.Tensor | None, tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, branch, gate; of x an empty tensor without a subset, where it is dy itself."""
+    """Gradients of x, branch, gate. The first is dy without a subset, and an empty tensor is returned for it."""
     dx, dbranch, dgate, _, _ = _backward(dy, None, None, branch, gate, None, None, subset, None, None, tokens)
     return dy.new_empty((0,)) if dx is None else dx, dbranch, dgate
 
@@ -261,7 +269,7 @@ def residual_modulate_op(
     x: torch.Tensor, branch: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor,
     subset: torch.Tensor | None, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The rows with the branch added, these modulated, and the mean and 1/std of each."""
+    """The rows with the branch added, the same rows modulated, and the mean and 1/std of each row."""
     return _forward(x, branch, gate, shift, scale, subset, dtype)
 
 
@@ -288,7 +296,7 @@ _residual_modulate_gradients = first_gradient("gated_residual_adaln", residual_m
 
 
 def _residual_modulate_grad(ctx, dy, du, *_):
-    saved = ctx.saved_tensors  # Once: torch's recomputation gives them out once.
+    saved = ctx.saved_tensors  # Read only once: activation checkpointing allows a single access.
     if du is None:  # The modulated rows are not used.
         _, branch, gate, _, _, subset, _, _ = saved
         return *_residual_grads(dy, branch, gate, subset, ctx.tokens), None, None, None, None

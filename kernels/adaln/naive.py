@@ -1,7 +1,7 @@
-"""The three operations as their formulas. CPU tensors run these lines, under PyTorch's own autograd.
+"""The three operations written as their formulas. CPU tensors run this code, with PyTorch's autograd.
 
-They are the lines of a plain SiT block, in the same order of operations, so on a CPU a model computes bit for bit the
-same numbers with these functions as without them.
+The order of operations is that of a plain SiT block, so on a CPU a model's results are bit for bit the same with these
+functions as without them.
 """
 
 import torch
@@ -13,7 +13,7 @@ EPS = 1e-6
 
 
 def adaln_modulate(x, shift, scale, subset=None, dtype=None):
-    """LayerNorm(x[subset]) * (1 + scale) + shift, in `dtype` (x's where it is None)."""
+    """LayerNorm(x[subset]) * (1 + scale) + shift, in `dtype` (that of x where it is None)."""
     rows = x if subset is None else gather_rows(x, subset)
     normed = F.layer_norm(rows, rows.shape[-1:], eps=EPS)
     return torch.addcmul(shift.unsqueeze(1), normed, 1 + scale.unsqueeze(1)).to(dtype or x.dtype)

@@ -1,4 +1,4 @@
-"""LayerNorm with adaLN's modulation, and the gated residual before it, on all tokens or on a subset of them."""
+"""LayerNorm with adaLN's modulation, and the gated residual before it, on all tokens or on a subset."""
 
 from typing import Optional, Tuple
 
@@ -8,7 +8,7 @@ from ..rows import rows_contiguous
 from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_tensor, use_triton
 from . import naive
 
-# A longer row does not fit the registers of one program; it takes the naive path on a GPU, too.
+# A longer row does not fit in the registers of one program, so it takes the naive path on a GPU too.
 MAX_WIDTH = 4096
 
 
@@ -17,21 +17,21 @@ def adaln_modulate(
 ) -> torch.Tensor:
     """Rows `subset` of LayerNorm(x) * (1 + scale) + shift.
 
-    LayerNorm without affine, eps 1e-6; the modulation is that of DiT's adaLN (arXiv 2212.09748). Only the rows asked
-    for are read, and one pass of the backward gives the gradients of x, shift and scale.
+    LayerNorm has no affine parameters and eps 1e-6. The modulation is that of DiT's adaLN (arXiv 2212.09748). Only the
+    rows of the subset are read, and the backward computes the gradients of x, shift and scale in one pass.
 
     Args:
-        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU float64 too. Any pitch between rows.
-        shift, scale: (B, D), any of the dtypes.
+        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU also float64. Rows may have any stride.
+        shift, scale: (B, D), any of these dtypes.
         subset: (B, K) int32 or int64, distinct indices in [0, N) in any order; None takes all N rows.
 
     Returns:
-        (B, K, D), rows in the order of `subset`; (B, N, D) where subset is None. In x's dtype, or in autocast's where
-        that is on: what follows is a matrix product.
+        (B, K, D), rows in the order of `subset`; (B, N, D) where subset is None. The dtype is that of x, or autocast's
+        where autocast is enabled, because a matrix product follows.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, or (on the CPU; on a GPU with
-            MASKALIGN_KERNELS_DEBUG=1) an index outside [0, N) or twice in a row.
+        ValueError: an argument has the wrong shape, dtype or device, or an index is outside [0, N) or repeated in a row
+            of `subset` (checked on the CPU, and on a GPU with MASKALIGN_KERNELS_DEBUG=1).
     """
     tensors = {"x": x, "shift": shift, "scale": scale}
     if not _runs_kernels("adaln_modulate", tensors, subset):
@@ -47,11 +47,12 @@ def gated_residual(
 ) -> torch.Tensor:
     """Rows `subset` of x, plus gate * branch.
 
-    The gradient of x is zero outside the subset and written in the same pass as those of branch and gate.
+    The gradient of x is zero outside the subset. It is written in the same pass as the gradients of branch and gate.
 
     Args:
         x: (B, N, D) tokens, as in `adaln_modulate`.
-        branch: (B, K, D), row for row with `subset`, or (B, N, D) where subset is None. Any of the dtypes.
+        branch: (B, K, D), where row k belongs to token subset[:, k], or (B, N, D) where subset is None. Any of the
+            dtypes.
         gate: (B, D).
         subset: as in `adaln_modulate`.
 
@@ -83,8 +84,8 @@ def gated_residual_adaln(
         x, branch, gate, shift, scale, subset: as in the two functions.
 
     Returns:
-        (y, modulated), both (B, K, D), or (B, N, D) where subset is None: y in x's dtype, the modulated rows in
-        autocast's where that is on.
+        (y, modulated), both (B, K, D), or (B, N, D) where subset is None. y has x's dtype; the modulated rows have
+        autocast's dtype where autocast is enabled, else x's.
 
     Raises:
         ValueError: as `adaln_modulate`.
@@ -100,7 +101,7 @@ def gated_residual_adaln(
 
 
 def _runs_kernels(op, tensors, subset):
-    """Check the arguments of a call, and say whether it runs the kernels."""
+    """Check the arguments of a call, and return whether it runs the kernels."""
     x = tensors["x"]
     floats = (*FLOATS, torch.float64)
     sizes = {}
@@ -119,9 +120,9 @@ def _runs_kernels(op, tensors, subset):
 
 
 def _product_dtype(x):
-    """The dtype of what goes into a matrix product: x's, or autocast's where that is on."""
+    """The dtype of the operand of a matrix product: autocast's where it is enabled, else x's."""
     device = x.device.type
-    # meta has no autocast. Not asked by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
+    # The meta device has no autocast. torch 2.11 cannot trace torch.amp.is_autocast_available.
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype

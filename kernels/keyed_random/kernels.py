@@ -1,4 +1,4 @@
-"""Philox-4x32-10 in Triton: four numbers from each hash of (key; column, row, stream)."""
+"""Philox-4x32-10 in Triton: each hash of (key; column, row, stream) gives four numbers."""
 
 import contextlib
 
@@ -6,15 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 256  # hashes of a program: 1024 numbers
+BLOCK = 256  # hashes per program, which give 1024 numbers
 
 
-# The key and the places change with every step: a build for each of their kinds would stop the run in its middle.
+# These integers change with every step. Specializing on their values would recompile the kernel in the middle of a run.
 @triton.jit(do_not_specialize=["key", "stream", "first", "quarter", "size"])
 def keyed_random_kernel(out, key, stream, first, quarter, size, NORMAL: tl.constexpr, BLOCK: tl.constexpr):
-    """A part of one row; grid (rows, ceil(quarter / BLOCK)), quarter = ceil(size / 4).
+    """Fill a part of one row; grid (rows, ceil(quarter / BLOCK)), quarter = ceil(size / 4).
 
-    The four words of a hash stand a quarter of the row apart, so that each is written side by side with its neighbors.
+    The four words of a hash are stored a quarter of the row apart, so that neighboring lanes write neighboring numbers.
     """
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     zero = tl.zeros([BLOCK], tl.int32)
@@ -34,7 +34,7 @@ def keyed_random_kernel(out, key, stream, first, quarter, size, NORMAL: tl.const
 
 
 def launch(out, key, stream, first, normal):
-    """Fill `out` (rows, size), contiguous float32."""
+    """Fill `out` (rows, size), contiguous float32, with the numbers of operations.keyed_random."""
     rows, size = out.shape
     quarter = -(-size // 4)
     grid = (rows, -(-quarter // BLOCK))

@@ -1,4 +1,4 @@
-"""Philox-4x32-10 as its paper defines it, in PyTorch's int64 arithmetic. CPU tensors are filled by these lines."""
+"""Philox-4x32-10 as its paper defines it, in PyTorch's int64 arithmetic. This is also the path for CPU tensors."""
 
 import math
 
@@ -21,18 +21,18 @@ def philox(key, counter):
 
 
 def uniform(words):
-    """float32 in [0, 1): 31 bits of each word, which is folded at its sign bit as Triton's generator does it."""
+    """float32 in [0, 1) from 31 bits of each word: a word with its sign bit set is complemented, as Triton does it."""
     return torch.where(words > WORD >> 1, WORD - words, words).float() * 4.6566127342e-10
 
 
 def normal(a, b):
-    """Box and Muller's transform of two uniform numbers."""
+    """Two standard normal numbers from two uniform ones, by the Box-Muller transform."""
     radius, angle = (-2 * a.clamp_min(1e-7).log()).sqrt(), 2 * math.pi * b
     return radius * angle.cos(), radius * angle.sin()
 
 
 def keyed_random(key, stream, first, rows, size, *, is_normal=False, device=None):
-    """Arguments and result as in operations.py; the four words of a hash stand a quarter of the row apart."""
+    """Arguments and result as in operations.py. The four words of a hash are stored a quarter of the row apart."""
     quarter = -(-size // 4)
     column = torch.arange(quarter, device=device).expand(rows, quarter)
     row = torch.arange(first, first + rows, device=device).unsqueeze(1).expand(rows, quarter)

@@ -1,8 +1,8 @@
-"""Random numbers that are a function of a key and of their place, for draws that must not depend on who makes them.
+"""Random numbers that are a function of a key and of their position, for draws that must not depend on rank or device.
 
-A generator gives its numbers one after another, so draws per image take a generator, and several launches, per image or
-group of images. A counter-based generator needs no state: number (row, column) of a stream is a hash of the key and of
-these three, and one launch makes them all, on whatever device or rank the rows are.
+A sequential generator would need a generator, and several launches, per image or group of images. A counter-based
+generator needs no state: number (row, column) of a stream is a hash of the key, the row, the column and the stream. One
+launch draws all rows, on any device and rank.
 """
 
 import torch
@@ -12,18 +12,19 @@ from . import naive
 
 
 def keyed_random(key, stream, first, rows, size, *, normal=False, device=None):
-    """Rows [first, first + rows) of a table of random numbers; what a row holds depends on nothing but its arguments.
+    """Rows [first, first + rows) of a table of random numbers. A row depends only on (key, stream, row, size, normal).
 
-    Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) with the key as its 64-bit key
-    and (column, row, stream) as its counter; normal numbers by Box and Muller's transform of two uniform ones.
+    The generator is Philox-4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) with the key
+    as its 64-bit key and (column, row, stream) as its counter. Normal numbers are computed from two uniform ones by the
+    Box-Muller transform.
 
     Args:
         key: int in [0, 2^63).
-        stream: int in [0, 2^31): another one gives independent numbers under the same key.
+        stream: int in [0, 2^31). Different streams give independent numbers under the same key.
         first, rows: ints in [0, 2^31).
-        size: numbers per row. Tables of another size have other numbers.
-        normal: standard normal numbers instead of uniform ones in [0, 1).
-        device: a CUDA or ROCm device runs the kernel, the CPU the lines of naive.py.
+        size: numbers per row. Tables of different sizes have different numbers.
+        normal: draw standard normal numbers instead of uniform ones in [0, 1).
+        device: a CUDA or ROCm device runs the kernel; the CPU runs naive.py.
 
     Returns:
         (rows, size) float32.

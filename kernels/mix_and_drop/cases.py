@@ -1,14 +1,15 @@
-"""The launches of mix_and_drop for the compile report: how they are made, what they move and compute.
+"""The launches of mix_and_drop for the compile report: arguments and configurations, bytes and FLOPs.
 
-`moved` counts what has to come from or go to DRAM: each launch is charged every tensor that it touches, once. What is
-read again is counted apart, as `cached`, because L2 has it:
+`moved` counts the traffic with DRAM: every tensor that a launch reads or writes, once. Repeated reads come from L2 and
+are counted in `cached`:
 
     the weights, a few hundred kilobytes that all programs share
-    a program's second look at the tile of x that it has just read (the kept rows in `mix`, all rows in `tokens`)
-    the hidden activations and S of an image in `tokens`, read by the image's programs, which run side by side
+    a program's second reading of its tile of x (the kept rows in `mix`, all rows in `tokens`)
+    the hidden activations and S of an image in `tokens`, read by the image's programs, which run at the same time
 
-A test holds this to account: for every target, the tiles of all programs that are resident at a time, by the registers
-and shared memory of the builds, fit L2. Another counts loads and stores in the interpreter: `moved` plus `cached`.
+A test checks that this holds: for every target, the tiles of all programs that are resident at the same time, according
+to the registers and shared memory of the builds, fit in L2. Another test counts loads and stores in the interpreter and
+compares them with `moved` plus `cached`.
 """
 
 import torch
@@ -19,12 +20,13 @@ from . import launch as mixer
 from .operations import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-# Half of the smallest L2, A100's 40 MiB: its two partitions may hold copies of each other's lines.
+# Half of the smallest L2 (40 MiB on an A100), because its two partitions may hold copies of the same lines.
 WARM = 20 << 20
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 SHAPES = [
-    # (images, tokens, kept, width, hidden, x, weights, products): XL/2 in bfloat16 at every hidden width and at 512 px,
-    # then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, a quarter, and S/2.
+    # (images, tokens, kept, width, hidden, dtypes of x, weights and products). XL/2 in bfloat16 at every hidden width
+    # and at 512 px, then autocast (float32 master weights; float32 residual stream), float16, float32, no subset, a
+    # quarter of the tokens, and S/2.
     (32, 256, 128, 1152, 64, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 128, _BF16, _BF16, _BF16),
     (32, 256, 128, 1152, 256, _BF16, _BF16, _BF16),
@@ -65,7 +67,7 @@ def _case(shape, direction, launch, kernel, config, number):
     kept = N if K is None else K
     blocks = -(-N // config.get("BLOCK_N", N))
     images = mixer.images_per_program(B, blocks, T, D)
-    # The parts that `hidden` leaves: by its own configuration, and by its default one where `tokens` adds them up.
+    # The tiles of `hidden`, which writes one partial sum per tile. `tokens` adds those of the default configuration.
     tiles = -(-D // (config if launch == "hidden" else mixer.hidden_configs(T, product_dtype, weight)[0])["BLOCK_D"])
     grid = {
         "statistics": (-(-B * N // config.get("ROWS", 1)), 1),
@@ -73,7 +75,7 @@ def _case(shape, direction, launch, kernel, config, number):
         "sums": (mixer.weight_sums_programs(N, T), 1),
     }.get(launch.split()[0]) or (-(-D // config["BLOCK_D"]), B)
     weights = ("w1", "b1", "w2", "b2")
-    # Gradients of the weights are in parts until the last launch, which writes them in the weights' dtype.
+    # The weights' gradients are partial sums in float32 until the last launch, which writes them in the weights' dtype.
     gradients = dict.fromkeys([f"d{name}" for name in weights], _pointer(weight) if launch == "sums" else "*fp32")
     types = dict.fromkeys(("mean", "rstd", "sums", "gated", *(f"d{name}_parts" for name in weights)), "*fp32")
     types |= dict.fromkeys(("hidden", "ds"), _pointer(product_dtype)) | dict.fromkeys(weights, _pointer(weight))
@@ -116,12 +118,12 @@ def _case(shape, direction, launch, kernel, config, number):
 
 
 def _groups(shape):
-    """Groups of images, by the default configurations of `tokens`: those that leave parts of dw1 and of dw2."""
+    """[groups of images with partial sums of dw1, the same for dw2], for the default configurations of `tokens`."""
     B, N, _, D, T, _, _, product_dtype = shape
     groups = [0, 0]
     for first, second, configs in mixer.token_launches(T, product_dtype):
         count = -(-B // mixer.images_per_program(B, -(-N // configs[0]["BLOCK_N"]), T, D))
-        groups = [count if there else before for there, before in zip((first, second), groups, strict=True)]
+        groups = [count if computed else g for computed, g in zip((first, second), groups, strict=True)]
     return groups
 
 
@@ -161,10 +163,10 @@ def _cost(shape, launch, config, grid, tiles):
     moved, again, flops = out + index, (blocks - 1) * index, 0
     if launch != "tokens second":
         sums, matrix = 8 * B * tiles * T, T * N * weight.itemsize
-        # One of the three sums, dA's, is read by the first program of a group only.
+        # Of the three sums, that of dA is read by the first program of a group only.
         moved += 2 * rows + statistics + matrix + between // 2 + sums + sums // 2 + 4 * groups * (T * N + T)
         again += rows + (2 * blocks - 1) * between // 2 + (blocks - 1) * sums + (groups - 1) * matrix
-        if mixer._block_t(T) > 128:  # w1 again between the loops and in every step of the second.
+        if mixer._block_t(T) > 128:  # w1 is read again between the loops and in every step of the second loop.
             again += B * (1 + -(-D // config["BLOCK_D"])) * matrix
         flops += 2 * first
     if launch != "tokens first":
@@ -175,11 +177,11 @@ def _cost(shape, launch, config, grid, tiles):
 
 
 def _least(shape, launch, tiles):
-    """Bytes that a launch cannot do without: what it is given once, and its results once, whatever its own tiles.
+    """The least bytes that a launch can move: its inputs and results once, for any tiles.
 
-    Counted apart from `_cost`, tensor by tensor, so that the report notices what tiles add: results that are left in
-    parts (per tile, per group of images) for a later step to add up. `tiles` are those of `hidden`, whose parts
-    `tokens` is given.
+    This is counted independently of `_cost`, tensor by tensor, so that the report shows the cost of tiles: partial sums
+    per tile or per group of images that a later launch adds up. `tiles` is the number of tiles of `hidden`, whose
+    partial sums are an input of `tokens`.
     """
     B, N, K, D, T, x, weight, product_dtype = shape
     tokens, kept = B * N * D * x.itemsize, B * (K or N) * D * x.itemsize
@@ -193,25 +195,26 @@ def _least(shape, launch, tiles):
     if launch == "mix":  # x, mean, rstd, shift, scale, gate, w1, b1, w2, b2, subset -> out
         return tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset + kept
     gated = 4 * B * (K or N)  # sums along D that db2 needs, one per kept row
-    sums = 4 * B * 3 * T  # of ds and of w1's rows, three for each hidden token
-    if launch == "hidden":  # and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
+    sums = 4 * B * 3 * T  # sums along D for the gradients of w1 and x, three for each hidden token
+    if launch == "hidden":  # the same and dout -> dshift, dscale, dgate, the activations and their gradient, the sums
         inputs = kept + tokens + mean + rstd + 3 * vector + w1 + b1 + w2 + b2 + subset
         return inputs + 3 * vector + 2 * hidden + gated + sums
-    if launch == "sums":  # the parts of dw1, db1, dw2, db2 -> these
+    if launch == "sums":  # partial sums of dw1, db1, dw2, db2 -> dw1, db1, dw2, db2
         of_dw1, of_dw2 = _groups(shape)
         return of_dw1 * 4 * (T * N + T) + of_dw2 * 4 * (N * T + N) + w1 + b1 + w2 + b2
     least = kept + subset
-    if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, the parts of the sums -> dx, dw1, db1
+    if launch != "tokens second":  # dout, x, mean, rstd, w1, ds, partial sums -> dx, dw1, db1
         least += 2 * tokens + mean + rstd + w1 + hidden + tiles * sums + 4 * (T * N + T)
-    if launch != "tokens first":  # dout, the gated activations, the parts of db2's sums -> dw2, db2
+    if launch != "tokens first":  # dout, the gated activations, partial sums of db2 -> dw2, db2
         least += hidden + tiles * gated + 4 * (T * N + N)
     return least
 
 
 def _warm(shape, launch):
-    """Bytes of x that `statistics` has just read and that `mix`, going through the images backwards, finds in L2.
+    """Bytes of x that `statistics` has read and that `mix`, which takes the images in reverse order, finds in L2.
 
-    Between the two readings of a row lie the rows behind it and the rows written meanwhile: what fits WARM of both.
+    Between the two readings of a row, the rows after it are read and the corresponding outputs written. A row is still
+    in L2 if both together fit in WARM.
     """
     if launch != "mix":
         return 0
@@ -221,7 +224,7 @@ def _warm(shape, launch):
 
 
 def _weights_again(shape, grid):
-    """Bytes of weights that the programs of `mix` and `hidden` load beyond the first time."""
+    """Bytes of weights that the programs of `mix` and `hidden` load, without the first time."""
     _, N, K, _, T, _, weight, _ = shape
     kept = N if K is None else K
     each = T * N + T + kept * T + kept

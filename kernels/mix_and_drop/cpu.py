@@ -1,6 +1,6 @@
-"""The CPU path of mix_and_drop: the numbers of naive.py, in fewer passes over memory.
+"""The CPU path of mix_and_drop: the same result as naive.py, with fewer passes over memory.
 
-CPU users train with these lines, and a GPU runs them where a hidden layer is too wide for the kernels.
+Training on a CPU uses this code. A GPU also uses it where the hidden layer is too wide for the kernels.
 """
 
 import torch
@@ -11,10 +11,11 @@ from ..transforms import applying, first_gradient
 
 
 class MixAndDrop(torch.autograd.Function):
-    """Keeps its inputs and two scalars per token; the backward normalizes and multiplies again.
+    """Saves its inputs and two scalars per token; the backward recomputes the normalization and the first product.
 
-    The modulation is constant along the tokens and leaves the first product (see kernels.py), and the gate goes to
-    the hidden layer where it can: the only passes over (B, N, D) are LayerNorm's and the products' own.
+    The modulation is constant along the tokens, so it is applied after the first product (see kernels.py), and the gate
+    is applied to the hidden layer where possible. The only passes over (B, N, D) are those of LayerNorm and of the
+    products.
     """
 
     @staticmethod
@@ -27,7 +28,7 @@ class MixAndDrop(torch.autograd.Function):
         y = _batched(kept_w2, hidden).to(wide).add_(kept_b2.to(wide).unsqueeze(-1))
         kept = x if subset is None else gather_rows(x, subset)
         out = torch.addcmul(kept, gate.to(wide).unsqueeze(1), y)
-        # Not `.to(x.dtype)` where that is no copy: compiled by torch 2.11, such an output's gradient would be zero.
+        # `.to(x.dtype)` is skipped where it is not a copy: under torch.compile (2.11) the gradient would be zero.
         return out if out.dtype == x.dtype else out.to(x.dtype), mean, rstd
 
     @staticmethod
@@ -79,17 +80,17 @@ def _gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, 
 
 
 _apply = applying("mix_and_drop", MixAndDrop)
-# A second derivative through the saved scalars would silently lack their part.
+# A second derivative would silently omit the terms through the saved scalars, so it raises an error.
 _first_gradients = first_gradient("mix_and_drop", _gradients)
 
 
 def _batched(a, b):
-    """a @ b, where a (M, N) or (B, M, N) and b (B, N, D): always the batched kernel, which copies neither."""
+    """a @ b for a (M, N) or (B, M, N) and b (B, N, D), always by the batched kernel, which copies neither operand."""
     return torch.bmm(a.expand(b.shape[0], *a.shape[-2:]), b)
 
 
 def _preactivation(normed, shift, scale, w1, b1, product_dtype):
-    """A and Z = w1 @ normed, both (B, T, D), and the row sums of w1 (T,); in float32 at least."""
+    """A and Z = w1 @ normed, both (B, T, D), and the row sums of w1 (T,), in float32 or a wider dtype."""
     wide = torch.promote_types(product_dtype, torch.float32)
     w1 = w1.to(product_dtype)
     w1_sum = w1.sum(1, dtype=wide)
@@ -99,7 +100,7 @@ def _preactivation(normed, shift, scale, w1, b1, product_dtype):
 
 
 def _kept(w2, b2, subset, product_dtype):
-    """Rows `subset` of w2, (B, K, T), and of b2, (B, K); as they are where subset is None."""
+    """Rows `subset` of w2, (B, K, T), and of b2, (B, K). Without a subset, w2 (N, T) and b2 (N,) themselves."""
     w2 = w2.to(product_dtype)
     if subset is None:
         return w2, b2
@@ -108,9 +109,10 @@ def _kept(w2, b2, subset, product_dtype):
 
 
 def _add_rows(rows, subset, like):
-    """Sum over the images of rows (B, K, C) at their places in a tensor shaped as `like` (N, C).
+    """Add rows (B, K, C) to zeros of the shape of `like` (N, C), at the indices `subset`, summed over the images.
 
-    By placing and summing: the indices of an image are distinct, and index_add_ is slow on a CPU.
+    This copies rows to their indices and sums over the images: the indices of an image are distinct, and index_add_ is
+    slow on a CPU.
     """
     if subset is not None:
         grid = rows.new_zeros((rows.shape[0] * like.shape[0], rows.shape[-1]))
@@ -119,5 +121,8 @@ def _add_rows(rows, subset, like):
 
 
 def mix_and_drop(x, shift, scale, gate, w1, b1, w2, b2, subset=None, product_dtype=None):
-    """(B, K, D), or (B, N, D) where subset is None; matrix products in `product_dtype`, x's where it is None."""
+    """Arguments as in operations.py; matrix products run in `product_dtype` (x's where it is None).
+
+    Returns (B, K, D), or (B, N, D) where subset is None, in x's dtype.
+    """
     return _apply(x, shift, scale, gate, w1, b1, w2, b2, subset, product_dtype or x.dtype)[0]

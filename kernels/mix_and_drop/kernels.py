@@ -1,28 +1,28 @@
-"""Token mixing fused with the row gather: only the kept rows of the mixed tokens are ever written.
+"""Token mixing fused with the row gather: only the kept rows of the mixed tokens are written.
 
     out[b, k] = x[b, n] + gate[b] * (w2[n] @ H[b] + b2[n]),   n = subset[b, k]
     H = gelu(A),   A = w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1      (T, D) per image, along the token axis
 
-The modulation is constant along the tokens, so it leaves the product: with Z = w1 @ LayerNorm(x),
-A = Z * (1 + scale) + rowsum(w1) * shift + b1. Everything then falls into tiles of D. Two launches forward:
+The modulation is constant along the tokens, so it can be applied after the product: with Z = w1 @ LayerNorm(x), A = Z *
+(1 + scale) + rowsum(w1) * shift + b1. All of this is independent for every column of D. The forward is two launches:
 
     statistics  reads x, writes the mean and 1/std of each row
-    mix         reads x by (image, tile of D), keeps Z and H on the chip, writes the kept rows
+    mix         reads x by (image, tile of D), holds Z and H on the chip, writes the kept rows
 
-and three or four backward, which recompute H (only the statistics are saved). Q = w2[kept]^T @ dout,
-S = dA (1 + scale):
+The backward is three or four launches, which recompute H (only the statistics are saved). With
+Q = w2[kept]^T @ dout and S = dA (1 + scale):
 
     hidden      reads x and dout by (image, tile of D): dgate = sum(H Q) + sum(b2 dout), dA = gate Q gelu'(A),
                 dshift = sum(rowsum(w1) dA), dscale = sum(Z dA); writes gate H and S (T, D), and each kept row's sum of
                 gate dout over the tile
-    tokens      reads x, dout, gate H, S by (tile of N, images): dw1 = S LayerNorm(x)^T first, from which follows
+    tokens      reads x, dout, gate H, S by (tile of N, images): first dw1 = S LayerNorm(x)^T, from which follows
                 mean(LayerNorm(x) w1^T S) = sum(w1 dw1) / D; then, reading x and S again from L2, dw2, db2 and
                 dx = dout + rstd (w1^T S - mean(w1^T S) - LayerNorm(x) mean(LayerNorm(x) w1^T S)).
-                Two launches where T > 128
-    sums        adds the parts of dw1, db1, dw2 and db2 in a fixed order, so a run repeats bit for bit, and writes them
-                in the dtypes of the weights
+                These are two launches where T > 128 or the products are in float32
+    sums        adds the partial sums of dw1, db1, dw2 and db2 in a fixed order, so results are reproducible bit for
+                bit, and writes them in the dtypes of the weights
 
-Products take operands in one dtype, x's or autocast's, and accumulate in float32; all else is float32.
+Products take both operands in one dtype, x's or autocast's, and accumulate in float32; all other arithmetic is float32.
 """
 
 import triton
@@ -31,7 +31,7 @@ import triton.language as tl
 
 @triton.jit
 def _row_piece(start, d, live, D, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(STEPS, ROWS, BLOCK_D) values of the rows from column d on, in float32, and which of them there are."""
+    """Load (STEPS, ROWS, BLOCK_D) values of the rows from column d on, in float32, with the mask of valid values."""
     offs_d = d + tl.arange(0, STEPS)[:, None, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, None, :]
     inside = live[None, :, None] & (offs_d < D)
     return tl.load(start[None, :, None] + offs_d, mask=inside, other=0.0).to(tl.float32), inside
@@ -47,16 +47,16 @@ def statistics_kernel(
     x, mean, rstd, stride_xb, stride_xn, total, N, D, eps,
     WHOLE: tl.constexpr, STEPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows per program; one pass over memory where a row fits STEPS * BLOCK_D columns (WHOLE), two otherwise.
+    """ROWS rows per program; one pass over memory where a row fits STEPS * BLOCK_D columns (WHOLE), several otherwise.
 
-    A row is cut into STEPS of what one warp takes with 16 bytes per lane, with the rows between the steps and the
-    columns: so each warp gets rows of its own, sums need no other warp, and all loads of a row are in flight together.
+    A row is cut into STEPS pieces that one warp loads with 16 bytes per lane. The tile is (STEPS, ROWS, BLOCK_D), so
+    each warp has rows of its own, sums stay within a warp, and all loads of a row are in flight together.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < total
     start = x + (row // N) * stride_xb + (row % N) * stride_xn
     v, inside = _row_piece(start, 0, live, D, STEPS, ROWS, BLOCK_D)
-    # Measured from the row's first element: a constant row has variance 0 exactly, however large it is.
+    # The row's first element is subtracted first, so a constant row of any size has variance 0 exactly.
     at_start = (tl.arange(0, STEPS)[:, None, None] == 0) & (tl.arange(0, BLOCK_D)[None, None, :] == 0)
     first = _row_sums(tl.where(at_start, v, 0.0))
     v = tl.where(inside, v - first[None, :, None], 0.0)
@@ -81,7 +81,7 @@ def statistics_kernel(
 
 @triton.jit
 def _dot(a, b, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ b, operands rounded to PRODUCT_DTYPE, accumulated in float32."""
+    """total + a @ b, with operands rounded to PRODUCT_DTYPE and accumulation in float32."""
     a = a.to(PRODUCT_DTYPE)
     b = b.to(PRODUCT_DTYPE)
     if PRECISION == "widened":  # Triton's interpreter multiplies the bit patterns of bfloat16 operands.
@@ -92,7 +92,7 @@ def _dot(a, b, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _dot_vector(a, vector, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ vector, in each of 16 columns: through the matrix units, for which `a` need not leave shared memory.
+    """total + a @ vector, repeated in 16 columns for the matrix units, which read `a` directly from shared memory.
 
     Where `a` has to be converted, or split for TF32, it is in registers anyway, and is summed there.
     """
@@ -105,7 +105,7 @@ def _dot_vector(a, vector, total, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.con
 
 @triton.jit
 def _column(columns):
-    """The vector that 16 equal columns are."""
+    """The vector that is repeated in 16 equal columns."""
     return tl.sum(columns, axis=1) / 16
 
 
@@ -118,7 +118,7 @@ def _gelu(a):
 @triton.jit
 def _gelu_and_slope(a):
     s = tl.sigmoid(1.5957691216057308 * a * (1.0 + 0.044715 * a * a))
-    # Beyond |a| = 15 the sigmoid is 0 or 1 and its slope 0; the clamp keeps inf * 0 out of the product.
+    # Beyond |a| = 15 the sigmoid is 0 or 1 and its slope 0; the clamp avoids inf * 0 in the product.
     c = tl.minimum(tl.maximum(a, -15.0), 15.0)
     slope = s + s * (1.0 - s) * 1.5957691216057308 * c * (1.0 + 0.134145 * c * c)
     return a * s, slope
@@ -126,7 +126,7 @@ def _gelu_and_slope(a):
 
 @triton.jit
 def _inside(offs, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Which of a block's offsets lie below SIZE; a constant where SIZE is a whole number of blocks."""
+    """Mask of a block's offsets below SIZE; a constant where SIZE is a multiple of BLOCK."""
     if SIZE % BLOCK == 0:
         return tl.full((BLOCK,), 1, tl.int1)
     else:
@@ -135,21 +135,24 @@ def _inside(offs, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_rows(base, offs_n, offs_d, stride_n, in_n, in_d):
-    """Tile of token rows; zeros outside."""
+    """Load a tile of token rows; masked elements are 0."""
     at = offs_n.to(tl.int64)[:, None] * stride_n + offs_d[None, :]
     return tl.load(base + at, mask=in_n[:, None] & in_d[None, :], other=0.0)
 
 
 @triton.jit
 def _store_rows(base, rows, offs_n, offs_d, stride_n, in_n, in_d):
-    """Written as its transpose: AMD's compiler would else store 8 bytes at a time, as the product lies in registers."""
+    """Store a tile of token rows as its transpose.
+
+    AMD's compiler would otherwise store 8 bytes at a time, because of the layout of the product in registers.
+    """
     at = offs_n.to(tl.int64)[None, :] * stride_n + offs_d[:, None]
     tl.store(base + at, tl.trans(rows.to(base.dtype.element_ty)), mask=in_n[None, :] & in_d[:, None])
 
 
 @triton.jit
 def _load_matrix(base, offs_r, offs_c, pitch, in_r, in_c):
-    """Tile of a small dense matrix; zeros outside."""
+    """Load a tile of a small dense matrix; masked elements are 0."""
     return tl.load(base + offs_r[:, None] * pitch + offs_c[None, :], mask=in_r[:, None] & in_c[None, :], other=0.0)
 
 
@@ -160,7 +163,7 @@ def _load_vector(base, offs, inside):
 
 @triton.jit
 def _kept_rows(subset, offs_k, K, HAS_SUBSET: tl.constexpr):
-    """The token that each kept row is."""
+    """The token index of each kept row."""
     if HAS_SUBSET:
         rows = tl.load(subset + offs_k, mask=offs_k < K, other=0)
     else:
@@ -196,9 +199,9 @@ def mix_kernel(
     HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of D of one image; grid (images * tiles of D,), an image's tiles side by side.
+    """Compute a tile of D of one image; grid (images * tiles of D,), with the tiles of an image next to each other.
 
-    The images go backwards: what `statistics` has read last is in L2 still.
+    The images are taken in reverse order, because the last ones that `statistics` has read are still in L2.
     """
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     place = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -241,7 +244,7 @@ def hidden_grad_kernel(
     HAS_SUBSET: tl.constexpr, PRODUCT_DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of D of one image; grid (images * tiles of D,)."""
+    """Compute the gradients of a tile of D of one image; grid (images * tiles of D,)."""
     tiles: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
     part = tl.program_id(0).to(tl.int64)
     b = part // tiles
@@ -291,7 +294,7 @@ def hidden_grad_kernel(
     tl.store(sums, tl.sum(da, axis=1), mask=in_t)
     tl.store(sums + T, tl.sum(da * shifts[None, :], axis=1), mask=in_t)
     s = (da * modulation[None, :]).to(PRODUCT_DTYPE)
-    # Sums of S as rounded: the mean that LayerNorm's gradient subtracts then cancels what it should.
+    # The sums are of the rounded S, so that the mean which LayerNorm's gradient subtracts is exactly that of S.
     tl.store(sums + 2 * T, tl.sum(s.to(tl.float32), axis=1), mask=in_t)
     tl.store(ds + at, s, mask=in_t[:, None] & in_d[None, :])
 
@@ -305,14 +308,14 @@ def token_grad_kernel(
     FIRST: tl.constexpr, SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """A tile of tokens of a few images; grid (groups of images * tiles of N,).
+    """Compute the gradients of a tile of tokens for a few images; grid (groups of images * tiles of N,).
 
-    FIRST: dx, dw1 and db1, the gradients through the first product. SECOND: dw2 and db2. Every product has T or BLOCK_D
-    as its rows, so that a tile of few tokens fills Hopper's matrix instructions too, and takes S and H as they arrive
-    in shared memory; dout, too, where nothing has to be converted.
+    FIRST computes dx, dw1 and db1, the gradients through the first product. SECOND computes dw2 and db2. Every product
+    has T or BLOCK_D rows, so that a tile of few tokens also fills Hopper's matrix instructions. It reads S and H
+    directly from shared memory, and dout too where no conversion is needed.
     """
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    BLOCK_P: tl.constexpr = 32  # Parts of `hidden` added up at a time: their loads wait together, not one by one.
+    BLOCK_P: tl.constexpr = 32  # Partial sums of `hidden` added at a time, so that their loads overlap.
     group = tl.program_id(0) // blocks
     tile = tl.program_id(0) % blocks
     offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -320,7 +323,7 @@ def token_grad_kernel(
     in_n = _inside(offs_n, N, BLOCK_N)
     in_t = _inside(offs_t, T, BLOCK_T)
     if FIRST:
-        if tile == 0:  # The sum of dA, for all programs of the group. Ahead of the loop, whose registers are short.
+        if tile == 0:  # The sum of dA, for all programs of the group. Before the loop, which needs all registers.
             db1_part = tl.zeros((BLOCK_T,), tl.float32)
             start = group.to(tl.int64) * images * tiles
             parts = tl.minimum(images, B - group * images) * tiles
@@ -340,7 +343,7 @@ def token_grad_kernel(
         if FIRST:
             mu = _load_vector(mean + b * N, offs_n, in_n)
             inverse = _load_vector(rstd + b * N, offs_n, in_n)
-        # Which kept row each token is, -1 for none: comparing is cheaper than an inverse table in memory.
+        # The position of each token in the subset, or -1. Comparing is cheaper than an inverse table in memory.
         if HAS_SUBSET:
             slot = tl.full((BLOCK_N,), -1, tl.int32)
             for k in range(0, K, BLOCK_K):
@@ -375,12 +378,12 @@ def token_grad_kernel(
                 normed = (rows - mu[:, None]) * inverse[:, None]
                 s_normed = _dot(s, tl.trans(normed.to(PRODUCT_DTYPE)), s_normed, PRODUCT_DTYPE, PRECISION)
             dw1_tile += s_normed + shifted[:, None]
-            if BLOCK_T > 128:  # Kept in registers across the loops, so wide an operand would spill.
+            if BLOCK_T > 128:  # An operand of this width would spill if it were kept in registers across the loops.
                 w1_tile = _load_matrix(w1, offs_t, offs_n, N, in_t, in_n).to(PRODUCT_DTYPE)
-            # The mean of LayerNorm(x) w1^T S along D, from the product that is there: no second pass over N x D.
+            # The mean of LayerNorm(x) w1^T S along D follows from the product, without a second pass over N x D.
             mean_normed_grad = tl.sum(w1_tile.to(tl.float32) * s_normed, axis=0) / D
 
-        # The second reading of x and S: the rows of this program are still in L2.
+        # Second reading of x and S: the rows of this program are still in L2.
         for d in range(0, D, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_d = _inside(offs_d, D, BLOCK_D)
@@ -395,7 +398,7 @@ def token_grad_kernel(
                 if BLOCK_N >= 64:
                     dnormed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                     dnormed = _dot(tl.trans(w1_tile), s, dnormed, PRODUCT_DTYPE, PRECISION)
-                else:  # Too few rows for the matrix instructions: as its transpose.
+                else:  # Too few rows for the matrix instructions: compute the transpose.
                     dnormed = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
                     dnormed = tl.trans(_dot(tl.trans(s), w1_tile, dnormed, PRODUCT_DTYPE, PRECISION))
                 rows = _load_rows(x + b * stride_xb, offs_n, offs_d, stride_xn, in_n, in_d).to(tl.float32)
@@ -414,7 +417,7 @@ def token_grad_kernel(
 
 @triton.jit
 def _add_parts(parts, out, tile, groups, SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile of the sum over the first dimension of parts (groups, SIZE)."""
+    """Compute a tile of the sum over the first dimension of parts (groups, SIZE)."""
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     inside = _inside(cols, SIZE, BLOCK)
     total = tl.zeros((BLOCK_P, BLOCK), tl.float32)
@@ -430,9 +433,9 @@ def weight_sums_kernel(
     dw1_parts, db1_parts, dw2_parts, db2_parts, dw1, db1, dw2, db2, first_groups, second_groups,
     N: tl.constexpr, T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one of the four weight gradients; grid (weight_sums_programs(N, T),).
+    """Compute a tile of one of the four weight gradients; grid (weight_sums_programs(N, T),).
 
-    The parts of dw1 and db1 are those of `first_groups` groups of images, the others those of `second_groups`.
+    dw1 and db1 have `first_groups` partial sums (one for each group of images), dw2 and db2 have `second_groups`.
     """
     matrix: tl.constexpr = (T * N + BLOCK - 1) // BLOCK
     tokens: tl.constexpr = (N + BLOCK - 1) // BLOCK

@@ -28,17 +28,19 @@ def _block_t(T):
 
 
 def statistics_configs(D):
-    """A warp per row, whole rows up to 8192 elements: in as many loads of 16 bytes per lane as a row takes.
+    """Configurations of `statistics`; the first is the default.
 
-    A warp's 256 columns a step leave no lane without work but in the last step, and sums never leave the warp. Longer
-    rows are shared by the warps; short ones go many to a program. On an H200 (D = 1152, Triton 3.6): 13.6 us so, 14.7
-    and 15.6 us where two and four warps share a row, 65 and 227 us with two and four rows in steps.
+    For 256 < D <= 2048, one warp reads a row, in as many loads of 16 bytes per lane as the row takes. It reads 256
+    columns per step, so lanes are idle only in the last step, and sums stay within the warp. The warps of a program
+    share a longer row; a program takes many rows where they are shorter. Rows of up to 8192 elements are read once. On
+    an H200 (D = 1152, Triton 3.6), the default takes 13.6 us. It takes 14.7 and 15.6 us where two and four warps share
+    a row, and 65 and 227 us with two and four rows in steps.
     """
     whole = min(8192, max(16, _power_of_two(D)))
     if whole > 2048:  # Too many registers for one warp.
         shapes = [(1, whole, 256 if whole > 4096 else 128)]
     elif whole > 256:
-        # Shared, the parts must be wide enough for 16 bytes per lane of bfloat16.
+        # Where warps share a row, each part must be wide enough for 16 bytes per lane in bfloat16.
         shapes = [(1, 256, 32), *((1, 8 * threads, threads) for threads in (64, 128) if 8 * threads <= whole)]
     else:
         shapes = [(2048 // whole, whole, 128)]
@@ -49,12 +51,13 @@ def statistics_configs(D):
 
 
 def _configs(T, product_dtype, table):
-    """The rows of `table` for a hidden width: BLOCK_N, BLOCK_K, BLOCK_D, threads, stages; the first is the default.
+    """The configurations of `table` for a hidden width; the first is the default.
 
-    Compiled for every target: nothing spills, and each thread reads 16 bytes of a row. What bounds the launches is
-    waiting, not arithmetic, so the defaults put many loads in flight: several programs to a processor, two or three
-    steps of a loop on their way, and a grid of at least a program per processor at XL/2's sizes. Wider tiles read the
-    weights less often from L2. Float32 operands take twice the room: a narrower tile, and no alternative.
+    `table` maps a padded width to rows (BLOCK_N, BLOCK_K, BLOCK_D, threads, stages). Compiled for every target, none of
+    them spills, and each thread reads 16 bytes of a row. The launches are bound by latency, not by arithmetic, so the
+    defaults keep many loads in flight: several programs per processor, two or three steps of a loop, and a grid of at
+    least one program per processor at XL/2's sizes. Wider tiles read the weights less often from L2. Float32 operands
+    take twice the space, so there is one configuration with a narrower tile.
     """
     width = max(64, _block_t(T))
     names = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "threads", "stages")
@@ -66,28 +69,32 @@ def _configs(T, product_dtype, table):
 
 
 def mix_configs(T, N, product_dtype, x, weight):
-    # The kept rows are read a second time from L2: the tiles in flight, N rows each, must fit there.
+    """Configurations of `mix`, as described in `_configs`; `x` and `weight` are dtypes."""
+    # The kept rows are read a second time from L2, so the tiles in flight, with N rows each, must fit in it.
     narrow, deep = (64, 64, 32, 256, 2), (64, 64, 32, 256, 3)
     if product_dtype == torch.float32:
         return _configs(T, product_dtype, dict.fromkeys((64, 128, 256), [(64, 64, 64, 256, 2)]))
     few = {64: [(64, 64, 64, 128, 3), (64, 128, 64, 128, 3), (64, 32, 64, 128, 2)], 128: [deep, narrow], 256: [narrow]}
-    if torch.float32 in (x, weight) and product_dtype != torch.float32:  # Under autocast wide tiles overfill gfx942.
+    if torch.float32 in (x, weight) and product_dtype != torch.float32:  # Autocast: wide tiles do not fit on gfx942.
         few[64] = [(32, 64, 64, 256, 2)]
     many = {64: [narrow], 128: [narrow], 256: [narrow]}
     return _configs(T, product_dtype, few if N <= 512 else many)
 
 
 def hidden_configs(T, product_dtype, weight):
+    """Configurations of `hidden`, as described in `_configs`; `weight` is the dtype of the weights."""
     small, deep, narrow = (64, 64, 32, 128, 3), (64, 128, 32, 256, 3), (64, 64, 32, 256, 2)
-    # Float32 weights under autocast: more loads in flight overfill gfx942.
+    # With float32 weights under autocast, more loads in flight do not fit on gfx942.
     few = [(64, 128, 32, 256, 2)] if weight == torch.float32 else [small, deep]
     return _configs(T, product_dtype, {64: few, 128: [narrow], 256: [(128, 128, 16, 256, 1)]})
 
 
 def token_launches(T, product_dtype):
-    """(FIRST, SECOND, configurations) of each launch of `tokens`: two where the operands are too large for one.
+    """(FIRST, SECOND, configurations) of each launch of `tokens`: two launches where the operands are too large for
+    one.
 
-    BLOCK_K is how many kept rows are compared with a tile's tokens at a time: more than 64 take AMD's scalar registers.
+    BLOCK_K is the number of kept rows that are compared with a tile's tokens at a time. More than 64 use up AMD's
+    scalar registers.
     """
     one, two, three = ((32, 64, 64, 256, stages) for stages in (1, 2, 3))
     together = _configs(T, product_dtype, {64: [three, two], 128: [two, three], 256: [two]})
@@ -98,25 +105,31 @@ def token_launches(T, product_dtype):
 
 
 def images_per_program(B, blocks, T, D):
-    """Images whose weight gradients one program adds up, for partial sums that a small reduction finishes.
+    """The number of images whose weight gradients one program adds into one partial sum.
 
-    As many as leave 512 programs to fill a GPU. Where the hidden width is large beside the model's, the partial sums
-    would weigh more than a tenth of the rows: then more images, as long as 128 programs are left.
+    It is the largest number that leaves 512 programs to fill a GPU. Where the hidden width is large relative to the
+    model's, the partial sums would be more than a tenth of the bytes of the rows; the number is then larger, as long as
+    128 programs are left.
+
+    Args:
+        B: number of images.
+        blocks: tiles of tokens per image.
+        T, D: the hidden width and the width of the tokens.
     """
     programs = B * blocks
     return max(1, programs // 512, min(round(20 * T / D), programs // 128))
 
 
-# The sums of the weight gradients: 16 parts at a time, 16 bytes a lane, and a program for every 128 numbers.
+# The sums of the weight gradients: 16 partial sums at a time, 16 bytes per lane, one program per 128 numbers.
 SUMS = {"BLOCK_P": 16, "BLOCK": 128, "threads": 128, "stages": 1}
 
 
 def weight_sums_programs(N, T):
-    """Programs that add up the weight gradients: tiles of dw1, dw2, db2 and db1."""
+    """The number of programs that add up the weight gradients: the tiles of dw1, dw2, db2 and db1."""
     return 2 * _cdiv(T * N, SUMS["BLOCK"]) + _cdiv(N, SUMS["BLOCK"]) + _cdiv(T, SUMS["BLOCK"])
 
 
-HIP_STAGES = 2  # More overfill the registers or the shared memory of gfx942.
+HIP_STAGES = 2  # More stages do not fit in the registers or the shared memory of gfx942.
 
 
 def _options(config):
@@ -130,7 +143,7 @@ def _options(config):
 
 
 def _precision(product_dtype):
-    """How float32 operands are multiplied: in three TF32 products where the machine has no float32 matrix units."""
+    """How float32 operands are multiplied: as three TF32 products on NVIDIA, whose matrix units have no float32."""
     if INTERPRET:
         return "widened"
     return "tf32x3" if product_dtype == torch.float32 and torch.version.hip is None else "ieee"
@@ -141,7 +154,7 @@ def _tl(dtype):
 
 
 def _constants(x, w1, subset, product_dtype):
-    """The sizes of the model, fixed for a run, are compiled in: masks that are always true then cost nothing."""
+    """The constexprs of a launch. The model's sizes are among them, so that masks that are always true cost nothing."""
     return {
         "N": int(x.shape[1]), "D": int(x.shape[2]), "T": int(w1.shape[0]), "HAS_SUBSET": subset is not None,
         "PRODUCT_DTYPE": _tl(product_dtype), "PRECISION": _precision(product_dtype),
@@ -150,7 +163,7 @@ def _constants(x, w1, subset, product_dtype):
 
 
 def _key(x, w1, subset, product_dtype):
-    """What the best configuration depends on; the batch and the kept tokens may be symbolic, so they stay out."""
+    """What the best configuration depends on. The batch size and K are left out, because they may be symbolic."""
     return int(x.shape[1]), int(x.shape[2]), int(w1.shape[0]), subset is not None, x.dtype, product_dtype
 
 
@@ -159,7 +172,7 @@ def _cdiv(a, b):
 
 
 def _index(x, subset):
-    """The subset and its pitch; a pointer is needed even where it is not read."""
+    """The subset and its first stride. Without a subset, x is passed as a pointer that is not read."""
     return (x, 0) if subset is None else (subset, subset.stride(0))
 
 
@@ -224,7 +237,11 @@ def mix_backward_op(
 
 
 def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean, rstd, product_dtype):
-    """dshift, dscale, dgate; the gated hidden activations and S; sums over tokens and over D, in parts."""
+    """Launch `hidden`.
+
+    Returns dshift, dscale, dgate (B, D); the gated hidden activations and S (B, T, D); and per tile of D the sums of S
+    and dA (B, tiles, 3, T) and of gate dout (B, tiles, K), float32.
+    """
     B, N, D = x.shape
     T = w1.shape[0]
     dshift, dscale, dgate = (t.new_empty((B, D)) for t in (shift, scale, gate))
@@ -252,7 +269,7 @@ def _hidden_gradients(dout, x, shift, scale, gate, w1, b1, w2, b2, subset, mean,
 
 
 def _token_gradients(dout, x, w1, subset, mean, rstd, product_dtype, hidden, ds, sums, gated):
-    """dx, and the parts of dw1, db1, dw2, db2: float32, one for each group of images."""
+    """Launch `tokens`; returns dx and the partial sums of dw1, db1, dw2, db2, float32, one for each group of images."""
     B, N, D = x.shape
     T = w1.shape[0]
     dx = x.new_empty((B, N, D))
@@ -290,7 +307,7 @@ def _setup_context(ctx, inputs, output):
     *tensors, ctx.product_dtype = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)  # else zeros are made for the gradients of these two, a launch each
+    ctx.set_materialize_grads(False)  # Otherwise one launch for each of mean and rstd would fill a gradient with zeros.
     ctx.save_for_backward(*tensors, mean, rstd)
 
 

@@ -1,6 +1,6 @@
-"""Mixing and dropping as its formula, under PyTorch's own autograd: what the CPU path and the kernels must compute.
+"""Mixing and dropping written as its formula, with PyTorch's autograd: the reference for the CPU path and the kernels.
 
-Also the chain that the benchmarks compare with: it mixes all rows and gathers the kept ones afterwards.
+The benchmarks also compare with this code: it mixes all rows and gathers the kept ones afterwards.
 """
 
 import torch

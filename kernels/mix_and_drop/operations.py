@@ -1,4 +1,4 @@
-"""Token mixing fused with the row gather: only the kept rows of the mixed tokens are ever written."""
+"""Token mixing fused with the row gather: only the kept rows of the mixed tokens are written."""
 
 from typing import Optional
 
@@ -9,7 +9,7 @@ from ..runtime import FLOATS, INDICES, check_interpretable, check_subset, check_
 from . import cpu
 
 OP = "mix_and_drop"
-# No tile of a wider hidden layer stays in registers: it takes the CPU path on a GPU, too (as an empty one does).
+# A tile of a wider hidden layer does not fit in registers. It takes the CPU path on a GPU too, as does an empty one.
 MAX_HIDDEN = 256
 
 
@@ -26,22 +26,23 @@ def mix_and_drop(
 ) -> torch.Tensor:
     """Rows `subset` of x + gate * (w2 @ gelu(w1 @ (LayerNorm(x) * (1 + scale) + shift) + b1) + b2).
 
-    The products run along the tokens, so every kept token has seen all of them (mixer of MLP-Mixer, arXiv 2105.01601,
-    modulated as in DiT's adaLN-Zero, arXiv 2212.09748). LayerNorm has no affine, eps 1e-6; GELU is the tanh form.
+    The products run along the tokens, so every kept token depends on all tokens (the token mixing of MLP-Mixer, arXiv
+    2105.01601, modulated as in DiT's adaLN-Zero, arXiv 2212.09748). LayerNorm has no affine parameters and eps 1e-6;
+    GELU is the tanh form.
 
     Args:
-        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU float64 too. Any pitch between rows.
-        shift, scale, gate: (B, D).
-        w1, b1, w2, b2: (T, N), (T,), (N, T), (N,). Any of the dtypes: the matrix products run in x's dtype, or in
-            autocast's where that is on, and accumulate in float32.
+        x: (B, N, D) tokens; bfloat16, float16 or float32, on the CPU also float64. Rows may have any stride.
+        shift, scale, gate: (B, D), any of these dtypes.
+        w1, b1, w2, b2: (T, N), (T,), (N, T), (N,), any of these dtypes. The matrix products run in x's dtype, or in
+            autocast's where autocast is enabled, and accumulate in float32.
         subset: (B, K) int32 or int64, distinct indices in [0, N) in any order; None keeps all N tokens.
 
     Returns:
         (B, K, D) in x's dtype, rows in the order of `subset`; (B, N, D) where subset is None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype or device, or (on the CPU; on a GPU with
-            MASKALIGN_KERNELS_DEBUG=1) an index outside [0, N) or twice in a row.
+        ValueError: an argument has the wrong shape, dtype or device, or an index is outside [0, N) or repeated in a row
+            of `subset` (checked on the CPU, and on a GPU with MASKALIGN_KERNELS_DEBUG=1).
     """
     sizes = {}
     floats = (*FLOATS, torch.float64)
@@ -55,7 +56,7 @@ def mix_and_drop(
         check_subset(OP, subset, sizes["N"], distinct=True)
     product_dtype = x.dtype
     device = x.device.type
-    # meta has no autocast. Not asked by torch.amp.is_autocast_available, which torch 2.11 cannot trace.
+    # The meta device has no autocast. torch 2.11 cannot trace torch.amp.is_autocast_available.
     if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
         product_dtype = torch.get_autocast_dtype(device)
     if not use_triton(x) or not 0 < sizes["T"] <= MAX_HIDDEN:

@@ -1,6 +1,4 @@
-"""The launches of subset_cosine_alignment for the compile report: how they are made, what they move and
-compute.
-"""
+"""The launches of subset_cosine_alignment for the compile report: arguments and configurations, bytes and FLOPs."""
 
 import torch
 
@@ -11,8 +9,8 @@ from .operations import OP
 
 _TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "int8"}
 SHAPES = [
-    # (images, tokens, kept, channels, student, teacher): XL/2 with DINOv2-B in every mixture of dtypes that
-    # is used, then DINOv2-L at 512 px, the quickstart's EfficientNet, and the widest row.
+    # (images, tokens, kept, channels, dtypes of student and teacher). XL/2 with DINOv2-B in every combination of dtypes
+    # that is used, then DINOv2-L at 512 px, the quickstart's EfficientNet, and the widest row.
     (32, 256, 128, 768, torch.bfloat16, torch.bfloat16),
     (32, 256, 128, 768, torch.bfloat16, torch.int8),
     (32, 256, 128, 768, torch.float16, torch.float16),
@@ -26,24 +24,24 @@ SHAPES = [
 
 
 def count_bytes(direction, gather, loss, images, tokens, kept, width, student, teacher, programs):
-    """Bytes that one launch moves and the least it could: (moved, least).
+    """(moved, least): the bytes that one launch moves, and the least that it could move.
 
-    student and teacher are bytes per element; indices are int64. All rows are read and written once; what is
-    read more than once are scalars per image, once by each program.
+    student and teacher are bytes per element; indices are int64. All rows are read and written once. The scalars of an
+    image are read once by each of its programs.
     """
     total = images * kept
     rows = total * width * (student + teacher)
     index, saved, cosine, scalar = 8, 12, 4, 4
     if direction == "forward":
         fixed = rows + total * (index + saved)
-        # The loss: every program reads its image's weight and leaves one sum.
+        # With the loss, every program reads its image's weight and writes one sum.
         return (
             (fixed + programs * 2 * scalar, fixed + images * scalar + scalar) if loss else (fixed + total * cosine,) * 2
         )
     written = images * (tokens if gather else kept) * width * student
     least = rows + written + total * (index + saved) + (images * scalar + scalar if loss else total * cosine)
     per_program = 2 * scalar if loss else 0
-    if gather:  # Every program reads the whole subset of its image, and the gradients that go with it.
+    if gather:  # Every program reads the whole subset of its image, and the gradients of these cosines.
         per_program += kept * (index if loss else index + cosine)
         return rows + written + total * saved + programs * per_program, least
     return rows + written + total * (index + saved) + (0 if loss else total * cosine) + programs * per_program, least

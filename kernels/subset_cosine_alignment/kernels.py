@@ -1,11 +1,10 @@
-"""Cosine similarity of student tokens with teacher tokens on a subset of the tokens, and the loss made of it.
+"""Cosine similarity of student and teacher tokens on a subset of the tokens, and the alignment loss.
 
     cosine[b, k] = s . t / (max(|s|, eps) max(|t|, eps)),   s = student row, t = teacher[b, subset[b, k]]
 
-This is REPA's alignment (arXiv 2410.06940, eq. 8: the negative mean of this is the loss) on the tokens that
-MaskAlign keeps. The forward reads both rows once, straight from the teacher's full grid, and keeps three
-scalars per token: 1/|s|, 1/|t| and the cosine. With them the backward is one more pass over the two rows,
-element by element:
+REPA's alignment loss (arXiv 2410.06940, eq. 8) is the negative mean of this; MaskAlign computes it on the tokens that
+it keeps. The forward reads both rows once, the teacher's directly from its full grid, and saves three scalars per
+token: 1/|s|, 1/|t| and the cosine. With them the backward is one elementwise pass over the two rows:
 
     d loss / d s = g / |s| * (t / |t| - cosine * s / |s|),   without the second term where |s| < eps
 """
@@ -19,8 +18,9 @@ def _products(
     s_rows, t_rows, live, s_scale, t_scale,
     C: tl.constexpr, BLOCK_C: tl.constexpr, ROWS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Sums s*t, s*s and t*t of ROWS rows. The partial sums of a row stay apart until its end: one reduction
-    per row.
+    """The sums of s*t, s*s and t*t for each of ROWS rows.
+
+    Each lane accumulates its own columns, so there is one reduction across lanes, at the end of the row.
     """
     dot = tl.zeros([ROWS, BLOCK_C], tl.float32)
     ss = tl.zeros([ROWS, BLOCK_C], tl.float32)
@@ -48,7 +48,7 @@ def forward_kernel(
 ):  # fmt: skip
     """ROWS tokens of one image per program; grid (images * ceil(kept / ROWS),).
 
-    cosine_ptr receives one float per token, or with LOSS one sum per program, the first stage of the mean.
+    cosine_ptr receives one float per token. With LOSS it receives one sum per program, the first stage of the mean.
     """
     groups = tl.cdiv(kept, ROWS)
     image = (tl.program_id(0) // groups).to(tl.int64)
@@ -64,9 +64,9 @@ def forward_kernel(
     s_scale = one
     t_scale = one
     if WIDE:
-        # Squares of bfloat16 and float32 overflow from 1.8e19 on. Such rows do not occur in a healthy run, so
-        # they pay alone: read again (from L2) with a power of two in front, which brings the largest float
-        # back in range.
+        # Squares of bfloat16 and float32 values overflow from 1.8e19 on. Only such rows, which a normal run does not
+        # have, are read again (from L2) and scaled by a power of two, with which the square of the largest float is
+        # finite.
         s_scale = tl.where(ss == float("inf"), 8.271806125530277e-25, 1.0)
         t_scale = tl.where(tt == float("inf"), 8.271806125530277e-25, 1.0)
         if tl.min(tl.minimum(s_scale, t_scale), 0) < 1.0:
@@ -105,8 +105,7 @@ def _gradient_rows(
 ):  # fmt: skip
     """out = factor * (along_t * t - along_s * s), row by row; rows that are written but not read become zero.
 
-    The difference is of order one however long the rows are, so no product leaves the range of float32 before
-    its time.
+    The difference is of order 1 for rows of any length, so no intermediate product overflows or underflows.
     """
     for start in tl.static_range(0, C, BLOCK_C):
         cols = start + tl.arange(0, BLOCK_C)
@@ -128,7 +127,7 @@ def backward_kernel(
     student_batch, student_row, teacher_batch, teacher_row,
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Student rows go with the subset row for row; grid as in the forward."""
+    """The gradient of student rows (B, K, C), where row k belongs to token subset[:, k]; grid as in the forward."""
     groups = tl.cdiv(kept, ROWS)
     image = (tl.program_id(0) // groups).to(tl.int64)
     k = (tl.program_id(0) % groups) * ROWS + tl.arange(0, ROWS)
@@ -169,11 +168,11 @@ def backward_gather_kernel(
     C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     LOSS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Student rows are gathered: all rows of the grid are written, zeros where the subset has no such token.
+    """The gradient of student rows (B, N, C) that are gathered: rows outside the subset are set to zero.
 
-    A program owns ROWS consecutive tokens and looks for them in the image's subset, which need not be sorted:
-    comparing costs fewer operations than the rows have elements. Were an index there twice, its gradients
-    would add up, as they should; no atomics, no memset, no inverse table.
+    A program owns ROWS consecutive tokens and searches for them in the image's subset, which need not be sorted. The
+    comparisons are fewer than the elements of the rows. The gradients of a repeated index are added up. This needs no
+    atomics, no memset and no inverse table.
     """
     groups = tl.cdiv(tokens, ROWS)
     image = (tl.program_id(0) // groups).to(tl.int64)

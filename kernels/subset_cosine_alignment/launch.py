@@ -17,17 +17,16 @@ def configurations(width, itemsize, gather_backward=False):
     Args:
         width: C.
         itemsize: bytes of an element of the narrower of student and teacher.
-        gather_backward: for the kernel that looks its tokens up in the subset.
+        gather_backward: whether this is for backward_gather_kernel, which searches for its tokens in the subset.
 
-    A row is read in steps of BLOCK_C columns, at most what one warp takes with 16 bytes per lane (so that its
-    sums stay inside the warp) unless there would be more than eight steps, and less where that leaves fewer
-    lanes idle at the end of the row (C = 320 goes as 5 x 64). ROWS gives every thread at least one 16-byte
-    load per step even of the narrower dtype. The alternatives keep two such loads per step in flight in half
-    as many programs, or double the program, rows and threads. (Half as many threads, and a doubled gathering
-    program, spill a few registers on sm_80 and sm_90; a forward program of more than 4096 elements a step, as
-    int8 rows of more than 4096 columns would have it, spills on sm_100.) The gathering backward takes 16 rows
-    unless they are long, so that the look-up, which every program repeats, stays a few per cent of the rows'
-    bytes.
+    A row is read in steps of BLOCK_C columns. A step is at most what one warp loads with 16 bytes per lane, so that
+    sums stay within the warp, unless there would be more than eight steps. It is smaller where that leaves fewer lanes
+    idle at the end of the row (C = 320 is read as 5 x 64). ROWS is such that every thread has at least one 16-byte load
+    per step, even of the narrower dtype. The alternatives are two such loads per step and thread in half as many
+    programs, and twice the rows with twice the threads. Half as many threads, or twice the rows of the gathering
+    backward, spill a few registers on sm_80 and sm_90. A forward program of more than 4096 elements per step, as for
+    int8 rows of more than 4096 columns, spills on sm_100. The gathering backward takes 16 rows unless they are long,
+    so that the search, which every program repeats, reads only a few percent of the rows' bytes.
     """
     threads = 256 if gather_backward or width > 4096 else 128
     per_thread = 16 // itemsize
@@ -49,7 +48,7 @@ def configurations(width, itemsize, gather_backward=False):
 
 
 def look_up_block(config):
-    """Subset entries compared at a time: at most 4096 comparisons per step, which stay in registers."""
+    """The number of subset entries compared at a time: at most 4096 comparisons per step, which fit in registers."""
     return max(16, min(128, 4096 // config["ROWS"]))
 
 
@@ -73,8 +72,8 @@ def may_overflow(*dtypes):
 
 
 def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
-    """Launch the forward; returns the cosines (B, K), or each program's sum, and the saved scalars."""
-    subset = subset.contiguous()  # Small, and nearly always so already.
+    """Launch the forward; returns the cosines (B, K), or with `loss` each program's sum, and the saved scalars."""
+    subset = subset.contiguous()  # Nearly always contiguous already, and small.
     batch, kept = subset.shape
     width = int(student.shape[-1])
     saved = torch.empty((3, batch, kept), dtype=torch.float32, device=student.device)
@@ -105,7 +104,7 @@ def _forward(student, teacher, subset, weight, student_is_subset, eps, loss):
 
 
 def _backward(grad, student, teacher, subset, weight, saved, scale, student_is_subset, loss):
-    """Launch the backward; returns the gradient of the student, all of it written by the one launch."""
+    """Launch the backward; returns the gradient of the student, which one launch writes completely."""
     subset, saved = subset.contiguous(), saved.contiguous()
     batch, kept = subset.shape
     tokens, width = teacher.shape[1], int(student.shape[-1])
@@ -156,7 +155,7 @@ def _cosine_backward_op(
 
 
 def _cosine_setup(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # `saved` has no gradient, and zeros for it would be a launch of their own
+    ctx.set_materialize_grads(False)  # `saved` has no gradient; otherwise a launch would fill one with zeros.
     student, teacher, subset, ctx.student_is_subset, _ = inputs
     ctx.save_for_backward(student, teacher, subset, output[1])
 

@@ -1,6 +1,6 @@
-"""The cosine alignment as its formula, under PyTorch's own autograd: what the CPU path and the kernels must compute.
+"""The cosine alignment written as its formula, with PyTorch's autograd: the reference for the CPU path and the kernels.
 
-Also the chain that the benchmarks compare with: it gathers, normalizes and multiplies copies of the rows.
+The benchmarks also compare with this code: it gathers, normalizes and multiplies copies of the rows.
 """
 
 import torch
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 def subset_cosine_alignment(student, teacher, subset, *, student_is_subset=True, eps=1e-12):
-    """cos(student row, teacher row) for the rows `subset`: (B, K), in the dtype of the student."""
+    """The cosine of student row and teacher row for the tokens `subset`: (B, K), in the dtype of the student."""
     index = subset.long().unsqueeze(-1)
     s = student if student_is_subset else torch.take_along_dim(student, index, dim=1)
     t = torch.take_along_dim(teacher, index, dim=1).to(s.dtype)
