@@ -284,7 +284,8 @@ def test_notes_from_elsewhere_are_not_believed(seed, tmp_path):
     save_file(tensors, tmp_path / "a.safetensors", {"maskalign": json.dumps(notes)})
     assert load(tmp_path / "a.safetensors").info == ModelInfo("a", 2, teachers=["dinov2-b"])
     # And none of them is written.
-    write_safetensors(tmp_path / "b.safetensors", weights, ModelInfo(**{**facts, "latent": {"scale": "big"}}))
+    info = ModelInfo(class_names=["a", 3], latent={"scale": "big"}, vae=5, teachers=["dinov2-b"])
+    write_safetensors(tmp_path / "b.safetensors", weights, info)
     assert load(tmp_path / "b.safetensors").info == ModelInfo("b", teachers=["dinov2-b"])
 
 
