@@ -1,14 +1,13 @@
-"""What the compilers make of every kernel, for GPUs that need not be here, and what each launch moves and computes.
+"""Compile every kernel for several GPUs, without having one, and count the bytes and FLOPs of each launch.
 
     python -m benchmarks.kernel_report [--out DIR] [--targets sm_80 sm_90 sm_100 gfx942] [--defaults-only]
 
-Two tables, printed and written as CSV, and a summary of them for the README (`kernels.md`). `kernels-builds.csv`, one
-row per launch, configuration and target: registers, stack, spills, shared memory, occupancy by the published limits,
-widest load and store, the narrowest access to a token row, the tensor-core instruction. `kernels-operations.csv`, one
-row per operation, direction and shape, in the default configurations: the bytes that the launches move by their
-geometry, against the least that they could and against the unfused PyTorch chain (counted operation by operation),
-FLOPs, and the time that a device could not beat, by its bandwidth and by its peak. Nothing here is a measurement: not
-measured on a GPU.
+This prints two tables and writes them as CSV, with a summary (`kernels.md`). `kernels-builds.csv` has one row per
+launch, configuration and target: registers, stack, spills, shared memory, occupancy from the published limits, widest
+load and store, the narrowest access to a token row, and the tensor-core instruction. `kernels-operations.csv` has one
+row per operation, direction and shape, for the default configurations: the bytes that the launches move according to
+their geometry, relative to the least possible and to the unfused operations of PyTorch (counted one by one), the FLOPs,
+and lower bounds of the time on several devices, from their bandwidth and peak. Nothing here is measured on a GPU.
 """
 
 import argparse
@@ -48,9 +47,9 @@ DEVICES = {name: (memory, *PEAK_TFLOPS[name], vectors) for name, (memory, vector
 
 
 class BytesMoved(TorchDispatchMode):
-    """Add up what an eager chain of PyTorch operations reads and writes: each one its inputs and its outputs, once.
+    """Add up the bytes that eager PyTorch operations read and write: the inputs and outputs of each operation, once.
 
-    Views are free, broadcast dimensions count once, and a gather reads only the rows that it returns.
+    Views cost nothing, broadcast dimensions are counted once, and a gather reads only the rows that it returns.
     """
 
     def __init__(self):
@@ -76,7 +75,7 @@ def _footprint(tensor):
     return size
 
 
-# The chains as training codes write them, one operation of PyTorch after the other.
+# The unfused formulas, as other training codes write them.
 unfused_alignment, unfused_mix = alignment_naive.subset_cosine_alignment, mix_naive.mix_and_drop
 
 
@@ -85,23 +84,23 @@ def _gather(rows, subset):
 
 
 def unfused_modulate(x, shift, scale, subset=None):
-    """The chain as training codes write it: gather, normalize, multiply, add."""
+    """adaln_modulate as separate operations: gather, normalize, multiply, add."""
     rows = x if subset is None else _gather(x, subset)
     return F.layer_norm(rows, (rows.shape[-1],), eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def unfused_residual(x, branch, gate, subset=None):
-    """The chain as training codes write it: gather, multiply, add."""
+    """gated_residual as separate operations: gather, multiply, add."""
     return (x if subset is None else _gather(x, subset)) + gate.unsqueeze(1) * branch
 
 
 def unfused_residual_modulate(x, branch, gate, shift, scale, subset=None):
-    """Both chains, one after the other."""
+    """gated_residual_adaln as separate operations."""
     y = unfused_residual(x, branch, gate, subset)
     return y, unfused_modulate(y, shift, scale)
 
 
-# Each adaLN operation's chain and its arguments: of x, of the branch and of the vectors.
+# The unfused function of each adaLN operation, and its numbers of branch and vector arguments.
 UNFUSED_ADALN = {
     "adaln_modulate": (unfused_modulate, 0, 2),
     "gated_residual": (unfused_residual, 1, 1),
@@ -110,12 +109,12 @@ UNFUSED_ADALN = {
 
 
 def outputs(result):
-    """What an operation returns, as a tuple."""
+    """The result of an operation as a tuple."""
     return result if isinstance(result, tuple) else (result,)
 
 
 def unfused_bytes(operation, shape, gathered=False):
-    """(forward, backward) bytes of the unfused chain on one of the operation's SHAPES."""
+    """(forward, backward) bytes of the unfused operations on one of the operation's SHAPES."""
     empty = lambda *size, dtype, grad=False: torch.empty(size, dtype=dtype, device="meta", requires_grad=grad)  # noqa: E731
     if operation in UNFUSED_ADALN:
         images, tokens, kept, width, x, branch = shape
@@ -126,7 +125,7 @@ def unfused_bytes(operation, shape, gathered=False):
         arguments.append(None if kept is None else empty(images, kept, dtype=torch.int64))
     elif operation == "mix_and_drop":
         images, tokens, kept, width, hidden, x, _, product = shape
-        # Weights and tokens in one dtype: what casts cost on top is left out, in favor of the chain.
+        # Weights and tokens have one dtype: casts are not counted, which favors the unfused operations.
         dtype = torch.promote_types(x, product) if x == torch.float32 else product
         vectors = [empty(images, width, dtype=dtype, grad=True) for _ in range(3)]
         sizes = [(hidden, tokens), (hidden,), (tokens, hidden), (tokens,)]
@@ -149,7 +148,7 @@ def unfused_bytes(operation, shape, gathered=False):
 
 
 def least_bytes(operation, direction, shape, gathered=False):
-    """The least that the whole operation could move: each argument that it needs once, each result once."""
+    """The least bytes that the whole operation can move: each argument that it needs and each result, once."""
     if operation in UNFUSED_ADALN:
         images, tokens, kept, width, x, branch = shape
         stream, row = (images * (kept or tokens) * width * dtype.itemsize for dtype in (x, branch))
@@ -175,20 +174,26 @@ def least_bytes(operation, direction, shape, gathered=False):
 
 
 def floors(moved, flops, kind):
-    """Device -> (microseconds by bandwidth, microseconds by peak). kind: 'bf16', 'fp16', 'fp32' matrix, or 'vector'."""
+    """Lower bounds of the time: {device: (microseconds by bandwidth, microseconds by peak)}.
+
+    Args:
+        moved: bytes.
+        flops: floating-point operations.
+        kind: which peak applies: 'bf16', 'fp16' or 'fp32' of matrix products, or 'vector'.
+    """
     column = {"bf16": 1, "fp16": 1, "fp32": 2, "vector": 3}[kind]
     times = {}
     for name, figures in DEVICES.items():
-        products = 3 if kind == "fp32" and name != "MI300X" else 1  # float32 goes as three TF32 products on NVIDIA.
+        products = 3 if kind == "fp32" and name != "MI300X" else 1  # NVIDIA computes float32 as three TF32 products.
         times[name] = moved / figures[0] / 1e3, flops * products / figures[column] / 1e6
     return times
 
 
 def operations():
-    """One dict per operation, direction and shape, in the default configuration.
+    """One dict per operation, direction and shape, for the default configuration.
 
-    `over_least` charges every launch with all that it is given; `over_least_l2` leaves out what the launch before has
-    just read and L2 still has.
+    `over_least` counts all inputs of every launch. `over_least_l2` does not count those that are still in L2 from the
+    previous launch.
     """
     rows = []
     for operation, module in CASES.items():
@@ -215,7 +220,7 @@ def operations():
 
 
 def builds(cases, targets, progress=lambda done, total: None):
-    """One dict per case and target."""
+    """Compile every case for every target, and return one dict for each."""
     rows, pairs = [], [(case, target) for case in cases for target in targets]
     for number, (case, target) in enumerate(pairs):
         progress(number, len(pairs))
@@ -233,7 +238,7 @@ def builds(cases, targets, progress=lambda done, total: None):
 
 
 def faults(row):
-    """What is wrong with a row of `builds`, by the project's own rules; an empty list where nothing is."""
+    """The list of faults of a row of `builds` by the rules of this project, empty if there is none."""
     found = []
     if row["spills"]:
         found.append(f"{row['spills']} spills")
@@ -259,8 +264,8 @@ def cell(value):
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-# XL/2 with DINOv2-B's features as int8; the mixer at a half and at a quarter of the tokens.
-# The adaLN operations at XL/2 with a class token: all rows, and three quarters of the patches.
+# XL/2 with DINOv2-B's features as int8; the mixer with a half and with a quarter of the tokens;
+# the adaLN operations at XL/2 with a class token: all rows, and three quarters of the patches.
 SUMMARY = (
     "B32 N256 K128 C768 bf16/int8", *(f"B32 N256 K{k} D1152 T64 bf16/bf16/bf16" for k in (128, 64)),
     *(f"B32 N257 K{k} D1152 bf16/bf16" for k in (None, 193)),
@@ -268,7 +273,7 @@ SUMMARY = (
 
 
 def summary(counted, built):
-    """A few rows of both tables as Markdown, for the README."""
+    """A few rows of both tables as Markdown, for `kernels.md`."""
     clean = sum(not faults(row) for row in built)
     targets = ", ".join(dict.fromkeys(row["target"] for row in built))
     which = "the default configurations" if all(r["config"] == "default" for r in built) else "every configuration"
@@ -318,7 +323,7 @@ def main():
     parser.add_argument("--out", default="runs/kernel_report", help="folder for the CSVs and kernels.md")
     parser.add_argument("--targets", nargs="+", default=list(aot.TARGETS), choices=list(aot.TARGETS))
     parser.add_argument("--operations", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--defaults-only", action="store_true", help="without those that only tuning would choose")
+    parser.add_argument("--defaults-only", action="store_true", help="only the default configurations")
     options = parser.parse_args()
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -179,7 +179,7 @@ def webdataset(root, layout, workers):
 
     folder = os.path.join(root, "shards")
     urls = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".tar"))
-    data = wds.WebDataset(urls, resampled=True, nodesplitter=wds.split_by_node).shuffle(1000)
+    data = wds.WebDataset(urls, resampled=True, shardshuffle=False, nodesplitter=wds.split_by_node).shuffle(1000)
     first = "png" if layout == "pixels" else "moments.npy"
     data = data.decode("torchrgb8").to_tuple(first, f"{TEACHERS[layout][0]}.npy", "cls").batched(BATCH)
     return wds.WebLoader(data, batch_size=None, num_workers=workers)
@@ -250,8 +250,9 @@ class Peer:
         self.name, self.python, self.title = name, python, loader_peers.PEERS[name][0]
 
     def write(self, root):
-        """Write the peer's layout of the samples in root/shards."""
+        """Write the peer's layout of the samples in root/shards, and check that it gives these samples."""
         self._run("write", root)
+        self._run("verify", root)
 
     def warm_rate(self, root, workers, samples, seconds):
         """As `warm_rate`."""

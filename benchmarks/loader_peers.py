@@ -5,6 +5,7 @@
 of its own (`--streaming-python`). Nothing of maskalign is imported.
 
     python benchmarks/loader_peers.py NAME write ROOT
+    python benchmarks/loader_peers.py NAME verify ROOT
     python benchmarks/loader_peers.py NAME warm|cold ROOT --batch B --workers N --samples N --seconds S
 
 Layouts: MDS shards of 128 MiB without compression, and ArrayRecord files of 512 records, one per group, uncompressed;
@@ -19,33 +20,35 @@ import os
 import sys
 import tarfile
 import time
+import zlib
 from importlib import import_module
 
 import numpy as np
 
 MOMENTS, TOKENS = (8, 32, 32), (256, 768)
 MOMENTS_BYTES, TOKENS_BYTES = int(np.prod(MOMENTS)) * 2, int(np.prod(TOKENS))
-# What each loader promises. Ours is held by tests/data/stream; the others are untested knowledge of these libraries.
+# What each loader promises. tests/data/stream test ours. The promises of MosaicML Streaming 0.13.0 are those of its
+# documentation (fast resumption, elastic determinism); those of Grain 0.2.18 are read in its elastic_iterator.py.
 PROMISES = {
     "exact resume": {
         "maskalign": "yes, from a few integers per logical stream in the checkpoint",
-        "MosaicML Streaming": "yes, with its own StreamingDataLoader",
+        "MosaicML Streaming": "yes, with its StreamingDataLoader",
         "Grain": "yes, from the state of its iterators",
     },
     "resume on another number of ranks": {
         "maskalign": "yes, and of workers; the batch size may change too",
         "MosaicML Streaming": "yes, with num_canonical_nodes fixed",
-        "Grain": "no, the state belongs to a process",
+        "Grain": "with the experimental ElasticIterator, which also takes another batch size",
     },
     "same global batch on any number of ranks": {
         "maskalign": "yes, the same samples at the same places",
         "MosaicML Streaming": "yes, with num_canonical_nodes fixed",
-        "Grain": "up to the pipeline: where one order is dealt out by rank",
+        "Grain": "the same samples with ElasticIterator, dealt out to the ranks in another order",
     },
     "damaged samples": {
         "maskalign": "checksum per sample; skipped, counted, named, up to a limit",
-        "MosaicML Streaming": "optional hash per shard, at download; raises",
-        "Grain": "raises",
+        "MosaicML Streaming": "optional hash per shard, checked at download; raises",
+        "Grain": "raises; a filter may drop samples, but not under ElasticIterator",
     },
     "readable by other tools": {
         "maskalign": "tar, webdataset",
@@ -167,6 +170,23 @@ PEERS = {
 LIBRARIES = {"streaming": "streaming", "grain": "grain.python"}
 
 
+def verify(shards, batches):
+    """Raise a SystemExit unless one pass of a loader's batches holds every sample of the tar shards exactly once."""
+    want = sorted(_digest(*sample) for sample in samples_of(shards))
+    found = []
+    while len(found) < len(want):
+        found += [_digest(*(np.asarray(part) for part in sample)) for sample in zip(*next(batches), strict=True)]
+    if sorted(found[: len(want)]) != want:
+        raise SystemExit(f"{len(set(want) - set(found))} of {len(want)} samples are missing from what the loader gives")
+
+
+def _digest(moments, tokens, label):
+    """Bytes that differ where a sample does: dtypes, shapes and values."""
+    parts = (np.asarray(moments), np.asarray(tokens))
+    text = "".join(f"{part.dtype}{part.shape}{zlib.crc32(part.tobytes())}" for part in parts)
+    return f"{text}{int(label)}"
+
+
 def drop_pages(root):
     """Have the system forget the content of all files below a folder."""
     for folder, _, names in os.walk(root):
@@ -208,10 +228,10 @@ def promises():
 
 
 def main(argv=None):
-    """Write a peer's layout, or measure it and print the two rates as JSON."""
+    """Write a peer's layout, verify it, or measure it and print the two rates as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("name", choices=PEERS)
-    parser.add_argument("action", choices=["write", "warm", "cold"])
+    parser.add_argument("action", choices=["write", "verify", "warm", "cold"])
     parser.add_argument("root")
     for option, default in (("--batch", 256), ("--workers", 0), ("--samples", 0), ("--seconds", 4.0)):
         parser.add_argument(option, type=type(default), default=default)
@@ -226,7 +246,10 @@ def main(argv=None):
 
     torch.set_num_threads(1)
     import_module(LIBRARIES[options.name])  # before the clock starts, as ours is imported by then
-    if options.action == "warm":
+    if options.action == "verify":
+        verify(os.path.join(options.root, "shards"), read(folder, options.batch, options.workers))
+        rates = []
+    elif options.action == "warm":
         batches = read(folder, options.batch, options.workers)
         rates = warm(batches, options.samples, options.batch, options.seconds, lambda parts: len(parts[-1]))
     else:

@@ -1,9 +1,9 @@
-"""Plan the ImageNet recipes for a cluster, a row each: what the README says of runs that were never paid for.
+"""Estimate the ImageNet recipes on a cluster, one row each, without running them.
 
     python -m benchmarks.plan [--world-size 512] [--device h100] [--plan hsdp] [--batch-per-rank 32]
 
-Every run sees as many images as its recipe says (102,400,000) at the global batch that the ranks make, so that
-GPU-hours compare. Writes benchmarks/results/plan-RANKS-DEVICE.csv, from which benchmarks.report makes a table.
+Every run sees the number of images of its recipe (102,400,000) with the global batch of all ranks, so that GPU-hours
+are comparable. This writes benchmarks/results/plan-RANKS-DEVICE.csv, from which benchmarks.report makes a table.
 """
 
 import argparse
@@ -22,13 +22,13 @@ SIZES, RECIPES = ("b2", "l2", "xl2"), ("repa", "reg", "maskalign", "maskalign-fa
 
 
 def plan_recipe(path, options, plan, batch_per_rank):
-    """One row: `estimate.plan_run` of a recipe at `batch_per_rank` images on every rank."""
+    """One row: the result of `estimate.plan_run` for a recipe with `batch_per_rank` images on every rank."""
     from maskalign.planning.estimate import plan_run
 
     own, whole = load_config(path), batch_per_rank * options.world_size
     steps = max(1, round(own.training.max_steps * own.training.batch_size / whole))
     words = ["--parallel.plan", plan, "--training.batch_size", str(whole), "--training.max_steps", str(steps)]
-    # Plan without the data, whatever stands in datasets/ here.
+    # A data set that does not exist: the plan must not depend on the content of datasets/.
     estimate = plan_run(parse_config(["--config", str(path), "--data.path", "not-there", *words]), options)
     peaks = [peak for _, peak in sorted(estimate.peaks.items(), key=lambda item: item[0].kept)]
     row = estimate.asked

@@ -1,12 +1,12 @@
-"""The figures in docs/benchmarks.md and docs/figures.md, from the CSVs in benchmarks/results.
+"""Write the tables and plots of docs/benchmarks.md and docs/figures.md from the CSVs in benchmarks/results.
 
     python -m benchmarks.report [--check] [--page docs/benchmarks.md] [--more docs/figures.md] [--results FOLDER]
 
-Rewrites what stands in both pages between the two `figures` markers, and the plots beside the CSVs. --check only says
-whether that would change anything (exit status 1). What a CSV cannot say, its command and the state of the machine,
-stands in results/notes.json under the CSV's name; `"page": "more"` there puts it on the second page, and `"renamed":
-{OLD: NEW}` gives recipes of an earlier measurement the names that they have today. The files gpu-*.csv of
-`benchmarks.gpu` need no note: they say themselves how they were measured.
+This rewrites the part of both pages between the two `figures` markers, and the plots beside the CSVs. --check only
+reports what would change (exit status 1). results/notes.json has the command and the conditions of each CSV under its
+name. `"page": "more"` in a note puts the table on the second page, and `"renamed": {OLD: NEW}` maps names of recipes in
+an earlier measurement to those of today. The files gpu-*.csv of `benchmarks.gpu` need no note: they contain the
+conditions.
 """
 
 import argparse
@@ -28,12 +28,12 @@ STEP_NAMES = {
     "maskalign": "MaskAlign", "repa-maskalign": "REPA + MaskAlign",
     "reference": "the public REPA code", "reference-reg": "the public REG code",
 }  # fmt: skip
-# Suites of `benchmarks.convergence` that measure what the paper reports; they have a section of their own.
+# Suites of `benchmarks.convergence` that measure the paper's results. They have separate sections.
 PAPER_SUITES = ("convergence-paper-", "convergence-ablations-", "convergence-rates-")
 
 
 def read_csv(path):
-    """Rows as dicts; numbers are floats, what is empty is None."""
+    """The rows of a CSV as dicts; numbers become floats, and empty cells None."""
     with open(path, newline="") as file:
         return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
 
@@ -48,18 +48,18 @@ def _value(text):
 
 
 def markdown_table(head, lines):
-    """A Markdown table; cells are texts."""
+    """A Markdown table from lists of str: the head and the lines."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def paragraph(text):
-    """Text in lines of the pages' length."""
+    """Text wrapped at 120 columns, as on the pages."""
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def step_name(case):
-    """What a case of `benchmarks.steps` is called on the pages."""
+    """The name of a case of `benchmarks.steps` on the pages."""
     recipe, _, keep = case.partition("@")
     if recipe.startswith("reference"):
         code, _, precision = recipe.rpartition("-")
@@ -71,26 +71,26 @@ def step_name(case):
 
 
 def renamed(names, note):
-    """Names of recipes as they are today: (name or name@keep, ...) -> list, from what a note says was renamed."""
+    """The current names of recipes ("name" or "name@keep"), as a list, according to "renamed" in a note."""
     of = note.get("renamed", {})
     parts = (name.partition("@") for name in names)
     return [of.get(recipe, recipe) + at + keep for recipe, at, keep in parts]
 
 
 def with_names(rows, note, key):
-    """Rows with today's names of recipes under `key`."""
+    """The rows with the current names of recipes under `key`."""
     names = renamed([row[key] for row in rows], note)
     return [{**row, key: name} for row, name in zip(rows, names, strict=True)]
 
 
 def names_then(note):
-    """A sentence on recipes that had other names when they were measured; empty for none."""
-    pairs = [f"`{old}` is `{new}` today" for old, new in note.get("renamed", {}).items()]
-    return f" In the command and in these notes, {', '.join(pairs)}." if pairs else ""
+    """A sentence about recipes that had other names when they were measured, or ""."""
+    pairs = [f"`{old}` is the recipe now called `{new}`" for old, new in note.get("renamed", {}).items()]
+    return f" In the command and in this text, {' and '.join(pairs)}." if pairs else ""
 
 
 def ratio(row, key):
-    """`2.01x`, with the 10th to 90th percentile where the CSV has it; bold for MaskAlign."""
+    """A cell such as `2.01x`, with the 10th to 90th percentile if the CSV has it; bold for MaskAlign."""
     if row.get(key) is None:
         return "-"
     text = f"{row[key]:.2f}x"
@@ -111,7 +111,7 @@ def steps_section(path, note):
     head = ["case", "images/s", "against our REPA", f"against the public {code} code", "GFLOP per image",
             "of the matmul peak", "saved for the backward", "peak memory"]  # fmt: skip
     of_reg = any(row.get("passes_of_reg") is not None for row in rows)
-    head += ["time of our REG's step", "its forward and backward"] if of_reg else []
+    head += ["step time relative to our REG", "forward and backward relative to REG"] if of_reg else []
     lines = []
     for row in rows:
         if row["case"].startswith("maskalign-fast-no-mixer"):
@@ -148,28 +148,41 @@ def steps_section(path, note):
     costs = {row["case"].partition("@")[2]: row["mixer_cost"] for row in rows if row.get("mixer_cost") is not None}
     if costs:
         words = ", ".join(f"{cost:.1%} of a step at keep {keep}" for keep, cost in costs.items())
-        text.append(f"The mixer costs {words}.")
+        text.append(f"The mixer takes {words}.")
     return "\n\n".join(text)
 
 
 def share_of_reg(row, key):
-    """`0.87 (0.85-0.90)`: a time as a share of our REG's, with the 10th and 90th percentile."""
+    """A cell such as `0.87 (0.85-0.90)`: a time relative to our REG, with the 10th and 90th percentile."""
     if row.get(key) is None:
         return "-"
     return f"{row[key]:.3f} ({row[f'{key}_p10']:.3f}-{row[f'{key}_p90']:.3f})"
 
 
 def loader_section(path, note):
-    """The rates of `benchmarks.loader` with no worker processes."""
-    rows = [row for row in read_csv(path) if row["workers"] == 0]
+    """The table of `benchmarks.loader`."""
+    rows = {(row["layout"], row["loader"], row["workers"]): row for row in read_csv(path)}
+    workers = sorted({number for *_, number in rows})
+
+    def rate(layout, loader, number, kind):
+        row = rows[layout, loader, number]
+        faster = "" if loader == "maskalign" else f" ({row[f'maskalign_times_as_fast_{kind}']:.1f}x)"
+        return f"{row[f'{kind}_samples_per_second']:,.0f}{faster}"
+
+    columns = [(number, kind) for number in workers for kind in ("warm", "cold")]
     lines = [
-        [f"{row['layout']}, {row['loader']}", f"{row['warm_samples_per_second']:,.0f}",
-         f"{row['cold_samples_per_second']:,.0f}", f"{row['bytes_per_sample'] / 1000:.0f} kB"]
-        for row in rows
-    ]  # fmt: skip
-    head = ["layout, loader", "samples/s, page cache", "samples/s, cold disk", "a sample"]
-    text = paragraph(f"Samples per second, read in the training process. {note['conditions']}")
-    return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
+        [f"{layout}, {loader}", *(rate(layout, loader, *column) for column in columns)]
+        for layout, loader, number in rows
+        if number == workers[0]
+    ]
+    where = ["in the training process" if number == 0 else f"{number:g} processes" for number in workers]
+    head = ["layout, loader", *(f"{cache}, {place}" for place in where for cache in ("page cache", "cold disk"))]
+    text = paragraph(
+        f"Samples per second; in parentheses, the speed of our loader relative to this one. {note['conditions']} "
+        "docs/data.md compares the guarantees of the loaders."
+    )
+    table = markdown_table(head, lines)
+    return "\n\n".join([text, f"`{note['command']}`", table])
 
 
 def convergence_section(path, note):
@@ -182,14 +195,17 @@ def convergence_section(path, note):
     longest = max(row["seconds"] or 0 for row in rows)
     limit = f"{longest:.0f} s of training each ({record['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
     what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {record['images']:,} images; {record['machine']}."
-    key = "Loss, cosine and distances are those of all tokens and the averaged weights"
+    key = "Loss, cosine and distances are measured with all tokens and the averaged weights"
     if len({row["seed"] for row in rows}) > 1:
-        key += "; in brackets the lowest and the highest seed, a star where every seed is better than all of REPA's"
+        key += (
+            "; brackets show the lowest and the highest seed, and a star means that every seed is better than all of "
+        )
+        key += "REPA's"
     key += "."
     alt = "What each recipe reaches"
     if convergence_report.has_curves(rows):
         alt = "Quality against time and FLOPs"
-        key += " A part of the budget is a run that was planned for it. Times are shares of REPA's run."
+        key += " `0.5 of the budget` is a separate run with this budget. Times are relative to REPA's run."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']} {key}{names_then(note)}"),
         f"`{record['command']}`",
@@ -199,21 +215,22 @@ def convergence_section(path, note):
 
 
 def paper_section(path, note):
-    """The table of a suite that measures what the paper reports, and its plot."""
+    """The table of a suite that measures the paper's results, and its plot."""
     rows = convergence_report.read_rows(path)
     record = json.loads(path.with_suffix(".json").read_text())
     rates = {name: settings.get("optimizer.lr", "") for name, settings in record["recipes"].items()}
     lines = beside_paper.summary(rows, rates)
     longest = max(row["seconds"] or 0 for row in rows)
     what = f"{rows[0]['data']}, {longest:.0f} s of training each ({record['clock']}), {record['images']:,} images; "
-    what += f"{record['machine']}. Distances are those of {record['samples']:,} samples without guidance from held-out "
-    what += f"images, in the features of a small classifier that is right on {record['classifier']['accuracy']:.1%} of "
-    what += f"these; {record['samples']:,} training images in place of samples have "
-    what += f"{record['real']['frechet_cnn']:.1f}. `G_r` is the stability gap at mask ratio 0.25 and its standard "
-    what += "error over images, `heat map's ratio` the largest over the smallest share of images in which a position "
-    what += "is among the top 10 % of alignment gradients."
+    what += f"{record['machine']}. Distances are between {record['samples']:,} samples without guidance and held-out "
+    what += f"images, in the features of a small classifier with an accuracy of {record['classifier']['accuracy']:.1%} "
+    what += f"on these; {record['samples']:,} training images have a Frechet distance of "
+    what += f"{record['real']['frechet_cnn']:.1f}. "
+    what += "`G_r` is the stability gap at mask ratio 0.25 with its standard error over images. `heat map's ratio` "
+    what += "concerns the share of images in which a position is among the top 10% of alignment gradients: it is the "
+    what += "largest share of a position divided by the smallest."
     if len({row["seed"] for row in rows}) > 1:
-        what += " In brackets the lowest and the highest seed."
+        what += " Brackets show the lowest and the highest seed."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']}"),
         f"`{record['command']}`",
@@ -223,40 +240,37 @@ def paper_section(path, note):
 
 
 def beside_paper_section(path, note):
-    """What the paper says and what the suites see, and the paper's own results; `path` is the suite `paper`'s CSV."""
+    """The paper's claims beside our results, and the paper's tables; `path` is the CSV of the suite `paper`."""
     rows, record = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
     others = path.with_name(path.name.replace("convergence-paper-", "convergence-ablations-"))
     ablations = convergence_report.read_rows(others) if others.is_file() else None
     lines = beside_paper.comparison(rows, ablations, record["step_seconds"])
     head, published = beside_paper.published_table()
     guided_head, guided = beside_paper.guided_table()
-    first = (
-        "What the paper says and what we see at our size, whichever way it comes out. The paper trains B/2 and XL/2 on "
-    )
-    first += "ImageNet latents for days of eight GPUs; ours are a model of 8 blocks of width 128 on 32 px pictures for "
-    first += "minutes of one thread. Orders can be compared, numbers cannot. *Not told apart*: the ranges over seeds "
-    first += "overlap, or the difference is within two standard errors."
-    second = (
-        "Published: the paper's own results, not ours. ImageNet at 256 px, FID of 50,000 images without guidance, by "
-    )
+    first = "The claims of the paper and our results at a small size, whether they agree or not. The paper trains B/2 "
+    first += "and XL/2 on ImageNet latents for days on eight GPUs. We train a model of 8 blocks of width 128 on 32 px "
+    first += "pictures for minutes on one thread. The order of recipes can be compared, the numbers cannot. *Not "
+    first += "distinguishable* means that the ranges over seeds overlap, or that the difference is within two standard "
+    first += "errors."
+    second = "Published results of the paper, not ours: ImageNet at 256 px, FID of 50,000 images without guidance, by "
     second += "training iterations (arXiv 2606.08788)."
     return "\n\n".join([
         paragraph(first),
         markdown_table(["the claim", "the paper", "here", "as in the paper?"], [list(line) for line in lines]),
         paragraph(second),
         markdown_table(head, published),
-        "Published, with guidance (the paper's, XL/2):",
+        "Published results of the paper with guidance (XL/2):",
         markdown_table(guided_head, guided),
     ])  # fmt: skip
 
 
 def cpu_kernels_section(path, note):
-    """Forward and backward of the two operations on a CPU, and the plot."""
+    """The table of forward and backward of the two operations on a CPU, and the plot."""
     rows = [row for row in read_csv(path) if row["direction"] == "both"]
     table = {}
     for row in rows:
         table.setdefault((row["operation"], row["shape"]), {})[row["provider"]] = row
-    others = {"eager": "plain PyTorch", "compiled": "torch.compile of it"}
+    others = {"eager": "plain PyTorch", "compiled": "plain PyTorch with torch.compile"}
     lines = [
         [operation, shape, f"{of['kernel']['ms']:.1f} ms"]
         + [f"{of[name]['x_kernel']:.2f}x ({of[name]['x_kernel_20']:.2f}-{of[name]['x_kernel_80']:.2f})"
@@ -264,8 +278,8 @@ def cpu_kernels_section(path, note):
         for (operation, shape), of in table.items()
     ]  # fmt: skip
     head = ["operation", "shape", "ours", *others.values()]
-    what = f"Forward and backward; {rows[0]['machine']}; medians of {rows[0]['rounds']:.0f} rounds in turns, and the "
-    what += "others' time as a multiple of ours with its 20th and 80th percentile."
+    what = f"Forward and backward; {rows[0]['machine']}; medians of {rows[0]['rounds']:.0f} interleaved rounds. The "
+    what += "times of the other implementations are multiples of ours, with the 20th and 80th percentile."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']}"),
         f"`{note['command']}`",
@@ -275,7 +289,7 @@ def cpu_kernels_section(path, note):
 
 
 def gpu_kernels_section(path, note):
-    """Times of the two operations on a GPU, and those of plain PyTorch as multiples of them."""
+    """The table of times of the two operations on a GPU, with those of plain PyTorch as multiples."""
     table = {}
     for row in read_csv(path):
         table.setdefault((row["operation"], row["shape"]), {})[row["provider"], row["direction"]] = row
@@ -292,17 +306,16 @@ def gpu_kernels_section(path, note):
             ]
         lines.append(cells)
     head = ["operation", "shape", "forward", "PyTorch", "compiled", "backward", "PyTorch", "compiled"]
-    what = (
-        f"{machine}. Medians of captured graphs, L2 cleared before each; in brackets the share of the speed at which "
-    )
-    what += "this GPU copies as many bytes; then how many times as long plain PyTorch takes, and torch.compile of it."
+    what = f"{machine}. Medians of CUDA graphs, with L2 cleared before each. Brackets show the bandwidth as a share of "
+    what += "that of a copy of the same number of bytes. The next columns are the times of plain PyTorch, eager and "
+    what += "with torch.compile, as multiples of ours."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']}"), f"`{note['command']}`", markdown_table(head, lines)
     ])  # fmt: skip
 
 
 def plan_section(path, note):
-    """The recipes as `benchmarks.plan` estimates them for a cluster."""
+    """The table of `benchmarks.plan`: estimates of the recipes for a cluster."""
     rows = read_csv(path)
     first = rows[0]
     head = ["model", "recipe", "parameters", "GFLOP per image", "kept for the backward", "memory of a rank",
@@ -310,7 +323,7 @@ def plan_section(path, note):
     lines = []
     for row in rows:
         least, most = row["kept_least_gib"], row["kept_most_gib"]
-        kept = f"{most:.1f} GiB" if least == most else f"{least:.1f}, at the end {most:.1f} GiB"
+        kept = f"{most:.1f} GiB" if least == most else f"{least:.1f} GiB, {most:.1f} GiB at the end"
         lines.append([
             row["model"], row["recipe"], f"{row['parameters'] / 1e6:.0f} M", f"{row['gflops_per_image']:.0f}", kept,
             f"{row['memory_gib']:.1f} GiB", f"{row['largest_batch']:.0f}", f"{row['step_ms']:.0f} ms",
@@ -319,15 +332,15 @@ def plan_section(path, note):
         ])  # fmt: skip
     ranks = f"{first['ranks']:.0f} x {first['device']}, {first['plan']}"
     what = f"Estimated, not measured: {first['images'] / 1e6:.1f} million images on {ranks}, "
-    what += f"{first['batch_per_rank']:.0f} images a rank, matrix products at {first['efficiency']:.0%} of the peak."
+    what += f"{first['batch_per_rank']:.0f} images per rank, matrix products at {first['efficiency']:.0%} of the peak."
     text = paragraph(f"{what} {note['conditions']}")
     return "\n\n".join([text, f"`{note['command']}`", markdown_table(head, lines)])
 
 
 SECTIONS = (
     ("### Steps", "steps-*.csv", steps_section),
-    ("### What the paper says and what we see", "convergence-paper-*.csv", beside_paper_section),
-    ("### The paper's recipes, at the same cost", "convergence-paper-*.csv", paper_section),
+    ("### The paper's claims and our results", "convergence-paper-*.csv", beside_paper_section),
+    ("### The paper's recipes at equal cost", "convergence-paper-*.csv", paper_section),
     ("### The paper's ablations", "convergence-ablations-*.csv", paper_section),
     ("### Learning rates", "convergence-rates-*.csv", paper_section),
     ("### Search for maskalign-fast", "convergence-*.csv", convergence_section),
@@ -339,7 +352,7 @@ SECTIONS = (
 
 
 def figures(results, page="main"):
-    """The figures of one page (`main` or `more`) as Markdown; paths are those from the folder docs/."""
+    """The tables and plots of one page (`main` or `more`) as Markdown, with paths relative to docs/."""
     path = results / "notes.json"
     notes = json.loads(path.read_text()) if path.is_file() else {}
     parts = []
@@ -349,11 +362,11 @@ def figures(results, page="main"):
             found = [path for path in found if not path.name.startswith(PAPER_SUITES)]
         missing = [path.stem for path in found if path.stem not in notes]
         if missing:
-            raise UsageError(f"{path}: has no note (command, conditions) on {missing[0]}; write how it was measured")
+            raise UsageError(f"{path}: has no note on {missing[0]}; add its command and conditions")
         found = [path for path in found if notes[path.stem].get("page", "main") == page]
         parts += [title, *(section(path, notes[path.stem]) for path in found)] if found else []
     if page == "main":
-        from benchmarks.gpu import report as gpu_report  # which uses what is above
+        from benchmarks.gpu import report as gpu_report  # imported here, because it imports this module
 
         parts += ["### On a GPU", gpu_report.section(results)]
     return "\n\n".join(parts)
@@ -363,7 +376,7 @@ def rewritten(text, new):
     """A page's text with `new` between its markers.
 
     Raises:
-        UsageError: the markers are not there, once each and in order.
+        UsageError: the page does not have both markers, once each and in order.
     """
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise UsageError(f"docs/benchmarks.md and docs/figures.md need the markers {BEGIN} and {END}, once each")
@@ -372,7 +385,7 @@ def rewritten(text, new):
 
 
 def digest(path):
-    """What a plot is drawn from: the CSV, for a convergence plot the JSON beside it, and names that have changed."""
+    """SHA-256 of a plot's data: the CSV, the JSON beside it for a convergence plot, and "renamed" in the note."""
     data = path.read_bytes()
     side = path.with_suffix(".json")
     names = note_of(path).get("renamed")
@@ -381,13 +394,13 @@ def digest(path):
 
 
 def note_of(path):
-    """What notes.json says of a CSV; {} for nothing."""
+    """The note on a CSV in notes.json, or {}."""
     notes = path.with_name("notes.json")
     return json.loads(notes.read_text()).get(path.stem, {}) if notes.is_file() else {}
 
 
 def stale_plots(results):
-    """CSVs whose plot is missing or was drawn from other numbers (the plot holds the digest of its data)."""
+    """CSVs whose plot is missing or was drawn from other data (a plot's metadata has the digest of its data)."""
     from PIL import Image
 
     stale = []
@@ -426,7 +439,7 @@ def main(argv=None):
     differing = [str(path) for path in texts] + [str(path.with_suffix(".png")) for path in stale]
     if options.check:
         for name in differing:
-            print(f"{name} differs from the CSVs; python -m benchmarks.report rewrites it")
+            print(f"{name} does not match the CSVs; run python -m benchmarks.report")
         return 1 if differing else 0
     for path, text in texts.items():
         path.write_text(text)

@@ -9,10 +9,11 @@ import argparse
 import sys
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import docstring_parser
 
+from maskalign.config.ranges import Range
 from maskalign.config.schedules import Schedule
 from maskalign.config.settings import Config
 
@@ -40,6 +41,9 @@ def type_name(annotation):
     if annotation in names:
         return names[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        ranges = (entry for entry in annotation.__metadata__ if isinstance(entry, Range))
+        return ", ".join([type_name(annotation.__origin__), *map(str, ranges)])
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin is Union:

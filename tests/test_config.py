@@ -1,5 +1,7 @@
 """Settings: what is read is what was written, and a wrong one is refused with its name, the rule and a way out."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -7,15 +9,19 @@ import pytest
 from maskalign.config import (
     Config,
     DataFacts,
+    ModelConfig,
     Schedule,
     all_keys,
     dump_config,
     load_config,
+    make_config_parser,
     model_sizes,
     parse_config,
     schedule_value,
+    validate,
     validate_with_data,
 )
+from maskalign.config.ranges import range_of
 from maskalign.data.format.manifest import Manifest, Shard
 from maskalign.errors import UsageError
 
@@ -119,8 +125,8 @@ def test_a_misspelt_key_in_yaml(tmp_path):
 @pytest.mark.parametrize(
     "content, words",
     [
-        (b"model: {preset: [\n", "is no YAML in line 2"),
-        (b"\x96\xff\x00", "is no text"),
+        (b"model: {preset: [\n", "is not valid YAML in line 2"),
+        (b"\x96\xff\x00", "is not a text file"),
         (b"", "holds no settings"),
         (b"- model\n- data\n", "holds no settings"),
         (b"trainin: {max_steps: 3}\n", "there is no setting 'trainin.max_steps'; did you mean 'training.max_steps'"),
@@ -355,3 +361,54 @@ def test_the_papers_recipes_are_the_papers(size):
         o = config.optimizer
         assert (o.lr, tuple(o.betas), o.weight_decay, o.decay, o.grad_clip) == (1e-4, (0.9, 0.999), 0, "constant", 1.0)
         assert (o.ema_decay, config.training.batch_size, config.objective.path) == (0.9999, 256, "linear")
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "bad", "good"),
+    [
+        ("training", "batch_size", (0, -8), (1, 256)),
+        ("training", "max_seconds", (0.0, -1.0, math.nan), (None, 0.1, math.inf)),
+        ("training", "keep_every", (-1,), (0,)),
+        ("optimizer", "lr", (0.0, -1e-4, math.nan), (1e-9,)),
+        ("optimizer", "ema_decay", (1.0, -0.1), (0.0, 0.9999)),
+        ("optimizer", "betas", ((0.9, 1.0), (-0.1, 0.9)), ((0.0, 0.999),)),
+        ("optimizer", "decay_from", (-0.01, 1.01, math.nan), (0.0, 1.0)),
+        ("method", "keep_ratio", (0.0, 1.01, Schedule("linear", 0.0, 1.0), Schedule("linear", 0.5, 1.5)), (1.0,)),
+        ("method", "keep_ratio", (Schedule("constant", 0.0, 0.5),), (Schedule("constant", 0.5, 7.0),)),
+        ("method", "align_weight", (-0.5, Schedule("step", 0.5, -0.5, 0.5)), (0.0, 50.0)),
+        ("method", "align_ratio", (0.0, 2.0), (None, 0.5)),
+        ("model", "depth", (0,), (None, 12)),
+    ],
+)
+def test_a_config_made_in_python_is_checked_like_one_that_is_read(section, name, bad, good):
+    for value in good:
+        config = Config(model=ModelConfig(preset="SiT-B/2"))
+        setattr(getattr(config, section), name, value)
+        validate(config)
+    for value in bad:
+        config = Config(model=ModelConfig(preset="SiT-B/2"))
+        setattr(getattr(config, section), name, value)
+        with pytest.raises(UsageError, match=rf"^{section}\.{name}: .* must be "):
+            validate(config)
+
+
+def test_every_number_has_a_range():
+    """Any seed is good; all other numbers have a range in their types, or a rule between settings."""
+    ruled = {"seed", "method.align_depth"}
+    open_ended = []
+    for key in all_keys():
+        section, _, name = key.rpartition(".")
+        owner = Config.__dataclass_fields__[section].type if section else Config
+        annotation = owner.__dataclass_fields__[name].type
+        if re.search(r"\b(int|float)\b", str(annotation)) and range_of(annotation) is None and key not in ruled:
+            open_ended.append(key)
+    assert open_ended == ["data.path", "method.route"]  # weights of data sets, and blocks: rules between settings
+
+
+def test_the_help_names_the_range(capsys):
+    with pytest.raises(SystemExit):
+        make_config_parser().parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "(type: int, at least 1, default: 256)" in text
+    assert "(type: Tuple[float, float], in [0, 1), default: (0.9, 0.999))" in text
+    assert "Annotated" not in text

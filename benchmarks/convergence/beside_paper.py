@@ -1,7 +1,8 @@
-"""What the paper of MaskAlign reports, what the benchmark sees at its size, and both beside each other.
+"""Compare the published results of MaskAlign with those of the benchmark at a small size.
 
-The numbers of `PUBLISHED` and `PAPER_*` are the paper's (arXiv 2606.08788): ImageNet at 256 px, FID of 50,000 images.
-Ours are Frechet distances in the features of a small classifier. The two cannot be compared; their orders can.
+The numbers in `PUBLISHED` and `PAPER_*` are from the paper (arXiv 2606.08788): ImageNet at 256 px, FID of 50,000
+images. Ours are Frechet distances in the features of a small classifier. The order of recipes can be compared, the
+numbers cannot.
 """
 
 import re
@@ -9,7 +10,7 @@ import statistics
 
 from benchmarks.convergence.report import finals, spread
 
-# FID without guidance by iterations, then what the paper says beside it.
+# (method, model, {iterations: FID without guidance}).
 PUBLISHED = (
     ("MaskAlign", "XL/2", {"50K": 22.36, "110K": 6.34, "200K": 3.98, "400K": 2.84, "600K": 2.67, "1M": 2.38, "2.4M": 2.1}),  # noqa: E501
     ("REG", "XL/2", {"200K": 5.0, "400K": 3.4, "600K": 3.01, "1M": 2.7, "2.4M": 2.2}),
@@ -33,12 +34,12 @@ GAPS = ("gap", "gap_error", "gap_matched", "gap_matched_error")
 
 
 def equal_step(rows):
-    """The step at which all runs were measured: as many as the slowest recipe makes in all."""
+    """The step at which all runs were measured, which is the number of steps of the slowest recipe."""
     return min(row["run_steps"] for row in rows)
 
 
 def at_step(rows, metric, step):
-    """dict recipe -> {seed: value} at a step of the runs, for those that were measured there."""
+    """{recipe: {seed: value}} of a metric at a step, for the recipes that were measured at it."""
     found = {}
     for row in rows:
         if row["metric"] == metric and row["time"] == "" and row["step"] == step:
@@ -47,11 +48,11 @@ def at_step(rows, metric, step):
 
 
 def summary(rows, rates=None):
-    """One dict per recipe: what the table of the suites `rates`, `paper` and `ablations` shows.
+    """The rows of the table of the suites `rates`, `paper` and `ablations`: one dict per recipe.
 
     Args:
-        rows: those of `report.read_rows`.
-        rates: dict recipe -> learning rate, where it is to be shown.
+        rows: as returned by `report.read_rows`.
+        rates: {recipe: learning rate}, or None for a table without this column.
     """
     step = equal_step(rows)
     ends = {name: finals(rows, name) for name in (DISTANCE, "kernel_cnn", "heat_ratio", *GAPS)}
@@ -78,7 +79,7 @@ def summary(rows, rates=None):
 
 
 def gap_text(ends, recipe, name="gap"):
-    """Mean G_r over seeds and its standard error over images, `+0.00121 ± 0.00041`; `-` where there is none."""
+    """A cell such as `+0.00121 ± 0.00041`: the mean of G_r over seeds and its standard error over images, or `-`."""
     if recipe not in ends[name]:
         return "-"
     value, error = gap_of(ends, recipe, name)
@@ -86,7 +87,7 @@ def gap_text(ends, recipe, name="gap"):
 
 
 def gap_of(ends, recipe, name="gap"):
-    """(mean over seeds, standard error of that mean)."""
+    """(mean of G_r over seeds, standard error of that mean)."""
     errors = ends[f"{name}_error"][recipe].values()
     return statistics.fmean(ends[name][recipe].values()), sum(e * e for e in errors) ** 0.5 / len(errors)
 
@@ -102,26 +103,30 @@ def table(rows, rates=None):
 
 
 def verdict(better, worse):
-    """How sure it is that one recipe's distances are below another's, from dicts seed -> value.
+    """Whether one recipe's distances are below those of another.
+
+    Args:
+        better, worse: {seed: value} of the recipes.
 
     Returns:
-        "yes" or "no" where the ranges over seeds do not overlap (or there is one seed each), else "not told apart".
+        "yes" or "no" if the ranges over seeds do not overlap, else "not distinguishable". With one seed each, "yes, one
+        seed" or "no, one seed".
     """
     low, high = list(better.values()), list(worse.values())
     if len(low) == len(high) == 1:
         return "yes, one seed" if low[0] < high[0] else "no, one seed"
     if max(low) < min(high):
         return "yes"
-    return "no" if max(high) < min(low) else "not told apart"
+    return "no" if max(high) < min(low) else "not distinguishable"
 
 
 def comparison(paper, ablations=None, seconds=None):
-    """The rows of the table "the paper says / we see at this size": (what, the paper, here, as in the paper?).
+    """The rows of the table of claims: (claim, paper, here, agreement).
 
     Args:
         paper: rows of the suite `paper`.
         ablations: rows of the suite `ablations`, or None.
-        seconds: dict from a step's label to its calibrated seconds, of the run that `paper` is.
+        seconds: {label of a step: calibrated seconds} of the suite `paper`.
     """
     lines = []
     step = equal_step(paper)
@@ -131,7 +136,7 @@ def comparison(paper, ablations=None, seconds=None):
         ("maskalign", "reg", "FID 14.8 against 15.2 (B/2), 2.84 against 3.4 (XL/2, 400K)"),
         ("repa-maskalign", "repa", "FID 10.8 against 13.6 (XL/2, 150K)"),
     ):
-        for values, when in ((steps, f"{step} steps each"), (ends, "equal seconds")):
+        for values, when in ((steps, f"{step} steps each"), (ends, "equal time")):
             if one in values and other in values:
                 here = f"{_mean(values[one]):.2f} against {_mean(values[other]):.2f}, {when}"
                 sure = verdict(values[one], values[other])
@@ -148,13 +153,13 @@ def _mean(values):
 
 
 def _step_time(seconds):
-    """The line on the time of a step, from labels as `clock.calibrate` writes them."""
-    # The calibration names a step by the recipe that it timed first, e.g. `reg@0.004`, one with a learning rate.
+    """The line on the time of a step; `seconds` has labels as written by `clock.calibrate`."""
+    # A step's label contains the recipe that was timed first, which may have a learning rate, such as `reg@0.004`.
     by_step = {re.sub("@[^ ]*", "", label): value for label, value in (seconds or {}).items()}
     ours, base = (by_step.get(label) for label in ("maskalign 48/64", "reg 64/64"))
     if ours is None or base is None:
         return []
-    says = "11.6 % less (XL/2; by its FLOPs 17.8 %)"
+    says = "11.6% less (XL/2; 17.8% fewer FLOPs)"
     what = "a step of `maskalign` takes less time than one of `reg`"
     saved = 1 - ours / base
     here = f"{abs(saved):.1%} {'less' if saved > 0 else 'more'} (8 blocks and 2 mixing layers, 64 tokens)"
@@ -162,30 +167,30 @@ def _step_time(seconds):
 
 
 def _finding(rows):
-    """The lines on stability gap, alignment loss and heat map: `maskalign` beside `reg`."""
+    """The lines on stability gap, alignment loss and heat map, which compare `maskalign` with `reg`."""
     ends = {name: finals(rows, name) for name in (*GAPS, "full_align_loss", "heat_ratio")}
     if any(name not in ends["gap"] for name in ("reg", "maskalign")):
         return []
     lines = []
-    # The matched gap estimates the same number with less spread, see `maskalign.evaluation.gap`.
+    # The matched gap estimates the same value with less variance, see `maskalign.evaluation.gap`.
     gap = "gap_matched" if all(name in ends["gap_matched"] for name in ("reg", "maskalign")) else "gap"
     (ours, ours_error), (base, base_error) = (gap_of(ends, name, gap) for name in ("maskalign", "reg"))
     here = f"{gap_text(ends, 'maskalign', gap)} against {gap_text(ends, 'reg', gap)}"
     if base > 2 * base_error:
-        here += f": {ours / base:.0%}"
+        here += f", which is {ours / base:.0%}"
     apart = abs(base - ours) > 2 * (ours_error**2 + base_error**2) ** 0.5
-    sure = ("yes" if ours < base else "no") if apart else "not told apart"
+    sure = ("yes" if ours < base else "no") if apart else "not distinguishable"
     lines.append(
-        ("the stability gap G_r of `maskalign` is smaller than that of `reg`", "13.8 % of it (200K)", here, sure)
+        ("the stability gap G_r of `maskalign` is smaller than that of `reg`", "13.8% of it (200K)", here, sure)
     )
     losses = ends["full_align_loss"]
     here = f"{_mean(losses['maskalign']):.4f} against {_mean(losses['reg']):.4f}"
-    what = "its alignment loss on all tokens is lower"
+    what = "the alignment loss of `maskalign` on all tokens is lower than that of `reg`"
     lines.append((what, "lower", here, verdict(losses["maskalign"], losses["reg"])))
     heat = ends["heat_ratio"]
     here = f"{_mean(heat['maskalign']):.1f} against {_mean(heat['reg']):.1f}"
-    what = "masking flattens the map of where alignment gradients are large"
-    says = "largest over smallest share about 21 with all tokens aligned, less with masks"
+    what = "masking distributes large alignment gradients more evenly over the positions"
+    says = "the heat map's ratio is about 21 with all tokens aligned, and lower with masking"
     lines.append((what, says, here, verdict(heat["maskalign"], heat["reg"])))
     return lines
 
@@ -199,20 +204,20 @@ def _ablations(rows):
         ("mixing layers", "2", LAYERS, PAPER_LAYERS, "XL/2, 400K"),
         ("parts", "all", PARTS, PAPER_PARTS, "XL/2, 600K"),
     ):
-        for values, at in ((common, f"{step} steps each"), (ends, "equal seconds")):
-            there = {word: _mean(values[name]) for word, name in names.items() if name in values}
-            if len(there) < 2:
+        for values, at in ((common, f"{step} steps each"), (ends, "equal time")):
+            measured = {word: _mean(values[name]) for word, name in names.items() if name in values}
+            if len(measured) < 2:
                 continue
             says = ", ".join(f"{word}: {number:g}" for word, number in published.items()) + f" (FID, {when})"
-            here = ", ".join(f"{word}: {number:.2f}" for word, number in there.items()) + f" ({at})"
-            found = min(there, key=there.get)
-            sure = "yes, one seed" if found == best else f"no: {found}, one seed"
+            here = ", ".join(f"{word}: {number:.2f}" for word, number in measured.items()) + f" ({at})"
+            found = min(measured, key=measured.get)
+            sure = "yes, one seed" if found == best else f"no: {found} is best, one seed"
             lines.append((f"{what}: {best} is best", says, here, sure))
     return lines
 
 
 def published_table():
-    """(head, lines) of the paper's own results, as texts."""
+    """(head, lines) of the table of the paper's results, as str."""
     head = ["method", "model", *ITERATIONS]
     lines = [
         [method, model, *(str(float(values[at])) if at in values else "" for at in ITERATIONS)]
@@ -222,7 +227,7 @@ def published_table():
 
 
 def guided_table():
-    """(head, lines) of the paper's results with guidance, as texts."""
+    """(head, lines) of the table of the paper's results with guidance, as str."""
     return ["method", "80 epochs", "160 epochs", "800 epochs"], [
         [method, *(f"{value:g}" for value in values)] for method, values in GUIDED
     ]

@@ -1,4 +1,4 @@
-"""What `benchmarks.convergence` shows of its rows: the table, and quality against time and against FLOPs."""
+"""The output of `benchmarks.convergence`: a table, and plots of quality against time and against FLOPs."""
 
 import csv
 import statistics
@@ -13,10 +13,10 @@ BETTER_LOW = {
     "velocity_loss": True, "raw_velocity_loss": True, "cosine": False, "frechet": True, "kernel": True,
     "frechet_cnn": True, "kernel_cnn": True,
 }  # fmt: skip
-# Where recipes have a class token or not, these alone compare all of them.
+# The metrics that are comparable between recipes with and without a class token.
 COMMON = ("frechet_cnn", "kernel_cnn")
 FORMS = {metric: "{:.4f}" if "loss" in metric else "{:.3g}" for metric in BETTER_LOW}
-# The colors of those that every plot is about.
+# Fixed colors of the main recipes in all plots.
 KNOWN = {
     "repa": "black", "reg": "tab:gray", "maskalign": "tab:blue", "maskalign-fast": "tab:orange",
     "maskalign-attention": "tab:red",
@@ -33,7 +33,7 @@ TITLES = {
 
 
 def write_rows(rows, path):
-    """The long CSV: a row per run, point, metric and time step (`time` empty: the mean over time steps, or none)."""
+    """Write the long CSV: a row per run, step, metric and diffusion time (an empty `time` is the mean over times)."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -42,7 +42,7 @@ def write_rows(rows, path):
 
 
 def read_rows(path):
-    """Rows of the long CSV, with numbers; an empty `seconds` (no calibration) is None."""
+    """Read the rows of the long CSV, with numbers converted; an empty `seconds` (no calibration) becomes None."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
@@ -52,7 +52,7 @@ def read_rows(path):
 
 
 def curves(rows, metric):
-    """dict (recipe, seed, share) -> list of (seconds, tflop, step, value), in order of the steps."""
+    """{(recipe, seed, share of the budget): [(seconds, tflop, step, value)]} of a metric, sorted by step."""
     found = defaultdict(list)
     for row in rows:
         if row["metric"] == metric and row["time"] == "":
@@ -62,18 +62,18 @@ def curves(rows, metric):
 
 
 def shown_metrics(rows):
-    """Metrics of a plot: all that were measured, or the distances that compare all recipes of the suite."""
+    """The metrics of a plot: those of COMMON if they were measured, else all that were measured."""
     measured = [metric for metric in BETTER_LOW if finals(rows, metric)]
     return [metric for metric in measured if metric in COMMON] or measured
 
 
 def has_curves(rows, metrics=tuple(BETTER_LOW)):
-    """Whether any run was measured before its end, too, in one of the metrics."""
+    """Whether any run was measured in one of the metrics before its end too."""
     return any(len(points) > 1 for metric in metrics for points in curves(rows, metric).values())
 
 
 def finals(rows, metric, share=1.0):
-    """dict recipe -> {seed: value at the end of its run with that share of the budget}."""
+    """{recipe: {seed: value at the end of its run with this share of the budget}} of a metric."""
     found = defaultdict(dict)
     for (recipe, seed, of), points in curves(rows, metric).items():
         if of == share:
@@ -82,12 +82,13 @@ def finals(rows, metric, share=1.0):
 
 
 def time_to(points, target, low=True, axis=0):
-    """Where a curve first reaches a target, by linear interpolation between its points; None where it does not.
+    """The time at which a curve first reaches a target, interpolated linearly, or None if it does not reach it.
 
     Args:
-        points: those of `curves`.
-        low: lower values are better.
-        axis: 0 for seconds, 1 for TFLOP, 2 for steps.
+        points: a value of `curves`.
+        target: the value to reach.
+        low: whether lower values are better.
+        axis: the unit of the result: 0 for seconds, 1 for TFLOP, 2 for steps.
     """
     before = None
     for point in points:
@@ -102,10 +103,10 @@ def time_to(points, target, low=True, axis=0):
 
 
 def ratios_to_repa(rows, metric, axis=0):
-    """dict recipe -> list over seeds: the least time at which one of its runs reaches what REPA has at the end.
+    """{recipe: [time of each seed]} at which a recipe reaches REPA's final value of a metric.
 
-    The target is REPA's final value, a mean over its seeds; the time is a share of the mean length of REPA's runs.
-    None stands for a seed that does not reach it within the budget.
+    The target is the mean of REPA's final values over its seeds. A time is relative to the mean length of REPA's runs;
+    it is the least over the runs of a seed, or None for a seed that does not reach the target within the budget.
     """
     runs, repa = curves(rows, metric), finals(rows, metric).get("repa")
     if not repa:
@@ -122,14 +123,14 @@ def ratios_to_repa(rows, metric, axis=0):
 
 
 def spread(values, form):
-    """`mean [lowest, highest]` over seeds; the mean alone for one seed."""
+    """A cell `mean [lowest, highest]` over seeds, or only the value of one seed."""
     values = list(values)
     text = form.format(statistics.fmean(values))
     return text if len(values) == 1 else f"{text} [{form.format(min(values))}, {form.format(max(values))}]"
 
 
 def spread_of_ratios(values):
-    """Median and range of times; `>1` where a seed does not get there."""
+    """A cell with the median and range of times; `>1` for a seed that does not reach the target."""
     if not values:
         return "-"
     ordered = sorted(values, key=lambda value: float("inf") if value is None else value)
@@ -139,14 +140,14 @@ def spread_of_ratios(values):
 
 
 def apart(values, repa):
-    """True where all values are better (lower) than all of REPA's: the ranges over seeds do not overlap."""
+    """Whether all values are better (lower) than all of REPA's, so that the ranges over seeds do not overlap."""
     return len(values) > 1 and len(repa) > 1 and max(values) < min(repa)
 
 
 def summary(rows):
-    """One dict per recipe and share of the budget: what the table shows. Recipes come in the order of the rows.
+    """The rows of the table: one dict per recipe and share of the budget, with recipes in the order of `rows`.
 
-    The time at which REPA's quality is reached is left out where every run was measured at its end only in it.
+    The time at which REPA's quality is reached is omitted for a metric that was measured only at the end of runs.
     """
     shares = sorted({row["share"] for row in rows}, reverse=True)
     ends = {(metric, share): finals(rows, metric, share) for metric in BETTER_LOW for share in shares}
@@ -179,7 +180,7 @@ def summary(rows):
 
 
 def table(rows):
-    """The summary as aligned text; a star marks seed ranges that are wholly better than REPA's."""
+    """The summary as aligned text; a star means that every seed is better than all of REPA's."""
     lines = summary(rows)
     if not lines:
         return "no run is finished yet"
@@ -189,12 +190,13 @@ def table(rows):
 
 
 def draw(rows, title, path, metadata=None):
-    """The plot of a suite: `draw_curves`, or `draw_ends` where every run was measured at its end only.
+    """Draw the plot of a suite with `draw_curves`, or with `draw_ends` if runs were measured only at their end.
 
     Args:
-        rows: those of `read_rows`.
+        rows: as returned by `read_rows`.
         title: its long lines are wrapped.
-        path: the PNG; metadata: its text entries.
+        path: path of the PNG.
+        metadata: dict of text entries of the PNG.
     """
     import matplotlib
 
@@ -208,7 +210,7 @@ def draw(rows, title, path, metadata=None):
 
 
 def draw_ends(rows):
-    """What the recipes reach: a panel per metric, a line per recipe, a dot per seed, dashes at REPA's mean."""
+    """Final values: a panel per metric, a line per recipe, a dot per seed, and a dashed line at REPA's mean."""
     from matplotlib import pyplot as plt
 
     metrics = shown_metrics(rows)
@@ -235,7 +237,7 @@ def draw_ends(rows):
 def draw_curves(rows):
     """Quality against time and against FLOPs: a row of panels per metric, a color per recipe, a band over seeds.
 
-    The ends of all seeds are dots; runs that were planned for a part of the budget are thin.
+    The final values of all seeds are dots. Runs with a part of the budget have thin lines.
     """
     from matplotlib import pyplot as plt
 
@@ -265,17 +267,17 @@ def draw_curves(rows):
 
 
 def colors_of(recipes):
-    """dict recipe -> color: those of `KNOWN`, one each for the others."""
+    """{recipe: color}, with the colors of `KNOWN` and different ones for the other recipes."""
     from matplotlib import pyplot as plt
     from matplotlib.colors import same_color
 
-    taken, pairs = KNOWN.values(), plt.get_cmap("tab20").colors  # a color and its pale twin, in turns
+    taken, pairs = KNOWN.values(), plt.get_cmap("tab20").colors  # pairs of a color and a lighter one
     free = [color for color in pairs[::2] + pairs[1::2] if not any(same_color(color, one) for one in taken)]
     return {recipe: KNOWN.get(recipe, free[number % len(free)]) for number, recipe in enumerate(recipes)}
 
 
 def draw_runs(panel, runs, axis, color, recipe, share):
-    """The mean over seeds of one recipe and share of the budget, their range, and the end of each as a dot."""
+    """Draw one recipe and share of the budget: the mean over seeds, their range, and their final values as dots."""
     columns = list(zip(*runs, strict=True))
     x = [statistics.fmean(point[axis] for point in points) for points in columns]
     values = [[point[-1] for point in points] for points in columns]

@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.gpu`, from its CSVs: the goals beside the figures, and how every part ended."""
+"""The tables of `benchmarks.gpu`, from its CSVs: goals and measurements, and the result of every part."""
 
 import collections
 
@@ -7,7 +7,7 @@ from maskalign.errors import UsageError
 
 MISSING = "not measured on a GPU"
 FILES = ("parts", "tests", "kernels", "steps-b2", "steps-xl2", "steps-ddp", "steps-fsdp", "steps-reference", "profile")
-# What to reach on one H200: (what, file, {column: value} of the row, column, goal).
+# The goals on one H200: (description, file, {column: value} of the row, column of the measurement, goal).
 GOALS = [
     ("SiT-B/2, all tokens (`repa`), images/s", "steps-b2", {"case": "repa"}, "images_per_second", 3200),
     ("SiT-B/2, keep 0.75, two mixing layers (`maskalign`), images/s", "steps-b2", {"case": "maskalign"},
@@ -26,10 +26,10 @@ GOALS = [
 
 
 def read_results(folder):
-    """{name of FILES: rows} of what is there.
+    """Read the CSVs of a folder: {name in FILES: rows}, without files that do not exist.
 
     Raises:
-        UsageError: a file is a rehearsal's.
+        UsageError: a file is the result of a rehearsal.
     """
     found = {}
     for name in FILES:
@@ -38,7 +38,7 @@ def read_results(folder):
             continue
         rows = read_csv(path)
         if any(row.get("rehearsal") for row in rows):
-            raise UsageError(f"{path} is of a rehearsal, whose figures mean nothing; remove it from the results")
+            raise UsageError(f"{path} is the result of a rehearsal, not a measurement; remove it from the results")
         if rows:
             found[name] = rows
     return found
@@ -60,11 +60,9 @@ def section(folder):
 
 def _head(found):
     if not found:
-        text = (
-            "Not measured on a GPU: `python -m benchmarks.gpu` has not run on one yet. It runs the tests that need a "
-        )
-        text += "GPU, the kernels at XL/2's sizes, steps as CUDA graphs, ddp and fsdp on one rank and a profile within "
-        text += "eight minutes; what it finds stands here. The goals, for one H200:"
+        text = "Not measured on a GPU: `python -m benchmarks.gpu` has not run on one yet. It runs the tests that need "
+        text += "a GPU, the kernels at XL/2's sizes, steps as CUDA graphs, ddp and fsdp on one rank and a profile "
+        text += "within eight minutes. Its results will appear here. The goals for one H200 are:"
         return paragraph(text)
     machines = dict.fromkeys(row["machine"] for rows in found.values() for row in rows if row.get("machine"))
     started = next((row["started"] for row in found.get("parts", [])), "")
@@ -74,7 +72,7 @@ def _head(found):
 
 
 def goals_table(found):
-    """Every goal, what was measured, and whether it is reached."""
+    """The table of goals with the measurements, and whether they are reached."""
     lines = []
     for what, file, wanted, column, goal in GOALS:
         rows = [row for row in found.get(file, []) if all(row.get(key) == value for key, value in wanted.items())]
@@ -86,7 +84,7 @@ def goals_table(found):
 
 
 def parts_table(rows):
-    """How every part ended."""
+    """The table of parts with the result of each."""
     lines = [
         [row["part"], str(row["status"]), f"{row['seconds']:.0f} of {row['seconds_given']:.0f} s", f"{row['rows']:.0f}",
          str(row["note"] or "")]
@@ -96,7 +94,7 @@ def parts_table(rows):
 
 
 def tests_table(rows):
-    """Counts, and the tests that failed."""
+    """The numbers of tests by outcome, and a list of those that failed."""
     counts = collections.Counter(row["outcome"] for row in rows)
     text = "Tests on the GPU: " + ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) + "."
     failed = [f"- `{row['test']}`: {row['message']}" for row in rows if row["outcome"] == "failed"]
@@ -104,7 +102,7 @@ def tests_table(rows):
 
 
 def steps_table(rows):
-    """Steps at every size and plan, each beside `repa` of the same size and plan."""
+    """The table of steps for every size and plan, relative to `repa` of the same size and plan."""
     lines = []
     for row in rows:
         name = f"{row['preset']}, {step_name(str(row['case']))}" + ("" if row["plan"] == "none" else f", {row['plan']}")
@@ -128,7 +126,7 @@ def steps_table(rows):
 
 
 def kernels_table(rows):
-    """Microseconds of our kernels and the others' as multiples; a wrong result is named."""
+    """The table of kernel times in microseconds, with other implementations as multiples; wrong results are marked."""
     table = {}
     for row in rows:
         table.setdefault((row["operation"], row["shape"]), {})[row["provider"], row["direction"]] = row
@@ -149,7 +147,7 @@ def kernels_table(rows):
 
 
 def profile_tables(rows):
-    """The kernels with most time, a table for each case."""
+    """The kernels that take most time, a table for each case."""
     texts = []
     for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case]
@@ -160,7 +158,7 @@ def profile_tables(rows):
             share = f"{row['share_of_ceiling']:.0%} of the {row['ceiling']}" if row["ceiling"] else "-"
             lines.append([f"`{row['kernel']}`", f"{row['launches']:.0f}", f"{row['us']:,.0f} us", f"{row['share']:.1%}",
                           ", ".join(speed) or "-", share])  # fmt: skip
-        what = f"A step of {step_name(case)} ({first['preset']}, batch {first['batch_size']:.0f}) kernel by kernel: "
+        what = f"The kernels of a step of {step_name(case)} ({first['preset']}, batch {first['batch_size']:.0f}): "
         what += f"{first['kernels_us'] / 1000:.1f} ms of kernels; ceilings: {first['matmul_tflops']:.0f} TFLOP/s, "
         what += f"{first['copy_gb_per_s']:,.0f} GB/s."
         head = ["kernel", "launches", "time", "share", "speed", "of the ceiling"]

@@ -1,16 +1,16 @@
-"""Rows of a CSV that are written one by one, so that a part that is stopped has lost nothing."""
+"""Write the rows of a CSV one by one, so that an interrupted part loses no row."""
 
 import csv
 from pathlib import Path
 
 
 class Rows:
-    """A CSV with a header; `add` appends a row and flushes it.
+    """A CSV with a header, to which `add` appends and flushes a row.
 
     Args:
-        path: of the file, which is rewritten.
-        columns: names, in order; a row may leave some out.
-        always: dict of columns that are the same in every row.
+        path: path of the file, which is overwritten.
+        columns: names of the columns, in order; a row may omit some.
+        always: columns with the same value in every row.
     """
 
     def __init__(self, path, columns, **always):
@@ -31,7 +31,7 @@ class Rows:
 
 
 def count_rows(path):
-    """Rows of a CSV below its header; 0 where there is no file."""
+    """The number of rows of a CSV without its header; 0 if there is no file."""
     if not Path(path).is_file():
         return 0
     with open(path, newline="") as file:

@@ -1,4 +1,4 @@
-"""How `benchmarks.steps` shows its rows: an aligned table, a CSV, a picture."""
+"""The output of `benchmarks.steps`: an aligned table, a CSV, a plot."""
 
 import csv
 import platform
@@ -38,7 +38,7 @@ def table(rows):
 
 
 def machine(device, peaks):
-    """One line on what this ran on."""
+    """One line about the machine: its name, threads, torch version and matmul peaks (FLOP/s by precision)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -51,7 +51,7 @@ def machine(device, peaks):
 
 
 def write(rows, options, ran_on):
-    """CSV and PNG under options.out; returns their paths. `ran_on` is of `machine`."""
+    """Write the CSV and the PNG in the folder options.out; returns their paths. `ran_on` is of `machine`."""
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
@@ -78,7 +78,7 @@ def write(rows, options, ran_on):
 
 
 def draw(rows, ran_on, path, metadata=None):
-    """Images per second and saved bytes as bars, from rows as they are written or as they are read back."""
+    """Draw images per second and saved bytes as bars, from new rows or rows that were read from a CSV."""
     import matplotlib
 
     matplotlib.use("Agg")

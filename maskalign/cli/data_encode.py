@@ -43,7 +43,7 @@ class DataEncode:
     hflip: bool = option(False, group="teacher")
     """Also store the features of the mirrored images; training draws one of the two."""
     class_token: Literal["both", "only", "none"] = option("both", group="teacher")
-    """both stores rows and class tokens, only adds class tokens to rows that are there, none omits them."""
+    """both stores rows and class tokens, only adds class tokens to existing rows, none omits them."""
     class_components: int = option(64, group="teacher")
     """Principal components of the class tokens in the manifest, for model.class_token_dim; 0 for none."""
     batch_size: Optional[int] = option(None, group="work")

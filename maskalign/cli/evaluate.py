@@ -13,7 +13,7 @@ from maskalign.sampling.settings import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(EvaluationSettings, Sampling):
-    """Compare what a model draws, or pictures that are there, with real ones; and measure a model's held-out losses.
+    """Compare a model's samples, or existing pictures, with real ones; and measure a model's held-out losses.
 
     Prints a table and, for a run or with --out, writes evaluation.json and evaluation-table.csv. The defaults are a
     quick look that takes minutes on a CPU; published numbers are of 50,000 samples, all real images and the sampler of
@@ -36,7 +36,7 @@ class Evaluate(EvaluationSettings, Sampling):
     classes: Optional[str] = None
     """Labels, ranges or class names: compare these alone, on both sides."""
     teacher: str = option("efficientnet-lite0", group="networks")
-    """Whose features the distances are in; several with commas. dinov2-l gives the field's FDD."""
+    """Network in whose features the distances are measured; several with commas. dinov2-l gives the field's FDD."""
     teacher_weights: Optional[str] = option(None, path=True, group="networks")
     """hub, random (for tests) or a file."""
     inception: Optional[str] = option(None, path=True, group="networks")

@@ -1,4 +1,4 @@
-"""Which command is meant, and what its errors become: one line and a status. Imports nothing heavy."""
+"""Find the command, and turn its errors into one line and an exit status. Imports no torch."""
 
 import importlib
 import os

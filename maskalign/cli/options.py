@@ -140,7 +140,7 @@ def epilog_of(settings):
 
 
 def usage_of(settings):
-    """What has to be given, e.g. `RUN --out OUT [options]`."""
+    """The usage line, for example `RUN --out OUT [options]`."""
     words = []
     for entry in options_of(settings):
         metavar = entry.metadata.get("metavar") or entry.name.upper()

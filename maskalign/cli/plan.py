@@ -40,7 +40,8 @@ class Plan:
     launch_us: float = option(58.0, group="plan")
     """Microseconds that Python takes to launch an operation; 58 were measured on the host of an H200."""
     image_size: Optional[int] = option(None, group="plan")
-    """Side of the images in pixels, where data.path does not exist; by default ImageNet's 256."""
+    """Side of the images in pixels, where data.path does not exist; by default the
+    number at the end of its name (imagenet512), or 256."""
     num_classes: Optional[int] = option(None, group="plan")
     """Number of classes, where data.path does not exist; by default ImageNet's 1000."""
 

@@ -24,7 +24,7 @@ class Push:
     run: Path = option(positional=True)
     """A run folder, or one of its checkpoints."""
     repository: str = option(positional=True, metavar="USER/NAME")
-    """The repository; it is made where it is not there."""
+    """The repository; it is created if it does not exist."""
     dry_run: bool = False
     """Leave the folder, and upload nothing."""
     out: Optional[Path] = option(None, metavar="DIR")

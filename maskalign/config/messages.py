@@ -1,4 +1,4 @@
-"""What jsonargparse says of a wrong option or setting, in words that say what, where and how to fix it."""
+"""Turn jsonargparse's messages about a wrong option or setting into one line: what, where, and how to fix it."""
 
 import re
 from difflib import SequenceMatcher, get_close_matches
@@ -21,6 +21,10 @@ UNION = re.compile(
     r'Parser key "(?P<key>[\w.]+)": Does not validate against any of the Union subtypes '
     r"Subtypes: \[(?P<types>.*?)\] Errors: (?P<errors>.*) Given value type: .* Given value:(?P<value>.*)"
 )
+# A type with a range, as Python writes it: typing.Annotated[int, at least 1], typing.Annotated[float, in [0, 1)].
+RANGED = re.compile(
+    r"(?:typing\.)?Annotated\[(?P<type>[\w.]+(?:\[[^\]]*\])?), (?P<range>in [\[(][^\])]*[\])]|[^\[\],]*)\]"
+)
 TYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>|Literal\[([^\]]*)\]|[Tt]uple\[([^\]]*)\]")
 SECTION = re.compile(r"Parser key \"([\w.]+)\": Unable to load config '?\"?([^'\"]*)")
 UNKNOWN = (
@@ -34,7 +38,7 @@ MISSING = re.compile(r"(?:arguments are required|[Kk]ey|option)[: ]+\"?([\w.,\- 
 
 
 def explain(message, names, shown=str, what="setting"):
-    """A message of jsonargparse as one line in the words of the product.
+    """Rewrite a message of jsonargparse as one line in the terms of this package.
 
     Args:
         message: the text, or the exception.
@@ -49,7 +53,8 @@ def explain(message, names, shown=str, what="setting"):
             return _empty(key)
         if value.startswith("{"):
             return f"{key}: {_inside_schedule(found['errors'])}"
-        kinds = [kind for kind in _kinds(found["types"]) if not (what == "option" and kind == "null")]
+        types = RANGED.sub(lambda ranged: _spelled_out(ranged["type"]), found["types"])
+        kinds = [kind for kind in _kinds(types) if not (what == "option" and kind == "null")]
         if not kinds:
             return message
         if kinds == [KINDS["list"], KINDS["str"]]:
@@ -135,6 +140,12 @@ def _inside_schedule(errors):
     if unknown:
         return f"a schedule has no {unknown[1]!r}; it has kind, start, end, begin and until"
     return f"in the schedule, {problem}"
+
+
+def _spelled_out(name):
+    """A type's name as a list of classes, in the form in which jsonargparse lists the types of a union."""
+    names = re.findall(r"\w+", name.partition("[")[2]) if "[" in name else [name]
+    return ", ".join(f"<class '{one}'>" for one in names if one in KINDS)
 
 
 def _kinds(types):

@@ -13,7 +13,7 @@ def option(default=MISSING, *, positional=False, path=False, parse=None, metavar
         parse: function of the option's text that returns the field's value; with it the text is kept as it is.
         metavar: how the value is called in the help.
         group: heading in the help below which the option stands.
-        hidden: the field is no option.
+        hidden: the field does not become an option.
     """
     about = dict(positional=positional, path=path, parse=parse, metavar=metavar, group=group, hidden=hidden)
     return field(default=default, metadata=about)

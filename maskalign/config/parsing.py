@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, List, Union
 
 from maskalign.config.checks import validate
-from maskalign.config.messages import explain
+from maskalign.config.messages import RANGED, explain
 from maskalign.config.settings import Config
 from maskalign.errors import UsageError
 from maskalign.runtime.home import expand_home
@@ -33,7 +33,11 @@ def make_config_parser(more_names=(), shown=str, **kwargs):
             raise UsageError(explain(message, [*all_keys(), *more_names], shown))
 
     class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-        """Descriptions and examples as they are written; types and defaults after each setting."""
+        """Descriptions and examples as they are written; types with their ranges, and defaults, after each setting."""
+
+        def _get_type_str(self, action):
+            text = super()._get_type_str(action)
+            return text and RANGED.sub(r"\g<type>, \g<range>", text)
 
     parser = ConfigParser(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
     parser.add_argument(
@@ -104,7 +108,7 @@ def packaged_recipes():
 
 
 def check_yaml(path):
-    """Raise a UsageError where a file of settings is no YAML mapping; what is in it is checked later."""
+    """Raise a UsageError unless a file of settings is a YAML mapping; its content is checked later."""
     import yaml
 
     if not os.path.isfile(path):
@@ -115,11 +119,11 @@ def check_yaml(path):
     except OSError as error:
         raise UsageError(f"--config: {path} cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise UsageError(f"--config: {path} is no text; give a YAML file of settings") from None
+        raise UsageError(f"--config: {path} is not a text file; give a YAML file of settings") from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
         line = f" in line {mark.line + 1}" if mark else ""
-        raise UsageError(f"--config: {path} is no YAML{line}: {' '.join(str(problem).split())}") from None
+        raise UsageError(f"--config: {path} is not valid YAML{line}: {' '.join(str(problem).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(
             f"--config: {path} holds no settings; write sections of them, such as training: {{max_steps: 1000}}"

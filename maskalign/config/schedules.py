@@ -77,8 +77,7 @@ class TokenBudget:
 
     Args:
         method: `MethodConfig`.
-        model: what the tokens are of; its `num_tokens` N, `route` and `tap_sees_subset` are looked at, as a `SiT` has
-            them.
+        model: `SiT`, or any object with its attributes `num_tokens`, `route` and `tap_sees_subset`.
     """
 
     def __init__(self, method, model):
@@ -95,7 +94,7 @@ class TokenBudget:
         """Number of patch tokens that `method.align_ratio` draws of those at the tap; None aligns all of them.
 
         Args:
-            kept: the number of kept tokens, where it is not the run's own.
+            kept: number of kept tokens to use in place of the run's own.
         """
         if self.method.align_ratio is None:
             return None
@@ -118,7 +117,7 @@ class TokenBudget:
 
     @property
     def least(self):
-        """The smallest number of kept tokens of the run; the keep ratio rises or falls all along."""
+        """The smallest number of kept tokens of the run. The keep ratio is monotonic, so it is that of an end."""
         return min(self.ends)
 
     @property

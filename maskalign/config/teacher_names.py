@@ -11,7 +11,7 @@ NORMALIZATIONS = ("none", "spatial", "mean")
 
 
 def check_teacher_name(name):
-    """Return `name` if some teacher can be called so, else raise a UsageError that lists the names."""
+    """Return `name` if it is the name of a teacher; raise a UsageError that lists the names otherwise."""
     if name in PLAIN_NAMES or (name.startswith("timm:") and len(name) > len("timm:")):
         return name
     near = get_close_matches(name, PLAIN_NAMES, n=1)
@@ -20,7 +20,7 @@ def check_teacher_name(name):
 
 
 def class_kind_of(name):
-    """ "prefix" or "mean" as `Encoder.class_kind`; None for timm models, which have to be built to tell."""
+    """ "prefix" or "mean", as `Encoder.class_kind`; None for timm models, of which only the built model tells."""
     if name.startswith("timm:"):
         return None
     return "prefix" if name.startswith("dinov2-") else "mean"
@@ -32,9 +32,9 @@ def class_field(teacher):
 
 
 def no_class_tokens(teacher, path):
-    """The line about a data set whose rows were encoded without class tokens, and how to add them."""
+    """The message about a data set whose rows were encoded without class tokens, and how to add them."""
     return (
-        f"it has rows of {teacher!r}, but no class tokens; add them, the rows stay as they are: "
+        f"it has rows of {teacher!r}, but no class tokens; add them without changing the rows: "
         f"maskalign data encode --data {path} --teacher {teacher} --class-token only"
     )
 

@@ -1,8 +1,8 @@
-"""Data sets: what they are on disk, the resumable stream of batches, and the tools that make them.
+"""Data sets: their format on disk, the resumable stream of batches, and the tools that create them.
 
-`format/` says what a data set is (manifest, tar shards, their index and members). `stream/` reads batches from one and
-is the hot path of training. `build/` makes, encodes, checks and shows data sets. `stream` never imports `build`, and
-`format` imports neither.
+`format/` defines a data set on disk (manifest, tar shards, their index and members). `stream/` reads batches from one
+and is the hot path of training. `build/` builds, encodes, checks and shows data sets. `stream` never imports `build`,
+and `format` imports neither.
 """
 
 from typing import TYPE_CHECKING

@@ -5,6 +5,7 @@ Imports no torch.
 ImageNet-256 is what the recipes are written for (see the README), so it is what is assumed.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Tuple
@@ -67,7 +68,13 @@ def find_facts(config, image_size=None, num_classes=None):
             raise UsageError(f"--image-size, --num-classes: the manifest of {paths[0]} says both; leave them out")
         return _read(config, [Manifest.load(str(path)) for path in paths])
     num_classes = IMAGENET_CLASSES if num_classes is None else num_classes
-    return _assume(config, 256 if image_size is None else image_size, num_classes)
+    return _assume(config, _size_in_name(paths[0].name) if image_size is None else image_size, num_classes)
+
+
+def _size_in_name(name):
+    """The resolution at the end of a data set's name, 512 for `imagenet512`; 256 where there is none."""
+    found = re.search(r"(?<!\d)(64|128|256|512|1024)$", name)
+    return int(found[1]) if found else 256
 
 
 def _read(config, manifests):

@@ -275,7 +275,7 @@ def test_goals_stand_beside_the_figures(tmp_path):
 
 def test_a_rehearsal_is_no_result(tmp_path):
     write(tmp_path, "steps-b2", {"case": "repa", "images_per_second": 1.0, **STEP, "rehearsal": 1})
-    with pytest.raises(UsageError, match=r"gpu-steps-b2\.csv is of a rehearsal"):
+    with pytest.raises(UsageError, match=r"gpu-steps-b2\.csv is the result of a rehearsal"):
         report.section(tmp_path)
 
 
@@ -303,5 +303,5 @@ def test_rehearsal(tmp_path, capfd):
     assert {row["operation"] for row in kernels} == {
         "mix_and_drop", "gated_residual_adaln", "adaln_modulate", "gated_residual", "subset_cosine_alignment",
     } and all(row["ms"] for row in kernels)  # fmt: skip
-    with pytest.raises(UsageError, match="is of a rehearsal"):
+    with pytest.raises(UsageError, match="is the result of a rehearsal"):
         report.section(tmp_path)

@@ -44,7 +44,7 @@ def test_a_changed_number_is_noticed_and_written_once(page, stem, copy, capsys):
         writer.writeheader()
         writer.writerows(rows)
     assert main([*words, "--check"]) == 1
-    assert f"{page} differs" in capsys.readouterr().out and (folder / page).read_text() == before
+    assert f"{page} does not match" in capsys.readouterr().out and (folder / page).read_text() == before
     assert main(words) == 0
     after = (folder / page).read_text()
     assert "| 123.46 |" in after and "| 123.46 |" not in before

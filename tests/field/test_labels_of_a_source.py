@@ -80,7 +80,7 @@ def test_pictures_and_labels_that_lack_the_other_are_listed(on_disk, build, tmp_
     assert status == 0 and manifest.num_samples == 2
     assert on_disk.bad(tmp_path / "out") == {
         "00002/img00002000.png": "has no label in dataset.json",
-        "00009/img00009000.png": "is named in dataset.json, but not there",
+        "00009/img00009000.png": "is named in dataset.json, but does not exist",
     }
 
 
@@ -120,7 +120,7 @@ def test_class_folders_with_numbers_count_as_numbers(on_disk, build, tmp_path):
 def test_numbers_that_are_not_their_labels_are_said(on_disk, build):
     source = on_disk.folder("set", {f"{name}/a.png": on_disk.png() for name in ("1", "2", "3")})
     _, manifest, said, _ = build(source)
-    assert manifest.class_names == ["1", "2", "3"] and "not their labels: label 0 is '1'" in said
+    assert manifest.class_names == ["1", "2", "3"] and "differ from the labels: label 0 is class '1'" in said
 
 
 def shard(on_disk, labels, name="s.tar", ending="cls"):
@@ -134,7 +134,10 @@ def shard(on_disk, labels, name="s.tar", ending="cls"):
 
 @pytest.mark.parametrize(
     "labels, missing, names",
-    [([1, 2, 3], "no image has 0:", ["1", "2", "3"]), ([0, 7, 2, 7], "no image has 1, 3-6:", ["0", "2", "7"])],
+    [
+        ([1, 2, 3], "no image has the label 0:", ["1", "2", "3"]),
+        ([0, 7, 2, 7], "no image has the label 1, 3-6:", ["0", "2", "7"]),
+    ],
 )
 def test_holes_between_labels_are_asked_about(on_disk, build, tmp_path, labels, missing, names):
     source = shard(on_disk, labels)
@@ -164,7 +167,7 @@ def test_holes_in_dataset_json_are_the_same_fault(on_disk, build):
     files, names = edm(on_disk, [RED, GREEN])
     source = on_disk.zip("edm.zip", files | {"dataset.json": table(names, [1, 2])})
     status, _, _, error = build(source)
-    assert status == 2 and "no image has 0:" in error
+    assert status == 2 and "no image has the label 0:" in error
 
 
 def test_names_in_json_that_are_numbers_count_as_numbers(on_disk, build, tmp_path):
@@ -175,7 +178,10 @@ def test_names_in_json_that_are_numbers_count_as_numbers(on_disk, build, tmp_pat
 @pytest.mark.parametrize(
     "text, match",
     [
-        ("crane\ncat\ncrane\n", "'crane' is the name of the classes 0, 2; make the names differ, as 'crane (0)'"),
+        (
+            "crane\ncat\ncrane\n",
+            "'crane' is the name of the classes 0, 2; make the names different, for example 'crane (0)'",
+        ),
         ("cat\n\ndog\n", "the name of class 1 is empty"),
     ],
 )
@@ -235,7 +241,10 @@ def test_leaf_names_that_repeat(on_disk, build, tmp_path):
     source = on_disk.folder("places365", files)
     assert build(source, out="top")[1].class_names == ["a", "c"]
     status, _, _, error = build(source, "--class-folders", "leaf")
-    assert status == 2 and "a/apartment/outdoor and c/church/outdoor end alike; --class-folders path" in error
+    assert (
+        status == 2
+        and "a/apartment/outdoor and c/church/outdoor have the same last folder; give --class-folders path" in error
+    )
     _, manifest, _, _ = build(source, "--class-folders", "path", out="path")
     assert manifest.class_names == ["a/airfield", "a/apartment/outdoor", "c/church/outdoor"]
     assert on_disk.labels(tmp_path / "path") == {RED: 1, GREEN: 0, BLUE: 2}
@@ -269,7 +278,7 @@ def test_a_preview_beside_the_classes_makes_no_class_of_their_folder(on_disk, bu
     }
     source = on_disk.zip("set.zip", files)
     status, _, _, error = build(source)
-    assert status == 2 and "set holds 1 pictures of its own and 12 in 2 folders (cat, dog, ...)" in error
+    assert status == 2 and "set directly contains 1 pictures, and 12 in 2 folders (cat, dog, ...)" in error
     assert build(source, "--class-folders", "top", out="top")[1].class_names == ["set"]
 
 
@@ -281,4 +290,4 @@ def test_names_that_look_the_same_are_said(on_disk, build):
 def test_a_class_without_a_usable_picture_is_said(on_disk, build):
     files = {f"cat/{n}.png": on_disk.png() for n in range(3)} | {"dog/0.png": b"no picture"}
     _, manifest, said, _ = build(on_disk.folder("set", files), "--max_bad_fraction", 0.5)
-    assert manifest.class_names == ["cat", "dog"] and "no image of these classes is usable" in said and "dog" in said
+    assert manifest.class_names == ["cat", "dog"] and "these classes have no usable image" in said and "dog" in said

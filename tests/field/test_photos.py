@@ -120,8 +120,8 @@ def test_black_is_black_in_any_range():
 @pytest.mark.parametrize(
     "values, match",
     [
-        (np.full((4, 4), 70_000, np.int32), "no brightness of 8 or 16 bits"),
-        (np.full((4, 4), -5, np.int32), "no brightness of 8 or 16 bits"),
+        (np.full((4, 4), 70_000, np.int32), "outside the range of 16 bits"),
+        (np.full((4, 4), -5, np.int32), "outside the range of 16 bits"),
         (np.full((4, 4), 0.5, np.float32), "floating-point pixels"),
     ],
 )

@@ -26,7 +26,7 @@ def test_what_is_passed_over_is_counted_by_ending(on_disk, build):
     files |= {f"cat/{n}.HEIC": b"x" for n in range(12)} | {f"dog/{n}.jfif": b"x" for n in range(2)}
     for kind in ("folder", "zip", "tar"):
         said = build(getattr(on_disk, kind)(f"set.{kind}", files), out=kind)[2]
-        assert "skipped, not pictures that can be read here: .heic 12, .jfif 2, no ending 1" in said
+        assert "skipped files that are not readable pictures: .heic 12, .jfif 2, no ending 1" in said
 
 
 def test_nothing_but_strange_endings_is_one_line(on_disk, build, tmp_path):

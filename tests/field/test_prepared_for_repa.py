@@ -62,7 +62,10 @@ def test_pictures_labels_and_latents_are_taken_over_as_they_are(images, command,
     truth = prepare(tmp_path / "data", [3, 0, 1, 2, 1, 0, 3], images)
     status, said, error = command("data", "build", tmp_path / "data", "--out", tmp_path / "out")
     assert status == 0, error
-    assert "4 classes from the labels in dataset.json" in said and "stabilityai/sd-vae-ft-mse is noted" in said
+    assert (
+        "4 classes from the labels in dataset.json" in said
+        and "default of REPA and REG, stabilityai/sd-vae-ft-mse" in said
+    )
     manifest, samples = Manifest.load(tmp_path / "out"), stored(tmp_path / "out")
     assert manifest.resolution == SIDE and manifest.num_samples == len(samples) == 7
     vae = {"scale": 0.18215, "bias": 0.0, "dtype": "float32", "name": "stabilityai/sd-vae-ft-mse"}
@@ -129,8 +132,8 @@ def other_pictures(root):
     [
         (damage_header, "img-mean-std-00000000.npy cannot be read"),
         (shift_labels, "has another label in vae-sd/dataset.json than among the pictures"),
-        (lose_pictures, "there are 2 pictures; they are not of these pictures"),
-        (other_pictures, "has 16 x 18 pixels, and latents of 2 x 2 belong to pictures of 16"),
+        (lose_pictures, "only 2 pictures; the latents do not belong to these pictures"),
+        (other_pictures, "has 16 x 18 pixels, but latents of 2 x 2 belong to pictures of 16"),
     ],
 )
 def test_what_does_not_belong_together_is_one_line(change, words, command, tmp_path):
@@ -144,7 +147,7 @@ def test_what_does_not_belong_together_is_one_line(change, words, command, tmp_p
 def test_another_size_is_one_line(command, tmp_path):
     prepare(tmp_path / "data", [0, 1])
     status, _, error = command("data", "build", tmp_path / "data", "--out", tmp_path / "out", "--size", 32)
-    assert status == 2 and "its latents are of pictures of 16 px, not 32; leave --size out" in error[0]
+    assert status == 2 and "its latents belong to pictures of 16 px, not 32; omit --size" in error[0]
 
 
 def test_latents_that_are_damaged_cost_their_sample(tmp_path):

@@ -112,7 +112,7 @@ def test_urls_that_cannot_be_had_are_one_line(serve, shards, build, monkeypatch)
     status, _, _, error = build(f"{server.url}/a-{{2..3}}.tar", out="a")
     assert status == 1 and "a-3.tar: missing on the server" in error
     status, _, _, error = build(f"{server.url}/pictures.zip", out="b")
-    assert status == 2 and "only .tar files are read from URLs" in error
+    assert status == 2 and "only .tar files can be read from URLs" in error
 
 
 def test_a_data_set_behind_a_url_with_a_token(serve, shards, build, tmp_path, monkeypatch):
@@ -182,6 +182,6 @@ def test_what_datasets_cannot_read_is_one_line(hub, on_disk, build, tmp_path):
     status, _, _, error = build(f"hf:{folder}", out="a")
     assert status == 2 and "expected one column of pictures" in error and "columns are label" in error
     status, _, _, error = build("hf:nobody/nothing", out="b")
-    assert status == 2 and "source hf:nobody/nothing: cannot be had" in error
+    assert status == 2 and "source hf:nobody/nothing: cannot be loaded" in error
     status, _, _, error = build("hf:./nowhere", out="c")
-    assert status == 2 and "no such folder, and no name on the hub" in error
+    assert status == 2 and "no such folder, and not a name on the hub" in error

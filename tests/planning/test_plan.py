@@ -279,3 +279,21 @@ def test_launches_are_those_that_torch_dispatches(settings, spec):
 def test_a_wrong_cost_of_launching_is_told(words, capsys):
     status, _, error = run("--world-size 1 " + words, capsys)
     assert status == 2 and "--launch-us" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "size"),
+    [
+        ("datasets/imagenet512", 512),
+        ("datasets/imagenet256", 256),
+        ("data/imagenet-64", 64),
+        ("datasets/imagenet", 256),
+        ("datasets/photos2512", 256),  # 512 is the end of another number
+        ("s3://bucket/imagenet512", 512),
+    ],
+)
+def test_a_data_set_that_does_not_exist_has_the_size_in_its_name(settings, path, size):
+    facts = find_facts(settings("--data.path", path))
+    assert facts.image_size == size and facts.input_size == size // 8
+    assert f"images of {size} px" in facts.assumed[0]
+    assert find_facts(settings("--data.path", path), image_size=128).image_size == 128

@@ -1,6 +1,6 @@
-"""What makes data sets: sources of images, building, teacher features and latents, checking, contact sheets.
+"""Tools that create data sets: sources of images, building, teacher features and latents, checking, contact sheets.
 
-Each function stands behind the command of its name (`maskalign data build` and so on).
+Each function implements the command of the same name (`maskalign data build` and so on).
 """
 
 from maskalign._lazy import lazy_exports

@@ -1,6 +1,6 @@
-"""Listing zip and tar archives, and reading single members by their place. Nothing is ever extracted to disk.
+"""List zip and tar archives, and read single members by their position. Nothing is extracted to disk.
 
-A tar is walked once; after that each member is (tar number, offset, size), read without tarfile.
+A tar is walked once. After that, a member is (tar number, offset, size) and is read without tarfile.
 """
 
 import bz2
@@ -22,14 +22,14 @@ from maskalign.errors import RunError, UsageError, one_line
 from maskalign.runtime.files import sync_file, sync_folder
 
 COMPRESSIONS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-MAX_LINKS = 8  # a link to a link to a link ... that is followed
+MAX_LINKS = 8  # the longest chain of links to links that is followed
 
 
 def archive_kind(path):
-    """ "zip", "tar", "compressed tar" or None, by the file's content and not by its name.
+    """The kind of an archive, from its content and not its name: "zip", "tar", "compressed tar" or None.
 
     Raises:
-        UsageError: it cannot be read, or is the beginning of a zip.
+        UsageError: the file cannot be read, or is a zip that is damaged or truncated.
     """
     try:
         with open(path, "rb") as file:
@@ -39,7 +39,7 @@ def archive_kind(path):
     if start[:2] == b"PK" and zipfile.is_zipfile(path):
         return "zip"
     if start[:4] == b"PK\x03\x04":
-        raise UsageError(f"source {path}: the zip archive is damaged or cut short")
+        raise UsageError(f"source {path}: the zip archive is damaged or truncated")
     if any(start.startswith(magic) for magic in COMPRESSIONS):
         return "compressed tar"
     try:
@@ -49,9 +49,12 @@ def archive_kind(path):
 
 
 def decompress(path, target):
-    """Undo the compression (not the archive) of a tar.gz, .bz2 or .xz into `target`, whole or not at all.
+    """Decompress a tar.gz, .bz2 or .xz into the plain tar `target`, which is written atomically.
 
     Images are read in random order, which a compressed stream does not allow.
+
+    Raises:
+        RunError: the file is damaged or truncated.
     """
     with open(path, "rb") as file:
         start = file.read(8)
@@ -68,18 +71,25 @@ def decompress(path, target):
             os.unlink(temporary)
         if getattr(error, "errno", None) is not None:
             raise
-        raise RunError(f"source {path}: damaged or cut short ({error}); get the archive again") from None
+        raise RunError(f"source {path}: damaged or truncated ({error}); get the archive again") from None
     sync_folder(os.path.dirname(target))
 
 
 def list_tar(path, number=0):
-    """List the regular files of a plain tar, with links to them resolved; places are (number, offset, size).
+    """List the regular files of a plain tar, with links to them resolved.
 
-    A tar inside a tar that has no pictures of its own, as ImageNet's training set has one for each class, is opened
-    too: its members are called INNER/NAME, without the ending of the inner tar.
+    If the tar has no pictures itself, the tars inside it are listed too (ImageNet's training set has one per class).
+    Their members are named INNER/NAME, where INNER is the name of the inner tar without its extension.
+
+    Args:
+        path: the tar.
+        number: its number among the tars of a source.
+
+    Returns:
+        A `Listing` whose positions are (number, offset, size).
 
     Raises:
-        RunError: the tar is damaged or cut short.
+        RunError: the tar is damaged or truncated.
     """
     with open(path, "rb") as file:
         listing, hidden = Listing(), set()
@@ -94,7 +104,7 @@ def list_tar(path, number=0):
 
 
 class _Window:
-    """A part of a file that looks like a file of its own: a tar inside a tar, read in place."""
+    """A part of a file as a readable file object, to read a tar inside a tar without extracting it."""
 
     def __init__(self, file, start, size):
         self.file, self.start, self.size, self.position = file, start, size, 0
@@ -123,8 +133,8 @@ def _walk_tar(file, path, number, base, prefix, listing, hidden):
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                tar.members.clear()  # or tarfile keeps every header: a gigabyte for a million images
-                if info.size < 0 or tar.offset <= last:  # a damaged size would lead back, and round for ever
+                tar.members.clear()  # tarfile would keep every header: a gigabyte for a million images
+                if info.size < 0 or tar.offset <= last:  # a damaged size would lead backwards, into an endless loop
                     raise tarfile.ReadError(f"no valid header at byte {base + info.offset}")
                 last = tar.offset
                 name = prefix + info.name
@@ -137,24 +147,26 @@ def _walk_tar(file, path, number, base, prefix, listing, hidden):
                 else:
                     listing.add(name, (number, base + info.offset_data, info.size), hidden)
             file.seek(tar.offset)
-            if file.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end: images would be lost
+            if file.read(512).strip(b"\0"):  # tarfile takes a damaged header for the end, which would lose images
                 raise tarfile.ReadError(f"no valid header at byte {base + tar.offset}")
     except TAR_FAULTS as error:
-        raise RunError(f"source {path}: damaged or cut short ({one_line(error)}); get the archive again") from None
+        raise RunError(f"source {path}: damaged or truncated ({one_line(error)}); get the archive again") from None
     resolve_links(listing, first, [(name, target, symbolic, prefix) for name, target, symbolic in links], hidden)
 
 
-# What tarfile raises for damaged headers; a chain of extended headers without an end makes it call itself.
+# The errors that tarfile raises for damaged headers. RecursionError comes from a long chain of extended headers.
 TAR_FAULTS = (tarfile.TarError, EOFError, OverflowError, ValueError, RecursionError, KeyError, IndexError, struct.error)
 
 
 def resolve_links(listing, first, links, hidden):
-    """Give links with a picture's name what they lead to inside the archive; the others are rejected with a reason.
+    """Add links to pictures to the listing, with the positions of their targets; reject links that lead nowhere.
 
     Args:
-        listing: whose files from number `first` on are those of this archive.
-        links: (name, target, symbolic, prefix); a hard link's target is counted from the archive's root (`prefix`),
-            a symbolic one's from the link's own folder.
+        listing: the `Listing`; its files from index `first` on are those of this archive.
+        first: see listing.
+        links: (name, target, symbolic, prefix) of each link. The target of a hard link is relative to the archive's
+            root (`prefix`), that of a symbolic link to the link's folder.
+        hidden: set of hidden folders, see `Listing.add`.
     """
     if not links:
         return
@@ -174,16 +186,17 @@ def resolve_links(listing, first, links, hidden):
         if end in places:
             listing.add(name, places[end], hidden)
         else:
-            listing.reject(name, f"a link to {target}, which is no file of the archive")
+            listing.reject(name, f"a link to {target}, which is not a file in the archive")
 
 
 def list_zip(path):
-    """List the regular files of a zip, with links to them resolved; a place is a number in its list of members.
+    """List the regular files of a zip, with links to them resolved. A position is an index into the list of members.
 
-    Names without the flag for UTF-8 that are UTF-8 nevertheless, as macOS writes them, are read so.
+    Names that are UTF-8 without the flag for it, as macOS writes them, are read as UTF-8.
 
     Raises:
-        UsageError: every picture in it is encrypted. RunError: it is damaged, or of a version that is not read here.
+        UsageError: every picture in it is encrypted.
+        RunError: the zip is damaged, or its version is not supported.
     """
     listing, hidden, links, encrypted = Listing(), set(), [], []
     try:
@@ -203,17 +216,17 @@ def list_zip(path):
                     listing.folders.append(clean_name(name) or ".")
                 else:
                     listing.reject(name, "not a regular file")
-    except NotImplementedError as error:  # zipfile's word for a version of the format that it does not read
+    except NotImplementedError as error:  # zipfile raises this for versions of the format that it cannot read
         raise RunError(f"source {path}: cannot be read here ({error}); pack the images again") from None
     except (zipfile.BadZipFile, EOFError, ValueError, OverflowError, struct.error, IndexError, OSError) as error:
-        raise RunError(f"source {path}: damaged or cut short ({one_line(error)}); get the archive again") from None
+        raise RunError(f"source {path}: damaged or truncated ({one_line(error)}); get the archive again") from None
     resolve_links(listing, 0, links, hidden)
     before = len(listing.rejected)
     for name in encrypted:
         listing.reject(name, "is encrypted; unpack the zip with its password")
     if len(listing.rejected) > before and not listing.images:
         raise UsageError(
-            f"source {path}: the zip is encrypted; unpack it with its password and give the folder that comes out"
+            f"source {path}: the zip is encrypted; unpack it with its password and give the unpacked folder"
         )
     return listing.settle()
 
@@ -228,15 +241,15 @@ def _zip_name(info):
 
 
 def _link_target(archive, info):
-    """What a link in a zip says; "" where that cannot be read."""
+    """The target of a link in a zip, or "" where it cannot be read."""
     try:
         return archive.read(info).decode("utf-8") if info.file_size < 4096 else ""
-    except Exception:  # damage makes zipfile raise nearly anything, and the link then leads nowhere
+    except Exception:  # damage makes zipfile raise nearly any error; the link is then rejected
         return ""
 
 
 class TarReader:
-    """Reads members of tars by their place; picklable, opens the files where it is used."""
+    """Reads members of tars by their position. Picklable: a process opens the files when it first reads them."""
 
     def __init__(self, paths):
         self.paths = [str(path) for path in paths]
@@ -249,12 +262,12 @@ class TarReader:
         file.seek(offset)
         data = file.read(size)
         if len(data) < size:
-            raise BadImage("the archive ends inside it")
+            raise BadImage("the archive ends in the middle of it")
         return data
 
 
 class ZipReader:
-    """Reads members of a zip by their numbers; picklable, opens the file where it is used."""
+    """Reads members of a zip by their index. Picklable: a process opens the file when it first reads from it."""
 
     def __init__(self, path):
         self.path = str(path)

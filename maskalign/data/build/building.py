@@ -1,9 +1,9 @@
-"""`maskalign data build`: from a source of images to shards and a manifest, restartable at any moment.
+"""`maskalign data build`: write a source of images as shards and a manifest. It can be stopped and resumed at any time.
 
-The source is listed and shuffled, and the shuffled list is cut into shards: that is the plan, and its fingerprint is
-kept in OUT/.build/plan.json. A shard depends on nothing but its part of the plan, is renamed into place when it is
-whole, and is then recorded in OUT/.build. So any number of processes, on any number of machines that share the folder,
-killed and started again as often as you like, write the same bytes. The manifest comes last.
+The source is listed and shuffled, and the shuffled list is cut into shards. This is the plan, whose fingerprint is
+stored in OUT/.build/plan.json. A shard depends only on its part of the plan. It is renamed into place when it is
+complete, and then recorded in OUT/.build. The bytes written are therefore the same for any number of processes and
+machines that share the folder, however often they are killed and restarted. The manifest is written last.
 """
 
 import csv
@@ -33,7 +33,7 @@ from maskalign.runtime.outputs import is_run
 WORK = ".build"
 BAD_LIST = "bad.csv"
 DEFAULT_SIZE = 32
-FEW = 4000  # images below which starting worker processes costs more than it brings
+FEW = 4000  # With fewer images, starting worker processes takes longer than they save.
 
 
 def build(
@@ -59,40 +59,42 @@ def build(
     wait_seconds=1800.0,
     quiet=False,
 ):
-    """Build a data set, or resume one whose building was stopped.
+    """Build a data set, or resume an interrupted build.
 
     Args:
         source: "openmoji", "torchvision:NAME", a folder, a .zip or .tar(.gz) with one folder per class, or webdataset
             shards (see `sources.open_source`).
-        out: folder for the shards and manifest.json; made if need be.
-        size: side of the stored square RGB images in pixels; by default 32, or that of a folder whose pictures and
-            latents REPA's or REG's scripts have prepared.
-        crop: "adm" (ADM's center crop) or "resize" (the whole image, aspect ratio lost).
+        out: folder for the shards and manifest.json; created if it does not exist.
+        size: side of the stored square RGB images in pixels. The default is 32, or the size of the pictures in a folder
+            that REPA's or REG's scripts have prepared with latents.
+        crop: "adm" (ADM's center crop) or "resize" (the whole image, without its aspect ratio).
         image_format: "png" or "webp" (both lossless), or "jpg".
-        shard_size: samples per shard; by default a 64th of the data set, between 64 and 2,048.
-        workers: processes that prepare images; 0 or 1 is this process alone. By default one per CPU core, and
-            this process alone for few images.
-        seed: of the order of the samples, which mixes the classes within a shard.
+        shard_size: samples per shard. The default is a 64th of the data set, between 64 and 2,048.
+        workers: processes that prepare images; with 0 or 1, only this process. The default is one per CPU core, and
+            only this process for fewer than 4,000 images.
+        seed: seed of the order of the samples, which mixes the classes within a shard.
         max_bad_fraction: share of the images that may be unusable; they are skipped and listed in bad.csv.
-        subset: part of the source to take, as "train", where it has several.
-        class_names: names for the integer labels of webdataset shards or a dataset.json; a list.
-        class_folders: which folders are the classes: "top", "leaf", "path" or "none", see `folders.group_by_class`;
-            None is the labels in dataset.json where it is there, else "top" where nothing speaks against it.
-        holes: "keep" or "close" the holes between numbers of classes, see `labels.number_classes`; None asks.
-        exif: "apply" turns photos as their cameras say; "ignore" takes them as they are stored, as ADM and REPA do.
+        subset: part of the source to use, such as "train", where it has several.
+        class_names: list of names for the integer labels of webdataset shards or a dataset.json.
+        class_folders: which folders are the classes: "top", "leaf", "path" or "none", see `folders.group_by_class`.
+            None uses the labels in dataset.json if there is one, else "top", if the folders are unambiguous.
+        holes: "keep" or "close" the holes between class numbers, see `labels.number_classes`. With None, holes raise
+            an error.
+        exif: "apply" rotates photos according to their EXIF orientation; "ignore" uses the pixels as stored, as ADM and
+            REPA do.
         license: license of the images, for the manifest.
-        root: folder where torchvision has, or puts, its files.
-        rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
-            them. Rank 0 waits for the others and writes the manifest.
-        wait_seconds: how long to wait for other ranks while none of their shards comes.
+        root: folder where torchvision finds or downloads its files.
+        rank, world_size: the share of the shards that this process writes. The default is RANK and WORLD_SIZE, as
+            torchrun sets them. Rank 0 waits for the others and writes the manifest.
+        wait_seconds: how long to wait for other ranks while none of their shards appears.
         quiet: print nothing.
 
     Returns:
         The data set's `Manifest`.
 
     Raises:
-        UsageError: a bad setting, an unusable source, or `out` holds something else. RunError: too many bad images, a
-        full disk, a killed worker.
+        UsageError: a setting is invalid, the source is unusable, or `out` holds something else.
+        RunError: too many bad images, a full disk or a killed worker.
     """
     _check_settings(size, crop, image_format, shard_size, workers, max_bad_fraction, exif)
     source, out = expand_home(os.fspath(source)), os.path.abspath(expand_home(os.fspath(out)))
@@ -148,14 +150,14 @@ def build(
         lost -= {item.label for item in job.found.items if item.name not in unusable}
         if lost:
             names = [job.found.class_names[label] for label in sorted(lost)]
-            say(f"note: no image of these classes is usable, and they cannot be learned: {_first(names)}")
+            say(f"note: these classes have no usable image and cannot be learned: {_first(names)}")
     if manifest.license:
         say(f"license: {manifest.license}")
     return manifest
 
 
 def _describe(found, say):
-    """Say before the work what was found: the classes, what is skipped, and what may be meant otherwise."""
+    """Print what was found in the source before the images are prepared: classes, skipped files, and notes."""
     counts = Counter(item.label for item in found.items)
     classes = [f"{name} ({counts[label]:,})" for label, name in enumerate(found.class_names)]
     noun = "class" if len(classes) == 1 else "classes"
@@ -163,14 +165,11 @@ def _describe(found, say):
     for note in found.notes:
         say(f"note: {note}")
     if found.passed:
-        say(f"skipped, not pictures that can be read here: {tell_passed(found.passed)}")
+        say(f"skipped files that are not readable pictures: {tell_passed(found.passed)}")
     if found.rejected:
         say(f"{len(found.rejected):,} images cannot be used; first: {': '.join(found.rejected[0])}")
     if found.empty:
-        say(
-            f"{len(found.empty):,} folders without an image are no classes, and the labels leave them out: "
-            f"{_first(found.empty)}"
-        )
+        say(f"{len(found.empty):,} folders contain no image and are not classes: {_first(found.empty)}")
 
 
 def _first(names, most=5):
@@ -178,7 +177,7 @@ def _first(names, most=5):
 
 
 def read_names(path):
-    """The lines of a text file of class names; line i names label i."""
+    """The lines of a text file of class names; line i is the name of label i. Raises UsageError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file.read().rstrip().splitlines()]
@@ -221,7 +220,7 @@ def _summary(manifest):
 
 
 class _Job:
-    """The plan of one data set: the shuffled items, cut into shards, and where things go."""
+    """The plan of one data set: the shuffled items, cut into shards, and the paths of its files."""
 
     def __init__(self, found, out, settings, fingerprint, shard_size, seed):
         self.found, self.out, self.settings, self.fingerprint = found, out, settings, fingerprint
@@ -233,7 +232,7 @@ class _Job:
         self.finished = None
 
     def part(self, shard):
-        """[(key, item)] of one shard. Keys number the whole data set."""
+        """[(key, item)] of one shard. Keys are numbers that are unique in the whole data set."""
         first = shard * self.shard_size
         width = max(8, len(str(len(self.order))))
         part = self.order[first : first + self.shard_size]
@@ -246,8 +245,8 @@ class _Job:
         path = os.path.join(self.out, shard_name(shard))
         return self.found.reader, self.part(shard), path, self.record_path(shard), settings
 
-    def mended(self, shard, record):
-        """Whether an image that was bad when the shard was made can be used by now."""
+    def repaired(self, shard, record):
+        """Whether an image that was bad when the shard was written can be read now."""
         from maskalign.data.build.prepare import load
 
         bad = {name for name, _ in record["bad"]}
@@ -256,7 +255,7 @@ class _Job:
                 try:
                     load(self.found.reader, item, self.settings.get("exif", "ignore"))
                     return True
-                except Exception:  # still bad, for whatever reason
+                except Exception:  # still bad
                     continue
         return False
 
@@ -264,7 +263,7 @@ class _Job:
         return os.path.join(self.work, f"{shard_name(shard)}.json")
 
     def record(self, shard):
-        """What was noted when the shard was finished; None while it is not, or its file is not as noted."""
+        """The record of a finished shard. None if it is not finished, or its file has another size than recorded."""
         try:
             with open(self.record_path(shard), encoding="utf-8") as file:
                 record = json.load(file)
@@ -276,7 +275,7 @@ class _Job:
 
 
 def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, exif, crop, image_format, **listed):
-    """List the source and agree with what is in `out` already: nothing, the same plan, or an error."""
+    """List the source, and compare the plan with that in `out`, which must be empty or hold the same plan."""
     from maskalign.data.build.sources import open_source
 
     work = os.path.join(out, WORK)
@@ -297,7 +296,7 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, e
     for entry in (found.class_names, found.rejected, found.license):
         listing.update(json.dumps(entry).encode())
     settings["images"] = f"{len(found.items):,} ({listing.hexdigest()[:16]})"
-    if found.photos and exif == "apply":  # older data sets have no such entry, and are as with ignore
+    if found.photos and exif == "apply":  # older data sets have no such entry, which is the same as "ignore"
         settings["exif"] = exif
     fingerprint = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     if found.photos:
@@ -305,22 +304,22 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, e
     job = _Job(found, out, settings, fingerprint, shard_size, seed)
     plan = {"fingerprint": fingerprint, "settings": settings}
     job.finished = _finished(out, fingerprint)
-    there = _read_plan(out, plan_path)
-    if there is not None and there.get("fingerprint") != fingerprint and not _begun(out):
-        # It was stopped before its first shard, so nothing of it is lost.
+    previous = _read_plan(out, plan_path)
+    if previous is not None and previous.get("fingerprint") != fingerprint and not _begun(out):
+        # The other build was stopped before its first shard, so it can be replaced.
         if rank == 0:
-            there = None
+            previous = None
         else:
-            there = wait_for(lambda: _replaced(out, plan_path, there), wait_seconds, "rank 0 to list the source")
-    if there is None:
+            previous = wait_for(lambda: _replaced(out, plan_path, previous), wait_seconds, "rank 0 to list the source")
+    if previous is None:
         strange = [name for name in sorted(os.listdir(out)) if name.endswith(".tar") or name == FILE_NAME]
         if strange:
             raise UsageError(f"{out} holds {strange[0]} of another data set; choose another --out, or delete it first")
         if rank == 0:
             write_atomically(plan_path, json.dumps(plan, indent=1).encode())
-    elif there.get("fingerprint") != fingerprint:
-        old = there.get("settings", {})
-        old = {"exif": "ignore"} | old  # what is not turned, and what was built before there was a choice
+    elif previous.get("fingerprint") != fingerprint:
+        old = previous.get("settings", {})
+        old = {"exif": "ignore"} | old  # the value where the setting does not apply or did not exist yet
         changed = [key for key, value in settings.items() if old.get(key) != value]
         changes = ", ".join(f"{key} {old.get(key)!r} (now {settings[key]!r})" for key in changed)
         raise UsageError(
@@ -331,7 +330,7 @@ def _plan(source, out, rank, wait_seconds, *, size, seed, shard_size, license, e
 
 
 def _read_plan(out, path):
-    """The plan in `out`: of a build under way, or that of the finished data set; None where there is neither."""
+    """The plan in `out`, of an unfinished build or of the finished data set, or None."""
     if os.path.exists(os.path.join(out, FILE_NAME)):
         return Manifest.load(out).extra.get("build")
     try:
@@ -342,18 +341,18 @@ def _read_plan(out, path):
 
 
 def _begun(out):
-    """Whether a folder holds shards, or is a data set."""
+    """Whether a folder holds shards or a manifest."""
     return any(name.endswith(".tar") or name == FILE_NAME for name in os.listdir(out))
 
 
 def _replaced(out, path, old):
-    """The plan in `out` once it is another one than `old`, else None."""
+    """The plan in `out` if it differs from `old`, else None."""
     plan = _read_plan(out, path)
     return plan if plan != old else None
 
 
 def _finished(out, fingerprint):
-    """The manifest in `out` where it is this plan's, else None; RunError where its shards are not all there."""
+    """The manifest in `out` if it is that of this plan, else None. Raises RunError if one of its shards is missing."""
     if not os.path.exists(os.path.join(out, FILE_NAME)):
         return None
     manifest = Manifest.load(out)
@@ -372,22 +371,22 @@ def _finished(out, fingerprint):
 
 
 def _make_shards(job, rank, world_size, workers, max_bad_fraction, say):
-    """Write this rank's shards that are not there yet; returns the number of images prepared."""
+    """Write those of this rank's shards that do not exist yet; returns the number of images prepared."""
     from tqdm import tqdm
 
     from maskalign.data.build.prepare import make_shard
 
     mine = range(rank, job.num_shards, world_size)
-    todo = [shard for shard in mine if (record := job.record(shard)) is None or job.mended(shard, record)]
+    todo = [shard for shard in mine if (record := job.record(shard)) is None or job.repaired(shard, record)]
     total = sum(len(job.part(shard)) for shard in todo)
     if len(todo) < len(mine):
-        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards exist already")
     if workers is None:
         workers = 1 if total < FEW else available_cores()
     workers = min(workers, len(todo))
     bad = len(job.found.rejected)
     _limit_bad(job, bad, [], max_bad_fraction)
-    # On a terminal only: in a log file, every redraw would be a line of its own.
+    # The bar is shown only on a terminal: in a log file, every update would be a separate line.
     with tqdm(total=total, unit="img", desc="build", disable=True if say.quiet else None) as bar:
         if workers <= 1:
             records = (make_shard(*job.task(shard), advance=bar.update) for shard in todo)
@@ -421,7 +420,7 @@ def _write_bad(out, bad):
 
 
 def _write_bad_so_far(job):
-    """Where a build ends early: list what is known to be bad, as far as the disk lets us."""
+    """Write bad.csv for a build that ends early, if the disk allows it."""
     if job is None:
         return
     bad = [list(entry) for entry in job.found.rejected]
@@ -430,7 +429,7 @@ def _write_bad_so_far(job):
             bad += (job.record(shard) or {}).get("bad", [])
         if bad:
             _write_bad(job.out, bad)
-    except OSError:  # the error that ended the build is the one to tell
+    except OSError:  # the error that ended the build is the one to report
         return
 
 
@@ -449,7 +448,7 @@ def _finish(job, max_bad_fraction, wait_seconds):
         _limit_bad(job, len(bad), bad, max_bad_fraction)
         _write_bad(job.out, bad)
     elif os.path.exists(os.path.join(job.out, BAD_LIST)):
-        os.unlink(os.path.join(job.out, BAD_LIST))  # of a try that failed, and what it lists is mended
+        os.unlink(os.path.join(job.out, BAD_LIST))  # left by an earlier attempt; its images are repaired
     shards = [Shard(**record["shard"]) for record in records]
     if not any(shard.num_samples for shard in shards):
         raise RunError(f"none of the {len(bad):,} images is usable; the first: {': '.join(bad[0])}")

@@ -1,8 +1,9 @@
-"""`maskalign data check`: every shard against the manifest, in parallel, in one forward pass each.
+"""`maskalign data check`: compare every shard with the manifest, in parallel, in one sequential pass over each.
 
-Checked are the file's presence, size and SHA-256, that the tar can be read, the number of samples, and of each sample
-the label and every member that the manifest promises: an image of the right size, features of the right shape and
-dtype. Nothing is unpickled: of a .npy only the header is parsed, and the numbers of class tokens.
+The checks are: the shard exists and has the size and SHA-256 of the manifest; the tar can be read; the number of
+samples is right; and each sample has a valid label and every member that the manifest lists (an image of the right
+size, features of the right shape and dtype). Nothing is unpickled: only the header of a .npy is parsed, and the values
+of class tokens.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ SHOWN_PER_SHARD = 20
 
 
 class Problem(NamedTuple):
-    """What is wrong with a shard, or with one sample of it."""
+    """An error in a shard (`key` is None) or in one sample of it."""
 
     shard: str
     key: str | None
@@ -36,12 +37,12 @@ def check(path, *, workers=None, decode=False, quiet=False):
 
     Args:
         path: its folder or URL prefix.
-        workers: processes; by default one per CPU core, 0 or 1 is this process alone.
-        decode: decode every image whole, instead of reading its header.
+        workers: number of processes; the default is one per CPU core. With 0 or 1, only this process.
+        decode: decode every image completely, instead of reading only its header.
         quiet: no progress bar.
 
     Returns:
-        List of `Problem`, in the order of the shards; empty where all is well.
+        List of `Problem`, in the order of the shards; empty if there is none.
 
     Raises:
         UsageError: there is no valid manifest.
@@ -71,9 +72,9 @@ def check(path, *, workers=None, decode=False, quiet=False):
 
 
 def _expected(manifest):
-    """What each sample must hold: {"classes", "image": (ending, side) or None, "arrays"}.
+    """The members that each sample must have: {"classes", "image": (extension, side) or None, "arrays"}.
 
-    Arrays are {member: (shape, dtype, whether its numbers must be finite)}.
+    "arrays" is {member: (shape, dtype, whether its values must be finite)}.
     """
     arrays = {}
     if manifest.latent is not None:
@@ -89,7 +90,7 @@ def _expected(manifest):
 
 
 def check_shard(number, path, shard, expected, decode=False):
-    """(number, problems, 64-bit hashes of the keys) of one shard; `expected` as `_expected` makes it."""
+    """(number, problems, 64-bit hashes of the keys) of one shard; `expected` as returned by `_expected`."""
     try:
         if is_url(path):
             import fsspec
@@ -139,7 +140,7 @@ def _check_file(file, shard, expected, decode):
 
 
 def _check_sample(members, expected, decode):
-    """Yield what is wrong with one sample, in a few words each."""
+    """Yield a short description of each error in one sample."""
     label = members.get("cls")
     if label is None:
         yield "has no label (.cls)"
@@ -179,7 +180,7 @@ def _check_image(members, ending, side, decode):
             size = Image.open(io.BytesIO(members[ending]), formats=FORMATS).size
     except BadImage as error:
         yield f"its image cannot be decoded ({error})"
-    except Exception:  # a damaged header makes Pillow's plugins raise nearly anything
+    except Exception:  # a damaged header makes Pillow's plugins raise nearly any error
         yield "its image cannot be decoded (no valid header)"
     else:
         if size != (side, side):
@@ -187,7 +188,7 @@ def _check_image(members, ending, side, decode):
 
 
 def report(problems, path):
-    """Print a list of problems, or that there are none; raises RunError where there are some."""
+    """Print a list of problems, or that there are none; raises RunError if there are any."""
     from maskalign.errors import RunError
 
     manifest = Manifest.load(path)

@@ -1,7 +1,7 @@
-"""Statistics of a data set's class tokens: per channel, and their leading principal components.
+"""Statistics of a data set's class tokens: mean and standard deviation per channel, and leading principal components.
 
-The principal components are taken from the class tokens as they are stored, so they cost no pass of the encoder. All of
-it is a function of the stored bytes: the sample is a fixed choice, and the sums are made by one thread.
+The principal components are computed from the stored class tokens, without a pass of the encoder. The result depends
+only on the stored bytes: the sample is a fixed choice, and one thread computes the sums.
 """
 
 import os
@@ -9,23 +9,23 @@ import os
 import numpy as np
 import torch
 
-from maskalign.data.build.features import MEND, mean_sample
+from maskalign.data.build.features import CHECK_HINT, mean_sample
 from maskalign.data.format.manifest import class_member
 from maskalign.data.stream.decode import BadSample
 from maskalign.data.stream.open_shard import BadShard, OpenShard
 from maskalign.errors import RunError
 
 IMAGES, SHARDS = 8192, 64
-# Directions with less variance than this share of the first one's hold only the rounding to float16.
+# A direction whose variance is a smaller share of that of the first one is only due to rounding to float16.
 LEAST_VARIANCE = 1e-7
 
 
 def read_class_tokens(manifest, path_of, name):
-    """Class tokens of a fixed sample of a data set.
+    """Read the class tokens of a fixed sample of a data set.
 
     Args:
-        manifest: with the shards' own sizes.
-        path_of: called with a `Shard`, gives its local path.
+        manifest: the manifest, whose shards are those to be read.
+        path_of: function from a `Shard` to its local path.
         name: the teacher, whose class tokens the shards hold.
 
     Returns:
@@ -47,20 +47,21 @@ def read_class_tokens(manifest, path_of, name):
             finally:
                 file.close()
         except (BadShard, BadSample, IndexError) as error:
-            raise RunError(f"cannot read shard {path_of(shard)}: {error}{MEND}") from None
+            raise RunError(f"cannot read shard {path_of(shard)}: {error}{CHECK_HINT}") from None
         found.append(values)
     return np.concatenate(found) if found else np.empty((0, dim), np.float16)
 
 
 def channel_statistics(total, squares, count):
-    """Mean and standard deviation per channel, as lists of numbers that are float32 values.
+    """Mean and standard deviation per channel.
 
     Args:
         total, squares: (dim,) float64 arrays, sums of the values and of their squares.
-        count: how many values.
+        count: the number of values.
 
     Returns:
-        (mean, std); std is 1 where a channel does not vary, so that it can be divided by.
+        (mean, std), lists of floats that are float32 values. std is 1 where a channel is constant, so that dividing by
+        it is always possible.
     """
     mean = total / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -73,43 +74,52 @@ def principal_components(values, most):
 
     Args:
         values: (n, dim) array.
-        most: as many at most; fewer come where the values do not span them.
+        most: the maximum number of components; there are fewer where the values do not span as many.
 
     Returns:
-        {"mean" [dim], "basis" [M][dim], "scale" [M], "images" n, "requested" most} or None where there are none:
+        {"mean" [dim], "basis" [M][dim], "scale" [M], "images" n, "requested" most}, or None if there is no component.
         ((values - mean) @ basis.T) / scale has mean 0, variance 1 (divided by n) and no correlations. The sign of a
-        component is that of its largest loading.
+        component is such that its largest loading is positive.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         x = torch.from_numpy(np.asarray(values, np.float64))
         n, dim = x.shape
-        most_there = min(most, n - 1, dim)
-        if most_there < 1:
+        available = min(most, n - 1, dim)
+        if available < 1:
             return None
         mean = x.mean(dim=0)
         x = x - mean
         variances, vectors = torch.linalg.eigh(x.T @ x / n)
     finally:
         torch.set_num_threads(threads)
-    variances, vectors = variances.flip(0)[:most_there], vectors.flip(1).T[:most_there]
-    there = int((variances > LEAST_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
-    if not there:
+    variances, vectors = variances.flip(0)[:available], vectors.flip(1).T[:available]
+    count = int((variances > LEAST_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
+    if not count:
         return None
-    basis = vectors[:there]
+    basis = vectors[:count]
     basis = basis * basis.gather(1, basis.abs().argmax(dim=1, keepdim=True)).sign()
     return {
         "mean": plain_floats(mean.numpy()),
         "basis": [plain_floats(row) for row in basis.numpy()],
-        "scale": plain_floats(variances[:there].sqrt().numpy()),
+        "scale": plain_floats(variances[:count].sqrt().numpy()),
         "images": n,
         "requested": most,
     }
 
 
 def add_components(entry, values, most):
-    """A manifest's `class_token` entry with its principal components, and the statistics of stored prefix tokens."""
+    """Add principal components to a manifest's `class_token` entry, and for prefix tokens mean and std.
+
+    Args:
+        entry: the entry, with "kind".
+        values: (n, dim) stored class tokens.
+        most: the maximum number of components; 0 for none.
+
+    Returns:
+        The new entry.
+    """
     entry = {key: value for key, value in entry.items() if key != "components"}
     if len(values) and entry["kind"] == "prefix":
         x = values.astype(np.float64)
@@ -119,5 +129,5 @@ def add_components(entry, values, most):
 
 
 def plain_floats(values):
-    """Numbers as a list of floats: the shortest decimals that are the same float32."""
+    """Convert numbers to a list of floats: the shortest decimals that round to the same float32."""
     return [float(str(np.float32(value))) for value in values]

@@ -1,7 +1,7 @@
-"""The layout of EDM, StyleGAN and REPA: pictures in numbered folders, and dataset.json with a label for each.
+"""The layout of EDM, StyleGAN and REPA: pictures in numbered folders, and a dataset.json with a label for each.
 
-`{"labels": [["00000/img00000000.png", 3], ...]}`, the names counted from the folder of dataset.json; `{"labels": null}`
-where the pictures have none.
+dataset.json is `{"labels": [["00000/img00000000.png", 3], ...]}`, with names relative to its folder, or
+`{"labels": null}` where the pictures have no labels.
 """
 
 import json
@@ -14,11 +14,19 @@ from maskalign.errors import UsageError, one_line
 
 FILE = "dataset.json"
 MAX_BYTES = 2**30
-OTHERWISE = "give --class-folders none for one class, or top to take the folders as classes"
+OTHERWISE = "give --class-folders none for one class, or top to use the folders as classes"
 
 
 def find_tables(listing, subset=None):
-    """{folder: place} of each dataset.json with pictures below its folder ("" is the source itself), below `subset`."""
+    """Find the dataset.json files of a listing that have pictures below their folder.
+
+    Args:
+        listing: the `Listing`.
+        subset: if given, files below a folder of this name are preferred.
+
+    Returns:
+        {folder: position}; the folder "" is the source itself.
+    """
     places = {name.rpartition("/")[0]: place for name, place in listing.files if name.rpartition("/")[2] == FILE}
     if not places:
         return {}
@@ -31,7 +39,7 @@ def find_tables(listing, subset=None):
             folder = folder.rpartition("/")[0]
     full = {folder: place for folder, place in places.items() if folder in above}
     chosen = {folder: place for folder, place in full.items() if inside in f"/{folder}/"} or full
-    # Of a dataset.json inside the folder of another one, the outer one speaks.
+    # If the folder of a dataset.json lies inside that of another one, the outer one is used.
     return {
         folder: place
         for folder, place in chosen.items()
@@ -40,20 +48,20 @@ def find_tables(listing, subset=None):
 
 
 def group_by_table(name, listing, reader, tables, *, subset, where, class_names, holes):
-    """Make a Source of a listing whose pictures have their labels in dataset.json.
+    """Make a Source from a listing whose pictures have their labels in dataset.json.
 
     Args:
         name, listing, reader, subset, where: as for `folders.group_by_class`.
-        tables: of `find_tables`, not empty.
+        tables: the result of `find_tables`, not empty.
         class_names, holes: as for `labels.number_classes`.
 
     Raises:
-        UsageError: there are several such files, or the one has no labels for these pictures.
+        UsageError: there are several such files, or the file has no labels for these pictures.
     """
     if len(tables) > 1:
         parts = ", ".join(folder or "." for folder in sorted(tables)[:8])
         raise UsageError(
-            f"source {where}: several folders have a dataset.json: {parts}; choose one with --subset, as in "
+            f"source {where}: several folders have a dataset.json: {parts}; choose one with --subset, for example "
             f"--subset {sorted(tables)[-1]}"
         )
     ((folder, place),) = tables.items()
@@ -68,13 +76,17 @@ def group_by_table(name, listing, reader, tables, *, subset, where, class_names,
 def group_by_labels(
     name, listing, reader, labels, own_names=None, *, start="", subset=None, where, what, class_names, holes
 ):
-    """Make a Source of pictures and their labels.
+    """Make a Source from pictures and their labels.
 
     Args:
         labels: {path of a picture below `start`: label}.
-        own_names: class names that came with the labels, or None.
-        start: "folder/" of the pictures, "" for all of the source.
-        what: where the labels are from, for messages. The others are as for `group_by_table`.
+        own_names: class names from the file of the labels, or None.
+        start: the folder of the pictures with a trailing "/", or "" for the whole source.
+        what: the origin of the labels, for messages.
+        name, listing, reader, subset, where, class_names, holes: as for `group_by_table`.
+
+    Raises:
+        UsageError: no picture has a label, or a label is invalid.
     """
     found, rejected = [], [entry for entry in listing.rejected if entry[0].startswith(start)]
     named = set()
@@ -92,12 +104,12 @@ def group_by_labels(
     if not found:
         example = next(iter(labels), "nothing")
         raise UsageError(
-            f"{what} names none of the pictures there (but {example!r}); take it away and {OTHERWISE}, or give the "
+            f"{what} names none of the pictures found (it names {example!r}); remove it and {OTHERWISE}, or give the "
             "folder of the pictures that it belongs to"
         )
     refused = {path for path, _ in rejected}
     rejected += [
-        (start + path, f"is named in {FILE}, but not there")
+        (start + path, f"is named in {FILE}, but does not exist")
         for path in labels
         if path not in named and start + path not in refused and has_image_ending(path)
     ]
@@ -109,18 +121,28 @@ def group_by_labels(
     source = Source(name, names, items, reader, rejected=sorted(rejected), notes=notes, how=f"the labels in {FILE}")
     source.passed = listing.passed
     source.passed[".json"] -= 1
-    source.passed += type(source.passed)()  # drops what is down to nothing
+    source.passed += type(source.passed)()  # drops counts of 0
     source.takes_names = True
     return source
 
 
 def read_table(reader, item, what, may_be_empty=False):
-    """({clean name: label}, class names or None) of a dataset.json; without labels an error, or {}."""
+    """Read a dataset.json: ({clean name: label}, class names or None).
+
+    Args:
+        reader: returns the bytes of an item.
+        item: the file.
+        what: the file, for messages.
+        may_be_empty: return {} where there are no labels, instead of raising an error.
+
+    Raises:
+        UsageError: the file is not valid.
+    """
     try:
         data = json.loads(reader(item).decode("utf-8-sig"))
     except RecursionError:
-        raise UsageError(f"{what} is no JSON of labels (nested too deeply); repair it, or remove it") from None
-    except Exception as error:  # undecodable bytes, no JSON, a damaged member: zipfile raises nearly anything
+        raise UsageError(f"{what} is not valid JSON of labels (nested too deeply); repair it, or remove it") from None
+    except Exception as error:  # invalid UTF-8 or JSON, or a damaged member: zipfile raises nearly any error
         raise UsageError(f"{what} cannot be read ({one_line(error)}); repair it, or remove it") from None
     labels = data.get("labels") if isinstance(data, dict) else None
     if isinstance(labels, dict):
@@ -133,7 +155,7 @@ def read_table(reader, item, what, may_be_empty=False):
     for entry in labels if isinstance(labels, list) else [labels]:
         if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[0], str):
             raise UsageError(
-                f"{what}: its labels are not pairs of a name and a label (as {str(entry)[:60]}); expected "
+                f"{what}: its labels are not pairs of a name and a label (for example {str(entry)[:60]}); expected "
                 '{"labels": [["00000/img00000000.png", 3], ...]}'
             )
         clean = clean_name(entry[0])
@@ -146,7 +168,7 @@ def read_table(reader, item, what, may_be_empty=False):
 
 
 def clean_label(label, path, what):
-    """A label as a whole number or a name; of a vector with a single one in it, its place."""
+    """A label as an integer or a name (str). A one-hot vector gives the index of its 1. Raises UsageError otherwise."""
     if isinstance(label, list):
         ones = [number for number, value in enumerate(label) if value]
         if len(ones) == 1 and label[ones[0]] == 1:
@@ -157,6 +179,6 @@ def clean_label(label, path, what):
         if label == int(label):
             return int(label)
     raise UsageError(
-        f"{what}: the label of {path} is {str(label)[:60]}, and neither a class number nor a name; maskalign learns "
-        "classes only"
+        f"{what}: the label of {path} is {str(label)[:60]}, which is neither a class number nor a name; only class "
+        "labels are supported"
     )

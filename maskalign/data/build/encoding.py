@@ -1,17 +1,17 @@
-"""`maskalign data encode`: teacher features and VAE moments beside the images, restartable at any moment.
+"""`maskalign data encode`: add teacher features and VAE moments to the images. It can be stopped and resumed any time.
 
-New shards are written under the old names to a folder DATA/.encode-ID, ID standing for the settings and the shards
-that they are made from. The data set stays as it is until the last of them is whole; then the new manifest is noted in
-that folder (from here on the change can only go forwards), the shards are renamed over the old ones, and manifest.json
-is written. A shard depends on nothing but the settings and its old bytes: any number of processes, on any number of
-machines that share the folder, killed and started again as often as you like, write the same bytes.
+New shards are written under the old names to a folder DATA/.encode-ID, where ID identifies the settings and the old
+shards. The data set does not change until the last new shard is complete. Then the new manifest is written to that
+folder; from this point on, the change is only completed, never undone. The new shards are renamed over the old ones,
+and manifest.json is written. A shard depends only on the settings and the old shard. The bytes written are therefore
+the same for any number of processes and machines that share the folder, however often they are killed and restarted.
 
-A teacher's rows and its class token come from one pass of its network. A first pass over a few hundred images estimates
-what has to be known before: mean tokens, and the statistics of class tokens that are averages of tokens. The principal
-components of class tokens are computed at the end, from the stored ones.
+A teacher's rows and its class token come from one pass of its network. An earlier pass over a few hundred images
+estimates the statistics that must be known before: mean tokens, and the mean and standard deviation of class tokens
+that are averages of tokens. The principal components of class tokens are computed at the end, from the stored tokens.
 
-What features take: ImageNet (1,281,167 images) with DINOv2-B, 256 tokens of 768 numbers, is 252 GB as int8 and 504 GB
-as float16; class tokens, always float16, add 3 GB. In place, the old and the new shards are both there until the end.
+Disk space: ImageNet (1,281,167 images) with DINOv2-B, 256 tokens of 768 numbers, takes 252 GB as int8 and 504 GB as
+float16; class tokens, always float16, add 3 GB. An encoding in place needs space for the old and the new shards.
 """
 
 import hashlib
@@ -58,40 +58,43 @@ def encode(
     wait_seconds=1800.0,
     quiet=False,
 ):
-    """Add teacher features and VAE moments to a data set, or resume an encoding that was stopped.
+    """Add teacher features and VAE moments to a data set, or resume an interrupted encoding.
 
     Args:
         data: folder of the data set (or its URL, with `out`).
-        teacher: names of teachers, comma separated or a list; None for none.
+        teacher: names of teachers, a list or separated by commas; None for none.
         latents: name or local folder of a diffusers AutoencoderKL; None for none.
-        out: another folder for the result; by default the data set's shards are replaced at the end, all at once.
-        dtype: "int8" (every token rounded by its own largest magnitude) or "float16", for teacher features. Moments are
-            float16.
-        grid: (gh, gw) or side of the token grid to resample features to, e.g. the student's; None keeps the teacher's.
-        normalize: "none", "spatial" (iREPA, per image over the tokens), or "mean" (minus the data set's mean token,
-            estimated from a fixed sample of it and kept in the manifest).
-        batch_size: images at a time; by default 8 on CPUs and 64 on GPUs.
-        workers: processes; by default one per GPU, or one on CPUs, which uses all cores by itself.
+        out: another folder for the result. By default, the data set's shards are replaced at the end, all together.
+        dtype: dtype of teacher features: "int8" (every token is scaled by its largest magnitude) or "float16". Moments
+            are float16.
+        grid: (gh, gw) or side of the token grid to which features are resampled, such as the student's. None keeps the
+            teacher's grid.
+        normalize: "none", "spatial" (iREPA, per image over the tokens), or "mean" (subtract the data set's mean token,
+            which is estimated from a fixed sample and stored in the manifest).
+        batch_size: images per batch; the default is 8 on CPUs and 64 on GPUs.
+        workers: number of processes; the default is one per GPU, or a single one that uses all cores on CPUs.
         hflip: store the features of the mirrored images too; training draws one of the two.
-        class_token: "both" stores the teachers' rows and class tokens; "only" adds class tokens to a data set that has
-            the rows, which stay as they are; "none" leaves class tokens out. Where a data set has the rows already, in
-            these settings, "both" adds the class tokens alone too.
-        class_components: leading principal components of the class tokens to keep in the manifest, for
-            `model.class_token_dim`; 0 for none. A class token of fewer numbers, or fewer images, give fewer.
-        weights: hub, random, or a file, one for all teachers or a comma separated one for each; by default the hub
-            (efficientnet-lite0: the installed weights).
+        class_token: "both" stores the teachers' rows and class tokens, or only the class tokens where the data set has
+            the rows in these settings already. "only" adds class tokens to a data set with rows, which are not changed.
+            "none" stores no class tokens.
+        class_components: number of leading principal components of the class tokens to store in the manifest, for
+            `model.class_token_dim`; 0 for none. There are fewer if the class token has fewer dimensions, or if there
+            are fewer images.
+        weights: "hub", "random" or a file, one for all teachers or one for each, separated by commas. The default is
+            the hub (efficientnet-lite0: the installed weights).
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dry_run: only print the size to come.
-        rank, world_size: which share of the shards is this process's; by default RANK and WORLD_SIZE, as torchrun sets
-            them. Rank 0 waits for the others and puts the result in place.
-        wait_seconds: how long to wait for other ranks while none of their shards comes.
+        dry_run: only print the size of the new features.
+        rank, world_size: the share of the shards that this process encodes. The default is RANK and WORLD_SIZE, as
+            torchrun sets them. Rank 0 waits for the others and puts the result in place.
+        wait_seconds: how long to wait for other ranks while none of their shards appears.
         quiet: print nothing.
 
     Returns:
         The `Manifest` of the encoded data set (of the old one after a dry run).
 
     Raises:
-        UsageError: a bad setting, no such teacher or VAE. RunError: damaged shards, a full disk, a killed worker.
+        UsageError: a setting is invalid, or there is no such teacher or VAE.
+        RunError: damaged shards, a full disk or a killed worker.
     """
     rank = int(os.environ.get("RANK", 0)) if rank is None else rank
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
@@ -101,18 +104,18 @@ def encode(
     if class_token not in CLASS_TOKEN:
         raise UsageError(f"class_token is {class_token!r}; give {', '.join(CLASS_TOKEN[:-1])} or {CLASS_TOKEN[-1]}")
     if class_token == "only" and not names:
-        raise UsageError("class_token only: whose class tokens? give --teacher NAME")
+        raise UsageError("class_token only: no teacher is given; add --teacher NAME")
     if class_components < 0:
         raise UsageError(f"class_components is {class_components}; give a number of at least 0")
     files = _weights_of(names, weights)
     target = os.path.abspath(out) if out is not None else None
     if target is None and is_url(os.fspath(data)):
-        raise UsageError(f"data set {data} is not a local folder; say where the result shall go with --out")
+        raise UsageError(f"data set {data} is not a local folder; give a folder for the result with --out")
     target = target or os.path.abspath(data)
     if is_run(target):
         raise UsageError(f"--out: {target} is the folder of a run; choose another one for the data set")
     if out is None:
-        Manifest.load(data)  # where there is none, no folder is made
+        Manifest.load(data)  # raises an error before a folder is created
     lock = ExitStack()
     try:
         if rank == 0:
@@ -137,7 +140,7 @@ def encode(
         try:
             return _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say)
         except BaseException:
-            if world_size == 1 and not dry_run and not job.can_go_on():  # others may write there
+            if world_size == 1 and not dry_run and not job.can_resume():  # others may write there
                 shutil.rmtree(job.work, ignore_errors=True)
             raise
     except OSError as error:
@@ -147,7 +150,7 @@ def encode(
 
 
 def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers, device):
-    """Refuse what cannot be; returns the grid as (gh, gw) or None."""
+    """Check the settings, raising UsageError; returns the grid as (gh, gw) or None."""
     if not names and not latents:
         raise UsageError("nothing to encode: give --teacher NAME, --latents NAME, or both")
     if dtype not in ("int8", "float16"):
@@ -156,7 +159,7 @@ def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers,
     if grid is not None:
         sides = (grid, grid) if isinstance(grid, int) else tuple(grid)
         if len(sides) != 2 or not all(isinstance(side, int) and 1 <= side <= 1024 for side in sides):
-            raise UsageError(f"grid is {grid!r}; give the rows and columns of a token grid, as 16 or [16, 16]")
+            raise UsageError(f"grid is {grid!r}; give the rows and columns of a token grid, such as 16 or [16, 16]")
         grid = sides
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size is {batch_size}; give at least 1 image")
@@ -168,7 +171,7 @@ def _check_settings(names, latents, dtype, grid, normalize, batch_size, workers,
 
 
 def _weights_of(names, weights):
-    """One weights setting per teacher."""
+    """The weights of each teacher: a list as long as `names`, of str or None."""
     files = [None] if weights is None else weights.split(",") if isinstance(weights, str) else list(weights)
     if len(files) not in (1, len(names)) and names:
         raise UsageError(f"{len(names)} teachers but {len(files)} weights; give one for all or one for each")
@@ -180,46 +183,50 @@ def _weights_of(names, weights):
 
 
 def _plan(data, target, recipe, class_token, only_look, say):
-    """Compare what is wanted with what is there.
+    """Compare the requested features with those that the data set has.
 
     Args:
-        recipe: all that is wanted.
+        data: folder or URL of the data set.
+        target: folder of the result.
+        recipe: all requested features.
         class_token: "both", "only" or "none".
-        only_look: change nothing, where only the manifest has to change.
+        only_look: do not change the manifest where nothing else has to change.
+        say: prints a line.
 
     Returns:
-        A `Staging` with a recipe of what is missing, or None where all of it is there already.
+        A `Staging` with a recipe for the missing features, or None if none is missing.
     """
     manifest = Manifest.load(data)
     in_place = not is_url(manifest.root) and os.path.realpath(manifest.root) == os.path.realpath(target)
     if manifest.image_format is None:
         raise UsageError(f"data set {data} holds no images to encode")
-    there = Manifest.load(target) if in_place or os.path.exists(os.path.join(target, FILE_NAME)) else None
+    present = Manifest.load(target) if in_place or os.path.exists(os.path.join(target, FILE_NAME)) else None
     if class_token == "only":
-        _check_rows(there or manifest, recipe.teachers, data)
+        _check_rows(present or manifest, recipe.teachers, data)
     kept = _kept(manifest, recipe, class_token == "only")
     if kept and manifest.hflip and not recipe.hflip:
         say("the data set has mirrored features already: the new ones are stored mirrored too")
         recipe = replace(recipe, hflip=True)
     latents, renew = recipe.latents, []
-    if there is not None:
-        wanted, renew = _missing(there, recipe, class_token)
-        latent_done = latents and there.latent and there.latent.get("name") == latents and there.hflip == recipe.hflip
+    if present is not None:
+        wanted, renew = _missing(present, recipe, class_token)
+        latent_done = latents and present.latent and present.latent.get("name") == latents
+        latent_done = latent_done and present.hflip == recipe.hflip
         latents = None if latent_done else latents
         if not wanted and not latents and not renew:
             what = ", ".join([*[name for name, *_ in recipe.teachers], *([recipe.latents] if recipe.latents else [])])
-            say(f"{target} has {what} in these settings already: nothing to do")
+            say(f"{target} already has {what} with these settings: nothing to do")
             return None
         if not in_place:
             raise UsageError(f"{target} holds another data set; encode that in place, or choose another --out")
         if not wanted and not latents:
             if only_look:
-                say(f"{target}: only principal components of class tokens are missing, which takes no encoding")
+                say(f"{target}: only principal components of class tokens are missing, which need no encoding")
             else:
-                _renew_components(there, target, renew, recipe.class_components, say)
+                _renew_components(present, target, renew, recipe.class_components, say)
             return None
         for teacher in wanted:
-            if teacher.rows and teacher.name in there.teachers:
+            if teacher.rows and teacher.name in present.teachers:
                 say(f"the features of {teacher.name} are replaced: they were encoded with other settings")
     else:
         rows, tokens = class_token != "only", class_token != "none"
@@ -239,27 +246,27 @@ def _plan(data, target, recipe, class_token, only_look, say):
         check_vae(recipe.latents)
     job = Staging(manifest, target, recipe, fingerprint)
     job.renew = renew
-    for folder in job.strangers():
-        if job.can_go_on(folder):
-            say(f"{folder} is left of an encoding with other settings: finish that, or delete it")
-        elif not only_look:  # stopped before its first shard, or of shards that have been replaced
+    for folder in job.other_encodings():
+        if job.can_resume(folder):
+            say(f"{folder} is left from an encoding with other settings: finish that encoding, or delete the folder")
+        elif not only_look:  # it was stopped before its first shard, or its shards have been replaced since
             shutil.rmtree(folder, ignore_errors=True)
     return job
 
 
 def _kept(manifest, recipe, all_rows):
-    """What the data set has and keeps: teachers whose rows are not rewritten, and "latents"."""
+    """The features that the data set has and keeps: teachers whose rows are not rewritten, and "latents"."""
     new = [] if all_rows else [teacher.name for teacher in recipe.teachers if teacher.rows]
     kept = [name for name in manifest.teachers if name not in new]
     return kept + (["latents"] if manifest.latent and not recipe.latents else [])
 
 
 def _check_rows(manifest, teachers, data):
-    """Class tokens alone are for teachers whose rows are there, and come from the same weights."""
+    """Check that the data set has rows of these teachers, from the same weights; raises UsageError."""
     for name, weights, *_ in teachers:
         entry = manifest.teachers.get(name)
         if entry is None:
-            raise UsageError(f"class_token only: {data} has no rows of {name!r} yet; leave --class-token out")
+            raise UsageError(f"class_token only: {data} has no rows of {name!r} yet; omit --class-token")
         label = entry.get("weights", "default")
         if label != weights_label(weights):
             raise UsageError(
@@ -268,16 +275,22 @@ def _check_rows(manifest, teachers, data):
             )
 
 
-def _missing(there, recipe, class_token):
-    """What of a recipe a data set does not have.
+def _missing(present, recipe, class_token):
+    """The features of a recipe that a data set does not have.
+
+    Args:
+        present: the `Manifest` of the data set.
+        recipe: the requested features.
+        class_token: "both", "only" or "none".
 
     Returns:
-        (the `Wanted` of teachers that have to be run, names of teachers whose class tokens only lack components).
+        (the `Wanted` of teachers that have to be run, names of teachers whose class tokens lack only principal
+        components).
     """
     wanted, renew = [], []
     for teacher in recipe.teachers:
-        entry = there.teachers.get(teacher.name)
-        rows = class_token != "only" and not _same_rows(entry, teacher.weights, there.hflip, recipe)
+        entry = present.teachers.get(teacher.name)
+        rows = class_token != "only" and not _same_rows(entry, teacher.weights, present.hflip, recipe)
         stored = None if rows else entry.get("class_token")
         tokens = class_token != "none" and stored is None
         if rows or tokens:
@@ -290,7 +303,7 @@ def _missing(there, recipe, class_token):
 
 
 def _same_rows(entry, weights, hflip, recipe):
-    """Whether rows of a data set are those that a recipe asks for."""
+    """Whether the rows of a teacher's manifest entry have the settings of a recipe."""
     if entry is None:
         return False
     old = {key: entry.get(key, "none") for key in ("dtype", "normalize")} | {"hflip": hflip}
@@ -301,14 +314,20 @@ def _same_rows(entry, weights, hflip, recipe):
 
 
 def _renew_components(manifest, target, names, most, say):
-    """More principal components of class tokens that are stored: only the manifest changes."""
+    """Compute more principal components of stored class tokens; only the manifest changes."""
     teachers = manifest.teachers | _with_components(manifest, manifest.shard_path, names, most, say)
     replace(manifest, teachers=teachers).save(target)
     say(f"{target}: principal components of the class tokens of {', '.join(names)}; nothing else to do")
 
 
 def estimate_bytes(manifest, recipe, latent, teachers):
-    """Bytes of the new tar members for all samples."""
+    """Bytes of the new tar members for all samples.
+
+    Args:
+        manifest: of the data set.
+        recipe: the features to add.
+        latent, teachers: their manifest entries, see `FeatureMaker.entries`.
+    """
     new = [latent] if latent else []
     for wanted in recipe.teachers:
         entry = teachers[wanted.name]
@@ -342,7 +361,7 @@ def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
     mine = list(range(rank, len(job.manifest.shards), world_size))
     todo = [number for number in mine if job.record(job.manifest.shards[number]) is None]
     if len(todo) < len(mine):
-        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards are there already")
+        say(f"resuming: {len(mine) - len(todo):,} of {len(mine):,} shards exist already")
     if rank == 0:
         _check_space(job, size)
     total = sum(job.manifest.shards[number].num_samples for number in todo)
@@ -374,7 +393,7 @@ def _run(job, rank, world_size, workers, device, wait_seconds, dry_run, say):
 
 
 def _layout(device, workers):
-    """(devices, processes, threads per process) of this machine's share; torchrun starts one rank per GPU."""
+    """(devices, processes, threads per process) of this process; torchrun starts one rank per GPU."""
     import torch
 
     local_rank, local_size = (
@@ -408,7 +427,7 @@ def _say_size(say, job, latent, teachers, size):
     each = size // max(1, manifest.num_samples)
     say(
         f"encoding {manifest.num_samples:,} images in {len(manifest.shards):,} shards: {', '.join(parts)}{twice}: "
-        f"{each:,} bytes an image, {_human(size)} to come (for ImageNet it would be {_human(each * IMAGENET_IMAGES)})"
+        f"{each:,} bytes per image, {_human(size)} in total (it would be {_human(each * IMAGENET_IMAGES)} for ImageNet)"
     )
 
 
@@ -419,12 +438,12 @@ def _check_space(job, size):
     if needed > free:
         raise RunError(
             f"{job.target}: the new shards need {_human(needed)}, the disk has {_human(free)} free; "
-            "make room, or choose another place with --out"
+            "free some space, or choose another folder with --out"
         )
 
 
 def _statistics(job, maker, rank, wait_seconds, say):
-    """What a first pass has to tell of the teachers: rank 0 estimates it, everybody reads it from the same file."""
+    """The statistics of the first pass: rank 0 estimates them, and all ranks read them from the same file."""
     from maskalign.data.build.features import mean_sample
 
     path = os.path.join(job.work, "statistics.json")
@@ -438,7 +457,15 @@ def _statistics(job, maker, rank, wait_seconds, say):
 
 
 def _with_components(manifest, path_of, names, most, say):
-    """{teacher: manifest entry} with the principal components of the class tokens in some shards."""
+    """{teacher: manifest entry} with the principal components of the stored class tokens.
+
+    Args:
+        manifest: whose shards hold the class tokens.
+        path_of: function from a `Shard` to its local path.
+        names: the teachers.
+        most: the maximum number of components.
+        say: prints a line.
+    """
     from maskalign.data.build.class_tokens import add_components, read_class_tokens
 
     entries = {}
@@ -446,10 +473,10 @@ def _with_components(manifest, path_of, names, most, say):
         entry, values = manifest.teachers[name], read_class_tokens(manifest, path_of, name)
         class_token = add_components(entry["class_token"], values, most)
         entries[name] = entry | {"class_token": class_token}
-        there = len(class_token.get("components", {}).get("basis", ()))
-        if there < most:
+        count = len(class_token.get("components", {}).get("basis", ()))
+        if count < most:
             images, dim = values.shape
-            say(f"{name}: {images:,} class tokens of {dim} numbers have {there} principal components, not {most}")
+            say(f"{name}: {images:,} class tokens of {dim} numbers have {count} principal components, not {most}")
     return entries
 
 
@@ -486,7 +513,7 @@ def _work(number):
 def _in_processes(job, todo, workers, devices, threads, statistics, advance):
     import multiprocessing
 
-    context = multiprocessing.get_context("spawn")  # as the pool's
+    context = multiprocessing.get_context("spawn")  # the same context as that of the pool
     counter, numbers = context.Value("Q", 0), context.Value("i", 0)
     shown = 0
 
@@ -505,7 +532,7 @@ def _in_processes(job, todo, workers, devices, threads, statistics, advance):
 
 @contextmanager
 def _progress(total, say, what):
-    """A progress bar in images, on a terminal only; yields its `update`."""
+    """Show a progress bar in images, only on a terminal; yields its `update`."""
     from tqdm import tqdm
 
     with tqdm(total=total, unit="img", desc=what, disable=True if say.quiet else None) as bar:

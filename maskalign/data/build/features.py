@@ -1,7 +1,7 @@
-"""What encoding computes: from the samples of a shard to the members that are added to them.
+"""Compute the features of a shard's samples: teacher rows, class tokens and VAE moments.
 
-Batches are cut from one shard at a time and have a fixed size, so the bytes do not depend on where the work was
-stopped, nor on who does it.
+Batches contain samples of one shard and have a fixed size, so the bytes do not depend on interruptions or on the
+process that computes them.
 """
 
 import io
@@ -27,20 +27,26 @@ MEAN_SHARDS = 16
 
 
 class FeatureMaker:
-    """The networks of a recipe on one device, and threads that decode (on CPUs also compute)."""
+    """The networks of a recipe on one device, and threads that decode images (on CPUs they also run the networks).
+
+    Use it as a context manager around `samples` and `estimate_statistics`.
+
+    Attributes:
+        statistics: {teacher: {"mean", "class_mean", "class_std"}} of `estimate_statistics`, where it is needed.
+    """
 
     def __init__(self, recipe, manifest, device, threads):
         self.recipe, self.manifest, self.device = recipe, manifest, torch.device(device)
         own = {"image_size": manifest.resolution, "grid": recipe.grid, "device": self.device}
-        # Normalized and standardized here, since the statistics are only known after a first pass.
+        # Tokens are normalized in this class, because the statistics are known only after a first pass.
         self.teachers = [load_teacher(wanted.name, weights=wanted.weights, **own) for wanted in recipe.teachers]
         self.vae = load_vae(recipe.latents, device=self.device) if recipe.latents else None
         self.statistics = {}
         self.threads = max(1, threads)
 
     def __enter__(self):
-        # One thread per image batch instead of many per layer: nobody waits at barriers, which costs most where other
-        # programs run too, and sums do not depend on the number of cores.
+        # One thread per batch instead of many per layer. Threads then do not wait for each other at barriers, which is
+        # slow where other programs run too, and sums do not depend on the number of cores.
         self.torch_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         self.pool = ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,))
@@ -51,7 +57,7 @@ class FeatureMaker:
         torch.set_num_threads(self.torch_threads)
 
     def entries(self):
-        """(latent entry or None, {teacher: entry}) for the manifest, from the networks as they are."""
+        """(latent entry or None, {teacher: entry}) for the manifest."""
         recipe = self.recipe
         latent = latent_entry(self.vae, recipe.latents, self.manifest.resolution) if self.vae else None
         teachers = {}
@@ -76,7 +82,7 @@ class FeatureMaker:
         return latent, teachers
 
     def in_need(self):
-        """The teachers for which there has to be a first pass: their mean token or class statistics are needed."""
+        """The teachers that need a first pass, for their mean token or the statistics of their class token."""
         return [
             teacher
             for teacher, wanted in zip(self.teachers, self.recipe.teachers, strict=True)
@@ -85,11 +91,14 @@ class FeatureMaker:
         ]
 
     def estimate_statistics(self, advance):
-        """Statistics over a fixed sample of the data set, for the teachers in need of them.
+        """Estimate statistics over a fixed sample of the data set, for the teachers of `in_need`.
+
+        Args:
+            advance: called with the number of images after each batch.
 
         Returns:
             {teacher: {"mean", "class_mean", "class_std"}}: the mean token, and mean and standard deviation of the class
-            token's channels; lists of floats that are float32 values.
+            token's channels, as lists of floats that are float32 values.
         """
         from maskalign.data.build.class_tokens import channel_statistics, plain_floats
 
@@ -108,7 +117,7 @@ class FeatureMaker:
         return found
 
     def _sums(self, images):
-        """Over some images, for each teacher in need: sum of mean tokens, of class tokens, and of their squares."""
+        """For each teacher of `in_need`, the sums over images of mean tokens, of class tokens, and of their squares."""
         sums = []
         for teacher in self.in_need():
             tokens, values = teacher.encode(images)
@@ -117,7 +126,15 @@ class FeatureMaker:
         return sums
 
     def samples(self, number, advance):
-        """The samples of a shard with their new members, as (key, {ending: bytes}), in order."""
+        """Yield the samples of shard `number` with their new members, as (key, {extension: bytes}), in order.
+
+        Args:
+            number: the shard's index in the manifest.
+            advance: called with the number of images after each batch.
+
+        Raises:
+            RunError: the shard is damaged, or a network gives values that are not finite.
+        """
         recipe, shard = self.recipe, self.manifest.shards[number]
         count = 0
         for batch, found in self._computed(open_samples(self.manifest, number), number, self._members):
@@ -127,10 +144,10 @@ class FeatureMaker:
             count += len(batch)
             advance(len(batch))
         if count != shard.num_samples:
-            raise RunError(f"shard {shard.name} has {count} samples, its manifest says {shard.num_samples}{MEND}")
+            raise RunError(f"shard {shard.name} has {count} samples, its manifest says {shard.num_samples}{CHECK_HINT}")
 
     def _computed(self, samples, number, function):
-        """Yield (batch of samples, function(images)) in order, with a few batches under way in the threads."""
+        """Yield (batch of samples, function(images)) in order, with a few batches in progress in the threads."""
         shard = self.manifest.shards[number].name
         on_cpu = self.device.type == "cpu"
 
@@ -156,19 +173,19 @@ class FeatureMaker:
     def _image(self, shard, key, members):
         ending = self.manifest.image_format
         if ending not in members:
-            raise RunError(f"shard {shard}: sample {key} has no image {key}.{ending}{MEND}")
+            raise RunError(f"shard {shard}: sample {key} has no image {key}.{ending}{CHECK_HINT}")
         try:
             image = np.asarray(decode_image(members[ending]))
         except BadImage as error:
-            raise RunError(f"shard {shard}: image {key}.{ending}: {error}{MEND}") from None
+            raise RunError(f"shard {shard}: image {key}.{ending}: {error}{CHECK_HINT}") from None
         side = self.manifest.resolution
         if image.shape != (side, side, 3):
             size = f"{image.shape[1]}x{image.shape[0]}"
-            raise RunError(f"shard {shard}: image {key}.{ending} has {size} pixels, expected {side}x{side}{MEND}")
+            raise RunError(f"shard {shard}: image {key}.{ending} has {size} pixels, expected {side}x{side}{CHECK_HINT}")
         return image.transpose(2, 0, 1)
 
     def _members(self, images):
-        """{ending: list of .npy bytes, one per image}."""
+        """{extension: list of .npy bytes, one per image} for images (B, 3, H, W) uint8."""
         found = self._arrays(images)
         if self.recipe.hflip:
             found |= {f"flip.{ending}": arrays for ending, arrays in self._arrays(images.flip(-1)).items()}
@@ -200,23 +217,23 @@ class FeatureMaker:
             raise RunError(f"teacher {teacher.name}: {error}; are its weights damaged?") from None
 
 
-MEND = "; look for damage with: maskalign data check"
+CHECK_HINT = "; find damaged shards with: maskalign data check"
 
 
 def open_samples(manifest, number):
-    """Yield (key, members) of a shard, and raise a RunError at its end where its bytes are not the manifest's."""
+    """Yield (key, members) of a shard; raises RunError at its end if its checksum is not that of the manifest."""
     shard, path = manifest.shards[number], manifest.shard_path(number)
     try:
         with _open(path) as raw:
             file = HashingReader(raw)
             yield from read_shard(file)
-            while file.read(1 << 20):  # a tar ends before its file does
+            while file.read(1 << 20):  # the tar may end before the file; the checksum is of the whole file
                 continue
     except (OSError, tarfile.TarError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise RunError(f"cannot read shard {path}: {reason}{MEND}") from None
+        raise RunError(f"cannot read shard {path}: {reason}{CHECK_HINT}") from None
     if file.sha256.hexdigest() != shard.sha256:
-        raise RunError(f"shard {path} does not have the checksum of its manifest{MEND}")
+        raise RunError(f"shard {path} does not have the checksum of its manifest{CHECK_HINT}")
 
 
 def _open(path):
@@ -228,9 +245,9 @@ def _open(path):
 
 
 def mean_sample(manifest, images=MEAN_IMAGES, shards=MEAN_SHARDS):
-    """Which samples statistics are estimated from: {shard number: set of positions in it}, a fixed choice.
+    """The samples from which statistics are estimated, a fixed choice: {shard number: set of positions in it}.
 
-    Up to `shards` shards, evenly spaced, and evenly spaced samples of each, so that it holds for sorted data too.
+    These are evenly spaced samples of up to `shards` evenly spaced shards, so the choice suits sorted data too.
     """
     filled = [number for number, shard in enumerate(manifest.shards) if shard.num_samples]
     count = min(shards, len(filled))
@@ -238,14 +255,14 @@ def mean_sample(manifest, images=MEAN_IMAGES, shards=MEAN_SHARDS):
     share = -(-images // max(1, count))
     sample = {}
     for number in chosen:
-        there = manifest.shards[number].num_samples
-        some = min(share, there)
-        sample[number] = {i * there // some for i in range(some)}
+        available = manifest.shards[number].num_samples
+        some = min(share, available)
+        sample[number] = {i * available // some for i in range(some)}
     return sample
 
 
 def to_float16(values, what):
-    """float16, or a RunError where a value does not fit."""
+    """Convert a tensor to float16; raises RunError where a value does not fit. `what` is for the message."""
     half = values.to(torch.float16)
     if not torch.isfinite(half).all():
         raise RunError(f"{what}: values that are not finite in float16; are its weights damaged?")

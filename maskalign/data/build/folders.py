@@ -1,4 +1,4 @@
-"""How folder names become classes: the top folders, as torchvision's ImageFolder has it, or what the user says."""
+"""Make classes from folder names: the top folders, as in torchvision's ImageFolder, or as the user specifies."""
 
 import os
 import re
@@ -11,27 +11,28 @@ from maskalign.errors import UsageError
 CLASS_FOLDERS = ("top", "leaf", "path", "none")
 SPLIT = re.compile(r"(train|training|test|testing|val|valid|validation|dev|eval|extra)[-_ ]?\d*", re.IGNORECASE)
 INNER = {"images", "image", "imgs", "img"}  # CLASS/images/IMAGE, as in Tiny ImageNet
-FEW = 0.1  # share of pictures of a folder's own below which its folders, not it, may be the classes
+FEW = 0.1  # If a folder holds a smaller share of its pictures directly, its subfolders may be the classes.
 
 
 def group_by_class(name, listing, reader, *, subset=None, where, class_folders=None, stem=None):
-    """Make a Source of a listing of PREFIX/CLASS/.../IMAGE.
+    """Make a Source from a listing of PREFIX/CLASS/.../IMAGE.
 
-    Folders around all classes are taken off. Of what is left, the top folder is an image's class, and folders below it
-    do not count ("top", torchvision's rule); or the folder that holds the image ("leaf"); or all folders together
-    ("path"); or all images are of one class ("none"). Images in no folder at all are one class.
+    Folders that contain all classes are removed from the paths. In the remaining path, an image's class is the top
+    folder ("top", torchvision's rule), the folder that holds the image ("leaf"), or all folders joined ("path"). With
+    "none", all images are one class. Images outside of any folder are one class.
 
     Args:
-        name: of the source, for the manifest.
+        name: name of the source, for the manifest.
         listing: `Listing` of all its files.
         reader: see `Source`.
-        subset: one or more folder names, as "train" or "cifar10/train"; only images below it count.
+        subset: one or more folder names, such as "train" or "cifar10/train"; only images below it are used.
         where: the source's path, for messages.
-        class_folders: one of CLASS_FOLDERS; None is "top" with a look at whether it can be meant.
-        stem: name of the class where there is only one; by default that of `where`.
+        class_folders: one of CLASS_FOLDERS. None is the same as "top", but raises an error for folders that are
+            probably not classes.
+        stem: name of the class where there is only one; the default is the last part of `where`.
 
     Raises:
-        UsageError: train and test images would be mixed, or it is not clear which folders are meant.
+        UsageError: train and test images would be mixed, or the folders are ambiguous.
     """
     wanted = [part for part in (subset or "").split("/") if part]
     rejected, images, flat, available = list(listing.rejected), [], [], Counter()
@@ -49,7 +50,7 @@ def group_by_class(name, listing, reader, *, subset=None, where, class_folders=N
         inside = f"/{'/'.join(wanted)}/"
         rejected = [entry for entry in rejected if inside in f"/{entry[0]}"]
         if not images and not flat:
-            raise UsageError(f"source {where}: no images below {subset!r}; there are: {parts or 'none at all'}")
+            raise UsageError(f"source {where}: no images below {subset!r}; found: {parts or 'none at all'}")
     if class_folders != "top" and class_folders != "path":
         _refuse_mixing([folders for _, folders, _ in images], where, parts, class_folders)
     if class_folders is None:
@@ -61,7 +62,7 @@ def group_by_class(name, listing, reader, *, subset=None, where, class_folders=N
         how = "a flat folder" if not images else "--class-folders none"
         found = Source(name, [wanted[-1] if wanted else stem], items, reader, rejected=sorted(rejected), how=how)
         if items and not images:
-            found.notes.append("no picture lies in a folder of a class: all are one class, without labels to learn")
+            found.notes.append("no picture lies in a class folder: all are one class, without labels to learn")
         found.passed = listing.passed
         return found
     rejected += [(path, "lies outside any class folder") for path, _, _ in flat]
@@ -78,21 +79,21 @@ def group_by_class(name, listing, reader, *, subset=None, where, class_folders=N
     found.empty = [] if wanted else _empty(listing.folders, prefix, labeled)
     if all(map(is_number, names)) and any(int(name) != label for label, name in enumerate(names)):
         found.notes.append(
-            f"the names of the classes are numbers, but not their labels: label 0 is {names[0]!r}, and "
-            f"{len(names) - 1} is {names[-1]!r}"
+            f"the class names are numbers that differ from the labels: label 0 is class {names[0]!r}, and "
+            f"label {len(names) - 1} is class {names[-1]!r}"
         )
     found.notes += _alike(names)
     return found
 
 
 def _class_folders(path):
-    """The folders above an image, without one that is called images inside a class."""
+    """The folders above an image, without a last folder such as "images" inside a class."""
     folders = path.split("/")[:-1]
     return folders[:-1] if len(folders) > 1 and folders[-1].lower() in INNER else folders
 
 
 def _part_of(folders):
-    """What a subset might be called that an image belongs to: its path down to a folder like train, or its top one."""
+    """A name for --subset that selects an image: its path down to a folder such as train, or its top folder."""
     for number, folder in enumerate(folders):
         if SPLIT.fullmatch(folder):
             return "/".join(folders[: number + 1])
@@ -100,20 +101,20 @@ def _part_of(folders):
 
 
 def _refuse_mixing(all_folders, where, parts, class_folders):
-    """Training and test images in one data set are never meant."""
+    """Raise a UsageError where training and test images would be in one data set."""
     marks = {tuple(f for f in folders if SPLIT.fullmatch(f)) if len(folders) > 1 else () for folders in all_folders}
     tops = {folders[0] for folders in all_folders}
     flat = len(tops) > 1 and all(SPLIT.fullmatch(top) for top in tops)
     if len(marks) > 1 or flat and class_folders != "none":
         first = sorted({mark for mark in marks if mark} or {(top,) for top in tops})[-1][0]
         raise UsageError(
-            f"source {where}: images sit under several folders: {parts}; choose one with --subset, as in "
-            f"--subset {first}, or say with --class-folders top that these are the classes"
+            f"source {where}: the images are in several folders: {parts}; choose one with --subset, for example "
+            f"--subset {first}, or give --class-folders top if these are the classes"
         )
 
 
 def _refuse_running_folders(images, where):
-    """00000/img00000000.png, of which folder 00000 is the first thousand and no class."""
+    """Raise a UsageError for paths such as 00000/img00000000.png, whose folders count thousands of images."""
     tops = {folders[-1] for _, folders, _ in images}
     if not tops or not all(re.fullmatch(r"\d{5}", top) for top in tops):
         return
@@ -123,13 +124,13 @@ def _refuse_running_folders(images, where):
             return
     raise UsageError(
         f"source {where}: the folders ({min(tops)} to {max(tops)}) only number the images, as in the EDM / REPA layout "
-        "or img2dataset's, and are no classes; put dataset.json with the labels beside them, or give --class-folders "
-        "none for one class, top to take them as classes"
+        "or img2dataset's, and are not classes; put dataset.json with the labels beside them, or give --class-folders "
+        "none for one class, or top to use them as classes"
     )
 
 
 def _take_off(images, where, class_folders):
-    """(folders around all classes, images without them)."""
+    """(folders that contain all classes, images with these folders removed from their paths)."""
     prefix = []
     while len({folders[0] for _, folders, _ in images}) == 1 and all(len(folders) > 1 for _, folders, _ in images):
         prefix.append(images[0][1][0])
@@ -140,9 +141,9 @@ def _take_off(images, where, class_folders):
     if class_folders is None and len(tops) == 1 and len(below) > 1 and own < FEW * len(images):
         (top,) = tops
         raise UsageError(
-            f"source {where}: {top} holds {own:,} pictures of its own and {len(images) - own:,} in {len(below):,} "
+            f"source {where}: {top} directly contains {own:,} pictures, and {len(images) - own:,} in {len(below):,} "
             f"folders ({', '.join(below[:3])}, ...); give --class-folders top for the one class {top}, path for a "
-            f"class of each folder, or move the {own:,} away"
+            f"class of each folder, or move the {own:,} pictures away"
         )
     return prefix, images
 
@@ -155,8 +156,8 @@ def _name_images(images, where, class_folders):
         if deep:
             examples = ", ".join(sorted({"/".join(folders) for _, folders, _ in images if len(folders) > 1})[:3])
             notes.append(
-                f"{sum(deep.values()):,} pictures lie in folders below that of their class ({examples}, ...), which do "
-                "not count; --class-folders path makes a class of each, leaf of each name"
+                f"{sum(deep.values()):,} pictures lie in folders below that of their class ({examples}, ...), which "
+                "are ignored; --class-folders path makes each of them a class, leaf makes a class of each folder name"
             )
         return [(path, folders[0], place) for path, folders, place in images], notes
     if class_folders == "path":
@@ -166,14 +167,14 @@ def _name_images(images, where, class_folders):
         other = home.setdefault(folders[-1], folders)
         if other != folders:
             raise UsageError(
-                f"source {where}: {'/'.join(other)} and {'/'.join(folders)} end alike; --class-folders path tells them "
-                "apart, --subset takes one of several parts"
+                f"source {where}: {'/'.join(other)} and {'/'.join(folders)} have the same last folder; give "
+                "--class-folders path to separate them, or --subset for one of several parts"
             )
     return [(path, folders[-1], place) for path, folders, place in images], []
 
 
 def _empty(folders, prefix, labeled):
-    """Folders beside those of the classes that hold no image: labels are not what a look at the folders tells."""
+    """Folders next to those of the classes that hold no image. Because of them, labels differ from folder positions."""
     full = {path[:end] for path, _, _ in labeled for end in range(len(path)) if path[end] == "/"}
     depth = len(prefix) + 1
     beside = (path for path in folders if path.count("/") + 1 == depth and path.split("/")[:-1] == prefix)
@@ -181,12 +182,12 @@ def _empty(folders, prefix, labeled):
 
 
 def _alike(names):
-    """A note where two class names differ in nothing that people see or say."""
+    """A note where two class names differ only in case, spaces or equivalent Unicode characters."""
     from unicodedata import normalize
 
     first = {}
     for name in names:
         other = first.setdefault(" ".join(normalize("NFKC", name).casefold().split()), name)
         if other != name:
-            return [f"the classes {other!r} and {name!r} are two; put their pictures into one folder if one is meant"]
+            return [f"{other!r} and {name!r} are two classes; put their pictures into one folder if they are the same"]
     return []

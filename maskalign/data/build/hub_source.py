@@ -1,4 +1,4 @@
-"""Hugging Face data sets as a source: by their name on the hub, or a folder that the package `datasets` reads."""
+"""Hugging Face data sets as a source: a name on the hub, or a local folder that the package `datasets` can read."""
 
 import os
 from functools import lru_cache
@@ -15,11 +15,11 @@ def open_hub(name, *, subset=None, class_names=None, holes=None):
 
     Args:
         name: "USER/NAME[@REVISION]" on the hub, or a local folder (parquet, imagefolder).
-        subset: the split, by default train.
+        subset: the split; the default is train.
         class_names, holes: as for `labels.number_classes`, where labels are plain numbers.
 
     Raises:
-        UsageError: the package is missing, the data set cannot be had, or has no column of pictures or of classes.
+        UsageError: the package is missing, the data set cannot be loaded, or it has no column of pictures or classes.
     """
     what = f"source hf:{name}"
     try:
@@ -60,7 +60,7 @@ def open_hub(name, *, subset=None, class_names=None, holes=None):
 
 
 def _label_column(data, datasets, what):
-    """Name of the column of classes: the one of that type, else one of whole numbers or texts with a usual name."""
+    """The column of classes: the one of type ClassLabel, else one of integers or strings with a common name."""
     typed = [column for column, kind in data.features.items() if isinstance(kind, datasets.ClassLabel)]
     usual = [column for column in LABELS if column in (typed or data.features)]
     plain = [
@@ -75,7 +75,7 @@ def _label_column(data, datasets, what):
 
 
 class HubReader:
-    """Gives the file of row number `where`; picklable, opens the data set where it is used."""
+    """Returns the bytes of the image in row `item.where`. Picklable: each process opens the data set itself."""
 
     def __init__(self, name, subset, column):
         self.name, self.subset, self.column = name, subset, column
@@ -104,9 +104,9 @@ def _load(name, subset):
     what = f"source hf:{name}"
     place, _, revision = (name, "", "") if os.path.isdir(name) else name.partition("@")
     if not os.path.isdir(name) and (place.startswith((".", "/", "~")) or place.count("/") > 1):
-        raise UsageError(f"{what}: no such folder, and no name on the hub, as hf:USER/NAME")
+        raise UsageError(f"{what}: no such folder, and not a name on the hub such as hf:USER/NAME")
     try:
         return datasets.load_dataset(place, split=subset, revision=revision or None)
-    except Exception as error:  # no network, no such name or split, damaged files: each a type of its own
+    except Exception as error:  # no network, no such name or split, damaged files: each has its own error type
         reason = one_line(error)[:200]
-        raise UsageError(f"{what}: cannot be had ({reason}); --subset names the split (default train)") from None
+        raise UsageError(f"{what}: cannot be loaded ({reason}); --subset is the split (default train)") from None

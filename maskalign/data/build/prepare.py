@@ -1,4 +1,4 @@
-"""One shard of a data set that is being built: read, prepare, write, record. Runs in any process."""
+"""Write one shard of a data set that is being built: read and prepare its images, write the shard, write its record."""
 
 import json
 import os
@@ -11,18 +11,18 @@ from maskalign.runtime.files import write_atomically
 
 
 def make_shard(reader, part, path, record_path, settings, advance=None):
-    """Prepare the images of one shard and write it; the same arguments give the same bytes.
+    """Prepare the images of one shard and write it. The same arguments give the same bytes.
 
     Args:
-        reader: of the `Source`. Where it has a method `members(item)`, that gives further members of the sample.
+        reader: of the `Source`. If it has a method `members(item)`, this returns further members of the sample.
         part: [(key, item)].
-        path: of the shard.
-        record_path: a JSON file that is written when the shard is in place.
-        settings: {"size", "crop", "image_format", "exif"} as `build` takes them.
-        advance: called after each image.
+        path: path of the shard.
+        record_path: path of a JSON file, which is written after the shard.
+        settings: {"size", "crop", "image_format", "exif"}, as for `build`.
+        advance: called after each image, with the number of images since the last call.
 
     Returns:
-        What the record says: {"shard": its manifest entry, "bad": [[name, reason]] of the images left out}.
+        The content of the record: {"shard": its manifest entry, "bad": [[name, reason]] of skipped images}.
     """
     bad = []
     samples = prepare(reader, part, bad, advance, **settings)
@@ -33,14 +33,14 @@ def make_shard(reader, part, path, record_path, settings, advance=None):
 
 
 def load(reader, item, exif):
-    """One image of a source in mode RGB; raises whatever is wrong with it or with what belongs to it."""
+    """One image of a source in mode RGB. Raises an error if the image or a member that belongs to it is bad."""
     if hasattr(reader, "members"):
         reader.members(item)
     return to_image(reader(item), exif)
 
 
 def to_image(image, exif):
-    """What a reader gives, a file's bytes or a PIL image, as an image in mode RGB."""
+    """Convert the result of a reader, a file's bytes or a PIL image, to an image in mode RGB."""
     if isinstance(image, bytes):
         return decode_image(image, exif=exif)
     return upright(to_rgb(image), image) if exif == "apply" else to_rgb(image)
@@ -57,7 +57,7 @@ def prepare(reader, part, bad, advance, size, crop, image_format, exif):
             else:
                 data = encode_image(PREPARE[crop](image, size), image_format)
             further = reader.members(item) if hasattr(reader, "members") else {}
-        except Exception as error:  # whatever is wrong with one image, the others are still wanted
+        except Exception as error:  # any error of one image must not stop the others
             bad.append([item.name, one_line(error)])
         else:
             yield key, {"cls": str(item.label).encode(), image_format: data} | further

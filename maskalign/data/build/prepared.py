@@ -1,12 +1,12 @@
-"""Folders that REPA's and REG's preprocessing scripts wrote: pictures, labels and latents are taken over as they are.
+"""Folders written by REPA's and REG's preprocessing scripts: pictures, labels and latents are used unchanged.
 
     DIR/images/00000/img00000000.png            (REG: imagenet_256-vae) square pictures of one size
     DIR/images/dataset.json                     {"labels": [["00000/img00000000.png", 3], ...]}
     DIR/vae-sd/00000/img-mean-std-00000000.npy  (2C, h, w): mean and standard deviation of the VAE's posterior
-    DIR/vae-sd/dataset.json                     the same labels by the names of the latents
+    DIR/vae-sd/dataset.json                     the same labels with the names of the latents
 
-The scripts number latents by the place of their picture in the sorted list of pictures, so latent k belongs to picture
-k of that list, also where an encoding was stopped half way.
+The scripts number latents by the position of their picture in the sorted list of pictures. So latent k belongs to
+picture k of that list, even if the encoding was interrupted.
 """
 
 import io
@@ -21,18 +21,18 @@ from maskalign.errors import UsageError, one_line
 
 LATENT = re.compile(r"(?:(.*?)/)??(?:[0-9]{5}/)?img-mean-std-([0-9]{1,12})\.npy")
 MAX_BYTES = 64 * 2**20
-# REPA's and REG's scripts encode with this VAE unless told otherwise, and say nowhere with which.
+# The default VAE of REPA's and REG's scripts. Their files do not record which VAE was used.
 VAE = "stabilityai/sd-vae-ft-mse"
 SCALE, FACTOR = 0.18215, 8
 
 
 class LatentReader:
-    """Gives pictures as the source's own reader does, and the latents that belong to them; picklable.
+    """Returns pictures like the source's reader, and the latents that belong to them; picklable.
 
-    `members(item)` gives the further members of a sample, as {ending: bytes}.
+    `members(item)` returns the further members of a sample, as {extension: bytes}.
     """
 
-    as_is = True  # pictures that need no change are stored byte for byte
+    as_is = True  # pictures that need no change are stored with the same bytes
 
     def __init__(self, reader, root, shape, dtype):
         self.reader, self.root, self.shape, self.dtype = reader, root, shape, dtype
@@ -56,7 +56,7 @@ class LatentReader:
 
 
 def find_latents(listing):
-    """{folder of the latents: {number: name}} of a listing; "" is the source itself."""
+    """The latents in a listing: {folder of the latents: {number: name}}. The folder "" is the source itself."""
     folders = {}
     for name, _ in listing.files:
         match = LATENT.fullmatch(name) if name.endswith(".npy") else None
@@ -66,37 +66,39 @@ def find_latents(listing):
 
 
 def take_latents(group, listing, reader, root, where, labels, size):
-    """A source of pictures with latents from a prepared folder.
+    """Make a Source of pictures with their latents from a prepared folder.
 
     Args:
-        group: function without arguments that gives the `Source` of the pictures alone, by their dataset.json or
-            folders.
-        listing: of the folder. reader: of its files. root: its path.
-        where: the path, for messages.
+        group: function without arguments that returns the `Source` of the pictures without latents, with labels from
+            their dataset.json or folders.
+        listing: the `Listing` of the folder.
+        reader: the reader of its files.
+        root: the path of the folder.
+        where: the path for messages.
         labels: {"class_names", "holes"} as for `labels.number_classes`.
-        size: side that is asked for, None for that of the pictures.
+        size: the requested side in pixels, or None for that of the pictures.
 
     Returns:
         The `Source` with `latent` and `size`.
 
     Raises:
-        UsageError: latents without pictures or for other ones, other labels, another size.
+        UsageError: the latents have no pictures, or do not match them in number, labels or size.
     """
     folders = find_latents(listing)
     if len(folders) > 1:
         names = ", ".join(folder or "." for folder in sorted(folders))
-        raise UsageError(f"source {where}: latents in several folders ({names}); give a folder with one of them")
+        raise UsageError(f"source {where}: several folders hold latents ({names}); give a folder with only one of them")
     ((latent_folder, latents),) = folders.items()
     pictures = sorted(entry for entry in listing.images if not entry[0].startswith(f"{latent_folder}/"))
     if not pictures:
         raise UsageError(
-            f"source {where}: latents, but no pictures; put the folder of pictures beside {latent_folder or 'them'}, "
-            "as REPA's scripts have it (images/ and vae-sd/)"
+            f"source {where}: found latents, but no pictures; put the folder of pictures beside "
+            f"{latent_folder or 'them'}, as in the layout of REPA's scripts (images/ and vae-sd/)"
         )
     if max(latents) >= len(pictures):
         raise UsageError(
-            f"source {where}: latents number {max(latents):,} in {latent_folder or '.'}, but there are "
-            f"{len(pictures):,} pictures; they are not of these pictures"
+            f"source {where}: {latent_folder or '.'} has latents with the number {max(latents):,}, but there are only "
+            f"{len(pictures):,} pictures; the latents do not belong to these pictures"
         )
     places = dict(listing.files)
     latent_labels = _labels_of(latents, latent_folder, places, reader, where)
@@ -113,8 +115,8 @@ def take_latents(group, listing, reader, root, where, labels, size):
     side, shape, dtype = _sizes(found, reader, root, pictures, latents, where)
     if size not in (None, side):
         raise UsageError(
-            f"source {where}: its latents are of pictures of {side} px, not {size}; leave --size out, or give the "
-            "folder of the pictures alone"
+            f"source {where}: its latents belong to pictures of {side} px, not {size}; omit --size, or give only the "
+            "folder of the pictures"
         )
     latent_of = {pictures[number][0]: name for number, name in latents.items()}
     reason = f"has no latents in {latent_folder or '.'}"
@@ -129,16 +131,16 @@ def take_latents(group, listing, reader, root, where, labels, size):
     found.identity += f" {len(latents)} latents {shape} {dtype}"
     found.passed[".npy"] -= len(latents)
     found.passed[".json"] -= latent_labels is not None
-    found.passed += type(found.passed)()  # drops what is down to nothing
+    found.passed += type(found.passed)()  # drops counts of 0
     found.notes.append(
-        f"latents are taken over from {latent_folder or 'beside the pictures'}; nothing in them says with which VAE "
-        f"they were made, and {VAE} is noted, REPA's and REG's"
+        f"using the latents in {latent_folder or 'the folder of the pictures'}; they do not record their VAE, so the "
+        f"manifest names the default of REPA and REG, {VAE}"
     )
     return found
 
 
 def _labels_of(latents, folder, places, reader, where):
-    """{number: label} of the dataset.json beside the latents; None where there is none, or it has no labels."""
+    """{number: label} of the dataset.json beside the latents. None if there is no such file, or it has no labels."""
     name = f"{folder}/{FILE}" if folder else FILE
     if name not in places:
         return None
@@ -152,7 +154,7 @@ def _labels_of(latents, folder, places, reader, where):
 
 
 def _compare_labels(found, pictures, latent_labels, folder, where):
-    """Latents that have labels of their own must have those of their pictures, or they belong to others."""
+    """Check that the latents' labels, if there are any, match those of their pictures; raises UsageError."""
     if latent_labels is None:
         return
     place = {name: number for number, (name, _) in enumerate(pictures)}
@@ -162,14 +164,14 @@ def _compare_labels(found, pictures, latent_labels, folder, where):
         if label is not None and class_of.setdefault(label, item.label) != item.label:
             raise UsageError(
                 f"source {where}: {item.name} has another label in {folder}/{FILE} than among the pictures: the "
-                "latents are not of these pictures, or in another order"
+                "latents do not belong to these pictures, or have another order"
             )
     if len(set(class_of.values())) < len(class_of):
         raise UsageError(f"source {where}: {folder}/{FILE} separates classes that are one class among the pictures")
 
 
 def _sizes(found, reader, root, pictures, latents, where):
-    """(side of the pictures, shape and dtype of the latents), from the first of each that can be read."""
+    """(side of the pictures, shape and dtype of the latents), from the first latent and its picture."""
     from PIL import Image
 
     number, name = min(latents.items())
@@ -185,12 +187,12 @@ def _sizes(found, reader, root, pictures, latents, where):
     try:
         with Image.open(io.BytesIO(reader(Item(picture, -1, place)))) as image:
             width, height = image.size
-    except Exception as error:  # Pillow's plugins raise nearly anything
+    except Exception as error:  # Pillow's plugins raise nearly any error
         raise UsageError(f"source {where}: {picture} cannot be read ({one_line(error)[:100]})") from None
     if (width, height) != (FACTOR * shape[1],) * 2:
         raise UsageError(
-            f"source {where}: {picture} has {width} x {height} pixels, and latents of {shape[1]} x {shape[2]} belong "
-            f"to pictures of {FACTOR * shape[1]}; they are not of these pictures"
+            f"source {where}: {picture} has {width} x {height} pixels, but latents of {shape[1]} x {shape[2]} belong "
+            f"to pictures of {FACTOR * shape[1]}; the latents do not belong to these pictures"
         )
     return width, shape, dtype
 

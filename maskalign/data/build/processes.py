@@ -1,4 +1,4 @@
-"""Work spread over processes: a few tasks ahead, waiting for one another, one clear line where a process dies."""
+"""Run tasks in worker processes, wait for other ranks, and print progress lines."""
 
 import multiprocessing
 import os
@@ -19,23 +19,23 @@ def available_cores():
 
 
 def in_processes(function, tasks, workers, *, set_up=None, shared=(), meanwhile=None):
-    """Yield `function(*task)` for each task, in the order in which they are done.
+    """Yield `function(*task)` for each task, in the order in which the tasks finish.
 
     Args:
-        function: a function of a module, and tasks and results picklable.
-        tasks: iterable of tuples of arguments; read a few ahead only, so it may be long.
-        workers: processes; with 0 or 1 everything runs in this one, in order.
-        set_up, shared: `set_up(*shared)` is called once in each process first; not where everything runs in this one.
-        meanwhile: called in this process a few times a second while the others work.
+        function: a function of a module (picklable); tasks and results must be picklable too.
+        tasks: iterable of tuples of arguments. It is read only a few tasks ahead, so it may be long.
+        workers: number of processes; with 0 or 1, all tasks run in this process, in order.
+        set_up, shared: `set_up(*shared)` is called first in each worker process, but not if all tasks run in this one.
+        meanwhile: called in this process a few times per second while the workers run.
 
     Raises:
-        RunError: a process died. What the function raises comes through.
+        RunError: a process died. Errors of the function are raised unchanged.
     """
     if workers <= 1:
         for task in tasks:
             yield function(*task)
         return
-    # Not fork: the caller may run threads (torch's, a notebook's) whose locks a forked child would inherit.
+    # Not fork: the caller may run threads (of torch or a notebook) whose locks a forked child would inherit.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(set_up, shared))
     tasks = iter(tasks)
@@ -54,18 +54,18 @@ def in_processes(function, tasks, workers, *, set_up=None, shared=(), meanwhile=
             "with fewer --workers if memory is short"
         ) from None
     finally:
-        # On an error or Ctrl-C nothing more is begun; tasks that are under way end by themselves.
+        # On an error or Ctrl-C, no further task is started; running tasks finish.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(set_up, shared):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then lets us finish
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and lets running tasks finish
     if set_up:
         set_up(*shared)
 
 
 def wait_for(ready, seconds, what):
-    """Poll until `ready()` is true and return it; RunError after `seconds`."""
+    """Poll `ready()` until its result is true, and return the result; raises RunError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (result := ready()):
         if time.monotonic() > deadline:
@@ -75,7 +75,7 @@ def wait_for(ready, seconds, what):
 
 
 class LinePrinter:
-    """Prints lines, or not; to a terminal that cannot show a character, something in its place."""
+    """Prints lines, unless `quiet`. Characters that the terminal's encoding lacks are replaced."""
 
     def __init__(self, quiet):
         self.quiet = quiet

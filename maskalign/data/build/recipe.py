@@ -1,4 +1,4 @@
-"""What an encoding shall add to every sample, and what that takes. Imports no torch and no numpy."""
+"""The features that an encoding adds to every sample, and their size. Imports neither torch nor numpy."""
 
 import math
 import os
@@ -14,7 +14,7 @@ IMAGENET_IMAGES = 1_281_167  # ILSVRC 2012, training set
 
 
 class Wanted(NamedTuple):
-    """What to add of one teacher: its name, weights as for `load_teacher`, and whether rows and class tokens."""
+    """The features to add of one teacher: name and weights as for `load_teacher`, and whether rows and class tokens."""
 
     name: str
     weights: str | None
@@ -24,17 +24,17 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to add to every sample.
+    """The features to add to every sample.
 
     Attributes:
-        teachers: a `Wanted` for each.
+        teachers: tuple with a `Wanted` for each teacher.
         latents: VAE name or folder, or None.
-        dtype: "int8" or "float16" of teacher tokens; moments are float16.
-        grid: (gh, gw) to resample tokens to, or None.
+        dtype: dtype of teacher tokens, "int8" or "float16"; moments are float16.
+        grid: (gh, gw) to which tokens are resampled, or None.
         normalize: "none", "spatial" or "mean".
-        hflip: the mirrored images as well.
-        batch_size: images at a time.
-        class_components: principal components of the class tokens to keep, 0 for none.
+        hflip: whether to add the features of the mirrored images too.
+        batch_size: images per batch.
+        class_components: number of principal components of the class tokens to store; 0 for none.
     """
 
     teachers: tuple
@@ -48,7 +48,7 @@ class Recipe:
 
     @property
     def endings(self):
-        """Endings of the members to add, in the order in which they are written."""
+        """Extensions of the members to add, in the order in which they are written."""
         plain = ["moments.npy"] if self.latents else []
         for teacher in self.teachers:
             plain += [f"{teacher_member(teacher.name)}.npy"] if teacher.rows else []
@@ -56,18 +56,21 @@ class Recipe:
         return plain + [f"flip.{ending}" for ending in plain] if self.hflip else plain
 
     def replaces(self, ending):
-        """Whether an old member gives way: one of ours, its mirrored twin, or a class token that loses its rows."""
+        """Whether the old member with this extension is removed.
+
+        These are the members that are written again, their mirrored versions, and class tokens of replaced rows.
+        """
         plain = ending.removeprefix("flip.")
         return plain in self.endings or plain in [class_member(t.name) for t in self.teachers if t.rows]
 
 
 def weights_label(weights):
-    """What the manifest says of a teacher's weights: default, hub, random, or the file's name without its folder."""
+    """A teacher's weights for the manifest: default, hub, random, or the file's name without its folder."""
     return "default" if weights is None else os.path.basename(weights)
 
 
 def entry_bytes(entry):
-    """Bytes that one more feature of a sample takes in a tar: header, .npy header, data, filled up to 512.
+    """Bytes of one more feature of a sample in a tar: tar header, .npy header and data, padded to a multiple of 512.
 
     Args:
         entry: a latent or teacher entry of the manifest (a teacher's rows alone), or {"shape", "dtype"}.
@@ -78,7 +81,11 @@ def entry_bytes(entry):
 
 
 def check_vae(name):
-    """Where diffusers finds a VAE: its folder, or its name on the hub; a UsageError where there is none. Quick."""
+    """Find a VAE for diffusers, without loading it: returns its folder, or its name on the hub.
+
+    Raises:
+        UsageError: diffusers is not installed, or there is no such VAE.
+    """
     if find_spec("diffusers") is None:
         raise UsageError("latents need a package: pip install diffusers (or pip install 'maskalign[latents]')")
     if os.path.isdir(name):
@@ -87,6 +94,6 @@ def check_vae(name):
                 return folder
         raise UsageError(f"vae {name}: the folder has no config.json; give one that save_pretrained wrote")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UsageError(f"vae {name}: no such folder, and no name on the hub, as stabilityai/sd-vae-ft-mse")
+        raise UsageError(f"vae {name}: no such folder, and not a name on the hub such as stabilityai/sd-vae-ft-mse")
     check_hub("latents", name, "the VAE (a folder that save_pretrained wrote)")
     return name

@@ -1,4 +1,4 @@
-"""Webdataset shards behind URLs as a source: copied to this machine once, then read like local ones."""
+"""Webdataset shards at URLs as a source: they are copied to this machine once, and then read like local ones."""
 
 import hashlib
 import os
@@ -20,17 +20,18 @@ def open_urls(source, scratch, **settings):
 
     Args:
         source: URL of a .tar, or a pattern of several ("https://host/a-{000..009}.tar").
-        scratch: folder for the copies. Those that are there are not fetched again.
+        scratch: folder for the copies. Shards that exist there are not copied again.
         settings: as for `open_tars`.
 
     Raises:
-        UsageError: no .tar. RunError: one that cannot be had, after a few tries.
+        UsageError: a URL is not that of a .tar.
+        RunError: a shard cannot be copied, after several attempts.
     """
     urls = expand_braces(source)
     names = [os.path.basename(unquote(urlsplit(url).path)) for url in urls]
     wrong = [url for url, name in zip(urls, names, strict=True) if not name.lower().endswith(".tar")]
     if wrong:
-        raise UsageError(f"source {wrong[0]}: only .tar files are read from URLs; copy other sources to this machine")
+        raise UsageError(f"source {wrong[0]}: only .tar files can be read from URLs; copy the source to this machine")
     if len(set(names)) < len(names):
         raise UsageError(f"source {source}: several shards have the same file name; build them one after the other")
     mark = hashlib.sha256(source.encode()).hexdigest()[:16]
@@ -47,7 +48,7 @@ def open_urls(source, scratch, **settings):
 
 
 def _fetch(url, path):
-    """Copy a file, under its own name once it is whole; a copy that broke off goes on where it was."""
+    """Copy a file to `path` by way of `path`.part, which is renamed when complete. An interrupted copy is resumed."""
     prefix, _, name = url.rpartition("/")
     part = f"{path}.part"
     try:

@@ -1,4 +1,4 @@
-"""`maskalign data show`: a contact sheet of a data set, one row per class, with the teachers' features as colors."""
+"""`maskalign data show`: a contact sheet of a data set with one row per class and the teachers' features as colors."""
 
 import os
 
@@ -25,13 +25,20 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
         path: folder or URL prefix of the data set.
         out: the PNG file to write.
         columns: samples per class.
-        rows: classes; where there are more, evenly spaced ones.
-        tile: side of a picture on the sheet in pixels; by default the resolution, but at least 64 and at most 160.
-        quiet: do not say what was written.
+        rows: number of classes; if there are more, evenly spaced ones are shown.
+        tile: side of a picture on the sheet in pixels; the default is the resolution, but between 64 and 160.
+        quiet: print nothing.
 
-    Below each picture, where there are features, each teacher's tokens as red, green and blue: their first three
-    principal components, over all tokens on the sheet; and its class token as one color, in the same way. Data sets
-    without images show the mean latents.
+    Returns:
+        The path of the sheet.
+
+    Raises:
+        UsageError: an option is invalid.
+        RunError: no sample can be read, or the sheet cannot be written.
+
+    Below each picture, each teacher's tokens are shown in colors, if the data set has features: red, green and blue are
+    the first three principal components over all tokens on the sheet. The class token is shown in the same way as one
+    color. For data sets without images, the pictures are the mean latents.
     """
     for option, value in (("--columns", columns), ("--rows", rows)):
         if value < 1:
@@ -62,12 +69,20 @@ def show(path, out, *, columns=8, rows=12, tile=None, quiet=False):
 
 
 def _spread(count, most):
-    """At most `most` numbers below `count`, evenly spaced."""
+    """At most `most` evenly spaced numbers below `count`."""
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)}) if count > most else range(count)
 
 
 def collect(manifest, classes, columns):
-    """The first samples of the wanted classes: {class: [{ending: bytes}]}, reading no more shards than needed."""
+    """The first samples of some classes: {class: [{extension: bytes}]}.
+
+    Args:
+        manifest: of the data set.
+        classes: the labels.
+        columns: samples per class.
+
+    Shards are read until all samples are found, at most MAX_SHARDS; damaged ones are skipped.
+    """
     samples = {label: [] for label in classes}
     missing = len(samples) * columns
     for shard in manifest.shards[:MAX_SHARDS]:
@@ -81,7 +96,7 @@ def collect(manifest, classes, columns):
                         missing -= 1
                         if not missing:
                             return samples
-            except Exception:  # a damaged shard: `data check` is for that, here the others will do
+            except Exception:  # a damaged shard, which `data check` reports, is skipped
                 continue
     return samples
 
@@ -98,7 +113,7 @@ def _open(path):
 
 
 def _pictures(manifest, samples):
-    """{class: [PIL image or None]}: the images, or the mean latents in colors where there are none."""
+    """{class: [PIL image or None]}: the images, or the mean latents in colors if the data set has no images."""
     if manifest.image_format is None:
         if manifest.latent is None:
             return {label: [None] * len(chosen) for label, chosen in samples.items()}
@@ -119,7 +134,15 @@ def _pictures(manifest, samples):
 
 
 def _components(samples, member, grid, tokens=lambda array: array, unit=True):
-    """The first three principal components of all tokens shown, as small RGB images: {class: [image or None]}."""
+    """The first three principal components of the tokens as small RGB images: {class: [image or None]}.
+
+    Args:
+        samples: as returned by `collect`.
+        member: extension of the .npy member with the tokens.
+        grid: (gh, gw) of the tokens.
+        tokens: function from the member's array to tokens (gh * gw, d).
+        unit: whether tokens are scaled to length 1 first.
+    """
     arrays = {}
     for label, chosen in samples.items():
         for number, members in enumerate(chosen):
@@ -128,7 +151,7 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
             except (KeyError, ValueError):
                 continue
             if array.ndim == 2 and array.shape[0] == grid[0] * grid[1]:
-                if unit:  # cosine alignment sees directions only
+                if unit:  # cosine alignment depends only on directions
                     array = array / np.maximum(np.linalg.norm(array, axis=1, keepdims=True), 1e-6)
                 arrays[label, number] = array
     pictures = {label: [None] * len(chosen) for label, chosen in samples.items()}
@@ -144,9 +167,10 @@ def _components(samples, member, grid, tokens=lambda array: array, unit=True):
 
 
 def principal_colors(rows):
-    """uint8 (n, 3) of rows (n, d): coordinates along the three directions of largest variance, 2nd to 98th percentile.
+    """Colors of rows (n, d), uint8 (n, 3): the first three principal components, scaled from the 2nd to 98th
+    percentile.
 
-    The sign of a component is fixed by its largest loading, so that a sheet looks the same every time.
+    The sign of a component is such that its largest loading is positive, so a sheet always looks the same.
     """
     rows = rows - rows.mean(axis=0)
     _, vectors = np.linalg.eigh((rows.T @ rows).astype(np.float64))
@@ -159,7 +183,7 @@ def principal_colors(rows):
 
 
 def _draw(manifest, classes, samples, strips, columns, tile):
-    """The sheet; `strips` are (name, pictures by class, height of a picture), one below the other in a class's row."""
+    """Draw the sheet. `strips` are (name, pictures by class, height of a picture), from top to bottom in each row."""
     every = drawable_names(manifest.class_names, classes)
     names = [every[label] for label in classes]
     font = load_font(TEXT, names)
@@ -196,7 +220,7 @@ def _draw(manifest, classes, samples, strips, columns, tile):
 
 
 def _short(name, most=24):
-    """A class name that fits the margin."""
+    """A class name, shortened to fit in the margin."""
     return name if len(name) <= most else name[: most - 3] + "..."
 
 

@@ -1,7 +1,7 @@
-"""Where images come from: OpenMoji, a folder, an archive, webdataset shards, torchvision, Hugging Face data sets.
+"""The sources of images: OpenMoji, a folder, an archive, webdataset shards, torchvision, Hugging Face data sets.
 
-Each source becomes a sorted list of items with labels, plus a picklable reader that any worker can call.
-Sources only list; nothing is decoded here.
+A source is listed as a sorted list of items with labels, and a picklable reader that any worker can call. No image is
+decoded here.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ ARCHIVES = (".tar", ".zip", ".gz", ".tgz", ".bz2", ".xz", ".txz", ".7z", ".rar",
 
 
 class NoImages(UsageError):
-    """A source without a usable image; `rejected` is [(name, reason)] of what looked like one."""
+    """Raised for a source without a usable image; `rejected` is [(name, reason)] of files that look like images."""
 
     rejected = ()
 
@@ -48,15 +48,19 @@ def open_source(
     Args:
         source: "openmoji", "torchvision:NAME", "hf:NAME" (see `hub_source`), a folder, a .zip or .tar(.gz), webdataset
             shards (a folder of .tar files or a pattern such as "shards/{000..009}.tar", or one of URLs).
-        subset: the part of the source to take, as "train"; needed where it has several.
-        class_names: names for the integer labels of webdataset shards or dataset.json; numbers where left out.
+        size: side of the pictures in pixels, or None for the default of the source.
+        subset: the part of the source to use, such as "train"; needed where it has several.
+        class_names: names for the integer labels of webdataset shards or dataset.json. By default the numbers.
         class_folders: which folders are classes, see `folders.group_by_class`; one of CLASS_FOLDERS or None.
-        holes: what to do about numbers of classes without an image, see `labels.number_classes`.
-        root: folder where torchvision has, or puts, its files.
-        scratch: folder for the plain copy of a compressed tar.
+        holes: what to do with class numbers without an image, see `labels.number_classes`.
+        root: folder where torchvision finds or downloads its files.
+        scratch: folder for the decompressed copy of a compressed tar, or the copies of shards at URLs.
+
+    Returns:
+        The `Source`.
 
     Raises:
-        UsageError: there is nothing usable there, or it is not clear which images or classes are meant.
+        UsageError: the source has no usable image, or its images or classes are ambiguous.
     """
     if class_folders is not None and class_folders not in CLASS_FOLDERS:
         raise UsageError(f"class_folders is {class_folders!r}; give one of {', '.join(CLASS_FOLDERS)}")
@@ -88,15 +92,15 @@ def open_source(
         raise UsageError(
             f"source {source!r} does not exist; give openmoji, torchvision:NAME, a folder, or a .zip or .tar of images"
         )
-    found.name = found.name.encode("utf-8", "backslashreplace").decode()  # a folder's name need not be UTF-8
+    found.name = found.name.encode("utf-8", "backslashreplace").decode()  # the name of a folder may not be UTF-8
     if not found.items:
         raise _no_images(source, found)
     if class_names is not None and not found.takes_names:
         raise UsageError(
-            f"source {source} names its own classes; class_names is for webdataset shards and dataset.json"
+            f"source {source} has its own class names; class_names is for webdataset shards and dataset.json"
         )
     if subset and not found.subsets:
-        raise UsageError(f"source {source} has no subsets; leave --subset out")
+        raise UsageError(f"source {source} has no subsets; omit --subset")
     for name in found.class_names:
         check_text(name, f"source {source}")
     return found
@@ -107,7 +111,7 @@ def _no_images(source, found):
     if found.passed:
         reasons.append(f"skipped: {tell_passed(found.passed)}")
     if len(found.passed) and any(ending in ARCHIVES for ending in found.passed):
-        reasons.append("archives inside are not opened, unpack them")
+        reasons.append("archives in it are not opened, unpack them")
     reason = f" ({'; '.join(reasons)})" if reasons else ""
     error = NoImages(
         f"source {source}: no images found{reason}; expected CLASS/IMAGE with one of the endings {', '.join(ENDINGS)}"
@@ -117,7 +121,7 @@ def _no_images(source, found):
 
 
 class EmojiReader:
-    """Draws emoji; an item's `where` is its text."""
+    """Draws emoji; the position (`where`) of an item is its text."""
 
     def __init__(self, path, pixels):
         self.path, self.pixels = path, pixels
@@ -135,7 +139,7 @@ def _openmoji(size):
     emoji = openmoji.list_emoji()
     names = sorted({category for _, _, category in emoji})
     items = sorted(Item(name, names.index(category), text) for name, text, category in emoji)
-    # Drawn at a power of two times the size: halving by area is then exact.
+    # Drawn at a power of two times the size, so that halving by area is exact.
     reader = EmojiReader(path, size * (4 if size <= 64 else 2))
     return Source(
         f"OpenMoji {version}", names, items, reader, openmoji.LICENSE, identity=version, subsets=False, photos=False,
@@ -144,7 +148,7 @@ def _openmoji(size):
 
 
 class FolderReader:
-    """Reads the files of a folder; an item's place is its path below it, where its name is not."""
+    """Reads the files of a folder; an item's position is its path in the folder, or None if this is its name."""
 
     def __init__(self, root):
         self.root = root
@@ -168,7 +172,7 @@ def _folder(root, labels, folders, size):
         found = open_tars(root, [os.path.join(root, name) for name in tars], **labels, **folders)
         found.passed += listing.passed
         found.passed[".tar"] -= len(tars)
-        found.passed += type(found.passed)()  # drops what is down to nothing
+        found.passed += type(found.passed)()  # drops counts of 0
         found.rejected = sorted([*found.rejected, *listing.rejected])
         return found
     reader = FolderReader(root)
@@ -197,7 +201,7 @@ def _archive(path, labels, folders, scratch):
             plain = f"source-{hashlib.sha256(mark.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}.tar"
             plain = os.path.join(scratch or os.path.dirname(os.path.abspath(path)), plain)
             if not os.path.exists(plain):
-                print(f"unpacking the compression of {path} ...", file=sys.stderr, flush=True)
+                print(f"decompressing {path} ...", file=sys.stderr, flush=True)
                 decompress(path, plain)
         else:
             plain = path
@@ -211,7 +215,7 @@ def _archive(path, labels, folders, scratch):
 
 
 def _group(name, listing, reader, where, labels, folders, stem=None):
-    """A source of a listing: labeled by dataset.json where there is one, else by folders."""
+    """Make a Source from a listing, with labels from dataset.json if there is one, else from folders."""
     tables = find_tables(listing, folders["subset"]) if folders["class_folders"] is None else {}
     if tables:
         return group_by_table(name, listing, reader, tables, subset=folders["subset"], where=where, **labels)

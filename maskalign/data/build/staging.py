@@ -1,9 +1,10 @@
-"""Shards that replace others: written aside, then put in place together, by processes that may die at any moment.
+"""Replace the shards of a data set: new ones are staged in a folder, then put in place together. Safe against crashes.
 
-DATA/.encode-ID holds, for every shard that is whole, the shard and NAME.json with its entry for the manifest. Once all
-are there, commit.json gets the new manifest: from here on there is only forwards. The shards are renamed over the old
-ones, manifest.json is written, the folder goes. A run that finds a commit.json ends what its writer began. Until then
-readers have the old data set; between the first rename and the last, shards with the old members and the new ones.
+DATA/.encode-ID holds every complete new shard, and NAME.json with its entry for the manifest. When all shards are
+complete, the new manifest is written to commit.json. From this point on, the change is only completed, never undone:
+the shards are renamed over the old ones, manifest.json is written, and the folder is removed. A process that finds a
+commit.json completes these steps. Readers see the old data set until the first rename. Between the first and the last
+rename, they see shards with the old members and shards with the new ones.
 """
 
 import hashlib
@@ -24,14 +25,14 @@ BASE = "base.txt"
 
 
 class Staging:
-    """The new shards of a data set on their way.
+    """The staged new shards of a data set.
 
     Attributes:
-        manifest: of the old data set.
-        target: folder of the new one: the same, or another.
-        recipe: what is added to the samples.
-        renew: teachers whose stored class tokens get new principal components.
-        work: folder for the new shards, named after `fingerprint`, which stands for the recipe and the old shards.
+        manifest: `Manifest` of the old data set.
+        target: folder of the new data set, which may be the same.
+        recipe: `Recipe` of the features to add.
+        renew: names of teachers whose stored class tokens get new principal components.
+        work: folder of the new shards, named after `fingerprint`, which identifies the recipe and the old shards.
     """
 
     def __init__(self, manifest, target, recipe, fingerprint):
@@ -43,7 +44,7 @@ class Staging:
         return os.path.join(self.work, shard.name)
 
     def record(self, shard):
-        """The entry of the new shard, once it is whole; None before."""
+        """The manifest entry (`Shard`) of the new shard, or None if it is not complete."""
         record = read_json(f"{self.path(shard)}.json")
         try:
             return Shard(**record) if os.path.getsize(self.path(shard)) == record["bytes"] else None
@@ -51,30 +52,30 @@ class Staging:
             return None
 
     def finished(self):
-        """Whether the target is the data set that this one was to become."""
+        """Whether the target has the manifest of this encoding."""
         if not os.path.exists(os.path.join(self.target, FILE_NAME)):
             return False
         return Manifest.load(self.target).extra.get("encode") == self.fingerprint
 
-    def strangers(self):
-        """Folders of other encodings that were not finished."""
+    def other_encodings(self):
+        """Folders of other, unfinished encodings."""
         names = sorted(os.listdir(self.target)) if os.path.isdir(self.target) else []
         paths = [os.path.join(self.target, name) for name in names if name.startswith(PREFIX)]
         return [path for path in paths if path != self.work]
 
     def begin(self):
-        """Make the folder, and note in it which shards the new ones are made from."""
+        """Create the folder, and record in it the old shards from which the new ones are made."""
         os.makedirs(self.work, exist_ok=True)
         write_atomically(os.path.join(self.work, BASE), self._base().encode())
 
     def _base(self):
         return hashlib.sha256("".join(shard.sha256 for shard in self.manifest.shards).encode()).hexdigest()
 
-    def can_go_on(self, folder=None):
-        """Whether a folder of new shards (this one's by default) can be resumed.
+    def can_resume(self, folder=None):
+        """Whether the encoding in a folder of new shards (by default this one's) can be resumed.
 
-        That is, one of them is whole (its record is written after it), and the data set is still the one that they were
-        made from.
+        It can if at least one shard is complete (its record is written after it), and the data set still has the shards
+        from which the new ones are made.
         """
         folder = folder or self.work
         names = os.listdir(folder) if os.path.isdir(folder) else []
@@ -84,11 +85,15 @@ class Staging:
             with open(os.path.join(folder, BASE), encoding="utf-8") as file:
                 same = file.read() == self._base()
         except (OSError, ValueError):
-            same = True  # nothing tells
+            same = True  # not recorded
         return same and any(name.endswith(".tar.json") for name in names)
 
     def wait(self, wait_seconds):
-        """Wait until all shards are whole, those of other ranks too; returns the new manifest but for the features."""
+        """Wait until the shards of all ranks are complete; returns the new manifest without the entries of features.
+
+        Raises:
+            RunError: no shard has appeared for `wait_seconds`.
+        """
         shards = []
         for shard in self.manifest.shards:
             what = f"{shard.name} of another rank"
@@ -96,10 +101,21 @@ class Staging:
         return replace(self.manifest, shards=shards)
 
     def commit(self, latent, teachers):
-        """Put the new shards, which are all there, and the new manifest in place of the old ones; returns it."""
+        """Replace the old shards and manifest by the new ones, which must be complete.
+
+        Args:
+            latent: manifest entry of new latents, or None.
+            teachers: {name: manifest entry} of new or changed teachers.
+
+        Returns:
+            The new `Manifest`.
+
+        Raises:
+            RunError: the data set was changed during the encoding.
+        """
         old = self.manifest
         if Manifest.load(old.root).to_json() != old.to_json():
-            raise RunError(f"{old.root} was changed while it was encoded; run the same command again")
+            raise RunError(f"{old.root} was changed while it was being encoded; run the same command again")
         manifest = replace(
             old,
             shards=[self.record(shard) for shard in old.shards],
@@ -115,7 +131,7 @@ class Staging:
 
 
 def finish_commits(target):
-    """Put in place what is whole and noted as such: also by a run that was killed while it did so."""
+    """Complete every encoding in `target` that has a commit.json, including those of processes that were killed."""
     for name in sorted(os.listdir(target)) if os.path.isdir(target) else []:
         work = os.path.join(target, name)
         if not name.startswith(PREFIX):
@@ -133,18 +149,18 @@ def finish_commits(target):
             if os.path.exists(staged):
                 os.replace(staged, os.path.join(target, shard.name))
         sync_folder(target)
-        # By way of the same folder, so that nothing half written is left in the data set either.
+        # The manifest is first written to the work folder, so that no partial file is left in the data set.
         staged = os.path.join(work, FILE_NAME)
         write_atomically(staged, manifest.to_json().encode())
         os.replace(staged, os.path.join(target, FILE_NAME))
         sync_folder(target)
-        # Under a name that says so: half cleared, the folder would look like one that is not finished.
+        # The folder is renamed before it is removed: a partly removed folder would look like an unfinished encoding.
         os.rename(work, work + DONE)
         shutil.rmtree(work + DONE)
 
 
 def read_json(path):
-    """What a JSON file holds; None where it is not there or not whole."""
+    """The content of a JSON file, or None if it does not exist or is not complete."""
     try:
         with open(path, encoding="utf-8") as file:
             return json.load(file)

@@ -1,4 +1,4 @@
-"""torchvision data sets as a source: downloaded by torchvision, or found where it keeps them."""
+"""torchvision data sets as a source: downloaded by torchvision, or found in its folder."""
 
 import inspect
 import os
@@ -13,12 +13,12 @@ def open_torchvision(name, subset=None, root=None):
     """List a labeled torchvision data set.
 
     Args:
-        name: a class of torchvision.datasets, as "CIFAR10".
-        subset: "train" (default), "test" or what its `split` argument knows.
-        root: folder of its files; ~/.cache/maskalign/torchvision by default.
+        name: a class of torchvision.datasets, such as "CIFAR10".
+        subset: "train" (default), "test" or a value of its `split` argument.
+        root: folder of its files; the default is ~/.cache/maskalign/torchvision.
 
     Raises:
-        UsageError: no such class, files that are missing and cannot be downloaded, or no integer labels.
+        UsageError: there is no such class, files are missing and cannot be downloaded, or labels are not integers.
     """
     root = os.path.expanduser(root or "~/.cache/maskalign/torchvision")
     dataset = _construct(name, subset or "train", root, True)
@@ -37,7 +37,7 @@ def open_torchvision(name, subset=None, root=None):
 
 
 def _names(dataset, count):
-    """Names of the classes as torchvision has them, told apart where two are alike (ImageNet's cranes)."""
+    """The class names of torchvision, made distinct where several are equal (ImageNet has two classes "crane")."""
     names = getattr(dataset, "classes", None) or range(count)
     names = [", ".join(map(str, name)) if isinstance(name, tuple) else str(name) for name in names]
     twice = {name for name in names if names.count(name) > 1}
@@ -46,7 +46,7 @@ def _names(dataset, count):
 
 
 class TorchvisionReader:
-    """Gives item number `where` of the data set as a PIL image; picklable, constructs it where it is used."""
+    """Returns image number `item.where` of the data set. Picklable: each process constructs the data set itself."""
 
     def __init__(self, name, subset, root):
         self.name, self.subset, self.root = name, subset, root
@@ -54,7 +54,7 @@ class TorchvisionReader:
     def __call__(self, item):
         image = _cached(self.name, self.subset, self.root)[item.where][0]
         if not hasattr(image, "convert"):
-            raise ValueError(f"gives {type(image).__name__}, not an image")
+            raise ValueError(f"is {type(image).__name__}, not an image")
         return image
 
 
@@ -92,7 +92,7 @@ def _construct(name, subset, root, download):
         if "root" in arguments:
             os.makedirs(root, exist_ok=True)
         return kind(**arguments)
-    except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: each class fails in its own way
+    except Exception as error:  # URLError, RuntimeError, ValueError, TypeError: classes raise different errors
         reason = one_line(error)[:200]
         raise UsageError(
             f"{what}: is not available ({reason}); it needs a network, or its files in {root} (or --root)"
@@ -106,7 +106,7 @@ def _labels(name, dataset):
         if labels is not None and len(labels) == len(dataset):
             break
     else:
-        labels = [dataset[number][1] for number in range(len(dataset))]  # slow, as it decodes, but always right
+        labels = [dataset[number][1] for number in range(len(dataset))]  # slow, because it decodes the images
     try:
         return [int(label) for label in labels]
     except (TypeError, ValueError):

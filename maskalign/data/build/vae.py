@@ -1,7 +1,7 @@
-"""VAE moments of images, through diffusers' AutoencoderKL from the hub or a local folder.
+"""VAE moments of images, computed by diffusers' AutoencoderKL from the hub or a local folder.
 
-As REPA stores them: mean and **standard deviation** of the posterior, so that training draws a fresh latent in every
-step, `(mean + std * n) * scale + bias`. Decoding is in `maskalign.sampling.pictures`.
+As in REPA, the moments are mean and **standard deviation** of the posterior, so that training can draw a new latent in
+every step: `(mean + std * n) * scale + bias`. Decoding is in `maskalign.sampling.pictures`.
 """
 
 import logging
@@ -14,17 +14,17 @@ from maskalign.data.build.recipe import check_vae
 from maskalign.errors import UsageError, one_line
 from maskalign.runtime.hub import hub_answers, hub_url
 
-# Images per pass on CPUs, as in `teachers.teacher`.
+# Images per pass on CPUs, the same as in `teachers.teacher`.
 CPU_CHUNK = 2
 
 
 def load_vae(name, *, device="cpu", dtype=torch.float32):
-    """A frozen AutoencoderKL in eval mode.
+    """Load a frozen AutoencoderKL in eval mode.
 
     Args:
-        name: repository on the hub, as stabilityai/sd-vae-ft-mse, or a local folder with config.json and
-            safetensors weights (a pipeline's folder with a `vae` folder in it will do).
-        device, dtype: where it runs and in what precision.
+        name: repository on the hub, such as stabilityai/sd-vae-ft-mse, or a local folder with config.json and
+            safetensors weights, or the folder of a pipeline with a folder `vae` in it.
+        device, dtype: device and dtype of the VAE.
 
     Raises:
         UsageError: diffusers is not installed, there is no such VAE, or the hub does not answer.
@@ -34,30 +34,31 @@ def load_vae(name, *, device="cpu", dtype=torch.float32):
     from diffusers import AutoencoderKL
 
     local = os.path.isdir(source) or not hub_answers(hub_url())
-    # diffusers says in many lines on stderr what the error says in one.
+    # diffusers prints many lines on stderr about an error that is reported below in one.
     logging.getLogger("diffusers").setLevel(logging.CRITICAL)
     try:
-        # Never a pickled .bin.
+        # use_safetensors: a pickled .bin file is never loaded.
         vae = AutoencoderKL.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, local_files_only=local)
-    except Exception as error:  # a missing, damaged or foreign file raises one of a dozen types
+    except Exception as error:  # missing, damaged or incompatible files raise many types of errors
         reason = one_line(error)[:300]
         raise UsageError(f"vae {name}: {reason}") from None
     return vae.requires_grad_(False).eval().to(device)
 
 
 def channel_statistics(vae, name="vae"):
-    """The statistics by which a VAE's latents are standardized per channel.
+    """The statistics with which a VAE's latents are standardized per channel.
 
     Args:
-        vae: AutoencoderKL, or anything with its `config`.
-        name: what to call it in a message.
+        vae: AutoencoderKL, or any object with its `config`.
+        name: name of the VAE for messages.
 
     Returns:
         (mean, std), lists of one number per latent channel: the config's `latents_mean` and `latents_std`, which its
-        model's pipelines use as `(z - mean) / std * scaling_factor`. None for a VAE that has none, as sd-vae-ft-mse.
+        model's pipelines use as `(z - mean) / std * scaling_factor`. None for a VAE without them, such as
+        sd-vae-ft-mse.
 
     Raises:
-        UsageError: they cannot be used as they are.
+        UsageError: the statistics are invalid.
     """
     found = {key: getattr(vae.config, key, None) for key in ("latents_mean", "latents_std")}
     if all(values is None for values in found.values()):
@@ -76,16 +77,17 @@ def channel_statistics(vae, name="vae"):
             )
     if getattr(vae.config, "shift_factor", None):
         raise UsageError(
-            f"vae {name}: its config has both latents_mean and shift_factor, and does not say which one counts; remove "
-            "one from its config.json"
+            f"vae {name}: its config has both latents_mean and shift_factor, of which only one can apply; remove one "
+            "from its config.json"
         )
     return tuple([float(value) for value in values] for values in found.values())
 
 
 def vae_scaling(vae, name="vae"):
-    """How latents of a VAE are scaled: dict with scale and bias, and where it standardizes channels mean and std.
+    """The scaling of a VAE's latents: a dict with scale and bias, and with mean and std if it standardizes channels.
 
-    scale is the config's scaling_factor (0.18215 for sd-vae-ft-mse), bias is -shift_factor * scale (0 without one).
+    scale is the config's scaling_factor (0.18215 for sd-vae-ft-mse). bias is -shift_factor * scale, or 0 without a
+    shift_factor.
     """
     scale = float(vae.config.scaling_factor)
     shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
@@ -96,11 +98,11 @@ def vae_scaling(vae, name="vae"):
 
 @torch.no_grad()
 def vae_moments(vae, images):
-    """Mean and standard deviation of the posterior, standardized per channel where the VAE's config says so.
+    """Mean and standard deviation of the posterior, standardized per channel if the VAE's config has statistics.
 
     Args:
         vae: AutoencoderKL.
-        images: (B, 3, H, W) uint8; sides that the VAE's factor divides.
+        images: (B, 3, H, W) uint8; H and W are multiples of the VAE's factor.
 
     Returns:
         (B, 2C, h, w) float32: C means, then C standard deviations.
@@ -120,9 +122,12 @@ def vae_moments(vae, images):
 
 
 def latent_entry(vae, name, resolution, dtype="float16"):
-    """What the manifest says of the latents: `vae_scaling`, shape (2C, h, w), dtype and the VAE's name.
+    """The manifest entry of latents: `vae_scaling`, shape (2C, h, w), dtype and the VAE's name.
 
-    Where it has mean and std, the stored moments are standardized with them, and a decoder has to undo it.
+    If it has mean and std, the stored moments are standardized with them, which must be undone before decoding.
+
+    Raises:
+        UsageError: the VAE's factor does not divide the resolution.
     """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if resolution % factor:

@@ -1,6 +1,6 @@
 """Tars as a source: webdataset shards, where each sample has an image and its label, or tars of class folders.
 
-What a tar is, its samples decide: shards have an image and a label (.cls, or .json with a label) under one key.
+A tar is a webdataset shard if its samples have an image and a label (.cls, or .json with a label) under one key.
 """
 
 import glob
@@ -20,20 +20,20 @@ from maskalign.errors import UsageError
 
 LABEL_KEYS = ("label", "cls", "class", "class_id", "class_name")
 MAX_LABEL_BYTES = 2**20
-LOOKED_AT = 20  # .json files of a tar in which a label is looked for
+LOOKED_AT = 20  # how many .json files of a tar are searched for a label
 
 
 def open_tars(source, paths, *, class_names=None, holes=None, subset=None, class_folders=None, stem=None, first=None):
     """List tars without reading the images.
 
     Args:
-        source: as the user gave it: a folder with .tar files, one .tar, or a pattern.
-        paths: of the tars; those of a folder of class tars are named by their class.
-        class_names: names for integer labels. Where left out: those of the folder's manifest, else numbers.
+        source: the source as given by the user: a folder with .tar files, one .tar, or a pattern.
+        paths: paths of the tars. In a folder of class tars, each is named after its class.
+        class_names: names for integer labels. The default is those of the folder's manifest, else the numbers.
         holes: see `labels.number_classes`.
         subset, class_folders: see `folders.group_by_class`; for tars of class folders.
-        stem: the source's name without its ending, where it is one file.
-        first: the listing of the first tar, where it is known already.
+        stem: the source's name without its extension, if it is one file.
+        first: the `Listing` of the first tar, if it is known already.
 
     Returns:
         A `Source`; samples without a label or without an image are in its `rejected`.
@@ -41,7 +41,7 @@ def open_tars(source, paths, *, class_names=None, holes=None, subset=None, class
     reader = TarReader(paths)
     known = {} if first is None else {0: first}
     for number, path in enumerate(paths):
-        known = known if number in known else {number: list_tar(path, number)}  # one at a time: there may be thousands
+        known = known if number in known else {number: list_tar(path, number)}  # keeps one of maybe thousands
         if known[number].images:
             break
     sample = next(iter(known.values()))
@@ -75,7 +75,7 @@ def open_tars(source, paths, *, class_names=None, holes=None, subset=None, class
 
 
 def _stem(path, source):
-    """What the images in a tar of several are below: its path in the source's folder, without .tar."""
+    """The folder name for the images of one of several tars: its path in the source's folder, without .tar."""
     inside = os.path.relpath(path, source) if os.path.isdir(source) else os.path.basename(path)
     return inside[: -len(".tar")] if inside.lower().endswith(".tar") else inside
 
@@ -98,12 +98,12 @@ def _are_shards(listing, reader):
 
 
 class _Sample:
-    """Members under one key.
+    """The members under one key.
 
     Attributes:
-        images, labels: {ending: place}.
-        names: of all its images, also where an ending came twice.
-        fault: why none of them can be taken, or None.
+        images, labels: {extension: position}.
+        names: the names of all images, including those with the same extension.
+        fault: the reason why the sample cannot be used, or None.
     """
 
     def __init__(self):
@@ -119,15 +119,15 @@ class _Sample:
 
 
 def _samples(listing):
-    """({key: _Sample} of all images and labels, names of further pictures of samples that have their own).
+    """({key: _Sample} of all images and labels, names of additional pictures of samples that have an image).
 
-    A key ends at the first dot of the file's name, as webdataset has it. Names with more dots in them, as
-    2021.05.01.png, are keyed up to their last dot where a label beside them is, and else belong to the sample as
-    further pictures (0001.mask.png).
+    A key ends at the first dot of the file's name, as in webdataset. For names with more dots, such as 2021.05.01.png,
+    the key ends at the last dot if there is a label with this key. Otherwise they are additional pictures of the sample
+    (0001.mask.png).
     """
     samples, dotted, labels = {}, [], set()
     for name, place in listing.files:
-        if name.startswith("__"):  # webdataset's metadata, and our index
+        if name.startswith("__"):  # webdataset's metadata, and the index of our shards
             continue
         key, ending = split_name(name)
         if key is None:
@@ -145,7 +145,7 @@ def _samples(listing):
             samples.setdefault(long_key, _Sample()).add(name, ending, place)
         elif ending in ENDINGS:
             strays.append((name, key, place, ending))
-    # A picture called 0001.left.png is its sample's where there is no other one.
+    # A picture such as 0001.left.png is the image of sample 0001 if it has no other one.
     further, alone = [], {}
     for name, key, place, ending in strays:
         if key in samples and samples[key].images:
@@ -155,7 +155,7 @@ def _samples(listing):
     for key, pictures in alone.items():
         if key in samples and samples[key].labels:
             for name, place, ending in pictures:
-                samples[key].images = {}  # of several images none is taken
+                samples[key].images = {}  # several images: none is used
                 samples[key].add(name, ending, place)
             if len(pictures) > 1:
                 names = ", ".join(name.rpartition("/")[2] for name, _, _ in pictures)
@@ -208,16 +208,16 @@ def _group_by_key(source, what, paths, listings, reader, class_names, holes):
 
 
 def find_shards(source):
-    """Paths of the tars that a pattern names; UsageError where one is not there."""
+    """The paths of the tars that match a pattern; raises UsageError if one does not exist."""
     paths = sorted(path for pattern in expand_braces(source) for path in glob.glob(pattern) or [pattern])
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing or not paths:
-        raise UsageError(f"source {source}: no shard {missing[0] if missing else '*.tar'} there")
+        raise UsageError(f"source {source}: no such shard: {missing[0] if missing else '*.tar'}")
     return paths
 
 
 def expand_braces(pattern):
-    """["a-00.tar", "a-01.tar"] of "a-{00..01}.tar": ranges of numbers, zero-padded as they are written."""
+    """Expand ranges of numbers: "a-{00..01}.tar" gives ["a-00.tar", "a-01.tar"], with the same zero padding."""
     match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not match:
         return [pattern]
@@ -231,7 +231,7 @@ def expand_braces(pattern):
 
 
 def _read_label(reader, name, sample):
-    """The label of a sample as an int or a class name; ValueError where it has none."""
+    """The label of a sample as an int or a class name; raises ValueError if it has none."""
     where = sample.labels.get("cls") or sample.labels.get("json")
     if where is None:
         raise ValueError("has no label (.cls or .json)")

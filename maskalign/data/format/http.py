@@ -1,4 +1,4 @@
-"""Requests for files of data sets over http(s)."""
+"""HTTP(S) requests for the files of data sets."""
 
 import os
 import urllib.request
@@ -7,13 +7,18 @@ TOKEN = "MASKALIGN_DATA_TOKEN"
 
 
 def open_http(url, timeout, start=0):
-    """The open answer of a server, from byte `start` of the file on where the server can.
+    """Open a URL and return the response, from byte `start` on if the server supports ranges.
 
-    The environment variable MASKALIGN_DATA_TOKEN is sent as a bearer token, to the host of the URL alone: where that
-    redirects to another one, as hubs do to their storage, the token stays behind.
+    The environment variable MASKALIGN_DATA_TOKEN is sent as a bearer token, but only to the host of the URL: if that
+    redirects to another host, as hubs do to their storage, the token is not sent there.
+
+    Args:
+        url: an http(s) URL.
+        timeout: in seconds.
+        start: the first byte that is requested.
 
     Raises:
-        What `urllib.request.urlopen` raises.
+        OSError: as `urllib.request.urlopen`.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     token = os.environ.get(TOKEN, "").strip()
@@ -23,5 +28,5 @@ def open_http(url, timeout, start=0):
 
 
 def refusal(code):
-    """ "status 403; ..." for people: what to do where a server wants to know who asks."""
+    """The reason for an error message where a server answers with status 401 or 403, with a hint about the token."""
     return f"status {code}; give a bearer token in {TOKEN}" if not os.environ.get(TOKEN) else f"status {code}"

@@ -1,14 +1,14 @@
-"""The table of contents at the end of a shard: opening one takes at most three small reads, not one per member.
+"""The index at the end of a shard, with which a shard is opened by at most three small reads instead of one per member.
 
-A tar has headers only, each in front of its member, so finding the members of a shard of 2,048 samples takes thousands
-of scattered reads: seconds on a cold disk, minutes on a network file system, for every shard of every stream before the
-first step. So the writer ends each shard with a member `__index__`. webdataset skips names of this form as
-metadata, every tar program lists it like any other file, and a shard without one is read header by header.
+A tar has no index, only a header before each member. Finding the members of a shard of 2,048 samples takes thousands of
+scattered reads: seconds on a cold disk, minutes on a network file system, for every shard of every stream before the
+first step. The writer therefore ends each shard with a member `__index__`. webdataset skips names of this form as
+metadata, and tar programs list it like any other file. A shard without an index is read header by header.
 
-The member holds the names of all members before it (each ended by a zero byte), a row of ROW for each, zeros, and
-FOOTER at the very end of its last block, where a reader finds it in front of the zeros that end a tar. It is used
-only if its own CRC-32 is right, it stands at the offset that it gives, and the last member's header is the one that it
-names: another program that rewrote the shard may have copied it.
+The member contains the names of all members before it (each followed by a zero byte), a row of type ROW for each,
+zeros, and FOOTER at the end of its last block, where a reader finds it before the zeros that end a tar. The index is
+used only if its CRC-32 is right, it is at the offset that it states, and the last member's header has the name, size
+and checksum in the index. Another program that rewrote the shard may have copied an index that is no longer valid.
 """
 
 import os
@@ -22,17 +22,17 @@ from maskalign.data.format.members import name_in_header, parse_crc
 BLOCK = 512
 NAME = "__index__"
 ROW = np.dtype([("offset", "<i8"), ("size", "<i8"), ("crc", "<u4")])
-FOOTER = struct.Struct("<8sQIII")  # MAGIC, offset of the member's data, bytes of names, rows, CRC-32 of all before it
+FOOTER = struct.Struct("<8sQIII")  # MAGIC, offset of the member's data, bytes of names, rows, CRC-32 of what precedes
 MAGIC = b"mask-ix1"
-TAIL = 64 * 1024  # enough for the whole index of a small shard, and for the end of any
+TAIL = 64 * 1024  # bytes of the first read: the whole index of a small shard, and the footer of any
 
 
 def pack_index(members, offset):
-    """Content of the index member.
+    """The content of the index member.
 
     Args:
         members: [(name, offset of the data, size, CRC-32 as in the header)] of all members before it.
-        offset: where this content will start in the tar.
+        offset: the offset in the tar at which this content will start.
 
     Returns:
         bytes, a multiple of 512.
@@ -46,11 +46,14 @@ def pack_index(members, offset):
 
 
 def read_index(fd, size):
-    """[(name as bytes, offset, size, crc)] of a shard's members, or None where it has no valid index.
+    """Read the index of a shard.
 
     Args:
-        fd: descriptor of the tar.
+        fd: file descriptor of the tar.
         size: bytes of the file.
+
+    Returns:
+        [(name as bytes, offset, size, crc)] of the shard's members, or None if it has no valid index.
     """
     start = max(size - TAIL, 0) // BLOCK * BLOCK
     tail = os.pread(fd, size - start, start)
@@ -75,6 +78,6 @@ def read_index(fd, size):
 
 
 def _is_there(fd, name, offset, size, crc):
-    """Whether the header in front of a member is the one that the index was made of."""
+    """Whether the header before a member has the name, size and checksum in the index."""
     header = os.pread(fd, BLOCK, offset - BLOCK)
     return name_in_header(header) == name and header[124:135] == b"%011o" % size and parse_crc(header) == crc

@@ -1,14 +1,14 @@
-"""manifest.json: what a data set holds, shard by shard. Imports no torch and no numpy.
+"""manifest.json: the contents of a data set, shard by shard. Imports neither torch nor numpy.
 
-A data set is a folder (or URL prefix) of webdataset tar shards plus this file, which is written last, so a
-folder with a manifest is complete. A sample KEY has these members in its shard:
+A data set is a folder (or URL prefix) of webdataset tar shards and this file. It is written last, so a folder with a
+manifest is complete. A sample KEY has these members in its shard:
 
     KEY.cls                      the label, ASCII integer in [0, number of classes)
     KEY.png | KEY.jpg | KEY.webp the image, resolution x resolution RGB
     KEY.moments.npy              VAE moments (2C, h, w), mean then standard deviation
-    KEY.<teacher>.npy            teacher tokens (tokens, dim), int8 or float16; name as `teacher_member` makes it
-    KEY.<teacher>.class.npy      its class token (dim,), float16: a regression target, whose length counts
-    KEY.flip.<member>            with hflip: the same of the mirrored image, for moments and teachers
+    KEY.<teacher>.npy            teacher tokens (tokens, dim), int8 or float16; the name is that of `teacher_member`
+    KEY.<teacher>.class.npy      its class token (dim,), float16: a regression target, whose length matters
+    KEY.flip.<member>            with hflip: the same member of the mirrored image, for moments and teachers
 """
 
 import hashlib
@@ -33,7 +33,7 @@ IMAGE_FORMATS = ("png", "jpg", "webp")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its file name, samples, size in bytes and SHA-256 (64 hex digits)."""
+    """One tar file: its file name, number of samples, size in bytes and SHA-256 (64 hex digits)."""
 
     name: str
     num_samples: int
@@ -43,27 +43,27 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """Everything that a reader needs to know before it opens a shard.
+    """The content of manifest.json, which a reader needs before it opens a shard.
 
     Attributes:
-        num_samples: samples in all shards together.
+        num_samples: number of samples in all shards together.
         resolution: side of the (square) images in pixels.
         class_names: label i is `class_names[i]`.
         shards: the shards in the order of their names.
         image_format: "png", "jpg", "webp", or None where the shards hold no images.
         latent: None, or {"scale", "bias", "shape" [2C, h, w], "dtype", "name"}, and "mean" and "std" (C numbers each)
             where the moments are standardized per channel.
-        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; others are kept. With class
+        teachers: name -> {"tokens", "dim", "grid" [gh, gw], "dtype", "normalize", ...}; other keys are kept. With class
             tokens also "class_token": {"dim", "dtype" "float16", "kind" "prefix" or "mean", "mean" [dim], "std" [dim],
-            "components"}: per-channel statistics, which class tokens of the kind "mean" have been standardized with,
-            and, where there are, leading principal components of the stored class tokens: {"mean" [dim],
-            "basis" [M][dim], "scale" [M], ...}, such that ((r - mean) @ basis.T) / scale is white.
-        hflip: the members of mirrored images are there too.
+            "components"}. "mean" and "std" are per channel; class tokens of the kind "mean" have been standardized with
+            them. "components", which is optional, has the leading principal components of the stored class tokens:
+            {"mean" [dim], "basis" [M][dim], "scale" [M], ...}, such that ((r - mean) @ basis.T) / scale is white.
+        hflip: whether the shards also have the members of mirrored images.
         license: license and attribution of the images, None where unknown.
-        source: what the data set was built from.
-        extra: keys of the file that this class does not know; they are written back unchanged. A new manifest says
-            here that its shards' members carry checksums (format/members.py).
-        root: folder or URL prefix that it was read from (not written).
+        source: the source from which the data set was built.
+        extra: keys of the file that this class does not know, which are written back unchanged. In a new manifest they
+            state that the members of shards have checksums (format/members.py).
+        root: folder or URL prefix from which the manifest was read (not written).
     """
 
     num_samples: int
@@ -96,12 +96,12 @@ class Manifest:
         return f"{self.root}/{shard.name}" if is_url(self.root) else os.path.join(self.root, shard.name)
 
     def digest(self):
-        """16 hex digits that name the samples' order on disk: the same after encoding, not after a rebuild."""
+        """16 hex digits that identify the order of the samples on disk: encoding keeps it, a rebuild does not."""
         lines = "".join(f"{shard.name} {shard.num_samples}\n" for shard in self.shards)
         return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
     def validate(self, where="manifest"):
-        """Raise a UsageError that names the first field that cannot be right; returns self."""
+        """Check all fields and return self; raises UsageError with the first field that is invalid."""
         checks = [
             (self.version == VERSION, f"version is {self.version!r}, this program reads {VERSION}"),
             (_count(self.num_samples), f"num_samples is {self.num_samples!r}, not a count"),
@@ -194,7 +194,7 @@ class Manifest:
                 _require(message is None, where, f"teacher {name}: class_token {message}")
 
     def to_json(self):
-        """The text of manifest.json: keys in a fixed order, so equal data sets give equal bytes."""
+        """The text of manifest.json. Keys have a fixed order, so equal data sets give equal bytes."""
         data = {"version": self.version}
         for key in KEYS:
             value = getattr(self, key)
@@ -202,7 +202,7 @@ class Manifest:
         return json.dumps(data | self.extra, indent=1, ensure_ascii=False) + "\n"
 
     def save(self, folder):
-        """Write `folder`/manifest.json at once or not at all; returns its path. One process writes it at a time."""
+        """Write `folder`/manifest.json atomically and return its path. Only one process may write it at a time."""
         self.validate(os.path.join(str(folder), FILE_NAME))
         path = os.path.join(str(folder), FILE_NAME)
         remove_leftovers(path)
@@ -214,12 +214,12 @@ class Manifest:
         """Read the manifest of a data set.
 
         Args:
-            path: its folder, its URL prefix (http(s):// or any that fsspec knows), or manifest.json itself.
-            timeout: seconds that one try over http(s) may take.
+            path: its folder, its URL prefix (http(s):// or any other that fsspec supports), or manifest.json itself.
+            timeout: seconds that one attempt over http(s) may take.
 
         Raises:
-            UsageError: nothing there, or not a valid manifest.
-            RunError: a server that does not answer after a few tries.
+            UsageError: there is no manifest, or it is not valid.
+            RunError: a server does not answer after several attempts.
         """
         path = expand_home(os.fspath(path))
         if path.startswith("pipe:"):
@@ -233,10 +233,10 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text, where=FILE_NAME):
-        """Parse and validate the text of a manifest.json; `where` names it in error messages."""
+        """Parse and validate the text of a manifest.json; `where` is its name in error messages."""
         try:
             data = json.loads(text)
-        except ValueError as error:  # includes undecodable bytes
+        except ValueError as error:  # also for invalid UTF-8
             raise UsageError(f"{where}: not valid JSON ({error}); build the data set again") from None
         _require(isinstance(data, dict), where, "not a JSON object")
         version = data.pop("version", None)
@@ -264,7 +264,7 @@ KEYS = tuple(item.name for item in fields(Manifest) if item.name not in ("versio
 
 
 def other_classes(names, others):
-    """How two lists of class names differ, in a few words; None where they are the same, or one is not known (None)."""
+    """A short description of how two lists of class names differ. None if they are equal, or one is unknown (None)."""
     if names is None or others is None or names == others:
         return None
     if len(names) != len(others):
@@ -275,19 +275,19 @@ def other_classes(names, others):
 
 
 def teacher_member(teacher):
-    """The part of a member's file name that stands for a teacher: dots, colons, slashes become "-"."""
+    """The name of a teacher in a member's file name: dots, colons and slashes become "-"."""
     return re.sub(r"[^A-Za-z0-9_-]", "-", teacher)
 
 
 def class_member(teacher):
-    """Ending of the member that holds a teacher's class token."""
+    """The extension of the member with a teacher's class token."""
     return f"{teacher_member(teacher)}.class.npy"
 
 
 def class_token_fault(entry, dim):
-    """What is wrong with a manifest's `class_token` entry of a teacher whose rows have `dim` numbers; None if nothing.
+    """The error in a manifest's `class_token` entry of a teacher whose rows have `dim` numbers, or None.
 
-    The model aligns the class token like a row, hence the same width.
+    The class token must have the width of the rows, because the model aligns it like a row.
     """
     if not isinstance(entry, dict):
         return "is not an object"
@@ -327,7 +327,7 @@ def _count(value, least=0):
 
 
 def _numbers(value, count, positive=False):
-    """Whether this is a list of so many finite numbers."""
+    """Whether `value` is a list of `count` finite numbers, all above 0 with `positive`."""
     return (
         isinstance(value, list)
         and len(value) == count
@@ -347,7 +347,7 @@ def _read_local(root):
             return file.read()
     except FileNotFoundError:
         what = "has no manifest.json" if os.path.isdir(root) else "does not exist"
-        raise UsageError(f"data set {root} {what}; make one with: maskalign data build SOURCE --out {root}") from None
+        raise UsageError(f"data set {root} {what}; create it with: maskalign data build SOURCE --out {root}") from None
     except OSError as error:
         raise UsageError(f"data set {root}: cannot read manifest.json ({error.strerror})") from None
 
@@ -362,16 +362,13 @@ def _read_url(url, timeout, tries=4):
 
             with fsspec.open(url, "rb") as file:
                 return file.read()
-        except (
-            ValueError,
-            ImportError,
-        ) as error:  # a scheme that fsspec lacks, or its package is not installed
+        except (ValueError, ImportError) as error:  # fsspec does not know the scheme, or its package is not installed
             raise UsageError(f"data set {url}: {one_line(error)}") from None
         except OSError as error:
             status = getattr(error, "code", None)
             if isinstance(error, FileNotFoundError) or status in (401, 403, 404, 410):
                 reason = refusal(status) if status in (401, 403) else one_line(error)
-                raise UsageError(f"data set {url}: not there ({reason}); check the address") from None
+                raise UsageError(f"data set {url}: not found ({reason}); check the address") from None
             if attempt == tries - 1:
-                raise RunError(f"data set {url}: no answer after {tries} tries ({one_line(error)})") from None
+                raise RunError(f"data set {url}: no answer after {tries} attempts ({one_line(error)})") from None
             time.sleep(0.25 * 2**attempt)

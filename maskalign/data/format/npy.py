@@ -1,4 +1,4 @@
-"""Arrays in .npy form, read without trust: nothing is unpickled, nothing is allocated on a header's word."""
+"""Read .npy arrays from untrusted data: nothing is unpickled, and no memory is allocated by what a header states."""
 
 import io
 from math import prod
@@ -10,14 +10,17 @@ from maskalign.errors import one_line
 
 
 def read_header(file, max_bytes=10_000):
-    """(shape, dtype, column-major?) from the start of an open .npy file, which is then at its first number.
+    """Read the header of an open .npy file, and leave the file at its first number.
 
     Args:
-        file: open for reading in binary.
-        max_bytes: of the header; a longer one is refused before it is parsed.
+        file: file object, open for binary reading.
+        max_bytes: the maximum size of the header; a longer one is rejected before it is parsed.
+
+    Returns:
+        (shape, whether the array is column-major, dtype).
 
     Raises:
-        ValueError and nearly any other: numpy parses a header as Python literals.
+        ValueError: the header is invalid. Other errors are possible too, because numpy parses it as a Python literal.
     """
     version = npy.read_magic(file)
     readers = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
@@ -30,19 +33,19 @@ def npy_header(data):
     """(shape, dtype name) of a .npy file's bytes.
 
     Raises:
-        ValueError: not a row-major .npy of plain numbers, or not of exactly the size that its header says.
+        ValueError: not a row-major .npy of numbers, or its size differs from that in its header.
     """
     return _parse(data)[:2]
 
 
 def load_npy(data):
-    """The array of a .npy file's bytes, a view of them; ValueError as from `npy_header`."""
+    """The array in a .npy file's bytes, as a view of them; raises ValueError as `npy_header`."""
     shape, dtype, start = _parse(data)
     return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape)
 
 
 def all_finite(data):
-    """Whether a .npy file's bytes hold neither infinity nor NaN; ValueError as from `npy_header`."""
+    """Whether the array in a .npy file's bytes has neither infinity nor NaN; raises ValueError as `npy_header`."""
     return bool(np.isfinite(load_npy(data)).all())
 
 
@@ -59,5 +62,5 @@ def _parse(data):
     if column_major and len(shape) > 1:
         raise ValueError("is column-major")
     if len(data) - file.tell() != prod(shape) * dtype.itemsize:
-        raise ValueError("its size is not what the header says")
+        raise ValueError("its size differs from that in its header")
     return shape, dtype.name, file.tell()

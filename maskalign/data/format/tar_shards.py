@@ -1,4 +1,4 @@
-"""Tar shards: equal to the byte every time, written atomically, and read without trusting them."""
+"""Tar shards: written atomically, with the same bytes for the same samples, and read without trusting their content."""
 
 import hashlib
 import io
@@ -14,12 +14,12 @@ MAX_MEMBER_BYTES = 2**30
 
 
 def shard_name(number):
-    """File name of a shard by its number; sorted by name they are in order."""
+    """The file name of shard `number`. Names sort in the order of the numbers."""
     return f"shard-{number:06d}.tar"
 
 
 class _HashingFile:
-    """A file to write to that counts and hashes what passes through."""
+    """A writable file that counts and hashes the bytes written to another file."""
 
     def __init__(self, file):
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -31,7 +31,7 @@ class _HashingFile:
 
 
 class HashingReader:
-    """A file to read from that counts and hashes what passes through."""
+    """A readable file that counts and hashes the bytes read from another file."""
 
     def __init__(self, file):
         self.file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -44,15 +44,15 @@ class HashingReader:
 
 
 def write_shard(path, samples, scratch=None):
-    """Write one shard under a temporary name, make it durable, then give it its name.
+    """Write one shard under a temporary name, sync it to disk, and rename it.
 
-    Headers carry no times, users or machine details, so equal samples give equal bytes. An index of all members comes
-    last (see format/index.py).
+    Headers contain no times, users or machine details, so equal samples give equal bytes. The last member is an index
+    of all others (see format/index.py).
 
     Args:
-        path: where the shard shall be.
-        samples: iterable of (key, members), members a dict from ending ("cls", "moments.npy") to bytes.
-        scratch: folder on the same file system for the temporary file; the shard's own folder by default.
+        path: path of the shard.
+        samples: iterable of (key, members), where members is a dict from extension ("cls", "moments.npy") to bytes.
+        scratch: folder on the same file system for the temporary file; the default is the shard's folder.
 
     Returns:
         The `Shard` for the manifest.
@@ -80,7 +80,7 @@ def write_shard(path, samples, scratch=None):
 
 
 def add_member(tar, name, data):
-    """Append bytes to an open tarfile as a plain file of mode 0644, owned by number 0 and dated 1970.
+    """Append bytes to an open tarfile as a regular file of mode 0644, owned by user 0 and dated 1970.
 
     Returns:
         (name, offset of the data in the tar, size, CRC-32 of name and data).
@@ -95,16 +95,19 @@ def add_member(tar, name, data):
 
 
 def read_shard(file, max_member_bytes=MAX_MEMBER_BYTES):
-    """Yield (key, {ending: bytes}) for each sample of an open tar, forwards only, extracting nothing to disk.
+    """Yield (key, {extension: bytes}) for each sample of an open tar, in one forward pass, without writing to disk.
 
-    Directories, links, devices and the index are skipped. A member larger than `max_member_bytes` raises
-    ValueError, a broken tar tarfile.TarError; a tar that is cut between two members, or has a damaged header in the
-    middle, just ends (compare the count with the manifest's).
+    Directories, links, devices and the index are skipped. A tar that is truncated between two members, or has a damaged
+    header in the middle, ends there without an error: compare the number of samples with the manifest.
+
+    Raises:
+        ValueError: a member is larger than `max_member_bytes`.
+        tarfile.TarError: the tar is damaged.
     """
     with tarfile.open(fileobj=file, mode="r|") as tar:
         current, members = None, {}
         while (info := tar.next()) is not None:
-            tar.members.clear()  # or tarfile keeps every header it has seen
+            tar.members.clear()  # tarfile would keep every header
             if not info.isreg() or info.name == NAME:
                 continue
             if info.size > max_member_bytes:

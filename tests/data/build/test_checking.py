@@ -102,7 +102,7 @@ def test_a_good_data_set(data_set):
         ({"flip.moments.npy": None}, "has no flip.moments.npy"),
         ({"tiny-net.npy": npy(np.zeros((5, DIM), np.int8))}, "tiny-net.npy has shape (5, 6)"),
         ({"tiny-net.npy": npy(np.zeros((4, DIM), np.float16))}, "dtype float16, the manifest says (4, 6) and int8"),
-        ({"tiny-net.npy": npy(np.zeros((4, DIM), np.int8))[:-1]}, "its size is not what the header says"),
+        ({"tiny-net.npy": npy(np.zeros((4, DIM), np.int8))[:-1]}, "its size differs from that in its header"),
         ({"tiny-net.npy": npy(np.asfortranarray(np.zeros((4, DIM), np.int8)))}, "column-major"),
         ({"tiny-net.npy": npy(np.array([{}], dtype=object), allow_pickle=True)}, "not numbers"),
         ({"tiny-net.npy": pickle.dumps(print)}, "not a plain .npy"),

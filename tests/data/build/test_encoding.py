@@ -176,7 +176,7 @@ def test_encoding_the_same_again_does_nothing(data, capsys):
     quiet(data, normalize="mean")
     before = {name: os.stat(data / name).st_mtime_ns for name in os.listdir(data)}
     quiet(data, normalize="mean", quiet=False)
-    assert "already: nothing to do" in capsys.readouterr().out
+    assert "nothing to do" in capsys.readouterr().out
     assert before == {name: os.stat(data / name).st_mtime_ns for name in os.listdir(data)}
 
 
@@ -281,7 +281,7 @@ def test_the_size_said_before_is_the_size_that_comes(data, tmp_path, capsys):
     new = quiet(data, hflip=True)
     recipe = Recipe((Wanted(VIT, "random"),), None, "int8", None, "none", True, 8)
     estimate = estimate_bytes(old, recipe, None, new.teachers)
-    assert f"{estimate // 12:,} bytes an image" in said
+    assert f"{estimate // 12:,} bytes per image" in said
     assert abs(new.bytes - old.bytes - estimate) < 10240 * len(old.shards)  # tar fills up to its block
 
 
@@ -470,7 +470,7 @@ def test_what_a_stopped_encoding_leaves(data, monkeypatch, capsys):
     (left,) = [name for name in os.listdir(data) if name.startswith(".encode-")]
     assert left != ".encode-0123456789ab"
     quiet(data, quiet=False)
-    assert f"{left} is left of an encoding with other settings" in capsys.readouterr().out
+    assert f"{left} is left from an encoding with other settings" in capsys.readouterr().out
     quiet(data, dtype="float16")  # the shards are others by now: what was begun with the old ones is of no use
     assert sorted(os.listdir(data)) == before and Manifest.load(data).teachers[VIT]["dtype"] == "float16"
 
@@ -553,7 +553,7 @@ def test_a_data_set_that_changes_meanwhile_is_not_overwritten(data, monkeypatch)
         manifest.save(data)
 
     monkeypatch.setattr(module, "_encode_shard", meddled)
-    with pytest.raises(RunError, match="was changed while it was encoded"):
+    with pytest.raises(RunError, match="was changed while it was being encoded"):
         quiet(data)
 
 

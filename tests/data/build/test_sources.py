@@ -80,7 +80,7 @@ def test_class_folders_without_an_image_are_named(tmp_path, capsys, prefix):
     (source / prefix / "ant" / "readme.txt").write_text("none")
     manifest = make(source, tmp_path / "out", quiet=False)
     assert manifest.class_names == ["cat", "dog", "eel", "fox"]
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "without an image" in line)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "contain no image" in line)
     assert line.startswith("2 folders") and line.endswith(f": {prefix}ant, {prefix}deer")
 
 
@@ -134,7 +134,7 @@ def test_classes_in_groups_are_leaves_but_not_one_class_in_two_places(tmp_path):
     grouped = write_folder(tmp_path / "good", class_files({"cat": 2}, "fur/") | class_files({"eel": 2}, "wet/"))
     assert make(grouped, tmp_path / "out", class_folders="leaf").class_names == ["cat", "eel"]
     twice = write_folder(tmp_path / "bad", class_files({"cat": 2}, "one/") | class_files({"cat": 2}, "two/"))
-    with pytest.raises(UsageError, match="one/cat and two/cat end alike; --class-folders path"):
+    with pytest.raises(UsageError, match="one/cat and two/cat have the same last folder; give --class-folders path"):
         make(twice, tmp_path / "out2", class_folders="leaf")
 
 

@@ -185,7 +185,7 @@ def test_over_fsspec():
         file.write(small_manifest().to_json().encode())
     manifest = Manifest.load("memory://sets/one/")
     assert manifest.shard_path(1) == "memory://sets/one/shard-000001.tar"
-    with pytest.raises(UsageError, match="not there"):
+    with pytest.raises(UsageError, match="not found"):
         Manifest.load("memory://sets/two")
 
 
