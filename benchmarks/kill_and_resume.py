@@ -197,9 +197,9 @@ def compare(whole, killed, out, steps, batch, data):
         if max(keys.values()) > 1 or (samples % batch == 0 and len(keys) != samples):
             wrong.append(f"epoch {epoch} had not each of its samples once")
     most = max(abs(got[step] - loss) / abs(loss) for step, loss in expected.items())
-    facts = {"steps": steps, "loss": expected[steps], "killed_loss": got[steps], "relative": relative}
-    facts["relative_of_any_step"] = most
-    return facts | {"samples": samples, "epochs": steps * batch / samples, "wrong": wrong}
+    found = {"steps": steps, "loss": expected[steps], "killed_loss": got[steps], "relative": relative}
+    found["relative_of_any_step"] = most
+    return found | {"samples": samples, "epochs": steps * batch / samples, "wrong": wrong}
 
 
 def main(argv=None):
@@ -217,14 +217,14 @@ def main(argv=None):
     args = parser.parse_args(argv)
     result = campaign(args.data, args.out, args.steps, args.kills, args.batch, args.seed)
     starts = result.pop("starts")
-    facts = {**result, "starts": len(starts), "seed": args.seed}
-    for key, value in facts.items():
+    summary = {**result, "starts": len(starts), "seed": args.seed}
+    for key, value in summary.items():
         print(f"{key:12} {value}")
-    facts["wrong"] = "; ".join(facts["wrong"])
+    summary["wrong"] = "; ".join(summary["wrong"])
     with open(Path(args.results, "kill_and_resume.csv"), "w", newline="") as file:
-        writer = csv.DictWriter(file, [*starts[-1], *facts])
+        writer = csv.DictWriter(file, [*starts[-1], *summary])
         writer.writeheader()
-        writer.writerows({**row, **(facts if row is starts[-1] else {})} for row in starts)
+        writer.writerows({**row, **(summary if row is starts[-1] else {})} for row in starts)
     return 1 if result["wrong"] else 0
 
 

@@ -38,10 +38,11 @@ class Case:
 
         from benchmarks.steps.cases import recipe_settings
         from maskalign.checkpoints.build import build_model
+        from maskalign.checkpoints.spec import ModelSpec
         from maskalign.config import parse_config
         from maskalign.training.compiling import prepare_blocks
         from maskalign.training.optimizer import Optimizer
-        from maskalign.training.parallel import place
+        from maskalign.training.parallel import make_placement
         from maskalign.training.plans import Plan
         from maskalign.training.step import TrainStep
         from maskalign.training.throughput import Throughput
@@ -52,11 +53,11 @@ class Case:
         argv += ["--training.compile", str(options.compile).lower(), "--training.accumulation", "1"]
         config = parse_config(argv)
         self.name = name
-        self.placement = place(config.training, config.parallel)
+        self.placement = make_placement(config.training, config.parallel)
         class_dim = 768 if config.model.class_token else None
-        facts = {"input_size": 32, "in_channels": 4, "num_classes": 1000, "teacher_dims": [768], "class_dim": class_dim}
+        spec = ModelSpec(input_size=32, in_channels=4, num_classes=1000, teacher_dims=[768], class_dim=class_dim)
         with torch.device("meta"):
-            model = build_model(config, facts)
+            model = build_model(config, spec)
         plan = Plan(model, config, self.placement)
         model.to_empty(device=self.placement.device).reset_parameters(0)
         self.optimizer = Optimizer(model, config.optimizer, self.placement.dtype, fused=True)
@@ -116,7 +117,7 @@ def measure(options):
                 flush=True,
             )
     first = seconds[options.plans[0]]
-    about = (
+    settings = (
         f"{options.preset} {options.recipe} keep {options.keep:g} {options.precision}, "
         f"batch {options.batch_size} per rank, {options.ranks} ranks, {cases[0].placement.device.type}, "
         f"compile {options.compile}"
@@ -128,7 +129,7 @@ def measure(options):
         ratio, cpu_ratio = (statistics.median(a[k] / b[k] for a, b in pairs) for k in (0, 1))
         figures = [statistics.median(own), own[0], own[-1], ratio, statistics.median(cpu), cpu_ratio]
         figures += [case.throughput.share_in_communication, case.state_mib()]
-        rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, about])
+        rows.append([case.name, *(round(figure, 4) for figure in figures), options.rounds, settings])
     return rows, cases[0].placement.is_main
 
 

@@ -188,13 +188,13 @@ def loader_section(path, note):
 def convergence_section(path, note):
     """The table of one suite of `benchmarks.convergence`, and its plot."""
     rows = with_names(convergence_report.read_rows(path), note, "recipe")
-    about = json.loads(path.with_suffix(".json").read_text())
+    record = json.loads(path.with_suffix(".json").read_text())
     lines = convergence_report.summary(rows)
     names = {"velocity_loss": "held-out loss", "raw_velocity_loss": "not averaged", "frechet": "Frechet"}
     head = [names.get(key, key) for key in lines[0]]
     longest = max(row["seconds"] or 0 for row in rows)
-    limit = f"{longest:.0f} s of training each ({about['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
-    what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {about['images']:,} images; {about['machine']}."
+    limit = f"{longest:.0f} s of training each ({record['clock']})" if longest else f"{rows[0]['run_steps']} steps each"
+    what = f"Quality at equal cost on {rows[0]['data']}: {limit}, {record['images']:,} images; {record['machine']}."
     key = "Loss, cosine and distances are measured with all tokens and the averaged weights"
     if len({row["seed"] for row in rows}) > 1:
         key += (
@@ -208,7 +208,7 @@ def convergence_section(path, note):
         key += " `0.5 of the budget` is a separate run with this budget. Times are relative to REPA's run."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']} {key}{names_then(note)}"),
-        f"`{about['command']}`",
+        f"`{record['command']}`",
         markdown_table(head, [[str(value) for value in line.values()] for line in lines]),
         f"![{alt}](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
@@ -217,15 +217,15 @@ def convergence_section(path, note):
 def paper_section(path, note):
     """The table of a suite that measures the paper's results, and its plot."""
     rows = convergence_report.read_rows(path)
-    about = json.loads(path.with_suffix(".json").read_text())
-    rates = {name: settings.get("optimizer.lr", "") for name, settings in about["recipes"].items()}
+    record = json.loads(path.with_suffix(".json").read_text())
+    rates = {name: settings.get("optimizer.lr", "") for name, settings in record["recipes"].items()}
     lines = beside_paper.summary(rows, rates)
     longest = max(row["seconds"] or 0 for row in rows)
-    what = f"{rows[0]['data']}, {longest:.0f} s of training each ({about['clock']}), {about['images']:,} images; "
-    what += f"{about['machine']}. Distances are between {about['samples']:,} samples without guidance and held-out "
-    what += f"images, in the features of a small classifier with an accuracy of {about['classifier']['accuracy']:.1%} "
-    what += f"on these; {about['samples']:,} training images have a Frechet distance of "
-    what += f"{about['real']['frechet_cnn']:.1f}. "
+    what = f"{rows[0]['data']}, {longest:.0f} s of training each ({record['clock']}), {record['images']:,} images; "
+    what += f"{record['machine']}. Distances are between {record['samples']:,} samples without guidance and held-out "
+    what += f"images, in the features of a small classifier with an accuracy of {record['classifier']['accuracy']:.1%} "
+    what += f"on these; {record['samples']:,} training images have a Frechet distance of "
+    what += f"{record['real']['frechet_cnn']:.1f}. "
     what += "`G_r` is the stability gap at mask ratio 0.25 with its standard error over images. `heat map's ratio` "
     what += "concerns the share of images in which a position is among the top 10% of alignment gradients: it is the "
     what += "largest share of a position divided by the smallest."
@@ -233,7 +233,7 @@ def paper_section(path, note):
         what += " Brackets show the lowest and the highest seed."
     return "\n\n".join([
         paragraph(f"{what} {note['conditions']}"),
-        f"`{about['command']}`",
+        f"`{record['command']}`",
         markdown_table(list(lines[0]), [[str(value) for value in line.values()] for line in lines]),
         f"![Distances by recipe](../benchmarks/results/{path.stem}.png)",
     ])  # fmt: skip
@@ -241,10 +241,10 @@ def paper_section(path, note):
 
 def beside_paper_section(path, note):
     """The paper's claims beside our results, and the paper's tables; `path` is the CSV of the suite `paper`."""
-    rows, about = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
+    rows, record = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
     others = path.with_name(path.name.replace("convergence-paper-", "convergence-ablations-"))
     ablations = convergence_report.read_rows(others) if others.is_file() else None
-    lines = beside_paper.comparison(rows, ablations, about["step_seconds"])
+    lines = beside_paper.comparison(rows, ablations, record["step_seconds"])
     head, published = beside_paper.published_table()
     guided_head, guided = beside_paper.guided_table()
     first = "The claims of the paper and our results at a small size, whether they agree or not. The paper trains B/2 "
@@ -418,8 +418,8 @@ def draw(path):
         rows = with_names(read_csv(path), note_of(path), "case")
         step_report.draw(rows, rows[0]["machine"], plot, metadata=metadata)
     else:
-        about = json.loads(path.with_suffix(".json").read_text())
-        title = f"{about['command']}\n{about['machine']}"
+        record = json.loads(path.with_suffix(".json").read_text())
+        title = f"{record['command']}\n{record['machine']}"
         rows = with_names(convergence_report.read_rows(path), note_of(path), "recipe")
         convergence_report.draw(rows, title, plot, metadata=metadata)
 

@@ -194,15 +194,15 @@ def main(argv=None):
         print(table(rows[-len(WAYS) :]), flush=True)
     torch.set_float32_matmul_precision("highest")
     device = torch.device("cpu")
-    about = machine(device, {precision: matmul_peak(device, precision) for precision in ("fp32", "bf16")})
+    ran_on = machine(device, {precision: matmul_peak(device, precision) for precision in ("fp32", "bf16")})
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with open(options.out, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="")
         writer.writeheader()
         for row in rows:
             row = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
-            writer.writerow({**row, "machine": about})
-    print(f"\n{about}; {options.out}")
+            writer.writerow({**row, "machine": ran_on})
+    print(f"\n{ran_on}; {options.out}")
     unequal = [row for row in rows if "psnr_db" in row and not is_equal(row)]
     for row in unequal:
         print(f"{row['model']}, {row['way']}: pictures differ by more than {TOLERANCE}; its speed counts for nothing")

@@ -1,9 +1,10 @@
-"""Pictures, folders and archives on disk, as the tests of data sources need them."""
+"""Pictures, folders and archives on disk, as the tests of data sources and of evaluations need them."""
 
 import io
 import tarfile
 import zipfile
 
+import numpy as np
 from PIL import Image
 
 
@@ -11,6 +12,19 @@ def png(color=(200, 30, 30), side=12):
     buffer = io.BytesIO()
     Image.new("RGB", (side, side), color).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def random_pictures(count=12, size=16, seed=0):
+    """(count, size, size, 3) uint8."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def write_pictures(folder, arrays):
+    """A folder of PNG pictures; returns it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, picture in enumerate(arrays):
+        Image.fromarray(picture).save(folder / f"{number:04d}.png")
+    return folder
 
 
 def write_folder(root, files):

@@ -104,14 +104,14 @@ def train_classifier(train, test, path, *, epochs=EPOCHS, images=None, say=print
     x, y = load_images(test)
     with torch.no_grad():
         right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(250), y.split(250), strict=True))
-    about = {
+    measured = {
         "accuracy": right / len(y), "epochs": epochs, "images": int(steps * batch / epochs),
         "seconds": time.process_time() - start,
     }  # fmt: skip
     temporary = path.with_name(f".{path.name}.tmp")
-    torch.save({"state": model.state_dict(), "classes": classes, "about": about}, temporary)
+    torch.save({"state": model.state_dict(), "classes": classes, "about": measured}, temporary)
     temporary.rename(path)
-    return about
+    return measured
 
 
 def _jittered(images, generator):

@@ -53,7 +53,7 @@ def key_of(config, phase):
     method, training = config.method, config.training
     sizes = model_sizes(config)
     ever = as_schedule(method.align_weight)
-    facts = {
+    parts = {
         **{name: value for name, value in vars(config.model).items() if name != "preset"},
         **sizes,
         "teachers": config.teacher.names if max(ever.ends) > 0 or config.model.class_token else [],
@@ -67,9 +67,9 @@ def key_of(config, phase):
         "phase": list(phase),
     }
     for name, mixer in (("mixer_hidden", "token_mlp"), ("mixer_layers", "attention")):
-        if facts["mixer"] != mixer:
-            facts.pop(name)
-    return json.dumps(facts, sort_keys=True)
+        if parts["mixer"] != mixer:
+            parts.pop(name)
+    return json.dumps(parts, sort_keys=True)
 
 
 class Calibration:
@@ -137,7 +137,7 @@ class TimedStep:
         return float(result.loss)
 
 
-def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, about="", say=print):
+def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, machine="", say=print):
     """Time the phases that are not in the file yet, interleaved with REPA's, and write the file.
 
     Args:
@@ -146,7 +146,7 @@ def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, about
         threads: CPU threads of the runs to come.
         rounds, warmup: steps of every phase that are timed, and before these.
         again: forget what the file holds.
-        about: a line on the machine.
+        machine: a line on what this runs on.
         say: where progress goes.
 
     Returns:
@@ -209,7 +209,7 @@ def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, about
             "rounds": rounds,
         }
     entries = {
-        "about": old.entries["about"] or about,
+        "about": old.entries["about"] or machine,
         "clock": old.entries["clock"] or ("CPU time of one thread" if own else "wall clock"),
         "threads": threads,
         # Well above 1 with one thread: the machine had other work to do while this was timed.

@@ -171,8 +171,8 @@ class Benchmark:
         self.classifier = None
         if self.suite.features == "classifier":
             self.classifier = str(Path(self.train).parent / "classifier.pt")
-            about = train_classifier(self.train, self.test, self.classifier, images=options.classifier_images, say=say)
-            say(f"classifier: {about['accuracy']:.1%} of the held-out images are right")
+            found = train_classifier(self.train, self.test, self.classifier, images=options.classifier_images, say=say)
+            say(f"classifier: {found['accuracy']:.1%} of the held-out images are right")
         self.overrides = {"data__path": self.train}
         self.configs = {name: recipe_config(settings, **self.overrides) for name, settings in self.recipes.items()}
         self.manifest = Manifest.load(self.train)
@@ -188,7 +188,7 @@ class Benchmark:
         recipes |= {name: (settings, self.overrides) for name, settings in self.recipes.items() if name != "repa"}
         calibrate(
             recipes, self.calibration_path, threads=self.options.threads, rounds=self.options.rounds,
-            again=self.options.recalibrate, about=about_machine(), say=say,
+            again=self.options.recalibrate, machine=describe_machine(), say=say,
         )  # fmt: skip
         print(calibration_table(Calibration.load(self.calibration_path)))
         print(f"written: {self.calibration_path}")
@@ -320,36 +320,36 @@ class Benchmark:
         if self.suite.rates == "search":
             write_rates(choice(rows), rates_path(options))
             print(f"written: {rates_path(options)}")
-        about = {
+        record = {
             "command": command_of(options),
             "machine": self.calibration.entries["about"],
             "clock": self.calibration.entries["clock"],
             "wall_over_cpu": self.calibration.entries.get("wall_over_cpu"),
             "images": self.manifest.num_samples,
             "samples": options.samples,
-            **self._about_classifier(),
+            **self._classifier_record(),
             "recipes": self.recipes,
             "step_seconds": {
                 entry["label"]: round(entry["x_repa"] * self.calibration.entries["repa_seconds"], 5)
                 for entry in self.calibration.entries["steps"].values()
             },
         }
-        Path(f"{stem}.json").write_text(json.dumps(about, indent=1) + "\n")
+        Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
         draw(Path(f"{stem}.csv"))
         print(f"written: {stem}.csv {stem}.json {stem}.png")
         show = table if self.classifier is None else beside_paper.table
         print(show(read_rows(f"{stem}.csv")))
 
-    def _about_classifier(self):
+    def _classifier_record(self):
         """What is to be known of the distances in the classifier's features; nothing where there is none."""
         if self.classifier is None:
             return {}
         from benchmarks.convergence.quality import Heldout, real_distances
 
         options = self.options
-        about = train_classifier(self.train, self.test, self.classifier)
+        found = train_classifier(self.train, self.test, self.classifier)
         heldout = Heldout(self.train, self.test, self.teacher, options.heldout, options.reference, self.classifier)
-        return {"classifier": about, "real": real_distances(heldout, self.train, options.samples)}
+        return {"classifier": found, "real": real_distances(heldout, self.train, options.samples)}
 
 
 def command_of(options):
@@ -369,7 +369,7 @@ def command_of(options):
     return " ".join(words)
 
 
-def about_machine():
+def describe_machine():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     import torch

@@ -1,10 +1,9 @@
 """TFLOP of a training step of a recipe in one of its phases."""
 
-from dataclasses import asdict
-
 import torch
 
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import as_schedule
 from maskalign.models.flops import step_flops
 
@@ -25,6 +24,7 @@ def step_tflop(config, facts, manifest, phase):
     class_dim = None
     if config.model.class_token:
         class_dim = config.model.class_token_dim or manifest.teachers[names[0]]["class_token"]["dim"]
+    spec = ModelSpec(facts.input_size, facts.in_channels, facts.num_classes, dims, class_dim)
     with torch.device("meta"):
-        model = build_model(config, {**asdict(facts), "teacher_dims": dims, "class_dim": class_dim})
+        model = build_model(config, spec)
     return config.training.batch_size * step_flops(model, phase.keep) / 1e12

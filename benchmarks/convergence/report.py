@@ -189,12 +189,12 @@ def table(rows):
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells)
 
 
-def draw(rows, about, path, metadata=None):
+def draw(rows, title, path, metadata=None):
     """Draw the plot of a suite with `draw_curves`, or with `draw_ends` if runs were measured only at their end.
 
     Args:
         rows: as returned by `read_rows`.
-        about: the title; long lines are wrapped.
+        title: its long lines are wrapped.
         path: path of the PNG.
         metadata: dict of text entries of the PNG.
     """
@@ -204,7 +204,7 @@ def draw(rows, about, path, metadata=None):
     from matplotlib import pyplot as plt
 
     figure = (draw_curves if has_curves(rows, shown_metrics(rows)) else draw_ends)(rows)
-    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in about.splitlines()), fontsize=8)
+    figure.suptitle("\n".join(textwrap.fill(line, 150) for line in title.splitlines()), fontsize=8)
     figure.savefig(path, dpi=110, metadata=metadata)
     plt.close(figure)
 

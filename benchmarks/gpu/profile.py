@@ -183,8 +183,8 @@ def main(argv=None):
     tune_host(device)
     peak = matmul_peak(device, options.precision, size=128 if options.rehearse else None)
     bandwidth = 1e9 * (GPU if device.type == "cuda" else HOST).copy_bandwidth(device)
-    about = {"machine": machine(device, {options.precision: peak}), "rehearsal": int(options.rehearse)}
-    rows, failed = Rows(options.out, COLUMNS, **about), False
+    common = {"machine": machine(device, {options.precision: peak}), "rehearsal": int(options.rehearse)}
+    rows, failed = Rows(options.out, COLUMNS, **common), False
     for name in options.cases.split(","):
         try:
             case = make_case(name, options, device)

@@ -136,8 +136,8 @@ def main(argv=None):
         tune_host(device)
     size = 128 if options.rehearse else None
     peak = matmul_peak(device, options.precision, size=size)
-    about = {"machine": machine(device, {options.precision: peak}), "rehearsal": int(options.rehearse)}
-    rows, failed = Rows(options.out, COLUMNS, **about), False
+    common = {"machine": machine(device, {options.precision: peak}), "rehearsal": int(options.rehearse)}
+    rows, failed = Rows(options.out, COLUMNS, **common), False
     for name in names:
         try:
             row = measure(name, options, device, peak)

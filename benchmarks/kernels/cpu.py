@@ -102,8 +102,8 @@ def measure(operation, shape, rounds, clock, without=()):
     right = {name: f for name, f in functions.items() if errors[name] < tolerated_error(shape, leaves)}
     found = [{"provider": name, "direction": "wrong result, not timed"} for name in functions if name not in right]
     found += rows_of(take_turns(right, arguments, leaves, rounds, clock)) if right else []
-    about = {"operation": operation, "shape": label(operation, shape), "rounds": rounds, "clock": clock}
-    return [{**dict.fromkeys(COLUMNS, ""), **about, **row, "error": errors[row["provider"]]} for row in found]
+    common = {"operation": operation, "shape": label(operation, shape), "rounds": rounds, "clock": clock}
+    return [{**dict.fromkeys(COLUMNS, ""), **common, **row, "error": errors[row["provider"]]} for row in found]
 
 
 def table(rows):
@@ -159,7 +159,7 @@ def benchmark(options, shapes=None):
     without = () if can_compile(device) else ("compiled",)
     if without:
         print("benchmarks.kernels: no C++ compiler here, torch.compile of the chain is left out")
-    about = machine(device, {p: matmul_peak(device, p, options.clock) for p in ("bf16", "fp32")})
+    ran_on = machine(device, {p: matmul_peak(device, p, options.clock) for p in ("bf16", "fp32")})
     rows = []
     for operation in options.operations:
         if operation not in (shapes or SHAPES):
@@ -175,9 +175,9 @@ def benchmark(options, shapes=None):
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            row = {**row, "machine": about}
+            row = {**row, "machine": ran_on}
             writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
-    title = f"{about}; {options.clock} clock, {options.rounds} rounds"
+    title = f"{ran_on}; {options.clock} clock, {options.rounds} rounds"
     draw(rows, out / "kernels-cpu.png", f"{title}\nbars: medians; whiskers: 20th to 80th percentile")
     print(table(rows))
     print(title)

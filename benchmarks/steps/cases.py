@@ -8,11 +8,12 @@ import torch
 from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import as_schedule, keep_count, model_sizes, parse_config
 from maskalign.training import step as step_module
 from maskalign.training.compiling import compile_model
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
@@ -66,16 +67,15 @@ class OurCase:
         self.config = parse_config(recipe_settings(recipe, preset, keep) + overrides)
         self.name = recipe if keep is None else f"{recipe}@{keep:g}"
         self.recipe, self.keep = recipe, as_schedule(self.config.method.keep_ratio).start
-        self.placement = place(self.config.training, self.config.parallel)
+        self.placement = make_placement(self.config.training, self.config.parallel)
         aligned = as_schedule(self.config.method.align_weight).start > 0
         grid = (LATENT[1] // model_sizes(self.config)["patch_size"],) * 2
         self.aligned = aligned
         with_class = self.config.model.class_token
         self.batches = Batches(data, teacher, batch_size, self.placement.device, grid, folder, aligned, with_class)
         torch.manual_seed(0)
-        facts = {"input_size": LATENT[1], "in_channels": LATENT[0], "num_classes": CLASSES}
-        facts |= {"teacher_dims": self.batches.dims, "class_dim": self.batches.class_dim}
-        self.model = build_model(self.config, facts)
+        spec = ModelSpec(LATENT[1], LATENT[0], CLASSES, self.batches.dims, self.batches.class_dim)
+        self.model = build_model(self.config, spec)
         self.model.to(self.placement.device)
         spread = Plan(self.model, self.config, self.placement)
         if update:

@@ -43,7 +43,7 @@ from maskalign.config.presets import preset_sizes
 from maskalign.errors import UsageError
 from maskalign.models.flops import step_flops
 from maskalign.runtime.device import tune_host
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 
 
 def case_names(options):
@@ -89,8 +89,8 @@ def measure(names, options, device, peaks):
         peaks: FLOP/s by precision; looked at again in every round.
 
     Returns:
-        (facts, seconds, peaks): a dict of `facts_of` per case; dict from case name to a list with one entry per round,
-        (seconds of a step, seconds of forward and backward or None); the higher of the peaks.
+        (described, seconds, peaks): a dict of `describe_case` per case; dict from case name to a list with one entry
+        per round, (seconds of a step, seconds of forward and backward or None); the higher of the peaks.
     """
     cases = {}
     if not options.one_at_a_time:
@@ -98,7 +98,7 @@ def measure(names, options, device, peaks):
             cases[name] = make_case(*name, options)
             print(f"warming up {cases[name].name}", file=sys.stderr, flush=True)
             warm_up(cases[name], options, device)
-    facts, seconds = {}, {}
+    described, seconds = {}, {}
     order, shuffle = list(names), random.Random(0)
     for number in range(options.rounds):
         shuffle.shuffle(order)
@@ -106,7 +106,7 @@ def measure(names, options, device, peaks):
             case = cases.get(name) or make_case(*name, options)
             if options.one_at_a_time:
                 warm_up(case, options, device)
-                facts[name] = facts.get(name) or facts_of(case, options, device)
+                described[name] = described.get(name) or describe_case(case, options, device)
             gc.collect()
             steps = [case.step_seconds(device, options.clock) for _ in range(options.steps_per_turn)]
             passes = [step[2] for step in steps if step[2] is not None]
@@ -120,13 +120,13 @@ def measure(names, options, device, peaks):
         print(f"\rround {number + 1}/{options.rounds}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     for name, case in cases.items():
-        facts[name] = facts_of(case, options, device)
+        described[name] = describe_case(case, options, device)
         peaks = higher_peaks(peaks, device, options.clock)
         case.close()
-    return [facts[name] for name in names], seconds, peaks
+    return [described[name] for name in names], seconds, peaks
 
 
-def facts_of(case, options, device):
+def describe_case(case, options, device):
     """What is to be known of a case besides its times, as a dict."""
     return {
         "name": case.name,
@@ -140,9 +140,13 @@ def facts_of(case, options, device):
     }
 
 
-def peak_memory_alone(facts, options):
-    """Peak MiB of a case in a process of its own, above what Python and torch take before the model is built."""
-    of = "reference" if facts["recipe"] == "reference" else facts["name"]
+def peak_memory_alone(case, options):
+    """Peak MiB in a process of its own, above what Python and torch take before the model is built.
+
+    Args:
+        case: of `describe_case`.
+    """
+    of = "reference" if case["recipe"] == "reference" else case["name"]
     words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
     for name in ("precision", "threads", *SETTINGS):
         value = getattr(options, name)
@@ -151,7 +155,7 @@ def peak_memory_alone(facts, options):
     words += ["--compile" if options.compile else "--no-compile"] + ["--passes-only"] * (not options.update)
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
-        print(f"peak memory of {facts['name']}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"peak memory of {case['name']}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])["peak_mib"]
 
@@ -255,8 +259,8 @@ def quantile(ordered, share):
 
 def check_memory(options, names):
     """Refuse what would not fit before minutes are spent on it (CPU only)."""
-    facts = Path("/proc/meminfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
+    path = Path("/proc/meminfo")
+    lines = path.read_text().splitlines() if path.exists() else []
     available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
     if available is None:
         return  # no Linux: nothing to ask
@@ -338,7 +342,7 @@ def main(argv=None):
         torch.set_num_threads(options.threads)
     training = Config().training
     training.device, training.precision = options.device, options.precision
-    device = place(training).device
+    device = make_placement(training).device
     if options.compile is None:
         options.compile = can_compile(device)
     if options.peak_of:
@@ -360,8 +364,8 @@ def run(names, options, device):
     precisions = dict.fromkeys((options.precision, options.reference_precision))
     cases, seconds, peaks = measure(names, options, device, dict.fromkeys(precisions, 0.0))
     rows = rows_of(cases, seconds, peaks, options, device)
-    about = machine(device, peaks)
-    paths = write(rows, options, about)
-    print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {about}")
+    ran_on = machine(device, peaks)
+    paths = write(rows, options, ran_on)
+    print(f"{options.preset}, batch {options.batch_size}, {options.precision}, {options.rounds} rounds; {ran_on}")
     print("written:", *paths)
     print(table(rows))

@@ -23,7 +23,7 @@ from benchmarks.steps.clock import Clock, saved_bytes, seconds_of, split_of
 from benchmarks.steps.data import CLASSES, LATENT, Batches
 from maskalign.config import model_sizes, parse_config
 from maskalign.errors import RunError, UsageError
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 
 SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards", "update")
 
@@ -45,14 +45,14 @@ class Reference:
         words = [sys.executable, "-m", "benchmarks.steps.reference", json.dumps(settings), str(torch.get_num_threads())]
         here = Path(__file__).resolve().parent.parent.parent
         self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here)
-        facts = self._ask("facts")
-        self.name, self.code = facts["name"], facts["code"]
+        described = self._ask("description")
+        self.name, self.code = described["name"], described["code"]
         with torch.device("meta"):
-            projectors = [torch.nn.Linear(*size, bias=False) for size in facts["projector"]]
-        block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=facts["hidden"])))
+            projectors = [torch.nn.Linear(*size, bias=False) for size in described["projector"]]
+        block = SimpleNamespace(mlp=SimpleNamespace(fc1=SimpleNamespace(out_features=described["hidden"])))
         self.model = SimpleNamespace(
-            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block], class_dim=facts["class_dim"],
-            projectors=[torch.nn.ModuleList(projectors)], **facts["sizes"],
+            route=None, mixer=None, restore="none", in_channels=LATENT[0], blocks=[block],
+            class_dim=described["class_dim"], projectors=[torch.nn.ModuleList(projectors)], **described["sizes"],
         )  # fmt: skip
         self.kept = self.model.num_tokens
 
@@ -108,7 +108,7 @@ class ReferenceCase:
         self.class_weight = config.method.class_weight
         sizes = model_sizes(config)
         width = {"decoder_hidden_size": sizes["width"]} if preset.startswith("SiT-S") else {}
-        self.device = torch.device(place(config.training).device if device == "auto" else device)
+        self.device = torch.device(make_placement(config.training).device if device == "auto" else device)
         grid = (LATENT[1] // sizes["patch_size"],) * 2
         class_token = self.code == "reg"
         self.batches = Batches(data, teacher, batch_size, self.device, grid, shards, class_token=class_token)
@@ -197,11 +197,11 @@ def serve(settings):
 
 
 def respond(case, what, clock="wall", steps=1):
-    if what == "facts":
+    if what == "description":
         matrices = [p for net in case.net.projectors for p in net.parameters() if p.dim() > 1]
         hidden = case.net.blocks[0].mlp.fc1.out_features
-        facts = {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
-        return {**facts, "name": case.name, "code": case.code, "class_dim": case.batches.class_dim}
+        described = {"sizes": case.sizes, "hidden": hidden, "projector": [list(p.shape) for p in matrices]}
+        return {**described, "name": case.name, "code": case.code, "class_dim": case.batches.class_dim}
     if what == "saved":
         return saved_bytes(case)
     if what == "split":

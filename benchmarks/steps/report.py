@@ -50,8 +50,8 @@ def machine(device, peaks):
     return f"{name}; torch {torch.__version__}; {best}"
 
 
-def write(rows, options, about):
-    """Write the CSV and the PNG in the folder options.out; returns their paths."""
+def write(rows, options, ran_on):
+    """Write the CSV and the PNG in the folder options.out; returns their paths. `ran_on` is of `machine`."""
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"steps-{options.preset.replace('/', '-')}-{options.precision}-b{options.batch_size}"
@@ -69,15 +69,15 @@ def write(rows, options, about):
         writer.writerows(
             {
                 key: f"{value:.6g}" if isinstance(value, float) else value
-                for key, value in {**row, "machine": about}.items()
+                for key, value in {**row, "machine": ran_on}.items()
             }
             for row in rows
         )
-    draw(rows, about, f"{stem}.png")
+    draw(rows, ran_on, f"{stem}.png")
     return f"{stem}.csv", f"{stem}.png"
 
 
-def draw(rows, about, path, metadata=None):
+def draw(rows, ran_on, path, metadata=None):
     """Draw images per second and saved bytes as bars, from new rows or rows that were read from a CSV."""
     import matplotlib
 
@@ -102,6 +102,6 @@ def draw(rows, about, path, metadata=None):
     right.barh(names, [row["saved_mib"] for row in rows][::-1], color=colors)
     right.set_xlabel("activations saved for the backward, MiB")
     what = f"{first['preset']}, batch {first['batch_size']:.0f}, {first['precision']}, training step; x: over our REPA"
-    figure.suptitle(f"{what}\n{about}", fontsize=9)
+    figure.suptitle(f"{what}\n{ran_on}", fontsize=9)
     figure.savefig(path, dpi=120, metadata=metadata)
     plt.close(figure)

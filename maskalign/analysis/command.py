@@ -10,7 +10,7 @@ from maskalign.analysis.agreement import agreement_work, measure_agreement
 from maskalign.analysis.gap import check_mask_ratio, gap_work, measure_gap
 from maskalign.analysis.images import Images
 from maskalign.analysis.measure import measure_tokens, work_of
-from maskalign.analysis.outcome import write_outcome
+from maskalign.analysis.outcome import Conditions, MeasuredRun, write_outcome
 from maskalign.analysis.pictures import draw_curves, draw_gaps, draw_maps, draw_series, draw_shares
 from maskalign.analysis.settings import AnalysisSettings
 from maskalign.analysis.subjects import find_checkpoints, load_subject
@@ -82,7 +82,7 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
     images = images_for(first)
     settings = replace(settings, images=images.count)
     tables = {name: [] for name in TABLES}
-    about = _about(data, images, settings, first, ema)
+    conditions = _conditions(data, images, settings, first, ema)
     series = {}
     work = len(entries) * sum(count(images, settings) for count in (work_of, gap_work, agreement_work))
     with _bar(work, "measuring", " batches", progress) as bar:
@@ -104,56 +104,55 @@ def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers
             tables["agreement"] += agreement_rows(subject, agreement, min(settings.batch_size, images.count))
             subject.model = subject.model.cpu()
             series.setdefault(entry.run, []).append((subject, found))
-            about["settings"][entry.run] = _describe(subject)
-            about["kept"][entry.run] = subject.kept(settings.keep_ratio)
-            about["class_token"][entry.run] = subject.model.class_dim is not None
+            conditions.runs[entry.run] = MeasuredRun(
+                settings=_describe(subject),
+                kept=subject.kept(settings.keep_ratio),
+                class_token=subject.model.class_dim is not None,
+                steps=[member.step for member, _ in series[entry.run]],
+            )
     for members in series.values():
         tables["stability"] += checkpoint_rows(*zip(*members, strict=True), settings)
     if len(series) > 1:
         tables["stability"] += run_rows(*zip(*(members[-1] for members in series.values()), strict=True), settings)
-    about["series"] = {run: [subject.step for subject, _ in members] for run, members in series.items()}
-    return _write(out, tables, about, settings)
+    return _write(out, tables, conditions, settings)
 
 
-def _write(out, tables, about, settings):
+def _write(out, tables, conditions, settings):
     try:
         for name, columns in TABLES.items():
             write_csv(out / f"{name}.csv", columns, tables[name])
         draw_shares(tables["positions"], tables["shares"], out / "shares.png", settings.top)
         if tables["gap"]:
             draw_gaps(tables["gap"], out / "gap.png")
-        for run, steps in about["series"].items():
-            stem, own = run.replace("/", "-"), [row for row in tables["positions"] if row["run"] == run]
-            last = [row for row in own if row["step"] == steps[-1]]
-            title = run if steps[-1] is None else f"{run}, step {steps[-1]}"
+        for name, run in conditions.runs.items():
+            stem, own = name.replace("/", "-"), [row for row in tables["positions"] if row["run"] == name]
+            last = [row for row in own if row["step"] == run.steps[-1]]
+            title = name if run.steps[-1] is None else f"{name}, step {run.steps[-1]}"
             draw_maps(last, out / f"maps-{stem}.png", settings.top, title)
-            if len(set(steps)) > 1:
-                draw_series(own, out / f"training-{stem}.png", run)
+            if len(set(run.steps)) > 1:
+                draw_series(own, out / f"training-{stem}.png", name)
         draw_curves(tables["positions"], tables["stability"], tables["agreement"], out / "curves.png")
         path = out / "outcome.md"
-        path.write_text(write_outcome(tables, about))
+        path.write_text(write_outcome(tables, conditions))
     except OSError as error:
         raise RunError(f"cannot write to {out} ({error.strerror or error}); choose another --out") from None
     return path
 
 
-def _about(data, images, settings, subject, ema):
+def _conditions(data, images, settings, subject, ema):
     source = images.manifest.source
-    return {
-        "data": Path(str(data)).name if not source else f"{source} ({images.manifest.resolution} px)",
-        "images": images.count,
-        "times": settings.times,
-        "draws": settings.draws,
-        "top": settings.top,
-        "seed": settings.seed,
-        "weights": "moving average (EMA)" if ema else "the weights themselves, not averaged",
-        "tokens": subject.model.num_tokens,
-        "teachers": images.names,
-        "group_size": min(settings.batch_size, images.count),
-        "settings": {},
-        "kept": {},
-        "class_token": {},
-    }
+    return Conditions(
+        data=Path(str(data)).name if not source else f"{source} ({images.manifest.resolution} px)",
+        images=images.count,
+        times=settings.times,
+        draws=settings.draws,
+        top=settings.top,
+        seed=settings.seed,
+        weights="moving average (EMA)" if ema else "the weights themselves, not averaged",
+        tokens=subject.model.num_tokens,
+        teachers=images.names,
+        group_size=min(settings.batch_size, images.count),
+    )
 
 
 def _describe(subject):

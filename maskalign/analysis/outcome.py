@@ -1,5 +1,8 @@
 """outcome.md: the conditions of an analysis and its results, as tables."""
 
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
 from maskalign.analysis.agreement import PAIRS
 from maskalign.analysis.measure import FULL, MASKED, MODES, SUBSET
 from maskalign.analysis.pictures import ratio_text, summary_cases
@@ -7,27 +10,70 @@ from maskalign.analysis.stability import fixed_ranking_overlap
 from maskalign.analysis.tables import CHECKPOINTS, DRAWS, MEAN_MAP, RUNS, SINGLE, WAYS
 
 
-def write_outcome(tables, about):
+@dataclass
+class MeasuredRun:
+    """A run (a series of checkpoints) under `Conditions`.
+
+    Attributes:
+        settings: those that matter here, as text.
+        kept: tokens in a subset.
+        class_token: whether the model has one.
+        steps: of its checkpoints, in order; None where unknown.
+    """
+
+    settings: str
+    kept: int
+    class_token: bool
+    steps: List[Optional[int]]
+
+
+@dataclass
+class Conditions:
+    """What an analysis measured, and how.
+
+    Attributes:
+        data: name of the data set. images: number of its images.
+        times, draws, top, seed: as in `AnalysisSettings`.
+        weights: which weights, in words.
+        tokens: patch tokens of an image.
+        teachers: names.
+        group_size: images per gradient of the trunk.
+        runs: `MeasuredRun` by name, in the order in which they were given.
+    """
+
+    data: str
+    images: int
+    times: Tuple[float, ...]
+    draws: int
+    top: float
+    seed: int
+    weights: str
+    tokens: int
+    teachers: List[str]
+    group_size: int
+    runs: Dict[str, MeasuredRun] = field(default_factory=dict)
+
+
+def write_outcome(tables, conditions):
     """The report as Markdown.
 
     Args:
         tables: dict with lists of rows `shares`, `gap`, `positions`, `stability`, `concentration`, `agreement`.
-        about: dict: data, images, times, draws, top, seed, weights, tokens, teachers, group_size; and by run: `series`
-            (its steps), `settings` (a text), `class_token` (whether it has one) and `kept` (tokens in a subset).
+        conditions: `Conditions`.
 
     Returns:
         str.
     """
-    lines = ["# Alignment gradients: outcome", "", *_conditions(about), ""]
-    lines += _papers(tables, about)
+    lines = ["# Alignment gradients: outcome", "", *_conditions_text(conditions), ""]
+    lines += _papers(tables, conditions)
     cases = summary_cases(tables["stability"])
-    for run in about["series"]:
+    for run in conditions.runs:
         lines += [f"## {run}", ""]
-        lines += _positions(run, tables, about)
-        lines += _stability(run, cases, tables["stability"], about)
+        lines += _positions(run, tables, conditions)
+        lines += _stability(run, cases, tables["stability"], conditions)
         lines += _training(run, tables["stability"])
-        lines += _draws(run, cases, about)
-        lines += _trunk(run, tables["agreement"], about)
+        lines += _draws(run, cases, conditions)
+        lines += _trunk(run, tables["agreement"], conditions)
     return "\n".join(lines + _between_runs(tables["stability"]))
 
 
@@ -45,12 +91,13 @@ def _step(step):
     return "unknown" if step in (None, "") else str(step)
 
 
-def _conditions(about):
-    times = ", ".join(f"{time:g}" for time in about["times"])
+def _conditions_text(conditions):
+    times = ", ".join(f"{time:g}" for time in conditions.times)
     lines = [
-        f"Measured on {about['images']} images of {about['data']}, at t = {times} (1 is noise), with {about['draws']} "
-        f"draws of noise and subset each; weights: {about['weights']}; {about['tokens']} tokens, of which the top "
-        f"{about['top']:.0%} are the largest; seed {about['seed']}. Teachers: {', '.join(about['teachers'])}.",
+        f"Measured on {conditions.images} images of {conditions.data}, at t = {times} (1 is noise), with "
+        f"{conditions.draws} draws of noise and subset each; weights: {conditions.weights}; {conditions.tokens} "
+        f"tokens, of which the top {conditions.top:.0%} are the largest; seed {conditions.seed}. Teachers: "
+        f"{', '.join(conditions.teachers)}.",
         "",
         "The gradient is that of the sum over aligned tokens of -cos(projector(h), z) with respect to the token's "
         "features h at the tap, before the projector; labels are kept. Chance is given by random permutations, and for "
@@ -58,13 +105,13 @@ def _conditions(about):
         "",
     ]
     rows = [
-        [run, ", ".join(map(_step, steps)), f"{about['settings'][run]}, subset of {about['kept'][run]} tokens"]
-        for run, steps in about["series"].items()
+        [name, ", ".join(map(_step, run.steps)), f"{run.settings}, subset of {run.kept} tokens"]
+        for name, run in conditions.runs.items()
     ]
     return lines + markdown(["run", "checkpoints (steps)", "settings"], rows)[:-1]
 
 
-def _papers(tables, about):
+def _papers(tables, conditions):
     """The two measurements of the paper, by run and checkpoint, and the runs compared with the first one."""
     gaps = {(row["run"], row["step"]): row for row in tables["gap"] if row["time"] == ""}
     shares = [row for row in tables["shares"] if row["time"] == ""]
@@ -73,7 +120,7 @@ def _papers(tables, about):
         "## The paper's measurements",
         "",
         "*Shares*, all tokens aligned: the share of images (at all times and draws) in which a position's gradient is "
-        f"among the top {about['top']:.0%} of the patches; chance gives {first['chance']:.3f} everywhere. "
+        f"among the top {conditions.top:.0%} of the patches; chance gives {first['chance']:.3f} everywhere. "
         f"A smallest share of zero counts as one of {first['observations']} observations, and the ratio is then a "
         "lower bound. The ratio by chance comes from permuting the positions of every image.",
         "",
@@ -83,8 +130,8 @@ def _papers(tables, about):
         one = next(iter(gaps.values()))
         lines += [
             f"*Stability gap* G_r, mask ratio {one['mask_ratio']:g}: the alignment loss where all blocks see "
-            f"{_seen(about)}{one['kept']} of {one['patches']} patches, dropped after the mixing layers, minus the loss "
-            f"on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
+            f"{_seen(conditions)}{one['kept']} of {one['patches']} patches, dropped after the mixing layers, minus the "
+            f"loss on all tokens, for the same images, times and noise. ± is one standard error over {one['images']} "
             f"images; the spread is the standard deviation of the mean gap over {one['subsets']} draws of the subsets. "
             "The *matched* gap estimates the same number with less spread: it compares the subset's tokens with the "
             "same tokens where the model sees all of them. A projector that needs the whole token grid has no "
@@ -118,11 +165,12 @@ def _with_error(gap, value, error):
     return f"{gap[value]:+.5f} ± {gap[error]:.5f}"
 
 
-def _seen(about):
+def _seen(conditions):
     """The class token's part in the description of a subset."""
-    if not any(about["class_token"].values()):
+    have_one = [run.class_token for run in conditions.runs.values()]
+    if not any(have_one):
         return ""
-    return "the class token and " if all(about["class_token"].values()) else "the class token (where there is one) and "
+    return "the class token and " if all(have_one) else "the class token (where there is one) and "
 
 
 def _beside_first(shares, gaps):
@@ -167,7 +215,7 @@ def _last(rows, run):
     return [row for row in rows if row["step"] == rows[-1]["step"]] if rows else []
 
 
-def _positions(run, tables, about):
+def _positions(run, tables, conditions):
     """How the norms differ by position at the last checkpoint, for each way to align."""
     rows = []
     for row in _last(tables["concentration"], run):
@@ -184,15 +232,15 @@ def _positions(run, tables, about):
         )  # fmt: skip
     head = [
         "way to align", "deviation of the mean norm by position", "range over mean",
-        f"share of the top places at the {about['top']:.0%} of positions most often there", "by chance",
+        f"share of the top places at the {conditions.top:.0%} of positions most often there", "by chance",
         "beyond chance", "most frequent position",
     ]  # fmt: skip
     return markdown(head, rows)
 
 
-def _stability(run, cases, rows, about):
+def _stability(run, cases, rows, conditions):
     lines = [
-        f"Overlap of the sets of the top {about['top']:.0%}, and Spearman's rank correlation of all tokens, at the "
+        f"Overlap of the sets of the top {conditions.top:.0%}, and Spearman's rank correlation of all tokens, at the "
         "last checkpoint; in brackets the mean of chance and the limit that it reaches:",
         "",
     ]
@@ -241,7 +289,7 @@ def _overlap(row):
     return [f"{row['overlap']:.2f} {chance}", beyond(row["overlap"], row["overlap_high"])]
 
 
-def _draws(run, cases, about):
+def _draws(run, cases, conditions):
     """What drawing subsets changes: the overlap of an image's top set from one draw to the next."""
     full = cases[run, FULL].get((SINGLE, DRAWS))
     if full is None:
@@ -250,7 +298,7 @@ def _draws(run, cases, about):
     for mode in (MASKED, SUBSET):
         case = cases.get((run, mode), {}).get((SINGLE, DRAWS))
         if case is not None:
-            fixed = fixed_ranking_overlap(about["tokens"], about["kept"][run], about["top"])
+            fixed = fixed_ranking_overlap(conditions.tokens, conditions.runs[run].kept, conditions.top)
             overlap = f"{case['overlap']:.2f} ({case['overlap_chance']:.2f})"
             rows.append([MODES[mode], overlap, f"{fixed:.2f}", f"{case['spearman']:+.2f}"])
     title = (
@@ -261,8 +309,8 @@ def _draws(run, cases, about):
     return [title, "", *markdown(head, rows)]
 
 
-def _trunk(run, rows, about):
-    lines = [f"Cosine of the trunk's alignment gradients, {about['group_size']} images for each gradient:", ""]
+def _trunk(run, rows, conditions):
+    lines = [f"Cosine of the trunk's alignment gradients, {conditions.group_size} images for each gradient:", ""]
     places = list(dict.fromkeys(row["place"] for row in _last(rows, run)))
     places = ["all", *[place for place in places if place != "all"]]
     found = []

@@ -122,7 +122,7 @@ def load_subject(entry, ema=True):
     model, config = loaded.model, loaded.config
     if config is None:
         config = Config()
-        config.objective.path = loaded.about["path"]
+        config.objective.path = loaded.info.path
         if isinstance(model.mixer, NoMixer):  # a file does not say how it was trained: a mixer tells of subsets
             config.method.keep_ratio = 1.0
     if not model.projectors:
@@ -130,7 +130,7 @@ def load_subject(entry, ema=True):
             f"{entry.path}: has no projectors, so there is no alignment to analyze; it is a SiT, or was trained with "
             "method.align_weight 0"
         )
-    return Subject(model, config, entry.run, loaded.about["step"], tuple(loaded.about["teachers"]))
+    return Subject(model, config, entry.run, loaded.info.step, tuple(loaded.info.teachers))
 
 
 def _spread(items, most):

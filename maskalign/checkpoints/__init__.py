@@ -24,6 +24,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "load_weights": "loading",
         "Loaded": "loading",
         "build_model": "build",
+        "ModelInfo": "spec",
+        "ModelSpec": "spec",
         "convert": "command",
     },
 )

@@ -1,5 +1,6 @@
 """The work of `maskalign convert`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from maskalign.checkpoints.conversion import pick_weights, read_model, to_reg, to_repa
@@ -47,28 +48,26 @@ def convert(src, dst, to=None, weights="ema", heads=None, input_size=None):
         raise UsageError(f"{dst} is a folder; name the file to write")
     if src.exists() and dst.exists() and src.samefile(dst):
         raise UsageError(f"{dst} is the file to read; write another one")
-    models, about, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,), heads)
+    models, info, raw = _read(src, ("model", "ema") if to != "safetensors" else (weights,), heads)
     resized = ""
     if input_size is not None and input_size != models[weights].input_size:
         before = models[weights].grid
-        models, about = (
-            {kind: resize(model, input_size) for kind, model in models.items()},
-            _resized_facts(about, input_size),
-        )
+        models = {kind: resize(model, input_size) for kind, model in models.items()}
+        info = _resized_info(info, input_size)
         resized = "; position embedding resampled from {}x{} to {}x{} tokens".format(*before, *models[weights].grid)
     chosen = models[weights]
     if to == "pt":
         to = "repa" if chosen.class_dim is None else "reg"
     if to == "safetensors":
-        write_safetensors(dst, chosen, about["step"], about["path"], about)
+        write_safetensors(dst, chosen, info)
     else:
         names, whole = (to_reg, reg_checkpoint) if to == "reg" else (to_repa, repa_checkpoint)
-        step, opt = about["step"] or 0, _optimizer(raw, models, names)
-        write_repa(dst, whole(models["model"], models["ema"], step, about["path"], opt))
+        step, opt = info.step or 0, _optimizer(raw, models, names)
+        write_repa(dst, whole(models["model"], models["ema"], step, info.path, opt))
     million = sum(parameter.numel() for parameter in chosen.parameters()) / 1e6
     sizes = f"depth {chosen.depth}, width {chosen.width}, {chosen.heads} heads, patch {chosen.patch_size}"
-    sizes += f", {million:.1f} M parameters, {about['path']} path"
-    return f"{dst}: {to}, {sizes}" + ("" if about["step"] is None else f", step {about['step']}") + resized
+    sizes += f", {million:.1f} M parameters, {info.path} path"
+    return f"{dst}: {to}, {sizes}" + ("" if info.step is None else f", step {info.step}") + resized
 
 
 def resize(model, input_size):
@@ -81,19 +80,18 @@ def resize(model, input_size):
     return again.train(model.training)
 
 
-def _resized_facts(about, input_size):
-    latent = about.get("latent")
-    if not isinstance(latent, dict) or not isinstance(latent.get("shape"), list):
-        return about
-    return {**about, "latent": {**latent, "shape": [latent["shape"][0], input_size, input_size]}}
+def _resized_info(info, input_size):
+    if info.latent is None or not isinstance(info.latent.get("shape"), list):
+        return info
+    return replace(info, latent={**info.latent, "shape": [info.latent["shape"][0], input_size, input_size]})
 
 
 def _read(src, wanted, heads):
-    """({kind: model} for the wanted of `model` and `ema`, what is known, the file's dict or None for a run)."""
+    """({kind: model} for the wanted of `model` and `ema`, ModelInfo, the file's dict or None for a run)."""
     located = locate(src)
     if located.path.is_dir():
         loaded = {kind: load(src, ema=kind == "ema", heads=heads) for kind in wanted}
-        return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].about, None
+        return {kind: one.model for kind, one in loaded.items()}, loaded[wanted[0]].info, None
     return load_sets(located.path, wanted, published=located.published, heads=heads)
 
 

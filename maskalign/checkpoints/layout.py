@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_00000100/
         shard-*.safetensors   tensors by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; a file per rank
-        state.json            step, seconds, stream position, and the facts that rebuild the model
+        state.json            step, seconds, stream position, and the `ModelSpec` (facts)
         config.yaml           the full settings
         COMPLETE              written last: size and sha256 of every file
 
@@ -27,13 +27,13 @@ PIECE = 16 * 2**20  # bytes that are hashed or written at a time; both release t
 
 
 def complete_checkpoints(run_dir):
-    """Paths of a run's complete checkpoints, oldest first, by the sizes of their files; `damage` reads them whole."""
+    """Paths of a run's complete checkpoints, oldest first, by the sizes of their files; `find_damage` reads all."""
     return sorted(path for path in Path(run_dir, FOLDER).glob("step_*") if is_complete(path))
 
 
 def is_complete(path):
     """True where the marker is there and every file that it names has its size."""
-    return _size_damage(path) is None
+    return _find_size_damage(path) is None
 
 
 def marked_files(checkpoint):
@@ -54,7 +54,7 @@ def marked_files(checkpoint):
     return {name: entry if isinstance(entry, dict) else {"size": entry} for name, entry in marked.items()}
 
 
-def _size_damage(checkpoint):
+def _find_size_damage(checkpoint):
     try:
         files = marked_files(checkpoint)
     except FileNotFoundError:
@@ -71,20 +71,20 @@ def _size_damage(checkpoint):
     return None
 
 
-def damage(checkpoint, part=0, parts=1):
+def find_damage(checkpoint, part=0, parts=1):
     """What is wrong with a checkpoint: None, or a few words. Reads every file, and compares its checksum.
 
     Args:
         checkpoint: its folder.
         part, parts: look into this share of the files only, so that ranks can divide the work.
     """
-    found = _size_damage(checkpoint)
+    found = _find_size_damage(checkpoint)
     if found:
         return found
     for number, (name, entry) in enumerate(sorted(marked_files(checkpoint).items())):
         if number % parts == part and "sha256" in entry:
             try:
-                if digest_of(Path(checkpoint, name))["sha256"] != entry["sha256"]:
+                if file_digest(Path(checkpoint, name))["sha256"] != entry["sha256"]:
                     return f"{name} has another checksum than when it was written"
             except OSError as error:
                 return f"{name} cannot be read ({error.strerror})"
@@ -109,7 +109,7 @@ def newest_sound(run_dir, share=None):
     chosen = None
     for name in reversed(candidates):
         path = Path(run_dir, FOLDER, name)
-        problems = [problem for problem in gather(damage(path, rank, world_size)) if problem]
+        problems = [problem for problem in gather(find_damage(path, rank, world_size)) if problem]
         if not problems:
             chosen = path
             break
@@ -132,7 +132,7 @@ def find(run_or_checkpoint):
     if not path.is_dir():
         raise UsageError(f"{path}: there is no such run or checkpoint folder")
     if (path / MARKER).exists() or (path / "state.json").exists():
-        problem = damage(path)
+        problem = find_damage(path)
         if problem:
             raise UsageError(f"{path}: this checkpoint is damaged ({problem}); choose another one of its run")
         return path
@@ -159,7 +159,7 @@ def read_state(checkpoint):
         raise UsageError(f"{checkpoint}: state.json cannot be read ({error}); choose another checkpoint") from None
 
 
-def digest_of(path):
+def file_digest(path):
     """dict with a file's size in bytes and its sha256 as hexadecimal digits."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb", buffering=0) as file:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Dict, Optional, Union
 
@@ -14,6 +14,7 @@ from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.conversion import own_name, to_repa
 from maskalign.checkpoints.layout import find, read_state
 from maskalign.checkpoints.sources import locate
+from maskalign.checkpoints.spec import ModelInfo, ModelSpec
 from maskalign.checkpoints.weight_files import load_file
 from maskalign.config import Config, load_config
 from maskalign.errors import RunError, UsageError
@@ -30,9 +31,8 @@ class Loaded:
         source: Path of the checkpoint's folder or of the file.
         folder: Path of the run; None for a file.
         config: the run's `Config`; None for a file.
-        about: dict with name (of the run or the file), step (None where unknown), ema, path (of the interpolant), and,
-            where they are known, class_names, latent (the manifest's entry), vae (the run's decoder of latents) and
-            teachers (names, else an empty list).
+        info: `ModelInfo`.
+        spec: the checkpoint's `ModelSpec`; None for a file.
     """
 
     model: SiT
@@ -40,13 +40,8 @@ class Loaded:
     source: Path
     folder: Optional[Path]
     config: Optional[Config]
-    about: dict
-
-    @property
-    def label(self):
-        """The name, with the step where it is known."""
-        name, step = self.about["name"], self.about["step"]
-        return name if step is None else f"{name}, step {step}"
+    info: ModelInfo
+    spec: Optional[ModelSpec] = None
 
 
 def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) -> Loaded:
@@ -69,24 +64,30 @@ def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) 
     located = locate(path)
     path = located.path
     if not path.is_dir():
-        model, about = load_file(path, ema, heads=heads, published=located.published)
-        unknown = {"class_names": None, "latent": None, "vae": None, "teachers": []}
-        named = {"name": located.name or path.stem, "ema": ema}
-        return Loaded(model, "file", path, None, None, named | unknown | about)
+        model, info = load_file(path, ema, heads=heads, published=located.published)
+        return Loaded(model, "file", path, None, None, replace(info, name=located.name or info.name))
     checkpoint = find(path)
     config = read_config(checkpoint)
     state = read_state(checkpoint)
-    facts = state["facts"]
-    model = build_model(config, facts)
+    spec = ModelSpec.from_dict(state["facts"])
+    model = build_model(config, spec)
     if heads not in (None, model.heads):
         raise UsageError(f"{path}: this run has {model.heads} attention heads; leave out the heads ({heads})")
     kind = "ema" if ema else "model"
     load_tensors(checkpoint, {f"{kind}/{name}": p.detach() for name, p in model.named_parameters()})
     run = path if checkpoint != path else path.resolve().parent.parent
-    about = {"name": run.resolve().name or path.name, "step": state["step"], "ema": ema, "path": config.objective.path}
-    about |= {key: facts[key] for key in ("class_names", "latent", "teachers")} | {"vae": config.preview.vae}
+    info = ModelInfo(
+        name=run.resolve().name or path.name,
+        step=state["step"],
+        ema=ema,
+        path=config.objective.path,
+        class_names=spec.class_names,
+        latent=spec.latent,
+        vae=config.preview.vae,
+        teachers=spec.teachers or [],
+    )
     kind = "run" if checkpoint != path else "checkpoint"
-    return Loaded(model.eval().requires_grad_(False), kind, checkpoint, run, config, about)
+    return Loaded(model.eval().requires_grad_(False), kind, checkpoint, run, config, info, spec)
 
 
 def read_config(checkpoint):
@@ -154,7 +155,7 @@ def load_tensors(checkpoint, tensors):
             )
     tensors = {stored[name]: tensor for name, tensor in tensors.items()}
     try:
-        with quiet():
+        with ignoring_warnings():
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
     except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
         reason = next(iter(error.failures.values()))[0]
@@ -175,8 +176,8 @@ def tensor_shapes(checkpoint):
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
 
 
-class quiet(warnings.catch_warnings):
-    """DCP warns that no process group is there, which is what one process means."""
+class ignoring_warnings(warnings.catch_warnings):
+    """For calls of DCP, which warns that no process group is there, which is what one process means."""
 
     def __enter__(self):
         super().__enter__()

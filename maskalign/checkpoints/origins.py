@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Optional
 
 from maskalign.config.presets import PRESETS, preset_sizes
+from maskalign.config.settings import PATHS
 from maskalign.errors import UsageError
 
-PATHS = ("linear", "cosine")
 # SiT's names of the interpolant's path: GVP is sin(pi t / 2) x + cos(pi t / 2) eps with t = 1 at the data.
 SIT_PATHS = {"Linear": "linear", "GVP": "cosine"}
 PREDICTIONS = {"v": "repa", "velocity": "sit"}

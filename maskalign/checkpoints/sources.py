@@ -235,10 +235,10 @@ def _pick(name, online):
 
 def _check_digest(path, name, file):
     """Compare a fresh download with its checksum, which is the name of a large file in the client's cache."""
-    from maskalign.checkpoints.layout import digest_of
+    from maskalign.checkpoints.layout import file_digest
 
     blob = path.resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and digest_of(blob)["sha256"] != blob.name:
+    if re.fullmatch(r"[0-9a-f]{64}", blob.name) and file_digest(blob)["sha256"] != blob.name:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
         raise RunError(f"{name}: {file} arrived damaged, its checksum is another one; run the command again")

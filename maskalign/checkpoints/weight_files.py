@@ -9,6 +9,7 @@ import pickle
 import struct
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from maskalign.checkpoints.conversion import METADATA_KEY, read_model, to_reg, to_repa
 from maskalign.checkpoints.origins import read_origin
 from maskalign.checkpoints.sources import ENDINGS
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.config.presets import SIZES
 from maskalign.errors import RunError, UsageError, one_line
 from maskalign.runtime.files import replacing
@@ -95,33 +97,33 @@ class NotedDict(dict):
     """A dict that can carry `_metadata`, as torch's state dicts do."""
 
 
-def describe(checkpoint, model):
+def read_info(checkpoint, model, name="", ema=True):
     """What is known of the model in what `read_file` gave.
 
     Args:
         checkpoint: the dict that `read_file` returned.
         model: the `SiT` in it.
+        name: how to call it. ema: whether it has the averaged weights.
 
     Returns:
-        dict with step (None where unknown), path (of the interpolant) and, where our own export tells them,
-        class_names, latent, vae and teachers.
+        ModelInfo; class_names, latent, vae and teachers are known where our own export tells them.
 
     Raises:
         UsageError: the file's notes do not fit its weights.
     """
-    steps, facts = checkpoint.get("steps"), checkpoint.get("facts")
-    known = _known_facts(facts)
-    if isinstance(facts, dict) and facts.get("latent") is not None and "latent" not in known:
-        raise UsageError(f"the file's notes on its latents are {facts['latent']!r}, without a scale and a bias")
+    steps, notes = checkpoint.get("steps"), checkpoint.get("facts")
+    known = _known_notes(notes)
+    if isinstance(notes, dict) and notes.get("latent") is not None and "latent" not in known:
+        raise UsageError(f"the file's notes on its latents are {notes['latent']!r}, without a scale and a bias")
     names = known.get("class_names")
     if names is not None and len(names) != model.num_classes:
         raise UsageError(f"the file's notes name {len(names)} classes, but its weights are for {model.num_classes}")
     steps = steps if isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0 else None
-    return {"step": steps, "path": read_origin(checkpoint).path, **known}
+    return ModelInfo(name, steps, ema, read_origin(checkpoint).path, **known)
 
 
-def _known_facts(facts):
-    """Those of a file's notes that are of the right kind; a file from elsewhere may hold anything."""
+def _known_notes(notes):
+    """Those of a file's notes on its model that are of the right kind; a file from elsewhere may hold anything."""
 
     def texts(value):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
@@ -137,8 +139,8 @@ def _known_facts(facts):
         return value["scale"] != 0 and good and len(statistics) != 1
 
     kinds = {"class_names": texts, "teachers": texts, "latent": latent, "vae": lambda value: isinstance(value, str)}
-    facts = facts if isinstance(facts, dict) else {}
-    return {key: facts[key] for key, is_kind in kinds.items() if key in facts and is_kind(facts[key])}
+    notes = notes if isinstance(notes, dict) else {}
+    return {key: notes[key] for key, is_kind in kinds.items() if key in notes and is_kind(notes[key])}
 
 
 def load_file(path, ema=True, **settings):
@@ -149,14 +151,14 @@ def load_file(path, ema=True, **settings):
         settings: those of `from_repa`.
 
     Returns:
-        (SiT in eval mode, dict as from `describe`).
+        (SiT in eval mode, ModelInfo).
 
     Raises:
         HeadsUnknown: `heads` is needed. UsageError: not such a file.
     """
-    models, about, _ = load_sets(path, ("ema" if ema else "model",), **settings)
+    models, info, _ = load_sets(path, ("ema" if ema else "model",), **settings)
     (model,) = models.values()
-    return model.eval().requires_grad_(False), about
+    return model.eval().requires_grad_(False), info
 
 
 def load_sets(path, kinds, published=None, **settings):
@@ -169,7 +171,7 @@ def load_sets(path, kinds, published=None, **settings):
         settings: those of `from_repa`.
 
     Returns:
-        ({kind: SiT}, dict as from `describe`, the dict as from `read_file`).
+        ({kind: SiT}, ModelInfo of the first kind, the dict as from `read_file`).
     """
     checkpoint = read_file(path)
     if published is not None:
@@ -177,15 +179,15 @@ def load_sets(path, kinds, published=None, **settings):
     try:
         found = {kind: read_model(checkpoint, weights=kind, **settings) for kind in kinds}
         models = {kind: model for kind, (model, _) in found.items()}
-        about = describe(checkpoint, models[kinds[0]])
+        info = read_info(checkpoint, models[kinds[0]], Path(path).stem, kinds[0] == "ema")
     except UsageError as error:
         raise type(error)(f"{path}: {error}") from None
     doubt = found[kinds[0]][1]
     if published is not None:
-        about = {"vae": published.vae, **about}
+        info = replace(info, vae=info.vae or published.vae)
     elif doubt:
         log.warning("%s: %s", path, doubt)
-    return models, about, checkpoint
+    return models, info, checkpoint
 
 
 def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
@@ -235,21 +237,21 @@ def write_repa(path, checkpoint):
     _write(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
-def write_safetensors(path, model, steps=None, interpolant="linear", facts=None):
+def write_safetensors(path, model, info=None):
     """Write one set of weights under our names to a .safetensors file that `load_file` reads; completely or not at all.
 
     Args:
         path: the file.
         model: `SiT`.
-        steps: optimizer steps done; None where unknown.
-        interpolant: the interpolant's path.
-        facts: dict with class_names, latent, vae and teachers, as far as they are known.
+        info: `ModelInfo`, of which everything but the name and `ema` is kept; by default nothing is known, and the path
+            of the interpolant is linear.
     """
     from safetensors.torch import save_file
 
+    info = info or ModelInfo()
     weights = to_repa(model)
-    notes = {"steps": steps, "path": interpolant, "model": weights._metadata[METADATA_KEY]}
-    notes["facts"] = _known_facts(facts)
+    notes = {"steps": info.step, "path": info.path, "model": weights._metadata[METADATA_KEY]}
+    notes["facts"] = _known_notes(vars(info))
     tensors = {name: value.contiguous() for name, value in weights.items()}
     _write(path, lambda temporary: save_file(tensors, temporary, {"format": "pt", METADATA_KEY: json.dumps(notes)}))
 

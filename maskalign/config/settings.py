@@ -4,12 +4,15 @@ The text under a field is its help line. checks.py has the rules that types cann
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Dict, List, Literal, Optional, Tuple, Union
+from typing import Annotated, Dict, List, Literal, Optional, Tuple, Union, get_args
 
 from maskalign.config.presets import preset_sizes
 from maskalign.config.ranges import ABOVE_0, ABOVE_0_TO_1, AT_LEAST_0, AT_LEAST_1, FROM_0_BELOW_1, FROM_0_TO_1
 from maskalign.config.schedules import Scheduled
 from maskalign.errors import UsageError
+
+PathName = Literal["linear", "cosine"]
+PATHS = get_args(PathName)  # of the interpolant
 
 
 @dataclass
@@ -113,7 +116,7 @@ class MethodConfig:
 class ObjectiveConfig:
     """The denoising objective."""
 
-    path: Literal["linear", "cosine"] = "linear"
+    path: PathName = "linear"
     """Interpolant between data (t = 0) and noise (t = 1)."""
     time: Literal["uniform", "lognormal"] = "uniform"
     """Distribution of the time t."""

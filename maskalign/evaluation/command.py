@@ -131,7 +131,7 @@ def evaluate(
         "notes": [],
     }
     if subject:
-        report["settings"] |= {"step": subject.about["step"], "weights": "ema" if ema else "model"}
+        report["settings"] |= {"step": subject.info.step, "weights": "ema" if ema else "model"}
     if real:
         _check_size(pictures, real, source, data)
         networks = _networks(settings, real, pictures.count, teachers, teacher_weights, inception, device)
@@ -149,7 +149,7 @@ def evaluate(
 def _check_shape(subject, manifest, source, data):
     """Raise a UsageError where model and data set differ in size or number of classes, before anything is drawn."""
     model = subject.model
-    if subject.about["latent"] is None and model.in_channels == 3 and model.input_size != manifest.resolution:
+    if subject.info.latent is None and model.in_channels == 3 and model.input_size != manifest.resolution:
         raise UsageError(
             f"{source} draws pictures of {model.input_size}x{model.input_size}, but those of {data} are "
             f"{manifest.resolution}x{manifest.resolution}; give the data set that it was trained on, or its like"
@@ -163,7 +163,7 @@ def _check_shape(subject, manifest, source, data):
 
 def _check_classes(subject, manifest, source, data):
     """Raise a UsageError where model and data set have as many classes, but not the same ones in the same order."""
-    difference = other_classes(subject.about["class_names"], manifest.class_names)
+    difference = other_classes(subject.info.class_names, manifest.class_names)
     if difference:
         raise UsageError(
             f"{source} was trained with other classes than {data} has: {difference}; give the data set that it was "
@@ -197,8 +197,8 @@ def _drawn(subject, count, sampling, vae, labels):
 
     network = Network(subject.model, sampling.precision)
     check_class_guidance(network, sampling)
-    sampling = replace(sampling, path=subject.about["path"], precision=network.precision)
-    return DrawnPictures(network, count, sampling, decoder_for(network, subject.about, vae), labels)
+    sampling = replace(sampling, path=subject.info.path, precision=network.precision)
+    return DrawnPictures(network, count, sampling, decoder_for(network, subject.info, vae), labels)
 
 
 def _add_distances(report, pictures, real, networks, settings, progress):
@@ -276,17 +276,17 @@ def _features(pictures, networks, settings, on_images):
 
 def _held_out(subject, manifest, held_out, settings, device):
     """(`HeldOut` for a model, the `Manifest` of its training data, or None where that cannot be read)."""
-    config, about, class_dim = subject.config, subject.about, subject.model.class_dim
+    config, class_dim = subject.config, subject.model.class_dim
     there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
     _check_input(subject.model, there, held_out)
-    _check_classes(subject, there, subject.label, held_out)
+    _check_classes(subject, there, subject.info.label, held_out)
     training, own = None, {}
     if config is not None:
         own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}
         path = config.data.path if isinstance(config.data.path, str) else next(iter(config.data.path))
         with suppress(UsageError, OSError):  # trained on another machine
             training = Manifest.load(path)
-    names, components = teachers_of(about["teachers"], config, class_dim)
+    names, components = teachers_of(subject.info.teachers, config, class_dim)
     teachers = choose_teachers(names, training, there, device=device, class_tokens=class_dim is not None, **own)
     if class_dim is not None:
         _check_class_token(class_dim, components, teachers[0], training, config)
@@ -314,17 +314,20 @@ def _check_class_token(class_dim, components, teacher, training, config):
 
 def _add_losses(report, subject, images, training, settings, progress):
     """Measure a model on held-out images."""
-    about, there = subject.about, images.manifest
+    path, there = subject.info.path, images.manifest
     with _bar(images.count, "held-out losses", progress) as bar:
-        found = losses_by_time(subject.model, images, bins=settings.bins, path=about["path"], on_images=bar.update)
+        found = losses_by_time(subject.model, images, bins=settings.bins, path=path, on_images=bar.update)
     bins = bin_names(settings.bins)
     report["held_out"] = {name: dict(zip(bins, values, strict=True)) for name, values in found.items()}
-    gap = held_out_gap(subject.model, images, path=about["path"])
+    gap = held_out_gap(subject.model, images, path=path)
     report["metrics"] |= held_out_measures(found, gap)
     seen = training is not None and (training.digest(), training.source) == (there.digest(), there.source)
     report["settings"] |= {"mask_ratio": MASK_RATIO} if gap else {}
-    facts = {"held_out_data": str(images.path), "held_out_images": images.count, "held_out_was_trained_on": seen}
-    report["settings"] |= facts
+    report["settings"] |= {
+        "held_out_data": str(images.path),
+        "held_out_images": images.count,
+        "held_out_was_trained_on": seen,
+    }
     if subject.model.class_dim is not None:
         report["notes"].append(
             "the model is given the noised class token of each held-out image; do not compare its losses with those of "

@@ -68,7 +68,7 @@ class Pooled(nn.Module):
         return encoder.network.forward_head(out, pre_logits=True).flatten(1)
 
 
-def digest_of(module, words):
+def module_digest(module, words):
     """16 hex digits of some words and of every tensor in a module's state."""
     digest = hashlib.sha256(words.encode())
     for name, tensor in module.state_dict().items():
@@ -92,7 +92,7 @@ class Features(nn.Module):
 
     def fingerprint(self):
         """16 hex digits that change with the weights, the preprocessing and the pooling."""
-        return digest_of(self.encoder, f"{type(self.encoder).__name__} {self.name} {self.VERSION}")
+        return module_digest(self.encoder, f"{type(self.encoder).__name__} {self.name} {self.VERSION}")
 
     @torch.no_grad()
     def forward(self, pictures):

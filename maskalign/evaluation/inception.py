@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from maskalign.errors import UsageError, one_line
-from maskalign.evaluation.features import CPU_CHUNK, digest_of
+from maskalign.evaluation.features import CPU_CHUNK, module_digest
 from maskalign.runtime.hub import hub_answers
 
 NAME = "inception"
@@ -106,7 +106,7 @@ class InceptionFeatures(nn.Module):
 
     def fingerprint(self):
         """16 hex digits that change with the weights."""
-        return digest_of(self.network, f"{NAME} torch-fidelity")
+        return module_digest(self.network, f"{NAME} torch-fidelity")
 
     @torch.no_grad()
     def outputs(self, pictures):
@@ -136,7 +136,7 @@ class SpatialInception:
 
     def fingerprint(self):
         """16 hex digits that change with the weights."""
-        return digest_of(self.inception.network, f"{SPATIAL_NAME} torch-fidelity")
+        return module_digest(self.inception.network, f"{SPATIAL_NAME} torch-fidelity")
 
     def __call__(self, pictures):
         """Spatial features of pictures (B, 3, H, W) uint8: (B, 2023) float32 on the CPU."""

@@ -25,14 +25,14 @@ class PeriodicEvaluation:
 
     Args:
         config: `Config`; its `evaluate` section and the interpolant's path are used.
-        facts: the model's facts, as a checkpoint holds them, see `Trainer`.
+        spec: the model's `ModelSpec`.
         manifest: of the training data.
         device: where the model is.
         precision: of the samples, `fp32` or `bf16`.
         decoder: latents -> images; None for pixels. Without one there are no distances for latents.
     """
 
-    def __init__(self, config, facts, manifest, device, precision="fp32", decoder=None):
+    def __init__(self, config, spec, manifest, device, precision="fp32", decoder=None):
         settings = config.evaluate
         self.settings, self.path, self.decoder = settings, config.objective.path, decoder
         data = settings.data or manifest.root
@@ -40,9 +40,8 @@ class PeriodicEvaluation:
         self.held_out = None
         if settings.images:
             own = dict(normalize=config.teacher.normalize, weights=config.teacher.weights, device=device)
-            class_dim = facts.get("class_dim")
-            names, components = teachers_of(facts["teachers"], config, class_dim)
-            teachers = choose_teachers(names, manifest, held_out, **own, class_tokens=class_dim is not None)
+            names, components = teachers_of(spec.teachers, config, spec.class_dim)
+            teachers = choose_teachers(names, manifest, held_out, **own, class_tokens=spec.class_dim is not None)
             self.held_out = HeldOut(data, settings.images, teachers, class_components=components)
         self.sampling = Sampling(
             "ode",
@@ -53,7 +52,7 @@ class PeriodicEvaluation:
             precision=precision,
         )
         self.real = self.network = self.reference = None
-        visible = facts["latent"] is None or decoder is not None
+        visible = spec.latent is None or decoder is not None
         if settings.samples and visible and held_out.image_format is not None:
             self.real = PictureDataSet(data, settings.reference)
             self.network = load_features(settings.teacher, device=device)

@@ -49,7 +49,7 @@ def data_fingerprint(manifest):
 def reference_name(pictures, features):
     """File name of the reference of a `PictureDataSet` in the features of a network."""
     manifest = pictures.manifest
-    facts = {
+    contents = {
         "version": VERSION,
         "data": data_fingerprint(manifest),
         "resolution": manifest.resolution,
@@ -58,8 +58,8 @@ def reference_name(pictures, features):
         "features": features.fingerprint(),
     }
     if pictures.classes is not None:
-        facts["classes"] = pictures.classes
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        contents["classes"] = pictures.classes
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()[:24]
     plain = "".join(letter if letter.isalnum() else "-" for letter in features.name)
     return f"{plain}-{pictures.count}-{digest}.npz"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-PATHS = ("linear", "cosine")
+from maskalign.config.settings import PATHS
 
 
 @dataclass(frozen=True)

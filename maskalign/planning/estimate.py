@@ -6,6 +6,7 @@ from typing import List
 import torch
 
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import shard_ranks
 from maskalign.errors import UsageError
 from maskalign.planning.communication import step_collectives
@@ -35,6 +36,7 @@ UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimizer's pa
 # Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
 # average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
 UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
+ANY_LATENT = {"scale": 1.0, "bias": 0.0}  # a step takes as long with other values
 
 
 @dataclass
@@ -113,17 +115,17 @@ class _Planner:
         class_dim = None
         if class_token:
             class_dim = self.facts.class_dim or self.teachers[class_token[0]].class_dim
-        self.build = {
-            "input_size": self.facts.input_size,
-            "in_channels": self.facts.in_channels,
-            "num_classes": self.facts.num_classes,
-            "teacher_dims": dims,
-            "class_dim": class_dim,
-            "latent": self.facts.latent,
-            "cached_bytes": [self.facts.teacher_bytes.get(name, 4) for name in aligned],
-        }
+        self.spec = ModelSpec(
+            input_size=self.facts.input_size,
+            in_channels=self.facts.in_channels,
+            num_classes=self.facts.num_classes,
+            teacher_dims=dims,
+            class_dim=class_dim,
+            latent=ANY_LATENT if self.facts.latent else None,
+        )
+        self.teacher_bytes = [self.facts.teacher_bytes.get(name, 4) for name in aligned]
         with torch.device("meta"):
-            self.model = build_model(config, self.build)
+            self.model = build_model(config, self.spec)
         self.phases = schedule_phases(config, self.model, bool(aligned))
         self.shards = self._shards(world_size)
         self.memories = self._memories()
@@ -146,9 +148,9 @@ class _Planner:
         frozen = sum(4 * self.teachers[name].parameters for name in self.online)
         if self.parallel.plan in ("fsdp", "hsdp") and frozen > self.parallel.shard_teacher_above * 2**20:
             frozen /= self.shards
-        own = dict(dtype=self.dtype, shards=self.shards, frozen=frozen)
+        own = dict(dtype=self.dtype, shards=self.shards, frozen=frozen, teacher_bytes=self.teacher_bytes)
         own["plain_attention"] = self.config.model.attention == "math"
-        return {phase: Memory(self.config, self.build, phase, **own) for phase in {self.phases[0], self.phases[-1]}}
+        return {phase: Memory(self.config, self.spec, phase, **own) for phase in {self.phases[0], self.phases[-1]}}
 
     def estimate(self):
         options = self.options

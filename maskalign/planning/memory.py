@@ -37,14 +37,17 @@ class Memory:
     """The memory of one phase of a run on one rank.
 
     Args:
-        config, facts, phase, dtype, shards, plain_attention: see `trace.trace_step`.
+        config, spec, phase, teacher_bytes, dtype, shards, plain_attention: see `trace.trace_step`.
         frozen: bytes of the networks that are not trained on a rank (teachers in the loop).
     """
 
-    def __init__(self, config, facts, phase, *, dtype=torch.bfloat16, shards=1, plain_attention=False, frozen=0):
+    def __init__(
+        self, config, spec, phase, *, teacher_bytes=None, dtype=torch.bfloat16, shards=1, plain_attention=False,
+        frozen=0,
+    ):  # fmt: skip
         self.parallel = config.parallel
-        own = dict(dtype=dtype, shards=shards, plain_attention=plain_attention)
-        self.low, self.high = (trace_step(config, facts, phase, images, **own) for images in TRACED)
+        own = dict(teacher_bytes=teacher_bytes, dtype=dtype, shards=shards, plain_attention=plain_attention)
+        self.low, self.high = (trace_step(config, spec, phase, images, **own) for images in TRACED)
         if self.low.bytes.shape != self.high.bytes.shape:
             raise RuntimeError("the operations of a step depend on its batch: memory cannot be extrapolated")
         self.slope = (self.high.bytes - self.low.bytes) / (TRACED[1] - TRACED[0])

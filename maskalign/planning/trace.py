@@ -188,14 +188,18 @@ class _Step(TrainStep):
         )
 
 
-def trace_step(config, facts, phase, images, *, dtype=torch.bfloat16, shards=1, plain_attention=False):
+def trace_step(
+    config, spec, phase, images, *, teacher_bytes=None, dtype=torch.bfloat16, shards=1, plain_attention=False
+):
     """Run one step of `images` images per micro-batch.
 
     Args:
         config: `Config`; parallel.plan decides how the model is spread.
-        facts: dict for `build_model`, and latent (stored moments are the input), cached_bytes (of a stored number of
-            each teacher's tokens; 4 for those computed in the loop). With a class token it is a row more of each.
+        spec: `ModelSpec`; where it has a `latent`, stored moments are the input.
         phase: `work.Phase`.
+        images: of a micro-batch.
+        teacher_bytes: of a stored number of each teacher's tokens, 4 for those computed in the loop; by default 1 each,
+            for int8. With a class token there is a row more of each.
         dtype: of parameters and activations.
         shards: ranks that share one copy of the weights, for the plans fsdp and hsdp.
         plain_attention: attention by plain operations, as on a CPU.
@@ -217,28 +221,27 @@ def trace_step(config, facts, phase, images, *, dtype=torch.bfloat16, shards=1, 
         if mesh is None:
             config.parallel.plan = "none"
         with torch.device("meta"):
-            model = build_model(config, facts)
+            model = build_model(config, spec)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return _traced(config, facts, phase, model, placement, images, parts)
+            return _traced(config, spec, teacher_bytes, phase, model, placement, images, parts)
 
 
-def _traced(config, facts, phase, model, placement, images, parts):
+def _traced(config, spec, teacher_bytes, phase, model, placement, images, parts):
     plan = Plan(model, config, placement)
     model.to_empty(device="cpu")
     optimizer = Optimizer(model, config.optimizer, placement.dtype)
     optimizer.tensors()  # makes the moments, which the first step of a run would make
     prepare_blocks(model, config)
-    latent = {"scale": 1.0, "bias": 0.0} if facts["latent"] else None
-    step = _Step(model, optimizer, config, placement, plan, latent)
+    step = _Step(model, optimizer, config, placement, plan, spec.latent)
     step.phase = phase
     count = images * parts
     labels = torch.zeros(count, dtype=torch.int64)
-    channels = facts["in_channels"] * (2 if facts["latent"] else 1)
-    inputs = torch.empty(count, channels, facts["input_size"], facts["input_size"])
+    channels = spec.in_channels * (2 if spec.latent else 1)
+    inputs = torch.empty(count, channels, spec.input_size, spec.input_size)
     stored = {1: torch.int8, 2: torch.float16, 4: torch.float32}
     teachers = [
         torch.empty(count, model.num_tokens + (model.class_dim is not None), dim, dtype=stored[size])
-        for dim, size in zip(facts["teacher_dims"], facts["cached_bytes"], strict=True)
+        for dim, size in zip(spec.teacher_dims, teacher_bytes or [1] * len(spec.teacher_dims), strict=True)
     ]
     class_token = torch.empty(count, model.class_dim) if model.class_dim else None
     given = [inputs, labels, *teachers, *([] if class_token is None else [class_token])]

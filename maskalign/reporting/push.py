@@ -55,7 +55,7 @@ def push(run, repository, *, out=None, dry_run=False, private=False, ema=True, s
     api = None if dry_run else _hub_client(repository)
     loaded = load(run, ema)
     folder = make_folder(out or loaded.folder / "hub")
-    write_safetensors(folder / EXPORT, loaded.model, loaded.about["step"], loaded.about["path"], loaded.about)
+    write_safetensors(folder / EXPORT, loaded.model, loaded.info)
     record = read_run(loaded.folder)
     settings = public_settings(record.settings)
     write_atomically(folder / SETTINGS, yaml.safe_dump(settings, sort_keys=False).encode())
@@ -69,7 +69,7 @@ def push(run, repository, *, out=None, dry_run=False, private=False, ema=True, s
     write_atomically(folder / CARD, card.encode())
     if dry_run:
         return folder, None
-    return folder, _upload(api, folder, repository, private, loaded.label)
+    return folder, _upload(api, folder, repository, private, loaded.info.label)
 
 
 def public_settings(settings):
@@ -109,22 +109,22 @@ def data_license(path):
 
 def model_card(repository, loaded, settings, record, with_picture, license=None, data=None):
     """The text of the repository's README.md."""
-    model, about = loaded.model, loaded.about
+    model, info = loaded.model, loaded.info
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     head = {"library_name": "maskalign", "pipeline_tag": "unconditional-image-generation"}
     head["tags"] = ["maskalign", "diffusion", "sit", "class-conditional"]
     if license:
         head["license"] = license
     sizes = f"{model.depth} blocks, width {model.width}, {model.heads} heads, patch {model.patch_size}"
-    classes = about.get("class_names") or []
+    classes = info.class_names or []
     lines = ["---", yaml.safe_dump(head, sort_keys=False).strip(), "---", "", f"# {repository.rpartition('/')[2]}", ""]
     lines += [
         f"A class-conditional diffusion transformer, trained with [maskalign](https://arxiv.org/abs/2606.08788) "
         f"{__version__}: {sizes}, {million:.1f} M parameters, {model.num_classes} classes, inputs of "
         f"{model.in_channels} x {model.input_size} x {model.input_size}"
-        + (f", latents of {(about['latent'] or {}).get('name') or 'a VAE'}." if about["latent"] else ", pixels."),
+        + (f", latents of {info.latent.get('name') or 'a VAE'}." if info.latent else ", pixels."),
         "",
-        f"`{EXPORT}` holds the {'averaged ' if about['ema'] else ''}weights after {about['step']} steps; "
+        f"`{EXPORT}` holds the {'averaged ' if info.ema else ''}weights after {info.step} steps; "
         f"`{SETTINGS}` holds the settings.",
         "",
         *([f"![samples]({SAMPLES})", ""] if with_picture else []),
@@ -139,7 +139,7 @@ def model_card(repository, loaded, settings, record, with_picture, license=None,
         "from maskalign.sampling import Sampling, generate",
         "",
         f'model = load_model("{PREFIX}{repository}")',
-        f'pictures = generate(model, [0, 1, 2], Sampling(steps=50, path="{about["path"]}"))',
+        f'pictures = generate(model, [0, 1, 2], Sampling(steps=50, path="{info.path}"))',
         "```",
         "",
     ]
@@ -173,7 +173,7 @@ def _settings(settings):
 
 
 def _licenses(loaded, license, data):
-    names = [*loaded.about["teachers"], str(loaded.about["vae"] or (loaded.about["latent"] or {}).get("name") or "")]
+    names = [*loaded.info.teachers, str(loaded.info.vae_name or "")]
     lines = [f"- The weights: {license or 'no license was given; ask their author'}."]
     lines.append(f"- The images of the training: {_plain(data) if data else 'see the license of the data set'}.")
     parts = {text: None for name in names for start, text in PARTS.items() if name.startswith(start)}

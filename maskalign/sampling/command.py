@@ -71,29 +71,29 @@ def sample(
         raise UsageError("--labels applies to sets; add --npz N, or choose the rows of the sheet with --classes")
     with torchrun_ranks() as ranks:
         loaded = load(run, ema)
-        model, about = loaded.model, {**loaded.about, "name": loaded.label}
+        model, info = loaded.model, loaded.info
         del loaded
-        settings = replace(settings, path=about["path"])
+        settings = replace(settings, path=info.path)
         settings = apply_preset(settings, preset, given, model, progress and ranks.rank == 0)
         network = Network(model.to(find_device(device, "--device")).eval().requires_grad_(False), settings.precision)
         del model  # in bf16 the network holds its own copy
         check_class_guidance(network, settings)
-        names = about["class_names"] or [f"class {label}" for label in range(network.num_classes)]
+        names = info.class_names or [f"class {label}" for label in range(network.num_classes)]
         chosen = None if classes is None else parse_classes(classes, names)
-        decoder = decoder_for(network, about, vae)
+        decoder = decoder_for(network, info, vae)
         out = make_folder(out)
         if npz is not None:
             with _bar(npz, progress and ranks.rank == 0) as bar:
                 return [
                     draw_set(
-                        network, npz, out, settings, about, ranks, classes=chosen, labels=labels, decoder=decoder,
+                        network, npz, out, settings, info, ranks, classes=chosen, labels=labels, decoder=decoder,
                         on_images=_of_all(bar, ranks),
                     )
                 ]  # fmt: skip
         chosen = spread_classes(network.num_classes) if chosen is None else list(dict.fromkeys(chosen))
         names = drawable_names(names, chosen)
         return _sheets(
-            network, out, settings, about, ranks, chosen, names, decoder, per_class=per_class,
+            network, out, settings, info, ranks, chosen, names, decoder, per_class=per_class,
             interpolation=interpolation, strip=strip, animation=animation, frames=frames, progress=progress,
         )  # fmt: skip
 
@@ -127,14 +127,14 @@ def _check_numbers(npz, per_class, frames, interpolation, strip, animation):
 
 
 def _sheets(
-    network, out, settings, about, ranks, classes, names, decoder, *, per_class, interpolation, strip, animation,
+    network, out, settings, info, ranks, classes, names, decoder, *, per_class, interpolation, strip, animation,
     frames, progress,
 ):  # fmt: skip
     """Draw and write everything but a set; rank 0 writes."""
     rows = len(plan_rows(interpolation, classes)) if interpolation else 0
     if interpolation and not rows:
         raise UsageError(f"--interpolate {interpolation} needs two classes or more; add some to --classes")
-    title = f"{about['name']}, {settings.describe()}"
+    title = f"{info.label}, {settings.describe()}"
     trajectory = None
     if strip or animation:
         trajectory = Trajectory(settings.steps, MOST_FRAMES if animation else frames, settings.path)
@@ -178,19 +178,18 @@ def _save(sheet, pictures, labels, out):
     return out / "grid.png"
 
 
-def decoder_for(network, about, vae):
+def decoder_for(network, info, vae):
     """What makes pictures of a model's latents; None where it draws pixels.
 
     Args:
         network: the model as `pictures` draws with it.
-        about: what is known of the model, see `checkpoints.loading.Loaded`.
+        info: `ModelInfo` of the model.
         vae: name or folder of an AutoencoderKL; None takes the data set's.
 
     Raises:
         UsageError: latents without a known decoder, or one that cannot be loaded.
     """
-    latent = about["latent"]
-    name = vae or about["vae"] or (latent or {}).get("name")
+    name = vae or info.vae_name
     if name is None:
         if network.in_channels in (1, 3):
             return None
@@ -198,9 +197,9 @@ def decoder_for(network, about, vae):
             f"the model draws latents of {network.in_channels} channels; name their decoder: --vae "
             "stabilityai/sd-vae-ft-mse, or a local folder"
         )
-    if vae is None and latent is None and network.in_channels == 3:
+    if vae is None and info.latent is None and network.in_channels == 3:
         return None
-    return load_decoder(name, latent=latent, channels=network.in_channels, device=network.device)
+    return load_decoder(name, latent=info.latent, channels=network.in_channels, device=network.device)
 
 
 def _of_all(bar, ranks):

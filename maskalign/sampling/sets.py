@@ -12,14 +12,14 @@ from maskalign.sampling.npz import write_npz
 from maskalign.sampling.pictures import to_uint8
 
 
-def draw_set(network, count, out, settings, about, ranks, *, classes=None, labels=None, decoder=None, on_images=None):
+def draw_set(network, count, out, settings, info, ranks, *, classes=None, labels=None, decoder=None, on_images=None):
     """Draw `count` images into `out`/samples_<count>.npz, or those of them that are missing.
 
     Args:
         network: `Network`.
         count: number of images.
         settings: `Sampling`.
-        about: dict with the model's name, step and ema; kept beside the set, with the settings.
+        info: `ModelInfo`; its label, step and `ema` are kept beside the set, with the settings.
         ranks: `Ranks` that share the work.
         classes: the classes of the set; by default all of them.
         labels: `balanced` deals the classes to the images in turn, `uniform` draws them at random, keyed by the index
@@ -57,10 +57,10 @@ def draw_set(network, count, out, settings, about, ranks, *, classes=None, label
         "precision": network.precision,
         "classes": classes,
         "labels": labels,
-        "model": about["name"],
-        "step": about["step"],
+        "model": info.label,
+        "step": info.step,
     }
-    record |= {"ema": about["ema"], "images": count}
+    record |= {"ema": info.ema, "images": count}
     return write_npz(
         Path(out) / f"samples_{count}.npz",
         count,

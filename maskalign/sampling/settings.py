@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Literal, Optional, get_args
 
 from maskalign.config.option import option
+from maskalign.config.settings import PATHS
 from maskalign.errors import UsageError
 
 
@@ -21,7 +22,7 @@ def parse_interval(text):
 
 SamplerName = Literal["ode", "heun", "sde"]
 Precision = Literal["auto", "fp32", "bf16"]
-SAMPLERS, PRECISIONS, PATHS = get_args(SamplerName), get_args(Precision), ("linear", "cosine")
+SAMPLERS, PRECISIONS = get_args(SamplerName), get_args(Precision)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What may change when a run resumes, and what would make it another run.
 
-A checkpoint has the settings and the facts of the data that it was trained with. What the weights compute, and what
+A checkpoint has the settings and the `ModelSpec` that it was trained with. What the weights compute, and what
 they are trained to compute, stays: another value is refused, also where all shapes happen to fit. The learning rate,
 the number of steps, logging, the plan and the like may change, and are named with their old and new values.
 """
@@ -86,11 +86,11 @@ def new_run(path):
     return f"start a new run from its weights with --training.init_from {path} --run_dir NEW"
 
 
-def data_facts(config, manifests, facts):
-    """What a checkpoint keeps of the data, for `check_facts` of a later start.
+def data_record(config, manifests, facts):
+    """What a checkpoint keeps of the data, for `check_spec` of a later start: a dict that goes through JSON.
 
     Args:
-        config: `Config`. manifests: of all data sets. facts: of `config.validate_with_data`.
+        config: `Config`. manifests: of all data sets. facts: `config.DataFacts`.
     """
     manifest, features = manifests[0], {}
     for name, _ in facts.sources:
@@ -117,11 +117,11 @@ def data_facts(config, manifests, facts):
     return {"samples": samples, "builds": builds, "features": features, "class_token": class_token}
 
 
-def check_facts(path, there, here):
+def check_spec(path, there, here):
     """Refuse a checkpoint of other data or another teacher.
 
     Args:
-        path: of the checkpoint; there, here: `facts` of the checkpoint and of this start. What a checkpoint from an
+        path: of the checkpoint. there, here: `ModelSpec` of the checkpoint and of this start. What a checkpoint from an
             earlier version does not know is not compared.
     """
 
@@ -135,22 +135,23 @@ def check_facts(path, there, here):
         "num_classes": "as number of classes",
     }
     for key, name in names.items():
-        require(there[key] == here[key], f"was trained with {name} {there[key]}, the data now have {here[key]}")
-    difference = other_classes(there.get("class_names"), here["class_names"])
+        old, new = getattr(there, key), getattr(here, key)
+        require(old == new, f"was trained with {name} {old}, the data now have {new}")
+    difference = other_classes(there.class_names, here.class_names)
     require(not difference, f"the data now have other classes than those it was trained with: {difference}")
-    old, new = there.get("teachers"), here["teachers"]
+    old, new = there.teachers, here.teachers
     require(old is None or old == new, f"was aligned with {_names(old)}, now it would be with {_names(new)}")
     for key, name in (("teacher_dims", "teacher features of width"), ("class_dim", "a class token of width")):
-        # A run from before class tokens does not name their width.
-        require(there.get(key) == here[key], f"was trained with {name} {there.get(key)}, now it is {here[key]}")
-    old, new = there.get("latent"), here["latent"]
+        old, new = getattr(there, key), getattr(here, key)
+        require(old == new, f"was trained with {name} {old}, now it is {new}")
+    old, new = there.latent, here.latent
     if old is not None and new is not None:
         for key in ("scale", "bias", "shape"):
             require(
                 old.get(key) == new.get(key),
                 f"was trained on latents with {key} {old.get(key)}, those of the data have {new.get(key)}",
             )
-    old, new = there.get("data") or {}, here["data"]
+    old, new = there.data or {}, here.data
     for name, entry in (old.get("features") or {}).items():
         for key, value in entry.items():
             now = new["features"].get(name, {}).get(key, value)
@@ -166,7 +167,7 @@ def check_stream(path, state, stream, config, there):
 
     Args:
         path: of the checkpoint. state: of the stream, as the checkpoint has it. stream: the `ShardStream`.
-        config: `Config`. there: the checkpoint's `facts`.
+        config: `Config`. there: the checkpoint's `ModelSpec`.
 
     Returns:
         list of texts about what may have changed and did.
@@ -179,7 +180,7 @@ def check_stream(path, state, stream, config, there):
             f"seed: {config.seed}, but {path} was trained with {state['seed']}, from which the order of its images and "
             f"all draws follow; set seed {state['seed']}, or {new_run(path)}"
         )
-    data = there.get("data") or {}
+    data = there.data or {}
     if list(state["data"]) != [manifest.digest() for manifest in stream.manifests]:
         before = f" {data['samples']:,} images" if "samples" in data else " other shards"
         shards = sum(len(manifest.shards) for manifest in stream.manifests)

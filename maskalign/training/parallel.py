@@ -10,7 +10,7 @@ from maskalign.runtime.device import compute_dtype, find_device
 from maskalign.runtime.ranks import Placement, join_ranks, make_mesh
 
 
-def place(training, parallel=None):
+def make_placement(training, parallel=None):
     """Choose device and dtype from the settings and, for a plan of several processes, join the other ranks.
 
     Args:

@@ -17,17 +17,17 @@ class Previews:
 
     Args:
         config: `Config`; its `preview` section and the interpolant's path are used.
-        facts: the model's facts, as a checkpoint holds them, see `Trainer`.
+        spec: the model's `ModelSpec`.
         device: where the model is.
         precision: `fp32` or `bf16`.
     """
 
-    def __init__(self, config, facts, device, precision="fp32"):
+    def __init__(self, config, spec, device, precision="fp32"):
         preview = config.preview
-        self.facts = facts
+        self.latent = spec.latent
         self.per_class = preview.per_class
-        self.classes = list(range(facts["num_classes"]))[: preview.classes]
-        self.names = drawable_names(facts["class_names"], self.classes)
+        self.classes = list(range(spec.num_classes))[: preview.classes]
+        self.names = drawable_names(spec.class_names, self.classes)
         self.sampling = Sampling(
             sampler=preview.sampler,
             steps=preview.steps,
@@ -39,11 +39,10 @@ class Previews:
         self.decoder = self._load_decoder(preview.vae, device)
 
     def _load_decoder(self, asked, device):
-        latent = self.facts["latent"]
-        if latent is None:
+        if self.latent is None:
             return None
         try:
-            return load_decoder(asked or latent["name"], latent=latent, device=device)
+            return load_decoder(asked or self.latent["name"], latent=self.latent, device=device)
         except (UsageError, RunError) as error:
             if asked:
                 raise

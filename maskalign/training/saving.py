@@ -23,10 +23,10 @@ from maskalign.checkpoints.layout import (
     MARKER,
     PARTIAL,
     complete_checkpoints,
-    digest_of,
+    file_digest,
     is_complete,
 )
-from maskalign.checkpoints.loading import quiet
+from maskalign.checkpoints.loading import ignoring_warnings
 from maskalign.checkpoints.shard_files import ShardWriter
 from maskalign.errors import RunError
 from maskalign.runtime.files import sync_folder, write_atomically
@@ -162,7 +162,7 @@ class Saver:
         try:
             self._all(lambda: self._open(partial))
             writer = ShardWriter(partial)
-            with quiet():
+            with ignoring_warnings():
                 dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             parts = self._gather((state, writer.digests))
             self._all(lambda: self._commit(partial, final, parts, config_yaml, merge))
@@ -189,7 +189,7 @@ class Saver:
         texts = {"state.json": json.dumps(merge(states) if merge else states[0]), "config.yaml": config_yaml}
         for name, text in texts.items():
             write_atomically(partial / name, text.encode())
-            files[name] = digest_of(partial / name)
+            files[name] = file_digest(partial / name)
         for name, entry in files.items():
             if (partial / name).stat().st_size != entry["size"]:
                 raise OSError(f"{name} is not on the disk as it was written; do all ranks share this folder?")

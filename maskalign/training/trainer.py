@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from maskalign.checkpoints.build import build_model
 from maskalign.checkpoints.layout import ASIDE, FOLDER, complete_checkpoints, read_state
 from maskalign.checkpoints.loading import load_tensors, read_config
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import TokenBudget, dump_config, model_sizes
 from maskalign.data import ShardStream
 from maskalign.data.stream.position import merge_states
@@ -25,11 +27,11 @@ from maskalign.runtime.lock import locked
 from maskalign.runtime.ranks import leave_ranks
 from maskalign.teachers.features import Features
 from maskalign.training.compiling import check_compile, prepare_blocks
-from maskalign.training.continuing import changed_settings, check_facts, check_stream, data_facts
+from maskalign.training.continuing import changed_settings, check_spec, check_stream, data_record
 from maskalign.training.failures import Stop, Watchdog, clear_requeue, lost_contact, mark_requeue
 from maskalign.training.logs import peak_memory_mib
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan, prepare_teacher
 from maskalign.training.previews import Previews
 from maskalign.training.run_log import RunLog
@@ -112,7 +114,7 @@ class Trainer:
     def __init__(self, config, manifest, facts, stop=None, watchdog=None):
         self.config = config
         self.manifest = manifest
-        self.placement = place(config.training, config.parallel)
+        self.placement = make_placement(config.training, config.parallel)
         self.stop, self.watchdog = stop or Stop(), watchdog or Watchdog(config.training.timeout)
         if self.placement.world_size > 1:
             self.stop.join()
@@ -122,6 +124,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         resume = find_resume(config, self.placement)
         state = read_state(resume) if resume else None
+        before = ModelSpec.from_dict(state["facts"]) if resume else None
         changes = []
         if resume:
             changes = changed_settings(resume, read_config(resume), config)
@@ -145,32 +148,33 @@ class Trainer:
             cache_dir=config.data.cache_dir,
             fields=self._fields(),
         )
-        self.facts = {
-            "input_size": facts.input_size,
-            "in_channels": facts.in_channels,
-            "num_classes": facts.num_classes,
-            "teacher_dims": self.features.dims,
-            "class_dim": self.features.class_dim,
-            "position_grid": state["facts"].get("position_grid") if resume else None,  # `init_from` may set it
-            "teachers": [name for name, _ in facts.teachers],
-            "class_names": manifest.class_names,
-            "latent": manifest.latent,
-            "data": data_facts(config, self.stream.manifests, facts),
-        }
+        self.spec = ModelSpec(
+            input_size=facts.input_size,
+            in_channels=facts.in_channels,
+            num_classes=facts.num_classes,
+            teacher_dims=self.features.dims,
+            class_dim=self.features.class_dim,
+            position_grid=before.position_grid if resume else None,  # `init_from` may change it
+            teachers=[name for name, _ in facts.teachers],
+            class_names=manifest.class_names,
+            latent=manifest.latent,
+            data=data_record(config, self.stream.manifests, facts),
+        )
         # Everything that may be refused is checked before the model is built.
         if resume:
-            check_facts(resume, state["facts"], self.facts)
-            changes += check_stream(resume, state["stream"], self.stream, config, state["facts"])
+            check_spec(resume, before, self.spec)
+            changes += check_stream(resume, state["stream"], self.stream, config, before)
         # Built on meta, sharded, then filled: the model need not fit on one device, and all plans start from the same
         # weights.
         with torch.device("meta"):
-            self.model = build_model(config, self.facts)
+            self.model = build_model(config, self.spec)
         self.plan = Plan(self.model, config, self.placement)
         self.model.to_empty(device=self.device).reset_parameters(config.seed)
         # Lines to print before the first step.
         self.notes = [start_line(config, manifest, facts, self.stream.num_samples, self.model, self.placement)]
         if config.training.init_from and not resume:
-            self.notes.append(init_from(self.model, config.training.init_from, config, self.facts))
+            self.notes.append(init_from(self.model, config.training.init_from, config, self.spec))
+            self.spec = replace(self.spec, position_grid=self.model.position_grid)
         self.optimizer = Optimizer(
             self.model, config.optimizer, self.placement.dtype, config.parallel.ema_on_cpu, fused=True
         )
@@ -191,11 +195,11 @@ class Trainer:
         self.train_step = TrainStep(self.model, self.optimizer, config, self.placement, self.plan, manifest.latent)
         self.throughput = Throughput(self.model, config, self.placement)
         precision = "bf16" if self.placement.dtype == torch.bfloat16 else "fp32"
-        self.previews = Previews(config, self.facts, self.device, precision)
+        self.previews = Previews(config, self.spec, self.device, precision)
         self.evaluation = None
         if config.evaluate.every and (self.placement.is_main or self.plan.sharded):
             self.evaluation = PeriodicEvaluation(
-                config, self.facts, manifest, self.device, precision, self.previews.decoder
+                config, self.spec, manifest, self.device, precision, self.previews.decoder
             )
         training = config.training
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
@@ -413,7 +417,7 @@ class Trainer:
             "skipped_steps": self.skipped_steps,
             "bad_samples": self.bad_samples,
             "seed": self.config.seed,
-            "facts": self.facts,
+            "facts": self.spec.to_dict(),
             "stream": self.stream.state_dict(),
         }
         self.saver.save(self.step, self.optimizer.tensors(), state, self.config_yaml, merge=merge_ranks)

@@ -8,7 +8,6 @@ the objective is refused: its weights would load wherever shapes happen to fit, 
 import torch
 
 from maskalign.checkpoints.conversion import HeadsUnknown, has_fixed_positions, to_repa
-from maskalign.checkpoints.layout import read_state
 from maskalign.checkpoints.loading import load
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
@@ -27,14 +26,15 @@ SIZES = (
 )
 
 
-def init_from(model, path, config, facts):
+def init_from(model, path, config, spec):
     """Start from the averaged weights at a path.
 
     Args:
-        model: `SiT` with its initial weights, spread over the ranks or not.
+        model: `SiT` with its initial weights, spread over the ranks or not; afterwards it counts positions as the
+            weights do.
         path: a run, a checkpoint or a file of weights.
         config: `Config` of the new run.
-        facts: dict of the new run with teachers, class_names and `data` as `continuing.data_facts` gives it.
+        spec: `ModelSpec` of the new run.
 
     Returns:
         A line that says what was loaded, what starts fresh and why, and what of the file is not used.
@@ -43,26 +43,26 @@ def init_from(model, path, config, facts):
         UsageError: the file cannot be read, or holds another architecture or objective.
     """
     loaded, knows_heads = _load(path, model.heads)
-    there, about = loaded.model, loaded.about
+    there, info = loaded.model, loaded.info
     weights = to_repa(there)
     own, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    _check_function(path, model, there, own, weights, config, about)
-    fresh = _fresh(model, there, own, weights, facts, loaded)
+    _check_function(path, model, there, own, weights, config, info.path)
+    fresh = _fresh(model, there, own, weights, spec, loaded)
     notes = list(fresh.values())
-    resampled = _positions(path, model, there, facts)
+    resampled = _positions(path, model, there)
     dropped = {name for name in weights for prefixes in fresh if name.startswith(prefixes)}
     taken = [name for name in own if name in weights and name not in dropped and name != LABELS]
     for name in taken:
         assign(own[name], weights[name])
     count = len(taken) + 1
-    notes += _labels(own[LABELS], weights[LABELS], about.get("class_names"), facts["class_names"])
+    notes += _labels(own[LABELS], weights[LABELS], info.class_names, spec.class_names)
     lacking = [name for name in own if name not in weights]
     if lacking:
         notes.append(_parts(lacking))
-    latents = [(about.get("latent") or {}).get("scale"), (facts["latent"] or {}).get("scale")]
+    latents = [(latent or {}).get("scale") for latent in (info.latent, spec.latent)]
     unused = [name for name in weights if name not in own and name not in buffers and name not in dropped]
     line = f"training.init_from: {count} of {len(own)} tensors from {path}"
-    line += f", step {about['step']}" if about.get("step") is not None else ""
+    line += f", step {info.step}" if info.step is not None else ""
     line += resampled
     line += f"; starting fresh: {'; '.join(notes)}" if notes else ""
     if not knows_heads:
@@ -72,7 +72,7 @@ def init_from(model, path, config, facts):
     return line + (f"; not used: {_parts(unused)}" if unused else "")
 
 
-def _positions(path, model, there, facts):
+def _positions(path, model, there):
     """Count positions as the weights do, and return what to say about it."""
     if not has_fixed_positions(there.pos_embed, there.grid, there.position_grid):
         raise UsageError(
@@ -81,7 +81,6 @@ def _positions(path, model, there, facts):
         )
     counted = there.position_grid or there.grid[0]
     model.count_positions(counted)
-    facts["position_grid"] = model.position_grid
     if there.input_size == model.input_size:
         return ""
     return (
@@ -98,7 +97,7 @@ def _load(path, heads):
         return load(path, heads=heads), False
 
 
-def _check_function(path, model, there, own, weights, config, about):
+def _check_function(path, model, there, own, weights, config, trained_path):
     """Refuse weights that compute something else, whether or not their shapes fit."""
     differences = [
         f"{setting} {getattr(there, name)} (here {getattr(model, name)})"
@@ -115,10 +114,10 @@ def _check_function(path, model, there, own, weights, config, about):
             f"training.init_from: {path} is another model: {', '.join(differences)}; set these as they are there, or "
             "choose other weights"
         )
-    if about["path"] != config.objective.path:
+    if trained_path != config.objective.path:
         raise UsageError(
-            f"training.init_from: {path} was trained with objective.path {about['path']}, so its velocities are not "
-            f"those of objective.path {config.objective.path}; set objective.path {about['path']}, or choose other "
+            f"training.init_from: {path} was trained with objective.path {trained_path}, so its velocities are not "
+            f"those of objective.path {config.objective.path}; set objective.path {trained_path}, or choose other "
             "weights"
         )
     missing = [name for name in own if name not in weights and not name.startswith(OWN_PARTS)]
@@ -136,18 +135,18 @@ def _check_function(path, model, there, own, weights, config, about):
             )
 
 
-def _fresh(model, there, own, weights, facts, loaded):
+def _fresh(model, there, own, weights, spec, loaded):
     """{prefixes of names: what starts fresh and why} of the parts that are there and cannot be used."""
-    fresh, about = {}, loaded.about
+    fresh = {}
 
     def misfit(prefix):
         mine = {name: tensor.shape for name, tensor in own.items() if name.startswith(prefix)}
         theirs = {name: tensor.shape for name, tensor in weights.items() if name.startswith(prefix)}
         return mine and theirs and mine != theirs
 
-    teachers = about.get("teachers") or [None] * len(there.teacher_dims)
+    teachers = loaded.info.teachers or [None] * len(there.teacher_dims)
     for k in range(min(len(model.teacher_dims), len(there.teacher_dims))):
-        name, old = facts["teachers"][k], teachers[k]
+        name, old = spec.teachers[k], teachers[k]
         prefix = (f"projectors.{k}.",)
         if there.teacher_dims[k] != model.teacher_dims[k]:
             fresh[prefix] = f"projector to {name} ({model.teacher_dims[k]} wide, there {there.teacher_dims[k]})"
@@ -158,15 +157,15 @@ def _fresh(model, there, own, weights, facts, loaded):
         elif loaded.config is not None and there.align_depth != model.align_depth:
             fresh[prefix] = f"projector to {name} (at block {model.align_depth}, there at {there.align_depth})"
     if model.class_dim and there.class_dim:
-        state = read_state(loaded.source) if loaded.kind != "file" else {"facts": {}}
-        old, new = (state["facts"].get("data") or {}).get("class_token"), facts["data"]["class_token"]
+        kept = loaded.spec.data if loaded.spec is not None else None
+        old, new = (kept or {}).get("class_token"), spec.data["class_token"]
         reason = None
         if model.class_dim != there.class_dim:
             reason = f"{model.class_dim} numbers, there {there.class_dim}"
         elif old is not None and new is not None and old != new:
             reason = "of another teacher or with other statistics there"
-        elif teachers[:1] and facts["teachers"] and teachers[0] not in (None, facts["teachers"][0]):
-            reason = f"of {facts['teachers'][0]}, there of {teachers[0]}"
+        elif teachers[:1] and spec.teachers and teachers[0] not in (None, spec.teachers[0]):
+            reason = f"of {spec.teachers[0]}, there of {teachers[0]}"
         if reason:
             fresh[CLASS_PARTS] = f"class token ({reason})"
     shared = [name for name in own if name.startswith("mixer.") and name in weights]

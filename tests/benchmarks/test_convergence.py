@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -127,6 +126,7 @@ def test_tflop_are_those_that_torch_counts(recipe):
     from torch.utils.flop_counter import FlopCounterMode
 
     from maskalign.checkpoints.build import build_model
+    from maskalign.checkpoints.spec import ModelSpec
     from maskalign.config import DataFacts
 
     settings = {"model.attention": "math", "training.batch_size": 2, **RECIPES[recipe]}
@@ -134,7 +134,7 @@ def test_tflop_are_those_that_torch_counts(recipe):
     facts = DataFacts(input_size=32, in_channels=3, num_classes=10, teachers=[("efficientnet-lite0", True)])
     manifest = SimpleNamespace(teachers={"efficientnet-lite0": {"dim": 320, "class_token": {"dim": 320}}})
     class_dim = 64 if config.model.class_token else None
-    model = build_model(config, {**asdict(facts), "teacher_dims": [320], "class_dim": class_dim})
+    model = build_model(config, ModelSpec(32, 3, 10, [320], class_dim))
     token = torch.randn(2, 64) if class_dim else None
     for phase, progress in phases(config, 64).items():
         assert phase == phase_at(config, 64, progress)

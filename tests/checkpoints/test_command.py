@@ -1,42 +1,16 @@
 """Weights out of a run's checkpoint: to a model, to REPA's layout, to safetensors, and onto a sheet of pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from maskalign.checkpoints import build_model, convert, load, load_model, load_weights
+from maskalign.checkpoints import ModelInfo, convert, load, load_model, load_weights
 from maskalign.checkpoints.weight_files import load_file, read_file
-from maskalign.config import dump_config, parse_config
 from maskalign.errors import UsageError
 from maskalign.sampling import Sampling
 from maskalign.sampling.command import sample
-from maskalign.training import saving
-from maskalign.training.optimizer import Optimizer
-
-FACTS = {
-    "input_size": 8, "in_channels": 3, "num_classes": 3, "teacher_dims": [5], "teachers": ["efficientnet-lite0"],
-    "class_names": ["cats", "dogs", "flags"], "latent": None,
-}  # fmt: skip
-SETTINGS = {
-    "model.depth": 4, "model.width": 24, "model.heads": 3, "model.patch_size": 2, "model.projector_dim": 12,
-    "model.mixer_hidden": 6, "method.align_depth": 3, "objective.path": "cosine", "optimizer.ema_decay": 0.5,
-    "data.path": "nowhere",
-}  # fmt: skip
-
-
-def make_run(folder, seed, **more):
-    """A run folder with one checkpoint, two steps old; returns (path, model, averaged weights)."""
-    words = [word for key, value in {**SETTINGS, **more}.items() for word in (f"--{key}", str(value))]
-    config = parse_config(["--run_dir", str(folder), *words])
-    model = build_model(config, FACTS)
-    optimizer = Optimizer(model, config.optimizer)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step(0.1, torch.tensor(True))
-    state = {"step": 2, "seconds": 1.0, "facts": FACTS}
-    saving.save(folder, 2, optimizer.tensors(), state, dump_config(config))
-    return folder, model, optimizer.ema_state()
+from tests.made_runs import SPEC, make_run
 
 
 @pytest.fixture
@@ -44,16 +18,17 @@ def run(tmp_path, seed):
     return make_run(tmp_path / "run", seed)
 
 
-def test_a_run_gives_its_model_and_facts(run):
+def test_a_run_gives_its_model_and_what_is_known_of_it(run):
     path, model, averaged = run
     checkpoint = path / "checkpoints" / "step_00000002"
     for where in (path, checkpoint):
         loaded = load(where)
-        assert loaded.about == {
-            "name": "run", "class_names": FACTS["class_names"], "latent": None, "vae": None, "ema": True,
-            "step": 2, "path": "cosine", "teachers": FACTS["teachers"],
-        }  # fmt: skip
-        assert loaded.kind == ("run" if where == path else "checkpoint") and loaded.label == "run, step 2"
+        assert loaded.info == ModelInfo(
+            name="run", class_names=["cats", "dogs", "flags"], latent=None, vae=None, ema=True, step=2, path="cosine",
+            teachers=["efficientnet-lite0"],
+        )  # fmt: skip
+        assert loaded.spec == SPEC
+        assert loaded.kind == ("run" if where == path else "checkpoint") and loaded.info.label == "run, step 2"
         assert (loaded.source, loaded.folder) == (checkpoint, path) and loaded.config.objective.path == "cosine"
         assert not loaded.model.training
         for name, parameter in loaded.model.named_parameters():
@@ -67,10 +42,8 @@ def test_a_run_gives_its_model_and_facts(run):
 def test_a_run_as_safetensors_is_the_same_model(run, tmp_path, seed):
     path, model, _ = run
     assert "step 2" in convert(path, tmp_path / "a.safetensors")
-    ours, (again, about) = load_model(path), load_file(tmp_path / "a.safetensors")
-    facts = {"class_names": FACTS["class_names"], "teachers": FACTS["teachers"]}
-    assert about == {"step": 2, "path": "cosine", **facts}
-    assert load(tmp_path / "a.safetensors").about == {**load(path).about, "name": "a"}
+    ours, (again, info) = load_model(path), load_file(tmp_path / "a.safetensors")
+    assert info == replace(load(path).info, name="a") == load(tmp_path / "a.safetensors").info
     assert repr(ours) == repr(again) and again.heads == 3 and again.align_depth == 3
     x, t, labels = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
     assert torch.equal(ours(x, t, labels).velocity, again(x, t, labels).velocity)

@@ -10,6 +10,7 @@ import torch
 
 from maskalign.checkpoints import convert, from_repa, load, load_weights, to_repa
 from maskalign.checkpoints.conversion import HeadsUnknown
+from maskalign.checkpoints.spec import ModelInfo, ModelSpec
 from maskalign.checkpoints.weight_files import load_file, read_file, repa_checkpoint, write_repa, write_safetensors
 from maskalign.config.presets import SIZES
 from maskalign.errors import UsageError
@@ -213,8 +214,8 @@ def test_repa_file_there_and_back(tmp_path, seed):
         raw = torch.load(tmp_path / "a.pt", weights_only=True)
     assert list(raw) == ["model", "ema", "opt", "args", "steps"]
     assert isinstance(raw["args"], argparse.Namespace) and raw["args"].encoder_depth == 2
-    loaded, about = load_file(tmp_path / "a.pt")
-    assert about == {"step": 1234, "path": "cosine"}
+    loaded, info = load_file(tmp_path / "a.pt")
+    assert info == ModelInfo("a", 1234, True, "cosine")
     assert_same_model(ema, loaded)
     assert_same_model(model, load_file(tmp_path / "a.pt", ema=False)[0])
     # REPA's resume loads the optimizer's state into an AdamW over all its parameters, the fixed pos_embed among them.
@@ -232,14 +233,14 @@ def test_convert_round_trip_through_every_layout(tmp_path, seed):
     for name in ("b.safetensors", "c.pt", "d.safetensors"):
         loaded = load(tmp_path / name)
         assert_same_model(ema, loaded.model)
-        assert loaded.about["step"] == 1234 and loaded.about["path"] == "cosine"
+        assert loaded.info.step == 1234 and loaded.info.path == "cosine"
     weights = load_weights(tmp_path / "b.safetensors")
     assert torch.equal(weights["pos_embed"], ema.pos_embed)
 
 
 def test_safetensors_keeps_mixer_and_settings(tmp_path, seed):
     model = randomize(SiT(**{**TINY, "restore": "fuse", "route": (1, 3)}), seed)
-    write_safetensors(tmp_path / "a.safetensors", model, 7)
+    write_safetensors(tmp_path / "a.safetensors", model, ModelInfo(step=7))
     assert_same_model(model, load_file(tmp_path / "a.safetensors")[0])
     with pytest.raises(UsageError, match="no place for"):
         convert(tmp_path / "a.safetensors", tmp_path / "b.pt")
@@ -377,8 +378,8 @@ def test_a_model_is_never_built_without_the_class_token_that_is_asked_for():
     from maskalign.config import parse_config
 
     config = parse_config(["--model.preset", "SiT-S/2", "--model.class_token", "true", "--model.depth", "1"])
-    facts = {"input_size": 8, "in_channels": 3, "num_classes": 2, "teacher_dims": [4]}
+    sizes = dict(input_size=8, in_channels=3, num_classes=2, teacher_dims=[4])
     with torch.device("meta"):
         with pytest.raises(ValueError, match="class_dim"):
-            build_model(config, facts)
-        assert build_model(config, {**facts, "class_dim": 5}).class_dim == 5
+            build_model(config, ModelSpec(**sizes))
+        assert build_model(config, ModelSpec(**sizes, class_dim=5)).class_dim == 5

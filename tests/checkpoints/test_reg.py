@@ -1,12 +1,14 @@
 """REG's layout there and back, weights with a class token, mixing layers under old and new names, published sizes."""
 
 import argparse
+import json
 
 import pytest
 import torch
 
 from maskalign.checkpoints import convert, from_reg, from_repa, load, load_model, to_reg, to_repa
 from maskalign.checkpoints.conversion import own_name
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import read_file, reg_checkpoint, repa_checkpoint, write_repa, write_safetensors
 from maskalign.errors import UsageError
 from maskalign.models import SiT
@@ -105,7 +107,7 @@ def test_whole_checkpoints_and_their_arguments(seed, tmp_path):
     assert_same_model(ema, from_reg(raw, heads=3).eval(), seed)
     assert_same_model(model, from_reg(raw, heads=3, weights="model").eval(), seed)
     loaded = load(tmp_path / "a.pt")
-    assert loaded.kind == "file" and (loaded.about["step"], loaded.about["path"]) == (77, "cosine")
+    assert loaded.kind == "file" and (loaded.info.step, loaded.info.path) == (77, "cosine")
     assert_same_model(ema, loaded.model, seed)
     assert_same_model(model, load_model(tmp_path / "a.pt", ema=False), seed)
     # REG's resume loads the optimizer's state into an AdamW over all its parameters, the fixed pos_embed among them.
@@ -228,7 +230,7 @@ def test_the_old_name_of_a_single_mixing_layer(seed, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    write_safetensors(tmp_path / "new.safetensors", model, 3)
+    write_safetensors(tmp_path / "new.safetensors", model, ModelInfo(step=3))
     with safe_open(tmp_path / "new.safetensors", "pt") as file:
         notes = file.metadata()
     save_file({name: value.contiguous() for name, value in old.items()}, tmp_path / "old.safetensors", notes)
@@ -272,11 +274,19 @@ def test_a_trained_mixer_does_not_fit_regs_layout(seed, tmp_path):
 
 
 def test_notes_from_elsewhere_are_not_believed(seed, tmp_path):
-    facts = {"class_names": ["a", 3], "latent": {"scale": "big"}, "vae": 5, "teachers": ["dinov2-b"], "more": 1}
-    write_safetensors(tmp_path / "a.safetensors", make(seed), 2, facts=facts)
-    about = load(tmp_path / "a.safetensors").about
-    assert about["teachers"] == ["dinov2-b"]
-    assert (about["class_names"], about["latent"], about["vae"]) == (None, None, None) and "more" not in about
+    from safetensors.torch import load_file, save_file
+
+    weights = make(seed)
+    write_safetensors(tmp_path / "made.safetensors", weights)
+    facts = {"class_names": ["a", 3], "latent": None, "vae": 5, "teachers": ["dinov2-b"], "more": 1}
+    notes = {"steps": 2, "path": "linear", "model": to_repa(weights)._metadata["maskalign"], "facts": facts}
+    tensors = load_file(tmp_path / "made.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors", {"maskalign": json.dumps(notes)})
+    assert load(tmp_path / "a.safetensors").info == ModelInfo("a", 2, teachers=["dinov2-b"])
+    # And none of them is written.
+    info = ModelInfo(class_names=["a", 3], latent={"scale": "big"}, vae=5, teachers=["dinov2-b"])
+    write_safetensors(tmp_path / "b.safetensors", weights, info)
+    assert load(tmp_path / "b.safetensors").info == ModelInfo("b", teachers=["dinov2-b"])
 
 
 @pytest.mark.parametrize(
@@ -305,7 +315,7 @@ def test_the_command_line_converts(seed, tmp_path, capsys):
         return ended.value.code, captured.out + captured.err
 
     model = make(seed)
-    write_safetensors(tmp_path / "a.safetensors", model, 9)
+    write_safetensors(tmp_path / "a.safetensors", model, ModelInfo(step=9))
     code, text = call(tmp_path / "a.safetensors", tmp_path / "b.bin", "--to", "reg")
     assert code == 0 and "reg, depth 4" in text and "step 9" in text
     assert_same_model(model, load_model(tmp_path / "b.bin"), seed)

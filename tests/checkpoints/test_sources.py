@@ -8,6 +8,7 @@ import torch
 
 from maskalign.checkpoints import convert, load, load_model, sources
 from maskalign.checkpoints.sources import PUBLISHED, HubName, check_source, locate, parse_hub_name
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import repa_checkpoint, write_safetensors
 from maskalign.errors import RunError, UsageError
 from maskalign.models import SiT
@@ -18,7 +19,7 @@ TINY = dict(
 )  # fmt: skip
 
 
-def weights(seed, ending=".safetensors", tmp_path=None, **facts):
+def weights(seed, ending=".safetensors", tmp_path=None, **known):
     """(a model, the bytes of a file with it)."""
     torch.manual_seed(seed)
     model = SiT(**TINY)
@@ -26,7 +27,7 @@ def weights(seed, ending=".safetensors", tmp_path=None, **facts):
         buffer = io.BytesIO()
         torch.save(repa_checkpoint(model, model, 9), buffer)
         return model, buffer.getvalue()
-    write_safetensors(tmp_path / "made.safetensors", model, 9, facts=facts)
+    write_safetensors(tmp_path / "made.safetensors", model, ModelInfo(step=9, **known))
     return model, (tmp_path / "made.safetensors").read_bytes()
 
 
@@ -64,7 +65,7 @@ def test_weights_from_a_hub(ending, hub, tmp_path, seed):
     model, data = weights(seed, ending, tmp_path)
     hub.add("user/net", {"README.md": b"# net", "config.yaml": b"{}", f"weights{ending}": data})
     loaded = load("hf-hub:user/net")
-    assert same(model, loaded.model) and loaded.label == "user/net, step 9" and loaded.kind == "file"
+    assert same(model, loaded.model) and loaded.info.label == "user/net, step 9" and loaded.kind == "file"
     # A second time from the cache: nothing large is fetched again.
     fetched = sum(path.startswith("/cdn/") for _, path in hub.requests)
     assert same(model, load_model(f"hf-hub:user/net:weights{ending}"))
@@ -145,7 +146,7 @@ def test_published_weights(hub, tmp_path, seed, monkeypatch, caplog):
     torch.save(official, buffer)
     hub.add("nyu-visionx/SiT-collections", {"SiT-XL-2-256.pt": buffer.getvalue(), "SiT-B-2-256.pt": b"x"})
     loaded = load("sit-xl2", heads=2)
-    assert loaded.about["vae"] == PUBLISHED["sit-xl2"].vae and loaded.about["name"] == "sit-xl2"
+    assert loaded.info.vae == PUBLISHED["sit-xl2"].vae and loaded.info.name == "sit-xl2"
     assert torch.equal(
         loaded.model.final_layer.linear.bias, -official["final_layer.linear.bias"].view(4, 6)[:, :3].flatten()
     )

@@ -1,13 +1,10 @@
 """A small data set, a run trained on it in a second, and a cache of references that no other test sees."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from maskalign.cli import main
-from maskalign.config import parse_config
-from tests.training.conftest import arguments, write_data_set
+from tests.tiny_runs import train_on, write_data_set
 
 
 @pytest.fixture(autouse=True)
@@ -28,14 +25,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("evaluation") / "data"
     write_data_set(folder)
     return folder
-
-
-def train_on(data, run_dir, **changes):
-    from maskalign.training.preflight import check_data
-    from maskalign.training.trainer import train
-
-    config = parse_config(arguments(data, run_dir, **changes))
-    return train(config, *check_data(config))
 
 
 @pytest.fixture(scope="session")
@@ -61,14 +50,3 @@ def command(capfd):
         return end.value.code, out, err.strip().splitlines()
 
     return go
-
-
-def pictures(count=12, size=16, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
-
-
-def write_folder(folder, arrays):
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, picture in enumerate(arrays):
-        Image.fromarray(picture).save(folder / f"{number:04d}.png")
-    return folder

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints import load
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import reg_checkpoint, write_repa, write_safetensors
 from maskalign.config import parse_config
 from maskalign.data import ShardStream
@@ -25,8 +26,7 @@ from maskalign.evaluation.losses import velocity_and_cosine
 from maskalign.models import SiT
 from maskalign.objective.interpolant import Interpolant
 from maskalign.teachers.tokens import class_projection, project_class_token
-from tests.evaluation.conftest import train_on
-from tests.training.conftest import TEACHER, write_data_set
+from tests.tiny_runs import TEACHER, train_on, write_data_set
 
 DIM = 6
 RUN = dict(model__class_token="true", model__mixer="attention", training__max_steps=2)
@@ -275,8 +275,8 @@ def test_what_cannot_be_measured_is_told_before_anything_is_drawn(run, classes, 
     model = load(run).model
     plain = make_model(mixer="none")
     write_repa(tmp_path / "reg.pt", reg_checkpoint(plain, plain))
-    facts = {"class_names": ["ant", "bee", "cat"], "teachers": [TEACHER]}
-    write_safetensors(tmp_path / "projected.safetensors", model, 2, facts=facts)
+    info = ModelInfo(step=2, class_names=["ant", "bee", "cat"], teachers=[TEACHER])
+    write_safetensors(tmp_path / "projected.safetensors", model, info)
     for name, match in [("reg.pt", "whose class token"), ("projected.safetensors", "principal components")]:
         status, _, err = command("evaluate", tmp_path / name, "--data", classes, *WORDS)
         assert status == 2 and match in err[-1] and "--held-out-images 0" in err[-1], err
@@ -291,8 +291,9 @@ def test_what_cannot_be_measured_is_told_before_anything_is_drawn(run, classes, 
 
 
 def test_a_file_that_names_its_teacher_is_evaluated(classes, command, tmp_path):
-    write_safetensors(tmp_path / "whole.safetensors", make_model(), 2, facts={"teachers": [TEACHER]})
-    write_safetensors(tmp_path / "other.safetensors", make_model(class_dim=9), 2, facts={"teachers": [TEACHER]})
+    info = ModelInfo(step=2, teachers=[TEACHER])
+    write_safetensors(tmp_path / "whole.safetensors", make_model(), info)
+    write_safetensors(tmp_path / "other.safetensors", make_model(class_dim=9), info)
     words = ["--data", classes, "--metrics", "none", "--out", tmp_path / "out", *WORDS[-2:]]
     status, _, err = command("evaluate", tmp_path / "whole.safetensors", *words)
     assert status == 0, err

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from maskalign.evaluation.pictures import PictureDataSet
-from tests.evaluation.conftest import pictures, train_on, write_folder
-from tests.training.conftest import write_data_set
+from tests.on_disk import random_pictures, write_pictures
+from tests.tiny_runs import train_on, write_data_set
 
 FEW = ["--allow-singular", "--progress", "false", "--steps", "2", "--precision", "fp32", "--held-out-images", "8"]
 LITE = "efficientnet-lite0"
@@ -65,9 +65,9 @@ def test_a_checkpoint_has_a_report_of_its_own(run, data, command):
 
 def test_folder_archive_and_data_set_give_the_same_numbers(data, tmp_path, command):
     arrays = torch.cat(list(PictureDataSet(data, 14).batches(14))).permute(0, 2, 3, 1).numpy()
-    arrays = np.concatenate([arrays, pictures(4)])
+    arrays = np.concatenate([arrays, random_pictures(4)])
     np.savez(tmp_path / "samples.npz", arrays)
-    write_folder(tmp_path / "samples", arrays)
+    write_pictures(tmp_path / "samples", arrays)
     found = []
     for source in ("samples.npz", "samples"):
         out = tmp_path / f"of-{source}"
@@ -108,11 +108,11 @@ def test_held_out_images_of_another_data_set(run, data, tmp_path, command):
 def mistakes(run, data, folder):
     """(arguments, exit status, a part of the line) of everything that must end in one line."""
     sized = write_data_set(folder / "sized", samples=12, size=8, grid=(2, 2)) and folder / "sized"
-    few = write_folder(folder / "few", pictures(20))
+    few = write_pictures(folder / "few", random_pictures(20))
     (folder / "broken.npz").write_bytes(b"PK\x03\x04 and nothing more")
     np.savez(folder / "nan.npz", np.full((3, 16, 16, 3), np.nan, dtype=np.float32))
     (folder / "empty").mkdir()
-    broken = write_folder(folder / "broken", pictures(7))
+    broken = write_pictures(folder / "broken", random_pictures(7))
     (broken / "0003.png").write_bytes(b"no picture")
     kernel = ["--metrics", "kernel"]
     return [

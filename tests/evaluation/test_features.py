@@ -11,7 +11,7 @@ from maskalign.evaluation.distances import frechet_distance
 from maskalign.evaluation.features import load_features
 from maskalign.evaluation.inception import InceptionFeatures, find_weights, inception_score
 from maskalign.teachers import load_teacher
-from tests.evaluation.conftest import pictures, write_folder
+from tests.on_disk import random_pictures, write_pictures
 
 
 def tensor(arrays):
@@ -19,7 +19,7 @@ def tensor(arrays):
 
 
 def test_efficientnet_is_the_mean_token():
-    batch = tensor(pictures(5, 32))
+    batch = tensor(random_pictures(5, 32))
     features = load_features("efficientnet-lite0")
     assert features.dim == 320 and features(batch).shape == (5, 320)
     torch.testing.assert_close(features(batch), load_teacher("efficientnet-lite0")(batch).mean(dim=1))
@@ -28,7 +28,7 @@ def test_efficientnet_is_the_mean_token():
 
 def test_dinov2_is_the_class_token_prepared_as_for_fdd():
     """The field's FDD (arXiv 2306.04675) prepares a PIL image with torchvision: resize, scale, normalize."""
-    arrays = pictures(2, 32, seed=1)
+    arrays = random_pictures(2, 32, seed=1)
     features = load_features("dinov2-s", weights="random")
     prepare = Compose([
         Resize((224, 224), InterpolationMode.BICUBIC), ToTensor(),
@@ -45,7 +45,7 @@ def test_dinov2_is_the_class_token_prepared_as_for_fdd():
 
 def test_timm_models_are_pooled_as_timm_does():
     features = load_features("timm:resnet18", weights="random")
-    batch = tensor(pictures(2, 32))
+    batch = tensor(random_pictures(2, 32))
     assert features.dim == 512
     timm = features.encoder.encoder
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_weights_that_are_not_numbers():
     with torch.no_grad():
         features.encoder.encoder.network[0].bias[0] = torch.nan
     with pytest.raises(UsageError, match="not finite"):
-        features(tensor(pictures(1)))
+        features(tensor(random_pictures(1)))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_inception_is_torch_fidelitys(weights):
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     theirs = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], str(weights))
-    batch = tensor(pictures(2, 32))
+    batch = tensor(random_pictures(2, 32))
     own = InceptionFeatures(weights).eval()
     out = own.outputs(batch)
     for found, expected in zip((out.pooled, out.logits), theirs(batch), strict=True):
@@ -91,7 +91,7 @@ def test_inception_is_torch_fidelitys(weights):
 def test_spatial_features_are_those_of_adms_evaluator(weights):
     """The first 7 channels of `mixed_6/conv:0`, written out: a 1x1 convolution of what the block before gives, batch
     normalization and ReLU, in TensorFlow's order (row, column, channel)."""
-    batch = tensor(pictures(3, 32, seed=1))
+    batch = tensor(random_pictures(3, 32, seed=1))
     own = InceptionFeatures(weights).eval()
     network = own.network
     # Other statistics than a fresh network's 0 and 1, or leaving the normalization out would hardly show.
@@ -203,8 +203,8 @@ def test_fid_and_score_of_folders_are_torch_fidelitys(weights, tmp_path, data, c
     from maskalign.evaluation.pictures import PictureDataSet
 
     real = torch.cat(list(PictureDataSet(data, 12).batches(12))).permute(0, 2, 3, 1).numpy()
-    write_folder(tmp_path / "real", real)
-    write_folder(tmp_path / "drawn", pictures(11))
+    write_pictures(tmp_path / "real", real)
+    write_pictures(tmp_path / "drawn", random_pictures(11))
     theirs = calculate_metrics(
         input1=str(tmp_path / "drawn"), input2=str(tmp_path / "real"), fid=True, isc=True, isc_splits=10, cuda=False,
         cache=False, verbose=False, feature_extractor_weights_path=str(weights), save_cpu_ram=True, batch_size=4,
@@ -219,6 +219,6 @@ def test_fid_and_score_of_folders_are_torch_fidelitys(weights, tmp_path, data, c
     assert found["inception_score"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert "FID, Frechet distance (inception)" in out and np.isfinite(found["frechet[inception]"])
     network = InceptionFeatures(weights).eval()
-    spatial = [network.outputs(tensor(part)).spatial.numpy() for part in (pictures(11), np.asarray(real))]
+    spatial = [network.outputs(tensor(part)).spatial.numpy() for part in (random_pictures(11), np.asarray(real))]
     assert found["frechet[inception-spatial]"] == pytest.approx(frechet_distance(*spatial), rel=1e-5)
     assert "sFID, Frechet distance (inception-spatial)" in out and "precision[inception]" not in found

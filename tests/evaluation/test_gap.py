@@ -225,7 +225,7 @@ def test_the_held_out_gap_is_the_definition(data):
     """Image by image: the subset's loss minus that of all tokens, at the times and with the noise of the losses."""
     from maskalign.evaluation.gap import held_out_gap
     from maskalign.evaluation.heldout import HeldOut, TeacherTokens, losses_by_time
-    from tests.training.conftest import TEACHER
+    from tests.tiny_runs import TEACHER
 
     model = make_model(input_size=16, patch_size=4, teacher_dims=(6,)).float()
     held_out = HeldOut(data, 7, [TeacherTokens(TEACHER, None, (4, 4))], batch_size=7)
@@ -254,7 +254,7 @@ def test_the_held_out_gap_is_the_definition(data):
 def test_a_compiled_model_is_not_compiled_again_for_subsets(data):
     from maskalign.evaluation.gap import held_out_gap
     from maskalign.evaluation.heldout import HeldOut, TeacherTokens
-    from tests.training.conftest import TEACHER
+    from tests.tiny_runs import TEACHER
 
     model = make_model(input_size=16, patch_size=4, teacher_dims=(6,)).float()
     held_out = HeldOut(data, 6, [TeacherTokens(TEACHER, None, (4, 4))])

@@ -10,7 +10,7 @@ from torch import nn
 from maskalign.data.format.manifest import Manifest
 from maskalign.evaluation.heldout import HeldOut, TeacherTokens, bin_names, choose_teachers, losses_by_time
 from maskalign.models import SiT
-from tests.training.conftest import TEACHER, write_data_set
+from tests.tiny_runs import TEACHER, write_data_set
 
 
 class Fixed(nn.Module):

@@ -9,8 +9,7 @@ import sys
 import pytest
 
 from maskalign.evaluation import history
-from tests.evaluation.conftest import train_on
-from tests.training.conftest import write_data_set
+from tests.tiny_runs import train_on, write_data_set
 
 LITE = "efficientnet-lite0"
 GAP_NAMES = (
@@ -99,7 +98,7 @@ def test_held_out_data_and_parts_left_out(data, tmp_path):
 
 
 def test_wrong_settings_before_the_training(data, tmp_path, command):
-    from tests.training.conftest import arguments
+    from tests.tiny_runs import arguments
 
     write_data_set(tmp_path / "small", samples=12, size=8, grid=(2, 2))
     for changes, match in [
@@ -135,7 +134,7 @@ def test_history_is_rewritten_from_a_step(tmp_path):
 @pytest.mark.distributed
 def test_sharded_ranks_measure_what_one_process_does(data, tmp_path, cache):
     """Under FSDP all ranks draw and measure together, and one of them writes."""
-    from tests.training.conftest import arguments
+    from tests.tiny_runs import arguments
 
     settings = LIGHT | dict(training__max_steps=2, training__device="cpu")
     train_on(data, tmp_path / "one", **settings)

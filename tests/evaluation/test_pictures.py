@@ -9,7 +9,7 @@ from PIL import Image
 
 from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureArchive, PictureDataSet, PictureFolder
-from tests.evaluation.conftest import pictures, write_folder
+from tests.on_disk import random_pictures, write_pictures
 
 
 def joined(source, size):
@@ -20,8 +20,8 @@ def joined(source, size):
 
 
 def test_the_same_pictures_from_a_folder_and_from_an_archive(tmp_path):
-    arrays = pictures(7)
-    folder = PictureFolder(write_folder(tmp_path / "a" / "b", arrays).parent)
+    arrays = random_pictures(7)
+    folder = PictureFolder(write_pictures(tmp_path / "a" / "b", arrays).parent)
     np.savez(tmp_path / "stored.npz", arrays)
     np.savez_compressed(tmp_path / "packed.npz", arr_0=arrays, arr_1=np.arange(7))
     for source in (folder, PictureArchive(tmp_path / "stored.npz"), PictureArchive(tmp_path / "packed.npz")):
@@ -53,7 +53,7 @@ def archive(path, write):
 
 
 def broken(kind, path):
-    arrays = pictures(3)
+    arrays = random_pictures(3)
     if kind == "text":
         path.write_text("not an archive")
     elif kind == "cut":
@@ -104,7 +104,7 @@ def test_archives_that_cannot_be_used(kind, match, tmp_path):
 def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UsageError, match="holds no pictures and is no run"):
         PictureFolder(tmp_path)
-    folder = write_folder(tmp_path / "a", pictures(3))
+    folder = write_pictures(tmp_path / "a", random_pictures(3))
     (folder / "0001.png").write_bytes((folder / "0001.png").read_bytes()[:100])
     with pytest.raises(UsageError, match="0001.png: not a usable picture"):
         joined(PictureFolder(folder), 2)

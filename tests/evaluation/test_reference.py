@@ -9,7 +9,7 @@ import torch
 from maskalign.errors import UsageError
 from maskalign.evaluation.pictures import PictureDataSet
 from maskalign.evaluation.reference import load_reference
-from tests.training.conftest import write_data_set
+from tests.tiny_runs import write_data_set
 
 
 class MeanColor:
@@ -86,14 +86,14 @@ def test_old_references_make_room(data, cache, monkeypatch):
 
 
 def test_fingerprints_follow_the_weights():
-    from maskalign.evaluation.features import Features, digest_of
+    from maskalign.evaluation.features import Features, module_digest
 
     layers = [torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)]
     layers[1].load_state_dict(layers[0].state_dict())
-    assert digest_of(layers[0], "a") == digest_of(layers[1], "a") != digest_of(layers[1], "b")
+    assert module_digest(layers[0], "a") == module_digest(layers[1], "a") != module_digest(layers[1], "b")
     with torch.no_grad():
         layers[1].bias[2] += 1e-6
-    assert digest_of(layers[0], "a") != digest_of(layers[1], "a")
+    assert module_digest(layers[0], "a") != module_digest(layers[1], "a")
     for layer in layers:
         layer.dim = 3
     one, two, three = Features("t", layers[0]), Features("t", layers[1]), Features("u", layers[0])

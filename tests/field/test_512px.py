@@ -9,6 +9,7 @@ from timm.layers import resample_abs_pos_embed
 
 from maskalign.checkpoints import convert, from_repa, load, load_model, to_repa
 from maskalign.checkpoints.command import resize
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import write_safetensors
 from maskalign.config import dump_config, load_config, model_sizes
 from maskalign.errors import UsageError
@@ -17,8 +18,8 @@ from maskalign.models.layers import sincos_position_embedding
 from maskalign.planning.devices import load_device
 from maskalign.planning.estimate import plan_run
 from maskalign.planning.options import Options
-from tests.training import conftest
-from tests.training.conftest import command, data_set, data_set_of, run, write_data_set  # noqa: F401
+from tests import tiny_runs
+from tests.tiny_runs import command, data_set, data_set_of, run, write_data_set  # noqa: F401
 
 TINY = dict(
     input_size=32, patch_size=2, in_channels=4, num_classes=3, depth=2, width=24, heads=3, teacher_dims=(6,),
@@ -52,14 +53,14 @@ def test_a_file_of_256_px_becomes_one_of_512_px(ending, class_dim, tmp_path, see
     torch.manual_seed(seed)
     model = SiT(**TINY, class_dim=class_dim)
     latent = {"scale": 0.18215, "bias": 0.0, "shape": [8, 32, 32], "dtype": "float16", "name": "vae"}
-    write_safetensors(tmp_path / "small.safetensors", model, 3, facts={"latent": latent})
+    write_safetensors(tmp_path / "small.safetensors", model, ModelInfo(step=3, latent=latent))
     line = convert(tmp_path / "small.safetensors", tmp_path / f"large{ending}", input_size=64)
     assert "position embedding resampled from 16x16 to 32x32 tokens" in line
     loaded = load(tmp_path / f"large{ending}", heads=3)
     large = loaded.model
     assert large.grid == (32, 32) and large.heads == 3 and large.class_dim == class_dim
     if ending == ".safetensors":
-        assert loaded.about["latent"]["shape"] == [8, 64, 64]
+        assert loaded.info.latent["shape"] == [8, 64, 64]
     assert torch.equal(large.pos_embed, sincos_position_embedding(24, (32, 32), 16))
     own = dict(model.named_parameters())
     assert all(torch.equal(own[name], value) for name, value in large.named_parameters())
@@ -117,7 +118,7 @@ def test_a_recipe_at_a_small_width(name, tmp_path, monkeypatch, seed):
     assert text == dump_config(small)  # the same training; the data make it 512 px
     assert model_sizes(recipe)["patch_size"] == 2
 
-    monkeypatch.setattr(conftest, "TEACHER", "dinov2-b")
+    monkeypatch.setattr(tiny_runs, "TEACHER", "dinov2-b")
     write_data_set(
         tmp_path / "data",
         samples=4,

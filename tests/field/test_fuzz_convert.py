@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints import convert, load
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import reg_checkpoint, repa_checkpoint, write_safetensors
 from maskalign.errors import RunError, UsageError
 from maskalign.models import SiT
@@ -117,7 +118,7 @@ def check(source, folder, right, path, described, intact, heads=None):
     found = loaded.model.state_dict()
     assert found.keys() == right.keys(), described
     assert all(torch.equal(found[name], value) for name, value in right.items()), described
-    assert loaded.about["path"] == path, described
+    assert loaded.info.path == path, described
     assert loaded.model.heads == SIZES["heads"], described
     return "converted"
 
@@ -162,7 +163,8 @@ def flip(seed, count, folder):
     draw = random.Random(f"{seed}/bytes")
     torch.manual_seed(seed)
     model = SiT(**SIZES)
-    write_safetensors(folder / "whole.safetensors", model, 3, "cosine", {"class_names": ["a", "b", "c"]})
+    info = ModelInfo(step=3, path="cosine", class_names=["a", "b", "c"])
+    write_safetensors(folder / "whole.safetensors", model, info)
     raw = (folder / "whole.safetensors").read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + size])

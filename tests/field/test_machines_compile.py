@@ -11,7 +11,7 @@ import torch
 
 from maskalign.errors import UsageError
 from maskalign.training import compiling, trainer
-from tests.training.conftest import command, data_set, run
+from tests.tiny_runs import command, data_set, run
 
 
 def environment(tmp_path, compiler):

@@ -9,11 +9,11 @@ import stat
 import pytest
 
 from maskalign.checkpoints.command import convert
-from maskalign.checkpoints.layout import complete_checkpoints, damage
+from maskalign.checkpoints.layout import complete_checkpoints, find_damage
 from maskalign.data.build import build, check, encode
 from maskalign.runtime.files import sync_folder
-from tests.evaluation.conftest import pictures, write_folder
-from tests.training.conftest import command, data_set, run
+from tests.on_disk import random_pictures, write_pictures
+from tests.tiny_runs import command, data_set, run
 
 own_sync, own_open = os.fsync, os.open
 
@@ -54,7 +54,7 @@ def test_a_run_saves_resumes_and_exports(run, tmp_path, monkeypatch, what):
     lacking(monkeypatch, what)
     run(training__max_steps=2)
     assert run(training__max_steps=4)["step"] == 4
-    assert all(damage(path) is None for path in complete_checkpoints(tmp_path / "run"))
+    assert all(find_damage(path) is None for path in complete_checkpoints(tmp_path / "run"))
     convert(tmp_path / "run", tmp_path / "weights.safetensors", to="safetensors", weights="ema")
     assert (tmp_path / "weights.safetensors").stat().st_size > 1000
 
@@ -63,7 +63,7 @@ def test_a_run_saves_resumes_and_exports(run, tmp_path, monkeypatch, what):
 @pytest.mark.parametrize("what", [what for what in KINDS if what != "folders cannot be opened"])
 def test_a_data_set_is_built_and_encoded(tmp_path, monkeypatch, what):
     lacking(monkeypatch, what)
-    write_folder(tmp_path / "pictures" / "ant", pictures(4))
+    write_pictures(tmp_path / "pictures" / "ant", random_pictures(4))
     build(str(tmp_path / "pictures"), tmp_path / "data", size=16, quiet=True)
     encode(tmp_path / "data", teacher="timm:vit_tiny_patch16_224", weights="random", workers=1, quiet=True)
     assert not check(str(tmp_path / "data"), workers=1)

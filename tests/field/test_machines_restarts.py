@@ -17,7 +17,7 @@ import torch.distributed as dist
 from maskalign.errors import RunError
 from maskalign.runtime.rounds import agree
 from maskalign.training.logs import read_metrics
-from tests.training.conftest import command, data_set, run
+from tests.tiny_runs import command, data_set, run
 
 PATIENCE = timedelta(seconds=60)
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.training.test_slurm import CONFIG, FAKES, SCRIPTS
+from tests.slurm import CONFIG, FAKES, SCRIPTS
 
 
 def endpoint(script, folder, job, **environment):

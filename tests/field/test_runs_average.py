@@ -10,7 +10,7 @@ from maskalign.config import OptimizerConfig
 from maskalign.errors import UsageError
 from maskalign.training.optimizer import Optimizer, average_decay
 from maskalign.training.starting import initial_share, warn_of_short_average
-from tests.training.conftest import command, data_set, data_set_of, run
+from tests.tiny_runs import command, data_set, data_set_of, run
 
 SLOW = "optimizer.ema_decay: after"
 

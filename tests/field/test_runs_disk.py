@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from maskalign.checkpoints.layout import complete_checkpoints, damage
+from maskalign.checkpoints.layout import complete_checkpoints, find_damage
 from maskalign.errors import RunError, UsageError
 from maskalign.runtime import files
 from maskalign.runtime.files import replacing, write_atomically
 from maskalign.training import logs, previews, run_log
 from maskalign.training.event_file import EventFile
 from maskalign.training.logs import MetricsFile, read_metrics
-from tests.training.conftest import command, data_set, run
+from tests.tiny_runs import command, data_set, run
 
 
 def full(*arguments, **keywords):
@@ -91,7 +91,7 @@ def test_a_full_disk_wherever_the_run_writes(run, tmp_path, monkeypatch, what):
     assert "\n" not in message and "No space left on device" in message and "step_00000002 is the newest" in message
     assert "free space" in message
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     assert (tmp_path / "run" / "metrics.csv").read_bytes().startswith(metrics)
     monkeypatch.undo()
     assert run(**own, training__max_steps=4)["step"] == 4
@@ -126,7 +126,7 @@ def test_a_small_file_system_fills_up_while_a_run_resumes(command, tmp_path):
         after = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         assert after["metrics.csv"].startswith(before["metrics.csv"])
         (checkpoint,) = complete_checkpoints(folder)
-        assert damage(checkpoint) is None
+        assert find_damage(checkpoint) is None
         filler.unlink()
         done = subprocess.run(argv, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -9,8 +9,8 @@ import torch
 from maskalign.checkpoints import convert, load_model
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
-from tests.training import conftest
-from tests.training.conftest import TEACHER, command, data_set, data_set_of, run, write_data_set
+from tests import tiny_runs
+from tests.tiny_runs import TEACHER, command, data_set, data_set_of, run, write_data_set
 
 LABELS = "y_embedder.embedding_table.weight"
 STILL = dict(training__max_steps=1, optimizer__lr=1e-12, optimizer__ema_decay=0.0)
@@ -110,7 +110,7 @@ def test_another_teacher_of_the_same_width_and_another_tap_get_fresh_projectors(
 ):
     _, _, line = continued(run, capsys, tmp_path, first, method__align_depth=2)
     assert f"projector to {TEACHER} (at block 2, there at 1)" in line
-    monkeypatch.setattr(conftest, "TEACHER", "dinov2-s")
+    monkeypatch.setattr(tiny_runs, "TEACHER", "dinov2-s")
     data_set_of("other")
     own = dict(data__path=tmp_path / "other", teacher__names="[dinov2-s]")
     _, _, line = continued(run, capsys, tmp_path, first, name="third", **own)

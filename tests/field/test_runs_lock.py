@@ -16,8 +16,8 @@ from maskalign.errors import UsageError
 from maskalign.runtime import lock as lock_module
 from maskalign.runtime.lock import NAME, locked
 from maskalign.training.logs import read_metrics
-from tests.evaluation.conftest import pictures, write_folder
-from tests.training.conftest import command, data_set, data_set_of, run
+from tests.on_disk import random_pictures, write_pictures
+from tests.tiny_runs import command, data_set, data_set_of, run
 
 HOLD = """
 import os, sys, time
@@ -105,7 +105,7 @@ def test_two_trainings_in_one_folder(command, run, tmp_path):
 
 
 def test_two_builds_and_an_encode_into_one_folder(tmp_path, data_set):
-    write_folder(tmp_path / "pictures" / "ant", pictures(12))
+    write_pictures(tmp_path / "pictures" / "ant", random_pictures(12))
     for folder, work in (
         (tmp_path / "built", lambda: build(str(tmp_path / "pictures"), tmp_path / "built", size=8, quiet=True)),
         (data_set, lambda: encode(data_set, teacher="efficientnet-lite0", weights="random", quiet=True)),
@@ -127,7 +127,7 @@ def one_line(capsys, argv):
 
 def test_a_folder_is_a_run_or_a_data_set(command, run, data_set, tmp_path, capsys):
     run(training__max_steps=1)
-    write_folder(tmp_path / "pictures" / "ant", pictures(3))
+    write_pictures(tmp_path / "pictures" / "ant", random_pictures(3))
     capsys.readouterr()
     err = one_line(capsys, ["data", "build", tmp_path / "pictures", "--out", tmp_path / "run"])
     assert "is the folder of a run" in err

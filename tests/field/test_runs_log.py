@@ -9,7 +9,7 @@ import torch
 
 from maskalign.training.logs import read_metrics
 from maskalign.training.throughput import TeacherShare
-from tests.training.conftest import TEACHER, command, data_set, data_set_of, run
+from tests.tiny_runs import TEACHER, command, data_set, data_set_of, run
 
 
 def lines_of(capsys):

@@ -10,7 +10,7 @@ from maskalign.checkpoints.layout import complete_checkpoints
 from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.training.logs import read_metrics
-from tests.training.conftest import command, data_set, data_set_of, run, write_data_set
+from tests.tiny_runs import command, data_set, data_set_of, run, write_data_set
 
 CLASS_TOKEN = dict(model__class_token="true", model__mixer="attention", method__keep_ratio=0.75)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints import convert, from_repa, load, load_model, to_repa
+from maskalign.checkpoints.spec import ModelInfo
 from maskalign.checkpoints.weight_files import read_file, write_safetensors
 from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
@@ -101,7 +102,7 @@ def test_sit_is_mapped_with_its_path(path_type, path, channels, tmp_path, seed):
     assert f"{path} path" in line
     for where in (tmp_path / "b.safetensors",):
         loaded = load(where)
-        assert loaded.about["path"] == path and loaded.model.heads == 3
+        assert loaded.info.path == path and loaded.model.heads == 3
         generator = torch.Generator().manual_seed(seed)
         x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
         labels = torch.tensor([0, 3])
@@ -153,14 +154,14 @@ def test_heads_are_asked_for_where_nothing_tells_them(tmp_path, seed, capsys):
 
 
 def test_exports_carry_what_sampling_needs(tmp_path, seed):
-    facts = {"class_names": ["a", "b", "c"], "latent": {"scale": 0.5, "bias": -0.1}, "vae": "folder/vae"}
+    latent = {"scale": 0.5, "bias": -0.1}
+    info = ModelInfo("a", 7, True, "cosine", ["a", "b", "c"], latent, "folder/vae", ["dinov2-b"])
     model = weights_of(seed)[0]
-    write_safetensors(tmp_path / "a.safetensors", model, 7, "cosine", facts)
-    about = load(tmp_path / "a.safetensors").about
-    assert {key: about[key] for key in facts} == facts and about["path"] == "cosine" and about["step"] == 7
+    write_safetensors(tmp_path / "a.safetensors", model, info)
+    assert load(tmp_path / "a.safetensors").info == info
     again = load_model(tmp_path / "a.safetensors")
     assert (again.heads, again.align_depth, again.training) == (3, 1, False)
-    write_safetensors(tmp_path / "b.safetensors", model, facts={"class_names": ["a", "b"]})
+    write_safetensors(tmp_path / "b.safetensors", model, ModelInfo(class_names=["a", "b"]))
     with pytest.raises(UsageError, match="name 2 classes, but its weights are for 3"):
         load(tmp_path / "b.safetensors")
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import Config
 from maskalign.models import SiT, draw_subset
 
@@ -55,10 +56,10 @@ def test_the_same_numbers_to_the_bit(settings, dtype, keep, seed):
 def test_the_setting_reaches_every_block():
     config = Config()
     config.model.depth, config.model.width, config.model.heads, config.model.patch_size = 3, 24, 3, 2
-    facts = {"input_size": 8, "in_channels": 3, "num_classes": 7, "teacher_dims": [10], "class_dim": None}
-    assert not any(block.fused_adaln for block in build_model(config, facts).all_blocks)
+    spec = ModelSpec(input_size=8, in_channels=3, num_classes=7, teacher_dims=[10])
+    assert not any(block.fused_adaln for block in build_model(config, spec).all_blocks)
     config.model.fused_adaln = True
-    blocks = build_model(config, facts).all_blocks
+    blocks = build_model(config, spec).all_blocks
     assert len(blocks) == 5 and all(block.fused_adaln for block in blocks)
 
 

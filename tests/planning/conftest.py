@@ -2,6 +2,7 @@
 
 import pytest
 
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import parse_config
 
 
@@ -18,13 +19,6 @@ def settings():
 
 
 @pytest.fixture
-def build():
-    """Facts of 16 x 16 latents with one cached teacher of 48 numbers a token, as `trace_step` takes them."""
-    return {
-        "input_size": 16,
-        "in_channels": 4,
-        "num_classes": 10,
-        "teacher_dims": [48],
-        "latent": True,
-        "cached_bytes": [1],
-    }
+def spec():
+    """16 x 16 latents with one cached teacher of 48 numbers a token."""
+    return ModelSpec(16, 4, 10, teacher_dims=[48], latent={"scale": 1.0, "bias": 0.0})

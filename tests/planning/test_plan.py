@@ -1,6 +1,7 @@
 """The command `plan`: what it prints and writes, and what it refuses, a line each."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -247,7 +248,7 @@ def test_compiled_blocks_have_fewer_launches_and_every_micro_batch_has_its_own()
     assert launches.total(2, compiled=True) == 2 * (20 + 7) + 5
 
 
-def test_launches_are_those_that_torch_dispatches(settings, build):
+def test_launches_are_those_that_torch_dispatches(settings, spec):
     """An eager step's operations, counted by a mode of its own that leaves out views and allocations."""
 
     class Count(TorchDispatchMode):
@@ -261,8 +262,8 @@ def test_launches_are_those_that_torch_dispatches(settings, build):
             return func(*args, **(kwargs or {}))
 
     config = settings("--method.align_weight", "0", "--model.attention", "sdpa", "--model.mixer", "none")
-    trace = trace_step(config, {**build, "teacher_dims": [], "cached_bytes": []}, Phase(32, 0, 1.0), 2)
-    model = build_model(config, {**build, "teacher_dims": []})
+    trace = trace_step(config, replace(spec, teacher_dims=[]), Phase(32, 0, 1.0), 2)
+    model = build_model(config, replace(spec, teacher_dims=[]))
     draws = draw(0, 0, 0, 2, shape=(4, 16, 16), grid=model.grid, keep=32)
     with Count() as counted:
         losses = training_loss(model, torch.randn(2, 4, 16, 16), torch.zeros(2, dtype=torch.int64), [], draws)

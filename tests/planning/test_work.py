@@ -1,5 +1,7 @@
 """Planned FLOPs against torch's counter on the same steps, and phases against their schedules."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,10 +38,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("words", CASES)
-def test_flops_are_within_two_percent_of_torchs_counter(settings, build, words):
+def test_flops_are_within_two_percent_of_torchs_counter(settings, spec, words):
     # Wide enough that what stays uncounted, the gradient of the input, is small.
     config = settings("--model.width", "128", "--model.depth", "6", "--model.attention", "math", *words.split())
-    model = build_model(config, {**build, "class_dim": 24 if config.model.class_token else None})
+    model = build_model(config, replace(spec, class_dim=24 if config.model.class_token else None))
     (phase,) = schedule_phases(config, model)
     planned = 3 * sum(student_flops(model, phase).values()) + recomputed_flops(model, phase, config.parallel)
     prepare_blocks(model, config)
@@ -56,8 +58,8 @@ def test_flops_are_within_two_percent_of_torchs_counter(settings, build, words):
     assert planned * images == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
-def test_phases_follow_the_schedules(settings, build):
-    model = build_model(settings(), build)
+def test_phases_follow_the_schedules(settings, spec):
+    model = build_model(settings(), spec)
     step = settings("--method.keep_ratio", "{kind: step, start: 0.5, end: 1.0, begin: 0.9}")
     assert schedule_phases(step, model) == [Phase(32, 32, 0.9), Phase(64, 64, 0.1)]
     assert schedule_phases(step, model, teachers=False) == [Phase(32, 0, 0.9), Phase(64, 0, 0.1)]
@@ -72,12 +74,12 @@ def test_phases_follow_the_schedules(settings, build):
     assert linear[0].share == pytest.approx(half_step, abs=1e-3)
 
 
-def test_parts_add_up_and_the_mixer_is_none_without_one(settings, build):
-    with_mixer, without = (build_model(settings("--model.mixer", kind), build) for kind in ("token_mlp", "none"))
+def test_parts_add_up_and_the_mixer_is_none_without_one(settings, spec):
+    with_mixer, without = (build_model(settings("--model.mixer", kind), spec) for kind in ("token_mlp", "none"))
     counts = parameter_counts(with_mixer)
     assert sum(counts.values()) == sum(p.numel() for p in with_mixer.parameters()) and counts["mixer"] > 0
     assert counts["student"] == parameter_counts(without)["student"] and parameter_counts(without)["mixer"] == 0
-    reg = parameter_counts(build_model(settings("--model.mixer", "none"), {**build, "class_dim": 24}))
+    reg = parameter_counts(build_model(settings("--model.mixer", "none"), replace(spec, class_dim=24)))
     width = 64  # of `settings`: Linear and LayerNorm in, Linear out
     assert reg["class token"] == 24 * width + 3 * width + (width + 1) * 24 and counts["class token"] == 0
     assert {**reg, "class token": 0} == parameter_counts(without)

@@ -11,7 +11,7 @@ from maskalign.checkpoints import load, load_model
 from maskalign.cli import main
 from maskalign.errors import RunError, UsageError
 from maskalign.reporting.push import push
-from tests.checkpoints.test_command import make_run
+from tests.made_runs import make_run
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_a_dry_run_leaves_the_folder(run, tmp_path, capsys):
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.yaml", "model.safetensors", "samples.png"}
     assert Image.open(folder / "samples.png").getpixel((0, 0))[0] == 200  # the newest sheet
     there, here = load(folder / "model.safetensors"), load(run)
-    assert there.about["class_names"] == here.about["class_names"] and there.about["path"] == "cosine"
+    assert there.info.class_names == here.info.class_names and there.info.path == "cosine"
     assert all(torch.equal(a, b) for a, b in zip(there.model.parameters(), here.model.parameters(), strict=True))
     text = (folder / "README.md").read_text()
     head = yaml.safe_load(text.split("---")[1])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskalign.checkpoints import Loaded
+from maskalign.checkpoints import Loaded, ModelInfo, ModelSpec
 from maskalign.cli import main
 from maskalign.config import parse_config
 from maskalign.errors import RunError, UsageError
@@ -360,8 +360,8 @@ def test_a_trajectory_holds_images(model, sampler, tmp_path):
 
 def test_a_set_by_two_ranks_is_that_of_one(model, tmp_path):
     settings = Sampling("sde", steps=2, batch_size=2, cfg_scale=2.0, cls_cfg_scale=0.0)
-    about = {"name": "a run", "step": 3, "ema": True}
-    one = draw_set(Network(model), 7, tmp_path / "one", settings, about, Ranks())
+    info = ModelInfo("a run", 3)
+    one = draw_set(Network(model), 7, tmp_path / "one", settings, info, Ranks())
     barrier = threading.Barrier(2, timeout=60)
 
     class Thread(Ranks):
@@ -370,7 +370,7 @@ def test_a_set_by_two_ranks_is_that_of_one(model, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         runs = [
-            pool.submit(draw_set, Network(model), 7, tmp_path / "two", settings, about, Thread(rank, 2))
+            pool.submit(draw_set, Network(model), 7, tmp_path / "two", settings, info, Thread(rank, 2))
             for rank in range(2)
         ]
         two = [run.result() for run in runs][0]
@@ -378,20 +378,20 @@ def test_a_set_by_two_ranks_is_that_of_one(model, tmp_path):
     record = json.loads(one.with_suffix(".json").read_text())
     assert record["cls_cfg_scale"] == 0.0 and record["cfg_scale"] == 2.0
     with pytest.raises(UsageError, match="cls_cfg_scale 0.0, now 1.5"):
-        draw_set(Network(model), 7, tmp_path / "one", Sampling("sde", 2, 2.0, cls_cfg_scale=1.5), about, Ranks())
+        draw_set(Network(model), 7, tmp_path / "one", Sampling("sde", 2, 2.0, cls_cfg_scale=1.5), info, Ranks())
 
 
 def test_a_set_from_before_class_tokens_is_resumed(random_model, tmp_path):
     """Its record knows no guidance of a class token."""
-    network, about = Network(random_model(patch_size=4, depth=1)), {"name": "a run", "step": 3, "ema": True}
+    network, info = Network(random_model(patch_size=4, depth=1)), ModelInfo("a run", 3)
     settings = Sampling(steps=1, batch_size=2)
-    path = draw_set(network, 3, tmp_path, settings, about, Ranks())
+    path = draw_set(network, 3, tmp_path, settings, info, Ranks())
     record = path.with_suffix(".json")
     before = json.loads(record.read_text())
     assert before.pop("cls_cfg_scale") is None
     record.write_text(json.dumps(before))
     path.unlink()
-    assert draw_set(network, 3, tmp_path, settings, about, Ranks()) == path and path.exists()
+    assert draw_set(network, 3, tmp_path, settings, info, Ranks()) == path and path.exists()
 
 
 def test_words_for_a_title():
@@ -409,14 +409,13 @@ def test_words_for_a_title():
             Sampling(cls_cfg_scale=wrong)
 
 
-def loaded(model, about):
+def loaded(model):
     """What `checkpoints.load` would give of a run with this model."""
-    return Loaded(model, "run", Path("run"), Path("run"), None, about | {"vae": None})
+    return Loaded(model, "run", Path("run"), Path("run"), None, ModelInfo("a run", 3, class_names=NAMES))
 
 
 def test_the_command_draws_all_of_it(model, tmp_path, monkeypatch, capfd):
-    about = {"path": "linear", "name": "a run", "step": 3, "ema": True, "class_names": NAMES, "latent": None}
-    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model, about))
+    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model))
     words = ["sample", str(tmp_path), "--steps", "2", "--precision", "fp32", "--cls-cfg-scale", "0"]
     with pytest.raises(SystemExit) as end:
         main([*words, "--out", str(tmp_path / "a"), "--per-class", "2", "--interpolate", "both", "--strip",
@@ -439,8 +438,7 @@ def test_guidance_of_a_class_token_that_is_not_there(random_model, tmp_path, mon
     model = random_model(patch_size=4, depth=1)
     with pytest.raises(UsageError, match="--cls-cfg-scale: 1.5, but the model has no class token"):
         generate(model, [0], Sampling(steps=1, cls_cfg_scale=1.5))
-    about = {"path": "linear", "name": "a run", "step": 3, "ema": True, "class_names": NAMES, "latent": None}
-    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model, about))
+    monkeypatch.setattr("maskalign.sampling.command.load", lambda run, ema: loaded(model))
     with pytest.raises(UsageError, match="no class token"):
         sample(tmp_path, tmp_path / "out", settings=Sampling(cls_cfg_scale=0.0), npz=4, progress=False)
     assert not (tmp_path / "out").exists(), "found before anything is written"
@@ -455,11 +453,11 @@ def test_guidance_of_a_class_token_that_is_not_there(random_model, tmp_path, mon
 
 def test_previews_are_guided_as_they_are_told(model, tmp_path):
     words = ["--model.preset", "SiT-B/2", "--model.class_token", "true", "--preview.steps", "2"]
-    facts = {"num_classes": 4, "class_names": NAMES, "latent": None}
+    spec = ModelSpec(model.input_size, model.in_channels, 4, teacher_dims=[], class_names=NAMES)
     sheets = {}
     for scale in (None, 0.0, 3.0):
         own = [] if scale is None else ["--preview.cls_cfg_scale", str(scale)]
-        previews = Previews(parse_config([*words, *own]), facts, torch.device("cpu"))
+        previews = Previews(parse_config([*words, *own]), spec, torch.device("cpu"))
         assert previews.sampling.cls_cfg_scale == scale
         sheets[scale] = np.asarray(previews.draw(model, 7, tmp_path / f"{scale}.png"))
     assert sheets[None].shape[1] > 0 and (tmp_path / "3.0.png").exists()

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from maskalign.checkpoints import ModelInfo
 from maskalign.errors import UsageError
 from maskalign.evaluation.drawn import DrawnPictures
 from maskalign.sampling.command import sample
@@ -48,9 +49,8 @@ def test_labels_of_a_set(labels, classes, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "generate", generate)
     network = SimpleNamespace(input_size=4, in_channels=3, num_classes=5, device=torch.device("cpu"), precision="fp32")
     ranks = SimpleNamespace(rank=0, world_size=1, barrier=lambda: None)
-    about = {"name": "m", "step": 1, "ema": True}
     count = 200
-    draw_set(network, count, tmp_path, Sampling(), about, ranks, classes=classes, labels=labels)
+    draw_set(network, count, tmp_path, Sampling(), ModelInfo("m", 1), ranks, classes=classes, labels=labels)
     there = classes or list(range(5))
     found = [list(seen.values()).count(label) for label in there]
     assert sorted(seen) == list(range(count)) and sum(found) == count and min(found) > 0

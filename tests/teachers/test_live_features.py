@@ -11,7 +11,7 @@ from maskalign.data.format.manifest import Manifest
 from maskalign.errors import UsageError
 from maskalign.teachers import load_teacher_like, quantize_rows, resample_tokens
 from maskalign.teachers.features import Features
-from tests.data.build.test_encoding import RESNET, VIT, make_data_set
+from tests.random_shards import RESNET, VIT, make_data_set
 
 CPU = torch.device("cpu")
 GRID = (10, 10)  # that of VIT

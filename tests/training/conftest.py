@@ -1,140 +1,18 @@
-"""A small data set on disk, written with the standard library alone, and settings that train on it in seconds."""
+"""Runs under torchrun, beside those of tests/tiny_runs.py."""
 
-import hashlib
-import io
 import json
 import os
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from maskalign.config import parse_config
-from maskalign.data.format.manifest import Manifest, Shard
-
-TEACHER = "efficientnet-lite0"
-
-
-def write_data_set(
-    folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=6, latent=False, class_token=False, seed=0
-):
-    """Random images of three classes with int8 features (latents, class tokens); returns the sorted keys."""
-    rng, class_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
-    folder.mkdir(parents=True)
-    shards, keys = [], []
-    for first in range(0, samples, shard_size):
-        path = folder / f"shard-{first // shard_size:06d}.tar"
-        count = min(shard_size, samples - first)
-        with tarfile.open(path, "w") as tar:
-            for number in range(first, first + count):
-                key = f"{number:08d}"
-                keys.append(key)
-                image = io.BytesIO()
-                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(image, "png")
-                features = io.BytesIO()
-                np.save(features, rng.integers(-127, 128, (grid[0] * grid[1], dim), dtype=np.int8))
-                members = {"cls": str(number % 3).encode(), "png": image.getvalue()}
-                members[f"{TEACHER}.npy"] = features.getvalue()
-                if class_token:
-                    token = io.BytesIO()
-                    np.save(token, class_rng.normal(size=dim).astype(np.float16))
-                    members[f"{TEACHER}.class.npy"] = token.getvalue()
-                if latent:
-                    moments = io.BytesIO()
-                    np.save(moments, np.abs(rng.normal(size=(8, size // 2, size // 2))).astype(np.float16))
-                    members["moments.npy"] = moments.getvalue()
-                for name, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{name}")
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-        data = path.read_bytes()
-        shards.append(Shard(path.name, count, len(data), hashlib.sha256(data).hexdigest()))
-    teacher = dict(tokens=grid[0] * grid[1], dim=dim, grid=list(grid), dtype="int8", normalize="none")
-    if class_token:
-        basis = np.eye(dim)[:4].tolist()
-        components = dict(mean=[0.5] * dim, basis=basis, scale=[2.0] * 4)
-        statistics = dict(mean=[0.0] * dim, std=[1.0] * dim)
-        teacher["class_token"] = dict(dim=dim, dtype="float16", kind="mean", **statistics, components=components)
-    moments = dict(scale=0.18215, bias=0.0, shape=[8, size // 2, size // 2], dtype="float16", name="none")
-    Manifest(
-        num_samples=samples,
-        resolution=size,
-        class_names=["ant", "bee", "cat"],
-        shards=shards,
-        teachers={TEACHER: teacher},
-        latent=moments if latent else None,
-    ).save(folder)
-    return keys
-
-
-def arguments(data, run_dir, **changes):
-    """The command line of a tiny run; `changes` by setting with dots written as double underscores."""
-    own = {
-        "run_dir": run_dir,
-        "data.path": data,
-        "teacher.names": f"[{TEACHER}]",
-        "model.depth": 2,
-        "model.width": 16,
-        "model.heads": 2,
-        "model.patch_size": 4,
-        "model.mixer": "token_mlp",
-        "model.mixer_hidden": 4,
-        "model.projector_dim": 8,
-        "method.keep_ratio": 0.5,
-        "method.align_depth": 1,
-        "optimizer.lr": 0.003,
-        "training.max_steps": 6,
-        "training.batch_size": 8,
-        "training.log_every": 1,
-        "training.checkpoint_every": 100,
-        "training.sample_every": 0,
-        "training.precision": "fp32",
-        "training.progress": "false",
-        "training.tensorboard": "false",
-        "preview.per_class": 2,
-        "preview.steps": 2,
-    }
-    own |= {key.replace("__", "."): value for key, value in changes.items()}
-    return [word for key, value in own.items() for word in (f"--{key}", str(value))]
+from tests.tiny_runs import command, data_set, data_set_of, run  # noqa: F401
 
 
 @pytest.fixture
-def data_set(tmp_path):
-    write_data_set(tmp_path / "data")
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def command(data_set, tmp_path):
-    """Makes the arguments of a run on the data set."""
-    return lambda run="run", **changes: arguments(data_set, tmp_path / run, **changes)
-
-
-@pytest.fixture
-def run(command):
-    """Trains in this process; returns the result of `train`."""
-    from maskalign.training.preflight import check_data
-    from maskalign.training.trainer import train
-
-    def go(run="run", **changes):
-        config = parse_config(command(run, **changes))
-        return train(config, *check_data(config))
-
-    return go
-
-
-@pytest.fixture
-def data_set_of(tmp_path):
-    """Writes another data set: (name, settings of write_data_set)."""
-    return lambda name, **settings: write_data_set(tmp_path / name, **settings)
-
-
-@pytest.fixture
-def launch(command, tmp_path):
+def launch(command, tmp_path):  # noqa: F811
     """Trains several runs in one torchrun: (processes, {name: settings}, what else runs_under_torchrun.py takes)."""
     launched = Path(__file__).with_name("runs_under_torchrun.py")
 

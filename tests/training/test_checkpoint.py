@@ -17,7 +17,15 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from maskalign.checkpoints.layout import MARKER, PARTIAL, complete_checkpoints, damage, digest_of, find, newest_sound
+from maskalign.checkpoints.layout import (
+    MARKER,
+    PARTIAL,
+    complete_checkpoints,
+    file_digest,
+    find,
+    find_damage,
+    newest_sound,
+)
 from maskalign.checkpoints.loading import load, load_model, load_tensors
 from maskalign.errors import RunError, UsageError
 from maskalign.training import saving
@@ -78,28 +86,28 @@ def test_nothing_in_a_checkpoint_is_a_pickle(run, tmp_path):
 def test_every_bit_counts(tmp_path, seed):
     save(tmp_path, 1)
     (checkpoint,) = complete_checkpoints(tmp_path)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
     generator = torch.Generator().manual_seed(seed)
     for path in sorted(checkpoint.iterdir()):
         whole = path.read_bytes()
         for place in torch.randint(len(whole), (12,), generator=generator).tolist():
             flip(path, place)
-            assert damage(checkpoint) is not None, (path, place)
+            assert find_damage(checkpoint) is not None, (path, place)
             path.write_bytes(whole)
         for length in (0, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
-            assert damage(checkpoint) is not None, (path, length)
+            assert find_damage(checkpoint) is not None, (path, length)
         path.unlink()
-        assert damage(checkpoint) is not None, path
+        assert find_damage(checkpoint) is not None, path
         path.write_bytes(whole)
-    assert damage(checkpoint) is None
+    assert find_damage(checkpoint) is None
 
 
 def test_ranks_that_look_at_a_share_each_find_what_one_would(tmp_path):
     for step in (1, 2):
         save(tmp_path, step)
     flip(tmp_path / "checkpoints" / "step_00000002" / "config.yaml", 3)
-    found = [damage(tmp_path / "checkpoints" / "step_00000002", part, 3) for part in range(3)]
+    found = [find_damage(tmp_path / "checkpoints" / "step_00000002", part, 3) for part in range(3)]
     assert sum(problem is not None for problem in found) == 1
     chosen, line = newest_sound(tmp_path)
     assert chosen.name == "step_00000001" and "config.yaml" in line
@@ -140,7 +148,7 @@ def test_damage_is_told_where_a_model_is_loaded(run, tmp_path):
     flip(next(new.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="damaged .*another checksum"):
         load_model(new)
-    assert load(tmp_path / "run").about["step"] == 2
+    assert load(tmp_path / "run").info.step == 2
     flip(next(old.glob("*.safetensors")), -50)
     with pytest.raises(UsageError, match="no complete checkpoint"):
         find(tmp_path / "run")
@@ -151,7 +159,7 @@ def test_checkpoints_without_checksums_are_still_read(run, tmp_path):
     (checkpoint,) = complete_checkpoints(tmp_path / "run")
     marked = json.loads((checkpoint / MARKER).read_text())
     (checkpoint / MARKER).write_text(json.dumps({name: entry["size"] for name, entry in marked.items()}))
-    assert load(checkpoint).about["step"] == 2
+    assert load(checkpoint).info.step == 2
 
 
 def test_which_checkpoints_stay(run, tmp_path):
@@ -295,7 +303,7 @@ def age(checkpoint):
     state = json.loads((checkpoint / "state.json").read_text())
     state["facts"].pop("class_dim")
     (checkpoint / "state.json").write_text(json.dumps(state))
-    files = {name: digest_of(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
+    files = {name: file_digest(checkpoint / name) for name in json.loads((checkpoint / MARKER).read_text())}
     (checkpoint / MARKER).write_text(json.dumps(files))
 
 
@@ -404,7 +412,7 @@ def test_saved_by_two_ranks_and_continued_by_one_and_by_two(command, run, tmp_pa
     assert all(one[step] == pytest.approx(whole[step], rel=1e-5) for step in one)
     whole = load(tmp_path / "whole")
     single = load_model(tmp_path / "one")
-    assert whole.about["step"] == 6
+    assert whole.info.step == 6
     for a, b in zip(whole.model.parameters(), single.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
@@ -428,7 +436,7 @@ def test_one_to_four_ranks_and_every_plan_go_on_from_each_other(command, tmp_pat
         tensors = sum(path.stat().st_size for path in newest.glob("*.safetensors"))
         alone = next((tmp_path / "whole" / "checkpoints" / newest.name).glob("*.safetensors")).stat().st_size
         assert tensors < 1.5 * alone + 20_000 * ranks
-        assert load(tmp_path / "moved").about["step"] == 2 * number + 2
+        assert load(tmp_path / "moved").info.step == 2 * number + 2
     moved = {row["step"]: row["loss"] for row in read_metrics(tmp_path / "moved" / "metrics.csv")}
     assert moved.keys() == whole.keys()
     assert all(moved[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)

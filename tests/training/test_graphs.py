@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import parse_config
 from maskalign.objective.draws import Draws
 from maskalign.runtime import ranks
@@ -33,8 +34,8 @@ def train(device, seed, *changes, dtype=torch.float32, graphs=True):
     config = parse_config([*SETTINGS, *changes, "--training.cuda_graph", str(graphs).lower()])
     torch.manual_seed(seed)
     class_dim = 7 if config.model.class_token else None
-    sizes = {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6], "class_dim": class_dim}
-    model = build_model(config, sizes)
+    spec = ModelSpec(input_size=8, in_channels=3, num_classes=5, teacher_dims=[6], class_dim=class_dim)
+    model = build_model(config, spec)
     model.reset_parameters(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -316,8 +317,8 @@ def test_a_step_that_ends_in_the_middle_is_forgotten(plan, where, run, tmp_path,
 
 def test_ddp_is_built_over_the_parameters_that_take_part(seed):
     config = parse_config([*SETTINGS, "--method.restore", "fuse", "--method.route", "[1,2]", "--model.mixer", "none"])
-    sizes = {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6]}
-    model = build_model(config, sizes)
+    spec = ModelSpec(input_size=8, in_channels=3, num_classes=5, teacher_dims=[6])
+    model = build_model(config, spec)
     projector, mask = {id(p) for p in model.projectors.parameters()}, {id(model.fuse.mask_token)}
     for align, dropping, expected in (
         (True, True, set()), (False, True, projector), (True, False, mask), (False, False, projector | mask)

@@ -11,12 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskalign.checkpoints.build import build_model
+from maskalign.checkpoints.spec import ModelSpec
 from maskalign.config import parse_config
 from maskalign.objective import alignment
 from maskalign.runtime.ranks import leave_ranks
 from maskalign.training import step as step_module
 from maskalign.training.optimizer import Optimizer
-from maskalign.training.parallel import place
+from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan
 from maskalign.training.step import MicroBatch, TrainStep
 
@@ -25,7 +26,7 @@ SETTINGS = [
     "--model.projector_dim", "8", "--method.align_depth", "1", "--method.keep_multiple", "4", "--model.class_token",
     "true", "--optimizer.ema_warmup", "0.05",
 ]  # fmt: skip
-SIZES = {"input_size": 8, "in_channels": 3, "num_classes": 5, "teacher_dims": [6], "class_dim": 6}
+SPEC = ModelSpec(input_size=8, in_channels=3, num_classes=5, teacher_dims=[6], class_dim=6)
 RECIPES = {
     "maskalign": [],
     "reg": ["--model.mixer", "none", "--method.keep_ratio", "1"],
@@ -56,8 +57,8 @@ def make(device, changes=(), dtype=torch.float32, plan="none"):
     """A `TrainStep`, its optimizer and a batch of two micro-batches on a device."""
     config = parse_config([*SETTINGS, *changes, "--parallel.plan", plan, "--training.device", "cpu"])
     config.training.precision = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-    placement = place(config.training, config.parallel)
-    model = build_model(config, SIZES)
+    placement = make_placement(config.training, config.parallel)
+    model = build_model(config, SPEC)
     spread = Plan(model, config, placement)
     model.to(device)
     step = TrainStep(model, Optimizer(model, config.optimizer, dtype), config, placement, spread)

@@ -11,13 +11,13 @@ from maskalign.training.logs import read_metrics
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "nothing"])
 def test_a_device_that_is_not_there(device):
     with pytest.raises(UsageError, match=f"training.device: '{device}'"):
-        parallel.place(TrainingConfig(device=device))
+        parallel.make_placement(TrainingConfig(device=device))
 
 
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="parallel.plan: none runs in one process, but torchrun started 2"):
-        parallel.place(TrainingConfig())
+        parallel.make_placement(TrainingConfig())
 
 
 @pytest.mark.slow

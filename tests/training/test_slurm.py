@@ -4,23 +4,11 @@ import os
 import re
 import shlex
 import subprocess
-from pathlib import Path
 
 import pytest
 
 from maskalign.config import parse_config
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = sorted((ROOT / "configs" / "slurm").glob("*.sbatch"))
-CONFIG = ROOT / "configs" / "imagenet256" / "xl2" / "maskalign.yaml"
-
-# Stand-ins for Slurm and torchrun, which write down how they were called.
-FAKES = {
-    "srun": """printf "%s\\n" "$@" > "$CALLS/srun-words"
-[ -z "$MARK" ] || { mkdir -p "$RUN"; echo "step 7" > "$RUN/REQUEUE"; }
-exit $CODE""",
-    "scontrol": """case $1 in show) printf "node1\\nnode2\\n";; *) echo "$@" >> "$CALLS/requeued";; esac""",
-}
+from tests.slurm import CONFIG, FAKES, SCRIPTS
 
 
 def submit(script, tmp_path, code=0, mark=""):

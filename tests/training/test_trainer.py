@@ -171,7 +171,7 @@ def test_online_features_are_those_that_encoding_would_cache(run, data_set, tmp_
     from maskalign.teachers import load_teacher
     from maskalign.training import trainer
     from maskalign.training.preflight import check_data
-    from tests.training.conftest import arguments
+    from tests.tiny_runs import arguments
 
     name = "timm:vit_tiny_patch16_224"
     own = dict(teacher__names=f"[{name}]", teacher__weights="random", training__max_steps=2)
@@ -194,13 +194,13 @@ def test_checkpoints_give_the_model_back(run, tmp_path):
     run()
     loaded = load(tmp_path / "run")
     model, config = loaded.model, loaded.config
-    assert loaded.about["step"] == 6 and not model.training and config.training.max_steps == 6
+    assert loaded.info.step == 6 and not model.training and config.training.max_steps == 6
     stored = tensors(tmp_path / "run")
     for name, p in model.named_parameters():
         assert torch.equal(p, stored[f"ema/{name}"]) and not p.requires_grad
     raw = load_model(complete_checkpoints(tmp_path / "run")[0], ema=False)
     assert all(torch.equal(p, stored[f"model/{name}"]) for name, p in raw.named_parameters())
-    assert loaded.about["class_names"] == ["ant", "bee", "cat"]
+    assert loaded.info.class_names == ["ant", "bee", "cat"]
 
 
 def test_time_limited_runs_end_with_their_schedules_complete(run, tmp_path):

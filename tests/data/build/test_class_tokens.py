@@ -17,7 +17,8 @@ from maskalign.data.format.manifest import Manifest
 from maskalign.data.format.tar_shards import read_shard, write_shard
 from maskalign.errors import RunError, UsageError
 from maskalign.teachers import load_teacher_like
-from tests.data.build.test_encoding import RESNET, VIT, array, digests, make_data_set, picture, quiet, read_all
+from tests.data.build.test_encoding import array, digests, picture, quiet, read_all
+from tests.random_shards import RESNET, VIT, make_data_set
 
 CLASS, ROWS = "timm-test_vit.class.npy", "timm-test_vit.npy"
 
