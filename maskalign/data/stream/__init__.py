@@ -1,1 +1,1 @@
-"""The hot path: which sample comes when, reading it, and batches whose position fits in a checkpoint."""
+"""The hot path of training: the order of samples, reading them, and batches with a position for checkpoints."""

@@ -1,4 +1,4 @@
-"""Bad samples: each is counted and named once, and their number is limited."""
+"""Bad samples: each is counted and reported once, and their number is limited."""
 
 import logging
 from collections import Counter
@@ -12,14 +12,14 @@ class BadSamples:
     """The bad samples that a stream has found.
 
     Args:
-        root: the (first) data set, for messages.
-        manifests: of the data sets.
-        max_fraction: share of all their samples that may be bad.
+        root: path of the (first) data set, for messages.
+        manifests: the `Manifest`s of the data sets.
+        max_fraction: share of all samples that may be bad.
 
     Attributes:
-        places: dict with a key (data set, shard, sample) for each: an ordered set.
-        lines: one line for each that was met here and not before a restart.
-        limit: the largest number that is allowed.
+        places: dict whose keys are (data set, shard, sample) of all bad samples, used as an ordered set.
+        lines: one line for each bad sample found by this object (not before a restart).
+        limit: the largest number of bad samples that is allowed.
     """
 
     def __init__(self, root, manifests, max_fraction):
@@ -29,7 +29,7 @@ class BadSamples:
         self.places, self.lines, self._named_shards = {}, [], set()
 
     def note(self, bad):
-        """Count and name those of `samples.Filled.bad` that are new; returns how many they are."""
+        """Count and log the new bad samples in a list `samples.Filled.bad`; returns the number of new ones."""
         new = 0
         for dataset, shard, sample, key, reason, whole in bad:
             if (dataset, shard, sample) in self.places:
@@ -48,7 +48,7 @@ class BadSamples:
         return new
 
     def check(self):
-        """Raise a RunError that names the shards where there are too many."""
+        """Raise a RunError that names the shards if there are too many bad samples."""
         if len(self.places) <= self.limit:
             return
         counts = Counter((dataset, shard) for dataset, shard, _ in self.places)

@@ -1,7 +1,7 @@
-"""Memory for batches: written once, by the process that reads a sample, and passed to torch without a copy.
+"""Memory for batches, which the process that reads a sample writes, and which torch uses without a copy.
 
-A batch is one block of memory that holds its columns one after the other. A block is reused after the last tensor
-that views it is freed, which avoids the page faults of fresh memory; consumers that keep batches keep their blocks.
+A batch is one block of memory with its columns one after the other. A block is reused after the last tensor that views
+it has been freed, which avoids the page faults of new memory. A block is not reused while a consumer keeps its batch.
 """
 
 import mmap
@@ -16,11 +16,15 @@ ALIGN = 4096
 
 
 class Layout:
-    """Where the columns of a batch of `rows` samples lie in a block.
+    """The positions of the columns of a batch in a block.
 
     Args:
-        columns: the `samples.Column`s; a "label" column of int64 is put before them.
-        rows: samples of this rank.
+        columns: the `samples.Column`s. A "label" column of int64 is added before them.
+        rows: number of samples of this rank.
+
+    Attributes:
+        places: {name: (first byte, shape, dtype)}.
+        bytes: size of a block.
     """
 
     def __init__(self, columns, rows):
@@ -34,7 +38,7 @@ class Layout:
         self.bytes = max(end, ALIGN)
 
     def arrays(self, block):
-        """dict of name -> array over a block (anything with the buffer protocol)."""
+        """({name: array}, the uint8 array that they all view) of a block, an object with the buffer protocol."""
         base = np.frombuffer(block, np.uint8)
         return {
             name: base[start : start + int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
@@ -47,7 +51,7 @@ class BlockPool:
 
     Args:
         layout: the `Layout`.
-        shared: blocks are files without a name, whose descriptors worker processes can map.
+        shared: make blocks from unnamed files, whose descriptors worker processes can map.
     """
 
     def __init__(self, layout, shared):
@@ -55,10 +59,10 @@ class BlockPool:
         self.blocks, self.descriptors, self.free = [], [], deque()
 
     def lease(self):
-        """(number of the block, its arrays); the block is free again when everything that views it is freed."""
+        """(number of a free block, its arrays). The block is free again when all objects that view it are freed."""
         number = self.free.popleft() if self.free else self._grow()
         arrays, base = self.layout.arrays(self.blocks[number])
-        # Every array, and every tensor made of one, keeps `base` alive.
+        # Every array, and every tensor made from one, holds a reference to `base`.
         weakref.finalize(base, self.free.append, number).atexit = False
         return number, arrays
 
@@ -75,7 +79,7 @@ class BlockPool:
         return len(self.blocks) - 1
 
     def close(self):
-        """Close the descriptors; memory that is still viewed stays until it is freed."""
+        """Close the descriptors. Memory with remaining views is freed with the last of them."""
         for descriptor in self.descriptors:
             if descriptor is not None:
                 os.close(descriptor)
@@ -85,9 +89,9 @@ class BlockPool:
 
 
 def _nameless_file(size):
-    """Descriptor of `size` bytes of shared memory that are freed with their last user, also after kill -9.
+    """File descriptor of `size` bytes of shared memory, which are freed with the last process that uses them.
 
-    memfd is not bound by the size of /dev/shm, which containers keep at 64 MiB.
+    memfd is not limited by the size of /dev/shm, which is only 64 MiB in many containers.
     """
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("maskalign-batch", os.MFD_CLOEXEC)

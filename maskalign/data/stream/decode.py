@@ -1,7 +1,7 @@
-"""Turn the bytes of a member into a label, an array or an image: bounded, and never by unpickling.
+"""Decode the bytes of a member to a label, an array or an image, with bounded memory and without unpickling.
 
-Only these formats are decoded: ASCII integers (.cls), numpy's .npy with a plain
-dtype, PNG, JPEG and WebP. Each function raises BadSample with a reason that names the fault.
+Only these formats are decoded: ASCII integers (.cls), numpy's .npy with a plain dtype, PNG, JPEG and WebP. Each
+function raises BadSample with the reason.
 """
 
 import io
@@ -18,7 +18,7 @@ MAX_IMAGE_BYTES = 64 * 2**20
 
 
 class BadSample(Exception):
-    """One sample cannot be used; the message says why."""
+    """Raised for a sample that cannot be used, with the reason."""
 
 
 def decode_label(data, num_classes):
@@ -34,25 +34,25 @@ def decode_label(data, num_classes):
 
 @lru_cache(maxsize=256)
 def array_of_header(header):
-    """(dtype string, shape) of the bytes of a .npy file up to its data; BadSample where it is not one."""
+    """(dtype string, shape) from the bytes of a .npy file before its data; raises BadSample if they are invalid."""
     file = io.BytesIO(header)
     try:
         shape, fortran, dtype = read_header(file, MAX_NPY_HEADER)
-    except Exception as error:  # numpy's parser raises whatever the bytes make it raise
+    except Exception as error:  # numpy's parser raises many types of errors for invalid bytes
         raise BadSample(f"no valid .npy header ({type(error).__name__})") from None
     if dtype.hasobject:
-        raise BadSample("an array of Python objects, which would have to be unpickled")
+        raise BadSample("an array of Python objects, which are not unpickled")
     if fortran and len(shape) > 1:
         raise BadSample("an array in Fortran order")
     if file.tell() != len(header):
-        raise BadSample(f"an array of shape {shape} and dtype {dtype}, whose bytes do not fit")
+        raise BadSample(f"an array of shape {shape} and dtype {dtype}, which do not match its bytes")
     return dtype.str, shape
 
 
 def decode_stored_image(data, resolution):
-    """(resolution, resolution, 3) uint8 from the bytes of an image, which must have that size.
+    """Decode an image to an array (resolution, resolution, 3) uint8; raises BadSample if it has another size.
 
-    The size is compared before any pixel is decoded, so a 100-megapixel image costs no more than its header.
+    The size is checked before any pixel is decoded, so only the header of a 100-megapixel image is read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below reports it

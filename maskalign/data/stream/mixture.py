@@ -1,4 +1,4 @@
-"""Several data sets by weight: opened together, and which one a draw comes from, in a cycle that keeps the shares."""
+"""Mixtures of data sets: opening them together, and a cycle that assigns each draw to a data set by weight."""
 
 from fractions import Fraction
 from math import gcd, lcm
@@ -8,11 +8,15 @@ from maskalign.data.stream.opening import Opener
 from maskalign.data.stream.samples import columns_of
 from maskalign.errors import UsageError
 
-LONGEST = 65536  # draws in a cycle; weights that need a longer one are rounded to 1/65536
+LONGEST = 65536  # the longest cycle, in draws; weights that need a longer one are rounded to 1/65536
 
 
 def parse_paths(path):
-    """[(path, weight), ...] from one path, a list of paths or of (path, weight), or a dict {path: weight}."""
+    """[(path, weight), ...] from one path, a list of paths or of (path, weight), or a dict {path: weight}.
+
+    Raises:
+        UsageError: another form, or a weight that is not positive.
+    """
     if isinstance(path, dict):
         pairs = list(path.items())
     elif isinstance(path, (list, tuple)):
@@ -31,14 +35,14 @@ def open_data_sets(path, **settings):
     """Open the data sets of a `data.path` and read their manifests.
 
     Args:
-        path: as `parse_paths` takes it.
+        path: as for `parse_paths`.
         settings: timeout, retries, cache_dir, allow_pipe of `opening.Opener`.
 
     Returns:
-        (weights, openers, manifests), a list each.
+        (weights, openers, manifests), lists with one entry per data set.
 
     Raises:
-        UsageError: one is not there, has no samples, or they do not fit each other.
+        UsageError: a data set does not exist or has no samples, or the data sets do not match.
     """
     pairs = parse_paths(path)
     openers = [Opener(where, **settings) for where, _ in pairs]
@@ -59,13 +63,17 @@ def open_data_sets(path, **settings):
 
 
 def check_class_tokens(roots, manifests, names):
-    """Refuse a mixture whose data sets have other class tokens; of the teachers `names`, which are to be read.
+    """Check that all data sets of a mixture have the same kind of class tokens.
 
-    Principal components may differ: those of the first data set serve all of them.
+    Principal components may differ, because those of the first data set are used for all.
 
     Args:
         roots: folder or URL of each data set, for messages.
-        manifests: of the data sets.
+        manifests: the `Manifest`s of the data sets.
+        names: the teachers whose class tokens will be read.
+
+    Raises:
+        UsageError: a data set has no class tokens, or other ones.
     """
     for name in names:
         first = manifests[0].teachers[name]["class_token"]
@@ -87,10 +95,10 @@ def _token_kinds(manifest):
 
 
 def cycle(weights):
-    """Data set of each draw in one cycle, spread as evenly as whole draws allow.
+    """The data set of each draw in one cycle, distributed as evenly as possible.
 
-    Over a cycle every data set has exactly its share; in the first n draws of it the error is below one draw
-    (largest-deficit-first, the smooth weighted round robin).
+    Over a whole cycle every data set has exactly its share. In the first n draws, the error is below one draw. This is
+    smooth weighted round robin: the data set with the largest deficit is next.
     """
     shares = [Fraction(str(weight)) for weight in weights]
     shares = [share / sum(shares) for share in shares]
@@ -110,7 +118,7 @@ def cycle(weights):
 
 
 class Mixture:
-    """Data set of draw n of stream s.
+    """The data set of draw n of stream s.
 
     Args:
         weights: one positive number per data set.
@@ -120,9 +128,9 @@ class Mixture:
     def __init__(self, weights, streams):
         self.pattern = cycle(weights)
         length = len(self.pattern)
-        # One row of draws (one per stream) follows the last one in the cycle. Where the number of streams
-        # shares a divisor with the length, a stream would always see the same few data sets, so rows are
-        # shifted a little.
+        # Rows of draws (one draw per stream) follow each other in the cycle. If the number of streams and the length
+        # had a common divisor, a stream would only draw from some of the data sets, so the stride between rows is the
+        # next number without a common divisor.
         self.stride = next(q for q in range(streams, streams + length + 1) if gcd(q, length) == 1)
 
     def __call__(self, stream, n):

@@ -1,12 +1,11 @@
 """One open shard: an index of its members, and reads of single members directly into a batch.
 
-webdataset's reader goes through a tar from its start and hands out each member as a new bytes object. The
-stream permutes a few shards together and takes its place again in the middle of them, so it reads members by
-their offset, from the shard's index (format/index.py) or from a walk over its headers: nothing of a group waits in
-memory, a resumed run reads no sample twice, and bytes go from the page cache into the batch in one copy
-(benchmarks/loader.py compares the two). Keys and grouping are webdataset's; tests compare every sample with
-what it reads. `pread` and not mmap, because a shard that gets shorter while it is mapped would kill the
-process.
+webdataset's reader reads a tar from its start and returns each member as a new bytes object. This stream permutes a few
+shards together, and resumes in the middle of them. So it reads members by their offset, from the shard's index
+(format/index.py) or from a scan of its headers. No samples of a group are kept in memory, a resumed run reads no sample
+twice, and bytes are copied once, from the page cache into the batch (benchmarks/loader.py compares the two). Keys and
+grouping are those of webdataset; tests compare every sample with webdataset's. Members are read with `pread` instead of
+mmap, because truncating a mapped file would kill the process.
 """
 
 import hashlib
@@ -22,13 +21,17 @@ from maskalign.data.stream.decode import MAX_IMAGE_BYTES, MAX_NPY_HEADER, BadSam
 
 
 class BadShard(BadSample):
-    """No sample of a shard can be used; the message says why."""
+    """Raised if no sample of a shard can be used, with the reason."""
 
 
 class MemberTable:
-    """Where the members of one ending are: arrays with one entry per sample.
+    """The members with one extension, as int64 arrays with one entry per sample.
 
-    offset (-1: no such member), size, crc (CRC-32, -1: none, -2: mangled), seed (CRC-32 of the name).
+    Attributes:
+        offset: first byte of the data, -1 if there is no such member.
+        size: bytes of the data.
+        crc: CRC-32 of name and data, -1 if there is none, -2 if it is damaged.
+        seed: CRC-32 of the name.
     """
 
     def __init__(self, n):
@@ -39,14 +42,14 @@ class OpenShard:
     """An open shard.
 
     Args:
-        fd: descriptor of the tar; the object owns it.
+        fd: file descriptor of the tar, which this object closes.
         shard: the manifest's entry (name, num_samples, bytes, sha256).
-        endings: the member endings that will be asked for ("cls", "png", ...); others are never read.
-        checked: whether the data set's writer gives each member a checksum (see format/members.py).
+        endings: the extensions of members that may be read ("cls", "png", ...); others are never read.
+        checked: whether the members of the data set have checksums (see format/members.py).
         verify: compare checksums.
 
     Raises:
-        BadShard: nothing in it can be trusted.
+        BadShard: no sample can be used.
     """
 
     def __init__(self, fd, shard, endings, checked=False, verify=True):
@@ -54,16 +57,16 @@ class OpenShard:
         self.keys, self.columns = [], {}
         status = os.fstat(fd)
         self.bytes, self.identity = status.st_size, (status.st_ino, status.st_size, status.st_mtime_ns)
-        self.proven = bytearray(shard.num_samples)  # bits of the variants whose checksums have been compared
+        self.proven = bytearray(shard.num_samples)  # bit mask of the variants whose checksums have been verified
         try:
             members, intact = read_index(fd, self.bytes), True
             if members is None:
                 members, intact = self._scan()
             if not intact and (checked or any(crc != -1 for *_, crc in members)):
-                # Each member has its own checksum, so members after the damage can be used too.
+                # Each member has a checksum, so members after the damage can be used too.
                 members = self._salvage()
             if not members and shard.num_samples:
-                raise BadShard("holds nothing that can be read")
+                raise BadShard("has no readable member")
             self._build(members, {ending.encode() for ending in endings}, merge=not intact)
             if verify and not checked and self._unchecked():
                 self._compare_sha256()
@@ -83,12 +86,12 @@ class OpenShard:
     # -- the index
 
     def _scan(self):
-        """[(name, offset, size, crc)] of all plain files, and whether the tar is whole."""
+        """[(name, offset, size, crc)] of all regular files, and whether the tar is complete."""
         headers, offsets, sizes, position, intact = [], [], [], 0, True
         while True:
             header = os.pread(self.fd, BLOCK, position)
             if len(header) < BLOCK or header[:1] == b"\0":
-                # Writers end a tar with two zero blocks; without them it has been cut off.
+                # Writers end a tar with two zero blocks; without them it is truncated.
                 intact = len(header) == BLOCK and not header.strip(b"\0")
                 break
             if header[156:157] not in b"0\0":
@@ -111,7 +114,7 @@ class OpenShard:
         return members, intact and position <= self.bytes
 
     def _scan_by_tarfile(self):
-        """The same by the standard library, which knows every dialect of tar."""
+        """The result of `_scan`, computed by the standard library, which supports every dialect of tar."""
         members = []
         try:
             with os.fdopen(os.dup(self.fd), "rb") as file:
@@ -129,7 +132,7 @@ class OpenShard:
             return members, False
 
     def _salvage(self):
-        """Every member whose header is valid and which carries a checksum, wherever in the file it lies."""
+        """All members with a valid header and a checksum, anywhere in the file."""
         members, step = [], 4 * 2**20
         for start in range(0, self.bytes, step):
             data = os.pread(self.fd, step, start)
@@ -147,7 +150,7 @@ class OpenShard:
         return members
 
     def _build(self, members, endings, merge):
-        """Group members by key (neighbors, as webdataset does; anywhere with `merge`) into columns."""
+        """Group members by key into columns: adjacent members, as webdataset does, or with `merge` all of a key."""
         rows, current, places = {ending: [] for ending in endings}, None, {}
         for name, offset, size, crc in members:
             key, ending = split_name(name)
@@ -163,7 +166,7 @@ class OpenShard:
                 rows[ending].append((places[key], offset, size, crc, name_crc(name)))
         for ending, found in rows.items():
             column = self.columns[ending.decode()] = MemberTable(len(self.keys))
-            found.reverse()  # of two members with one name the first shall count
+            found.reverse()  # of two members with the same name, the first one is used
             place, *values = np.array(found, np.int64).reshape(-1, 5).T
             column.offset[place], column.size[place], column.crc[place], column.seed[place] = values
         starts = [np.where(column.offset < 0, self.bytes, column.offset) for column in self.columns.values()]
@@ -171,22 +174,22 @@ class OpenShard:
         self.stops = np.max([column.offset + column.size for column in self.columns.values()], axis=0)
 
     def _unchecked(self):
-        """Whether some member carries no checksum."""
+        """Whether a member has no checksum."""
         return any((column.crc[column.offset >= 0] < 0).any() for column in self.columns.values())
 
     def _compare_sha256(self):
-        """Without checksums per member, labels have no other protection: use the whole shard or nothing of it."""
+        """Verify the SHA-256 of the shard: without checksums per member, damaged labels would not be detected."""
         digest, position = hashlib.sha256(), 0
         while data := os.pread(self.fd, 2**20, position):
             digest.update(data)
             position += len(data)
         if digest.hexdigest() != self.shard.sha256:
-            raise BadShard("its SHA-256 is not the manifest's, and its samples carry no checksums")
+            raise BadShard("its SHA-256 differs from the manifest, and its samples have no checksums")
 
     # -- reads
 
     def has(self, i, ending):
-        """Whether sample i has a member with this ending."""
+        """Whether sample i has a member with this extension."""
         return self.columns[ending].offset[i] >= 0
 
     def _find(self, i, ending):
@@ -197,8 +200,8 @@ class OpenShard:
         return offset, int(column.size[i]), int(column.crc[i]), int(column.seed[i])
 
     def read_ahead(self, i):
-        """Ask the system to fetch sample i from the disk while others are being read."""
-        if i < len(self.keys) and hasattr(os, "posix_fadvise"):  # macOS has none
+        """Ask the system to read sample i from the disk while other samples are being read."""
+        if i < len(self.keys) and hasattr(os, "posix_fadvise"):  # not on macOS
             start = int(self.starts[i])
             length = max(int(self.stops[i]) - start, 1)
             os.posix_fadvise(self.fd, start, length, os.POSIX_FADV_WILLNEED)
@@ -209,10 +212,10 @@ class OpenShard:
         for part in parts:
             seed = zlib.crc32(part, seed)
         if seed != crc:
-            raise BadSample(f"the checksum of .{ending} does not hold: damaged bytes")
+            raise BadSample(f"the checksum of .{ending} is wrong: damaged bytes")
 
     def read(self, i, ending, limit=MAX_IMAGE_BYTES):
-        """The bytes of a member, at most `limit` of them."""
+        """The bytes of a member of sample i; raises BadSample if there are more than `limit`."""
         offset, size, crc, seed = self._find(i, ending)
         if size > limit:
             raise BadSample(f".{ending} has {size:,} bytes")
@@ -223,9 +226,16 @@ class OpenShard:
         return data
 
     def read_array(self, i, ending, out, proven=False):
-        """Copy the data of a .npy member into `out`, a C-contiguous array of the expected shape and dtype.
+        """Copy the data of a .npy member of sample i into an array.
 
-        With `proven` the checksum is not compared again.
+        Args:
+            i: number of the sample.
+            ending: extension of the member.
+            out: C-contiguous array of the expected shape and dtype.
+            proven: do not verify the checksum again.
+
+        Raises:
+            BadSample: the member is missing, damaged, or has another shape or dtype.
         """
         offset, size, crc, seed = self._find(i, ending)
         header = bytearray(size - out.nbytes) if 10 < size - out.nbytes <= MAX_NPY_HEADER else None
@@ -244,7 +254,7 @@ class OpenShard:
             self._explain(i, ending, out)
 
     def _explain(self, i, ending, out):
-        """Raise BadSample with what an array is, as against what the manifest says."""
+        """Raise BadSample with the shape and dtype of an array and those of the manifest."""
         offset, size, _, _ = self._find(i, ending)
         head = os.pread(self.fd, min(size, MAX_NPY_HEADER), offset)
         length = 10 + int.from_bytes(head[8:10], "little")
@@ -253,7 +263,7 @@ class OpenShard:
 
 
 def checksums_hold(headers):
-    """Whether tar's own checksum holds, for each of the 512-byte headers laid end to end: bool array."""
+    """Whether tar's header checksum is right for each of the concatenated 512-byte headers: bool array."""
     blocks = np.frombuffer(headers, np.uint8).reshape(-1, BLOCK)
     sums = blocks.sum(axis=1, dtype=np.int64) - blocks[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
     stored = np.full(len(blocks), -1, np.int64)

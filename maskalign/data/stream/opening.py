@@ -1,15 +1,15 @@
-"""Open a shard wherever it lies: local paths, http(s)://, any URL that fsspec knows, pipe: if allowed.
+"""Open shards: local paths, http(s)://, any URL that fsspec supports, and pipe: commands if they are allowed.
 
-Remote shards are copied to local disk first (into `cache_dir`, which keeps it, or into a file without a name,
-which the system removes with the process), because the stream reads a group of shards in a permuted order.
-Copies are made ahead of use by threads. A server that fails is asked again with growing pauses; one that
-sends nothing for `timeout` seconds counts as failed.
+Remote shards are copied to local disk first, because the stream reads a group of shards in a permuted order: into
+`cache_dir`, which keeps them, or into an unnamed file, which is removed with the process. Threads copy shards before
+they are needed. A request that fails is repeated with increasing pauses; a server that sends nothing for `timeout`
+seconds counts as failed.
 
-Why this is written here: urllib3's Retry ends with the headers of an answer, so a body that breaks off is neither asked
-for again nor continued by a range, and tenacity would replace the eight lines of one loop. The caching file systems of
-fsspec (2026.9, `simplecache` and `filecache`) write a copy under its final name and trust any existing file,
-without a check of its size and without a lock: ranks of one machine would fetch a shard several times, or read half of
-one.
+Reasons for not using a library: urllib3's Retry covers only the headers of a response, so a body that breaks off is
+neither repeated nor resumed by a range request, and tenacity would only replace one loop of eight lines. The caching
+file systems of fsspec (2026.9, `simplecache` and `filecache`) write a copy under its final name and use any existing
+file without checking its size and without a lock: ranks of one machine would copy a shard several times, or read an
+incomplete one.
 """
 
 import errno
@@ -37,12 +37,15 @@ class Opener:
     """Opens files of one data set.
 
     Args:
-        root: folder, URL prefix, or "pipe:COMMAND" in which {} stands for the file's name.
-        timeout: seconds without a byte after which a try over the network is given up.
-        retries: further tries after the first.
-        cache_dir: folder that keeps remote shards; shared between processes and runs.
-        allow_pipe: run pipe: commands. They are shell commands: only for settings that are the user's own.
-        pause: seconds before the first retry; doubled each time.
+        root: folder, URL prefix, or "pipe:COMMAND", in which {} is replaced by the file's name.
+        timeout: seconds without data after which an attempt over the network has failed.
+        retries: number of attempts after the first.
+        cache_dir: folder in which remote shards are kept, shared between processes and runs.
+        allow_pipe: run pipe: commands. These are shell commands, so their origin must be trusted.
+        pause: seconds before the first retry, doubled each time.
+
+    Raises:
+        UsageError: a pipe: command that is not allowed, or has no {}.
     """
 
     def __init__(self, root, timeout=30.0, retries=5, cache_dir=None, allow_pipe=False, pause=0.5):
@@ -50,12 +53,12 @@ class Opener:
         if root.startswith("file://"):
             root = urllib.request.url2pathname(urllib.parse.urlparse(root).path)
         self.timeout, self.retries, self.cache_dir, self.pause = timeout, retries, cache_dir, pause
-        self.stopped = threading.Event()  # set: no reader waits for downloads any more
+        self.stopped = threading.Event()  # set when no reader waits for downloads any more
         self.pipe = root.startswith("pipe:")
         if self.pipe and not allow_pipe:
             raise UsageError(f"data set {root!r} runs a shell command; set data.allow_pipe to true if you mean it")
         if self.pipe and "{}" not in root:
-            raise UsageError(f"data set {root!r}: put {{}} in the command where the file's name belongs")
+            raise UsageError(f"data set {root!r}: put {{}} in the command in place of the file's name")
         self.root = root
         self.remote = self.pipe or is_url(root)
 
@@ -74,7 +77,7 @@ class Opener:
             return Manifest.from_json(file.read(), self.root)
 
     def open(self, shard):
-        """Descriptor of a shard (the manifest's entry); BadShard where it is not available."""
+        """Open a shard (an entry of the manifest) and return its file descriptor; raises BadShard if this fails."""
         try:
             if not self.remote:
                 return os.open(os.path.join(self.root, shard.name), os.O_RDONLY | os.O_CLOEXEC)
@@ -94,7 +97,7 @@ class Opener:
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
 
     def copy(self, name, file):
-        """Append to an open file what it lacks of a remote one; BadShard where that is not available."""
+        """Append the missing bytes of a remote file to an open local one; raises BadShard if this fails."""
         self._download(name, file)
 
     def _open_cached(self, shard):
@@ -103,7 +106,7 @@ class Opener:
         path = os.path.join(folder, shard.name)
         if (fd := _open_whole(path, shard)) is not None:
             return fd
-        # One process of the machine fetches a shard, the others wait for it.
+        # One process of the machine copies a shard, and the others wait for it.
         with open(path + ".lock", "wb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if (fd := _open_whole(path, shard)) is not None:
@@ -117,7 +120,7 @@ class Opener:
                 return os.dup(file.fileno())
 
     def _download(self, name, file):
-        """Fill `file` with the remote file; BadShard when all tries have failed."""
+        """Copy the remote file to `file`; raises BadShard when all attempts have failed."""
         url = self.root.replace("{}", name)[5:] if self.pipe else f"{self.root}/{name}"
         copy = self._copy_http if url.startswith("http") else self._copy_fsspec
         copy = self._copy_pipe if self.pipe else copy
@@ -133,11 +136,11 @@ class Opener:
                     raise
                 if attempt == self.retries or self.stopped.is_set():
                     reason = str(error) or type(error).__name__
-                    raise BadShard(f"cannot be fetched after {attempt + 1} tries: {reason}") from None
+                    raise BadShard(f"cannot be fetched after {attempt + 1} attempts: {reason}") from None
             self.stopped.wait(min(self.pause * 2**attempt, LAST_PAUSE) * random.uniform(0.75, 1.25))
 
     def _copy_http(self, url, file):
-        """Fetch over http(s), continuing where the last attempt stopped if the server can."""
+        """Copy over http(s); if the server supports ranges, continue where the last attempt stopped."""
         have = file.seek(0, os.SEEK_END)
         try:
             with open_http(url, self.timeout, have) as answer:
@@ -155,7 +158,7 @@ class Opener:
                 raise FileNotFoundError(url) from None
             if error.code in (401, 403):
                 raise PermissionError(refusal(error.code)) from None
-            if error.code == 416:  # the file got shorter on the server; start again
+            if error.code == 416:  # the file is shorter on the server now; start again
                 file.seek(0)
                 file.truncate()
             raise
@@ -174,7 +177,7 @@ class Opener:
 
 
 def _open_whole(path, shard):
-    """Descriptor of a cached shard that has all its bytes, else None."""
+    """File descriptor of a cached shard if it exists and has the right size, else None."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -186,7 +189,7 @@ def _open_whole(path, shard):
 
 
 def _copy_watched(open_source, file, timeout):
-    """Copy a stream whose library knows no time limit: a thread reads, and is abandoned when no data arrives."""
+    """Copy a stream with a timeout: a thread reads it, and is abandoned when no data arrives for `timeout` seconds."""
     progress, stop, result = threading.Event(), threading.Event(), []
     file.seek(0)
     file.truncate()

@@ -1,12 +1,11 @@
-"""Which sample comes when: pure functions of (seed, epoch, stream), the same on every machine.
+"""The order of samples: pure functions of (seed, epoch, stream), with the same result on every machine.
 
-An epoch of N samples is dealt to S logical streams by count. The g-th sample that the whole job draws,
-counted over all epochs, comes from stream g % S, so every step of B samples (S divides B) takes B/S from each
-stream and an epoch ends after exactly N of them. In each epoch the shards are permuted and laid end to end,
-and stream s gets the s-th stretch of that line; a shard on a border is shared between neighbors by a
-permutation of its samples. Inside a stream, the stretches of `group` shards are permuted together. So a data
-set of one shard works with any number of streams, and one of 100,000 shards needs no more than one integer
-per stream to say where it is.
+An epoch of N samples is divided among S logical streams. The g-th sample that the whole job draws, counted over all
+epochs, comes from stream g % S. So every step of B samples (S divides B) takes B/S samples from each stream, and an
+epoch ends after exactly N samples. In each epoch the shards are permuted and concatenated, and stream s gets the s-th
+part of the sequence. The samples of a shard on a border are permuted and divided between both streams. Within a stream,
+the parts of `group` shards are permuted together. A data set of one shard therefore works with any number of streams,
+and the position in a data set of 100,000 shards is one integer per stream.
 """
 
 from functools import lru_cache
@@ -15,7 +14,7 @@ import numpy as np
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
-SHARDS, SAMPLES, GROUP, FLIP = 1, 2, 3, 4  # what a permutation is for; part of its key
+SHARDS, SAMPLES, GROUP, FLIP = 1, 2, 3, 4  # the purpose of a permutation, which is part of its key
 
 
 def mix64(x):
@@ -30,7 +29,7 @@ def mix64(x):
 
 
 def hash_key(*values):
-    """64-bit hash of a tuple of integers (negative ones too)."""
+    """64-bit hash of a tuple of integers, which may be negative."""
     state = 0
     for value in values:
         state = mix64((state + GOLDEN + (int(value) & MASK)) & MASK)
@@ -40,24 +39,23 @@ def hash_key(*values):
 def permutation(n, *key):
     """Permutation of range(n) keyed by integers, as an int64 array.
 
-    Sorts hashed indices instead of using `numpy.random`, whose streams may change between versions: a
-    checkpoint must stand for the same order years later.
+    It sorts hashed indices instead of using `numpy.random`, whose streams may change between versions: the position in
+    a checkpoint must refer to the same order years later.
     """
     draws = mix64(np.uint64(hash_key(*key)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN))
     return np.argsort(draws, kind="stable")
 
 
 def drawn_by(stream, total, streams):
-    """How many of the first `total` samples of the job come from `stream` (numbers or arrays)."""
+    """The number of samples from `stream` among the first `total` samples of the job (numbers or arrays)."""
     return (total - stream + streams - 1) // streams
 
 
 def default_streams(batch_size, most=64):
-    """Number of logical streams where none is given: a divisor of the batch size, at most `most`.
+    """The default number of logical streams: a divisor of the batch size, at most `most`.
 
-    It depends only on the batch size, so neither ranks nor workers change the order. Divisors that
-    keep the batch size's power of two are preferred: those are dealt to 2, 4, 8, 16 ranks without a
-    remainder.
+    It depends only on the batch size, so that ranks and workers do not change the order. Divisors with the same power
+    of two as the batch size are preferred, because they can be divided evenly among 2, 4, 8 or 16 ranks.
     """
     divisors = [d for d in range(1, min(batch_size, most) + 1) if batch_size % d == 0]
     two = min(batch_size & -batch_size, most)
@@ -65,7 +63,7 @@ def default_streams(batch_size, most=64):
 
 
 def default_group(streams):
-    """Shards that one stream permutes together: so many that 32 or more mix at any time, at least 2."""
+    """The default number of shards that one stream permutes together: at least 2, and 32 over all streams."""
     return max(2, -(-32 // streams))
 
 
@@ -73,34 +71,34 @@ class Order:
     """The order of one data set.
 
     Args:
-        counts: samples in each shard.
+        counts: number of samples in each shard.
         streams: number of logical streams, S.
-        group: shards (or parts of shards) of a stream that are permuted together.
+        group: number of shards (or parts of shards) of a stream that are permuted together.
         seed: any integer.
-        dataset: number of the data set in a mixture, part of every key.
+        dataset: number of the data set in a mixture, which is part of every key.
     """
 
     def __init__(self, counts, streams, group, seed, dataset=0):
         self.counts = np.asarray(counts, dtype=np.int64)
         self.total = int(self.counts.sum())
         self.streams, self.group, self.seed, self.dataset = streams, group, seed, dataset
-        # The streams of one process are in two epochs at a time at most (bad samples make them drift).
+        # The streams of one process are in at most two epochs at the same time (bad samples move them apart).
         self._line = lru_cache(maxsize=3)(self._make_line)
 
     def _make_line(self, epoch):
-        """Permuted shards and where each one ends when they are laid end to end."""
+        """The permuted shards, and the end of each one when they are concatenated."""
         shards = permutation(len(self.counts), self.seed, epoch, self.dataset, SHARDS)
         return shards, np.cumsum(self.counts[shards])
 
     def locate(self, stream, position):
-        """(epoch, offset in the stream's stretch of it) of the stream's sample number `position`."""
+        """(epoch, offset in the stream's part of the epoch) of the stream's sample number `position`."""
         epoch = (position * self.streams + stream) // self.total
         return epoch, position - drawn_by(stream, epoch * self.total, self.streams)
 
     def stretch(self, stream, epoch):
         """(shard, low, high) of the parts of shards that a stream reads in an epoch: int64 array (n, 3).
 
-        `low` and `high` bound positions in the shard's own permutation of that epoch.
+        The part is positions `low` <= i < `high` of the shard's permutation in this epoch.
         """
         numbers = np.arange(stream + 1)
         before, after = epoch * self.total, (epoch + 1) * self.total
@@ -117,7 +115,12 @@ class Order:
         return parts[parts[:, 1] < parts[:, 2]]
 
     def permuted(self, stream, epoch, number, parts):
-        """(shard, sample) of every sample of group `number`, in reading order: int64 array (n, 2)."""
+        """(shard, sample) of every sample of group `number`, in reading order: int64 array (n, 2).
+
+        Args:
+            stream, epoch, number: the group.
+            parts: its rows of `stretch`.
+        """
         rows = []
         for shard, low, high in parts.tolist():
             n = int(self.counts[shard])
@@ -128,15 +131,15 @@ class Order:
 
 
 class Cursor:
-    """Walks one stream of an `Order`, one sample at a time, and says which shards it holds and needs next.
+    """Iterates over one stream of an `Order`, one sample at a time, and reports the shards that it needs.
 
     Args:
         order: the data set's order.
         stream: number of the logical stream.
-        position: samples that the stream has drawn already.
-        watch: called with (shards let go, shards held from now on) whenever the cursor enters a group. A held
-            shard is one that this group or the next still has to read, so never a finished one.
-        end: position at which the stream ends, None where it does not; nothing beyond is held.
+        position: number of samples that the stream has drawn already.
+        watch: called with (released shards, held shards) when the cursor enters a group. The held shards are those from
+            which this group or the next still has to read.
+        end: position at which the stream ends, or None; shards after it are not held.
     """
 
     def __init__(self, order, stream, position=0, watch=lambda released, held: None, end=None):
@@ -158,13 +161,13 @@ class Cursor:
         self._next += 1
 
     def upcoming(self, n):
-        """[shard, sample] of the next n samples, each of them named once, and none beyond the group."""
+        """[shard, sample] of the next n samples of the group, without those returned by earlier calls."""
         first, last = max(self._next, self._named), self._next + n
         self._named = max(first, last)
         return self._rows[first:last].tolist()
 
     def _parts(self, epoch):
-        """The stream's stretch of an epoch and where each part of it ends."""
+        """The stream's parts of shards in an epoch, and the end of each part."""
         if epoch not in self._stretches:
             parts = self.order.stretch(self.stream, epoch)
             self._stretches = {e: s for e, s in self._stretches.items() if e == epoch - 1}
@@ -172,7 +175,7 @@ class Cursor:
         return self._stretches[epoch]
 
     def _enter(self):
-        """Load the group that holds the position."""
+        """Load the group that contains the position."""
         order, size = self.order, self.order.group
         epoch, offset = order.locate(self.stream, self.position)
         parts, ends = self._parts(epoch)

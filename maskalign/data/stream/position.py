@@ -1,25 +1,25 @@
-"""The position of a stream as plain data: read back with care, and joined from the states of all ranks."""
+"""The position of a stream as plain data: validated when it is loaded, and merged from the states of all ranks."""
 
 from typing import Any, Dict, Iterable, Mapping
 
 from maskalign.errors import UsageError
 
 STATE_VERSION = 1
-MOST_BAD_IN_STATE = 20_000  # 0.3 MB; beyond that a resumed run names some bad samples again
+MOST_BAD_IN_STATE = 20_000  # 0.3 MB; with more bad samples, a resumed run reports some of them again
 
 
 def parse_state(state, here):
-    """Read what `ShardStream.state_dict` gave.
+    """Validate a state returned by `ShardStream.state_dict`.
 
     Args:
         state: the dict.
-        here: {"version", "data", "seed", "streams", "group"} of the stream that will continue; None fits anything.
+        here: {"version", "data", "seed", "streams", "group"} of the stream that will continue; None matches any value.
 
     Returns:
         (streams, group, served, positions: {stream: one position per data set}, bad: list of tuples).
 
     Raises:
-        UsageError: it is no such state, or one of other data or settings.
+        UsageError: the state is invalid, or has other data or settings.
     """
     try:
         there = {
@@ -37,15 +37,15 @@ def parse_state(state, here):
     for name, value in here.items():
         if value is not None and there[name] != value:
             what = {"data": "data set"}.get(name, name)
-            raise UsageError(f"the stream's state has another {what}: {there[name]}, here it is {value}")
+            raise UsageError(f"the stream's state has another {what}: {there[name]}, this stream has {value}")
     return there["streams"], there["group"], there["served"], positions, bad
 
 
 def merge_states(states: Iterable[Mapping[str, Any]]) -> Dict[str, Any]:
-    """One state for the whole job from the states of all its ranks, taken after the same step.
+    """Merge the states of all ranks, taken after the same step, into one state of the whole job.
 
     Raises:
-        UsageError: none given, or they are not of the same job and step.
+        UsageError: there is no state, or the states are from different jobs or steps.
     """
     states = list(states)
     if not states:

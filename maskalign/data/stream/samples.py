@@ -1,7 +1,7 @@
-"""From positions to rows of a batch: what one process does for the streams that it owns.
+"""Read the samples at the positions of streams into rows of a batch, in one process.
 
-This file handles bad samples. A stream's position counts all its samples, good and bad; a step takes the
-next good ones, so which samples a step gets depends on the data alone and not on who reads them.
+This file handles bad samples. A stream's position counts all its samples, good and bad. A step takes the next good
+ones, so the samples of a step depend only on the data, and not on the process that reads them.
 """
 
 import errno
@@ -20,14 +20,14 @@ from maskalign.data.stream.open_shard import BadShard, OpenShard
 from maskalign.data.stream.order import FLIP, Cursor, drawn_by, hash_key
 from maskalign.errors import RunError
 
-LARGE_SAMPLE = 2**17  # bytes from which single samples are read as fast as a whole shard
+LARGE_SAMPLE = 2**17  # bytes; samples of at least this size can be read singly as fast as a whole shard
 
 
 @dataclass(frozen=True)
 class Column:
-    """One tensor of a batch: its name there, the ending of its member, and shape and dtype of one sample.
+    """One tensor of a batch: its name, the extension of its member, and the shape and dtype of one sample.
 
-    With `finite` a sample with an infinity or a NaN in it is a bad one.
+    With `finite`, a sample with an infinity or a NaN is bad.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Column:
 
 
 def columns_of(manifest, fields=None):
-    """The columns that a data set can give: those named in `fields`, or all but class tokens where that is None."""
+    """The columns of a data set: those in `fields`, or all without class tokens if `fields` is None."""
     columns = []
     if manifest.image_format:
         side = manifest.resolution
@@ -66,7 +66,7 @@ class OpenDataSet:
     columns: list
 
     def endings(self):
-        """Endings of all members that may be read."""
+        """The extensions of all members that may be read."""
         endings = ["cls"] + [column.ending for column in self.columns]
         if self.manifest.hflip:
             endings += [f"flip.{column.ending}" for column in self.columns if column.name != "image"]
@@ -77,7 +77,7 @@ class OpenDataSet:
 
 @dataclass
 class Share:
-    """A logical stream as a rank sees it: of what it gives to each step, the rank keeps low <= i < high."""
+    """A rank's share of a logical stream: of the stream's samples in each step, the rank keeps low <= i < high."""
 
     stream: int
     low: int
@@ -86,7 +86,7 @@ class Share:
 
 @dataclass
 class Filled:
-    """What one process did for one step: kept samples, positions afterwards, and bad samples skipped."""
+    """The result of one process for one step: the samples kept, the new positions, and the bad samples skipped."""
 
     keys: list = field(default_factory=list)
     epochs: list = field(default_factory=list)
@@ -95,19 +95,19 @@ class Filled:
 
 
 class ShardTable:
-    """The open shards of one process, counted by the streams that hold them, opened ahead by threads."""
+    """The open shards of one process, with the number of streams that hold each. Threads open them before use."""
 
     def __init__(self, sources, verify, read_ahead_bytes, threads=4):
         self.sources, self.verify, self.threads = sources, verify, threads
         self.read_ahead_bytes, self.held_bytes = read_ahead_bytes, 0
-        self.entries = {}  # (data set, shard) -> [future, holders, shard once it has been asked for]
-        self.proven = {}  # (data set, shard) -> (what the file was, its OpenShard.proven)
+        self.entries = {}  # (data set, shard) -> [future, holders, OpenShard once it was needed, else None]
+        self.proven = {}  # (data set, shard) -> (OpenShard.identity, OpenShard.proven)
         self._executor = None
         for source in sources:
             source.opener.stopped.clear()
 
     def hold(self, released, held, dataset):
-        """Let go of some shards and hold others; those held begin to open."""
+        """Release some shards of a data set and hold others; held shards are opened in the background."""
         for shard in held:
             entry = self.entries.get((dataset, shard))
             if entry is None:
@@ -126,22 +126,22 @@ class ShardTable:
                     entry[0].add_done_callback(_close_result)
 
     def get(self, dataset, shard):
-        """The open shard; raises BadShard."""
+        """The `OpenShard`; raises BadShard."""
         entry = self.entries[dataset, shard]
         if entry[2] is None:
             entry[2] = entry[0].result()
         return entry[2]
 
     def read_ahead(self, dataset, rows):
-        """Have the system fetch [shard, sample] rows from the disk; the shards are about to be needed."""
+        """Ask the system to read [shard, sample] rows from the disk, because they are needed soon."""
         for number, sample in rows:
             try:
                 self.get(dataset, number).read_ahead(sample)
             except BadShard:
-                continue  # told when a sample of it is read
+                continue  # reported when a sample of it is read
 
     def close(self):
-        """Close everything; opening in progress is given up."""
+        """Close all shards, and cancel those that are being opened."""
         for source in self.sources:
             source.opener.stopped.set()
         for future, *_ in self.entries.values():
@@ -155,12 +155,12 @@ class ShardTable:
         source = self.sources[dataset]
         shard = source.manifest.shards[number]
         fd = source.opener.open(shard)
-        if hasattr(os, "posix_fadvise"):  # macOS has none
+        if hasattr(os, "posix_fadvise"):  # not on macOS
             if shard.bytes > LARGE_SAMPLE * shard.num_samples:
-                # The index needs a page here and there; what the system adds to them only delays it.
+                # Opening reads only a few pages; the system's readahead would delay it.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             elif self.held_bytes <= self.read_ahead_bytes:
-                # One long read, where headers and single samples would be many short ones.
+                # One long read is faster than many short ones of headers and samples.
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
         checked = source.manifest.extra.get(KEY) == KIND
         try:
@@ -169,7 +169,7 @@ class ShardTable:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise RunError(f"{shard.name}: {error.strerror}; raise `ulimit -n` or use fewer streams") from None
             raise BadShard(f"cannot be read: {error.strerror or error}") from None
-        # A sample's large members are compared with their checksums the first time this process reads them.
+        # Checksums of large members are verified only the first time that this process reads them.
         known, proven = self.proven.get((dataset, number), (None, opened.proven))
         if known == opened.identity:
             opened.proven = proven
@@ -183,16 +183,17 @@ def _close_result(future):
 
 
 class SampleReader:
-    """Fills rows of batches from some of the streams.
+    """Fills rows of batches with samples from some of the streams.
 
     Args:
-        sources: the data sets.
-        mixture: which data set a draw comes from (mixture.Mixture).
+        sources: the data sets, a list of `OpenDataSet`.
+        mixture: the `mixture.Mixture`, which assigns draws to data sets.
         shares: the `Share`s of this process, in the order of their rows.
-        positions: stream -> list of one position per data set.
-        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (most bad samples),
-            read_ahead_bytes (fetch shards of small samples whole while no more than that is held).
-        bad: (data set, shard, sample) of the bad samples that are known already.
+        positions: {stream: list with one position per data set}.
+        settings: dict with seed, streams, epochs (or None), hflip, verify, bad_limit (the largest number of bad
+            samples),
+            read_ahead_bytes (shards of small samples are read completely while at most this many bytes are held).
+        bad: (data set, shard, sample) of bad samples that are already known.
     """
 
     def __init__(self, sources, mixture, shares, positions, settings, bad=()):
@@ -201,9 +202,9 @@ class SampleReader:
         self.table = ShardTable(sources, settings["verify"], settings["read_ahead_bytes"])
         self.scratch, self.bad = None, set(bad)
         total = sum(source.order.total for source in sources)
-        self.hopeless = 3 * total + 1000  # draws without one good sample after which no good one can be there
+        self.hopeless = 3 * total + 1000  # after this many draws without a good sample, there cannot be one
         epochs = settings["epochs"]
-        # Where several data sets are mixed, an epoch is a number of draws, and none of them ends with it.
+        # In a mixture, an epoch is a number of draws, so the data sets do not end with it.
         self.last = epochs * total if epochs is not None and len(sources) == 1 else None
         self.cursors = {
             share.stream: [self._cursor(share.stream, d, p) for d, p in enumerate(positions[share.stream])]
@@ -225,17 +226,20 @@ class SampleReader:
         """Read this process's part of the samples `start` to `stop` of the job.
 
         Args:
-            start, stop: the step's samples, counted over the whole job as if none were bad.
-            rows: dict from column name (and "label") to an array with one row per sample of the rank.
+            start, stop: the samples of the step, counted over the whole job without bad samples.
+            rows: {column name (and "label"): array with one row per sample of the rank}.
             row: first row to fill.
 
         Returns:
-            A `Filled`; it is short where a finite stream ends, or where more samples are bad than may be.
+            A `Filled`. It has fewer samples if a finite stream ends, or if there are too many bad samples.
+
+        Raises:
+            RunError: there is no good sample left.
         """
         filled = Filled()
         if self.scratch is None:
             self.scratch = {name: np.empty_like(array[:1]) for name, array in rows.items()}
-        for share in self.shares:  # all at once, so that the disk has many requests to work on
+        for share in self.shares:  # all together, so that the disk has many requests in parallel
             for dataset, cursor in enumerate(self.cursors[share.stream]):
                 ahead = 2 * drawn_by(0, stop - start, self.streams)
                 self.table.read_ahead(dataset, cursor.upcoming(ahead))

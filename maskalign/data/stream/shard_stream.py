@@ -1,8 +1,8 @@
-"""The stream of training batches: the same samples in the same order on any number of ranks and workers,
-exactly once per epoch, and a position that fits in a checkpoint.
+"""The stream of training batches, with a position for checkpoints.
 
-order.py says which sample comes when, opening.py and open_shard.py fetch it, samples.py skips what is bad,
-workers.py reads ahead. This file deals a step's samples to the ranks and keeps the position.
+The samples and their order are the same on any number of ranks and workers, and each sample occurs exactly once per
+epoch. order.py defines the order, opening.py and open_shard.py read samples, samples.py skips bad ones, and workers.py
+reads ahead. This file divides the samples of a step among the ranks and stores the position.
 """
 
 import os
@@ -27,49 +27,52 @@ from maskalign.errors import UsageError
 class ShardStream:
     """Batches of one rank, read from a data set of shards.
 
-    Iterating continues from the current position; a stream that has ended yields nothing. A batch is a dict:
+    Iteration continues from the current position; a stream that has ended yields nothing. A batch is a dict:
 
     - "key": list of b strings; "label": (b,) int64; "epoch": (b,) int64, the pass over the data set.
-    - "image": (b, 3, H, W) uint8, "moments": (b, 2C, h, w), a (b, tokens, dim) per teacher under its name,
-      each where the data set has it, in the dtype of the manifest.
-    - "TEACHER.class": its class token (b, dim) float16, only where `fields` names it.
-    - "slot": place of the first sample in the step's global batch; the others follow it.
-    - "bad": bad samples met for the first time since the batch before.
+    - "image": (b, 3, H, W) uint8; "moments": (b, 2C, h, w); (b, tokens, dim) for each teacher, under its name. Each
+      exists
+      if the data set has it, in the dtype of the manifest.
+    - "TEACHER.class": the teacher's class token (b, dim) float16, only if `fields` contains it.
+    - "slot": position of the first sample in the step's global batch; the other samples follow it.
+    - "bad": number of new bad samples since the previous batch.
 
-    A step's global batch is the same set of samples, at the same slots, for every world size and worker
-    count. With `epochs` the last batch is short, and on more than one rank a rank's share of it may be empty
-    (every rank yields the same number of batches). A bad sample is skipped and the next one of its
-    logical stream takes its place; with `epochs`, where the stream has no next one, the samples after it on
-    its rank move up, so that at the very end slots then depend on the world size.
+    The global batch of a step has the same samples, at the same slots, for every world size and number of workers. With
+    `epochs` the last batch is smaller, and with several ranks a rank's share of it may be empty (every rank yields the
+    same number of batches). A bad sample is skipped, and the next sample of its logical stream is used instead. With
+    `epochs`, a stream may end, so that there is no next sample. The following samples of the rank then move up, so
+    slots at the very end depend on the world size.
 
     Args:
-        path: folder or URL prefix of a data set; or several with weights, {path: weight} or a list. Weights
-            are shares of the samples drawn, and an epoch is then as many draws as the data sets have samples.
+        path: folder or URL prefix of a data set; or several data sets with weights, as {path: weight} or a list.
+            Weights
+            are shares of the samples. An epoch is then as many draws as the data sets have samples.
         batch_size: samples per step over all ranks; a multiple of `world_size`.
         seed: seed of the order.
-        rank, world_size: which share of each batch this stream gives.
-        num_workers: processes that read ahead; 0 reads in this one.
-        epochs: passes over the data, None for no end.
-        streams: logical streams that the data are dealt to, a divisor of `batch_size`; by default derived
-            from it. Best a multiple of ranks x workers, so that each owns whole ones.
-        group: shards that a stream permutes together; by default so many that 32 or more mix at any time.
-        fields: names of the tensors wanted ("image", "moments", teachers, "TEACHER.class"), None for all but class
+        rank, world_size: the share of each batch that this stream yields.
+        num_workers: number of processes that read ahead; with 0, this process reads.
+        epochs: number of passes over the data, None for an endless stream.
+        streams: number of logical streams, a divisor of `batch_size`, from which the default is derived. It should be a
+            multiple of ranks x workers, so that each owns whole streams.
+        group: number of shards that a stream permutes together; the default mixes at least 32 at any time.
+        fields: names of the tensors to read ("image", "moments", teachers, "TEACHER.class"), None for all except class
             tokens.
-        max_bad_fraction: share of bad samples in the whole data set (as far as this rank and the loaded state
-            know them) above which a RunError stops the run.
-        hflip: where the data set stores mirrored variants, draw one of the two by (seed, epoch, key).
+        max_bad_fraction: share of bad samples in the whole data set (those known to this rank and the loaded state)
+            above
+            which a RunError stops the run.
+        hflip: if the data set stores mirrored variants, draw one of the two by (seed, epoch, key).
         verify: compare checksums.
-        prefetch: batches that the workers read ahead.
-        pin_memory: give tensors in pinned memory; None for wherever there is a GPU.
+        prefetch: number of batches that the workers read ahead.
+        pin_memory: return tensors in pinned memory; None does so if there is a GPU.
         timeout, retries, cache_dir, allow_pipe: for remote data sets, see opening.Opener.
 
     Attributes:
-        manifest: the (first) data set's `Manifest`.
+        manifest: the `Manifest` of the (first) data set.
         wait_seconds: time that the consumer has waited for batches.
 
     Raises:
-        UsageError: settings that do not fit each other or the data.
-        RunError: while iterating: too many bad samples, a worker that keeps dying.
+        UsageError: settings do not match each other or the data.
+        RunError: during iteration: too many bad samples, or a worker that dies repeatedly.
     """
 
     def __init__(
@@ -142,12 +145,12 @@ class ShardStream:
         self._bad = BadSamples(self.openers[0].root, self.manifests, max_bad_fraction)
         self._engine: Any = None  # InProcess or WorkerPool, while an iterator is open
         self._generation = 0
-        self.served = 0  # samples of the whole job that have been dealt out, bad ones not counted twice
+        self.served = 0  # samples of the whole job that have been yielded, without bad ones
         self._deal(streams or default_streams(batch_size), group)
         self.positions = {share.stream: [0] * len(self.openers) for share in self.shares}
 
     def _deal(self, streams, group):
-        """Fix the logical streams and find those of this rank."""
+        """Set the number of logical streams, and determine those of this rank."""
         self.streams, self.group = streams, group or default_group(streams)
         each, local = self.batch_size // streams, self.batch_size // self.world_size
         low, high = self.rank * local, (self.rank + 1) * local
@@ -167,7 +170,7 @@ class ShardStream:
 
     @property
     def bad_samples(self) -> List[str]:
-        """One line per bad sample met so far."""
+        """One line per bad sample found so far."""
         return self._bad.lines
 
     # -- batches
@@ -177,7 +180,7 @@ class ShardStream:
         return self._batches(self._generation)
 
     def close(self) -> None:
-        """End the workers and close all shards. The position stays; iterating starts again from it."""
+        """Stop the workers and close all shards. The position is kept, and iteration continues from it."""
         self._generation += 1
         if self._engine is not None:
             self._engine.close()
@@ -196,7 +199,7 @@ class ShardStream:
                     return
                 batch = self._batch(*result)
                 self.wait_seconds += time.perf_counter() - start
-                del result  # or the block would stay in use for as long as the consumer works
+                del result  # a reference would keep the block in use while the consumer works
                 if batch["key"] or self.world_size > 1:
                     yield batch
                     del batch
@@ -216,7 +219,7 @@ class ShardStream:
             "hflip": self.hflip,
             "verify": self.verify,
             "bad_limit": self._bad.limit,
-            # A quarter of the memory for the page cache, as if all ranks were on this machine.
+            # A quarter of the memory for the page cache, assuming that all ranks are on this machine.
             "read_ahead_bytes": _memory() // 4 // (max(self.num_workers, 1) * self.world_size),
         }
 
@@ -238,7 +241,7 @@ class ShardStream:
             self._engine = InProcess(make_reader, self._pool, self.shares, self.positions, self._plan())
 
     def _plan(self):
-        """(start, stop) of every step from the position on, in samples of the whole job."""
+        """Yield (start, stop) of every step from the position on, in samples of the whole job."""
         start, end = self.served, None if self.epochs is None else self.epochs * self.num_samples
         while end is None or start < end:
             stop = start + self.batch_size if end is None else min(start + self.batch_size, end)
@@ -246,7 +249,7 @@ class ShardStream:
             start = stop
 
     def _rows(self, shares, start, stop):
-        """Rows that some of this rank's shares fill in a step where nothing is bad."""
+        """The number of rows that some shares fill in a step without bad samples."""
         rows = 0
         for share in shares:
             given = drawn_by(share.stream, stop, self.streams) - drawn_by(share.stream, start, self.streams)
@@ -254,14 +257,14 @@ class ShardStream:
         return rows
 
     def _batch(self, arrays, parts):
-        """Join what the workers did into a batch, and move the position."""
+        """Merge the results of the workers into a batch, and update the position."""
         start = self.served
         end = start + self.batch_size
         if self.epochs is not None:
             end = min(end, self.epochs * self.num_samples)
         keys, epochs, new = [], [], 0
         for row, filled in parts:
-            if row != len(keys):  # a share before this one came short, at the very end: close the gap
+            if row != len(keys):  # at the very end, an earlier share may have fewer samples: close the gap
                 for array in arrays.values():
                     array[len(keys) : len(keys) + len(filled.keys)] = array[row : row + len(filled.keys)].copy()
             keys += filled.keys
@@ -288,9 +291,9 @@ class ShardStream:
     # -- position
 
     def state_dict(self) -> Dict[str, Any]:
-        """The position after the last batch that was yielded: plain integers, strings and lists, below 1 MB.
+        """The position after the last batch that was yielded: integers, strings and lists, below 1 MB.
 
-        It has this rank's streams; `merge_states` joins those of all ranks.
+        It contains this rank's streams; `merge_states` merges the states of all ranks.
         """
         streams = sorted(self.positions)
         return {
@@ -306,13 +309,13 @@ class ShardStream:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position; the next batch is the one that followed it.
+        """Set the position, so that the next batch is the one after it.
 
-        The world size and the number of workers may be others than when it was saved, and so may the batch
-        size as long as it is a multiple of the number of logical streams.
+        The world size and the number of workers may differ from those when it was saved. The batch size may differ if
+        it is a multiple of the number of logical streams.
 
         Raises:
-            UsageError: a state of other data, another seed, or without the streams of this rank.
+            UsageError: the state has other data or another seed, or does not contain the streams of this rank.
         """
         here = {
             "version": STATE_VERSION,
@@ -324,7 +327,7 @@ class ShardStream:
         streams, group, served, positions, bad = parse_state(state, here)
         if self.batch_size % streams:
             raise UsageError(
-                f"the stream's state has {streams} logical streams, which is no divisor of batch_size {self.batch_size}"
+                f"the stream's state has {streams} logical streams, which do not divide batch_size {self.batch_size}"
             )
         self.close()
         self._deal(streams, group)

@@ -1,8 +1,8 @@
-"""Processes that read ahead: each owns some of the rank's streams and writes their rows into shared memory.
+"""Worker processes that read ahead: each owns some of the rank's streams and writes their rows into shared memory.
 
-torch's DataLoader has a worker make whole batches and cannot replace one that dies. Here the streams of a
-rank are dealt to the workers, all of them fill their rows of the same block, and a worker that is killed is
-started again at the position of its last finished step, so nothing is lost, repeated or reordered.
+A worker of torch's DataLoader makes whole batches, and cannot be replaced when it dies. Here the streams of a rank are
+divided among the workers, which all fill their rows of the same block. A worker that is killed is started again at the
+position of its last finished step, so no sample is lost, repeated or reordered.
 """
 
 import logging
@@ -19,11 +19,11 @@ from maskalign.errors import RunError, UsageError
 
 log = logging.getLogger(__name__)
 
-MAX_RESTARTS = 3  # of one worker without a finished step in between
+MAX_RESTARTS = 3  # restarts of one worker without a finished step in between
 
 
 class InProcess:
-    """num_workers=0: the same interface, read when asked for."""
+    """For num_workers=0: the interface of `WorkerPool`, which reads in this process, without reading ahead."""
 
     def __init__(self, make_reader, pool, shares, positions, plan):
         self.reader = make_reader(shares, positions)
@@ -43,7 +43,7 @@ class InProcess:
 
 
 class _Worker:
-    """One process, the streams it owns, and what it has been asked for."""
+    """One process, the streams it owns, and its pending tasks."""
 
     def __init__(self, number, shares, positions):
         self.number, self.shares = number, shares
@@ -59,17 +59,17 @@ class WorkerPool:
     Args:
         make_reader: (shares, positions) -> `SampleReader`; called in the worker.
         pool: shared `buffers.BlockPool`.
-        shares, positions: the rank's streams and where each one is.
+        shares, positions: the rank's streams and their positions.
         plan: iterator of (start, stop), the samples of each step.
-        first_row: (shares before, start, stop) -> number of rows that those shares fill.
-        num_workers: processes; never more than streams.
-        prefetch: steps that are read ahead.
+        first_row: (preceding shares, start, stop) -> the number of rows that these shares fill.
+        num_workers: number of processes; at most one per stream is started.
+        prefetch: number of steps that are read ahead.
     """
 
     def __init__(self, make_reader, pool, shares, positions, plan, first_row, num_workers, prefetch):
         self.make_reader, self.pool, self.plan, self.first_row = make_reader, pool, plan, first_row
         self.prefetch, self.steps = prefetch, deque()
-        # Fork, as the DataLoader does: workers touch neither torch nor CUDA, and scripts need no main guard.
+        # Fork, as the DataLoader does: workers use neither torch nor CUDA, and scripts need no main guard.
         self.context = multiprocessing.get_context("fork")
         count = min(num_workers, len(shares))
         cuts = [len(shares) * i // count for i in range(count + 1)]
@@ -131,7 +131,7 @@ class WorkerPool:
                 worker.known_blocks.add(number)
             worker.connection.send(task)
         except (BrokenPipeError, ConnectionResetError):
-            return  # it is dead; _receive finds out and repeats all that is pending
+            return  # the worker is dead; _receive detects it and repeats all pending tasks
 
     def _receive(self, worker):
         try:
@@ -158,11 +158,11 @@ class WorkerPool:
                 f"data worker {worker.number} died {worker.failures} times in a row ({how}); "
                 "lower data.num_workers if memory ran out"
             )
-        log.warning("data worker %d died (%s); another one continues where it was", worker.number, how)
+        log.warning("data worker %d died (%s); another one continues at its position", worker.number, how)
         self._start(worker)
 
     def close(self):
-        """End all workers."""
+        """Stop all workers."""
         for worker in self.workers:
             worker.connection.close()
             worker.process.terminate()
@@ -176,8 +176,8 @@ class WorkerPool:
 
 
 def _work(connection, inherited, make_reader, shares, positions, layout, parent):
-    """Life of a worker: take tasks, fill rows, answer; gone when the parent is."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
+    """The main loop of a worker: receive tasks, fill rows, answer. It ends when the parent has ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in inherited:
         other.close()

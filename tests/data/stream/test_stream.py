@@ -314,7 +314,7 @@ def test_states_that_do_not_fit(make_shards):
     stream = ShardStream(path, 4, seed=3)
     state = stream.state_dict()
     for target, given, words in (
-        (ShardStream(path, 4), state, "another seed: 3, here it is 0"),
+        (ShardStream(path, 4), state, "another seed: 3, this stream has 0"),
         (ShardStream(other, 4, seed=3), state, "another data set"),
         (ShardStream(path, 6, seed=3), state, "4 logical streams.*batch_size 6"),
         (ShardStream(path, 4, seed=3, streams=2), state, "another streams"),
