@@ -1,4 +1,4 @@
-"""The trainer: the loop, its optimizer, checkpoints, schedules and logs."""
+"""The trainer: the training loop, optimizer, checkpoints, schedules and logs."""
 
 from maskalign._lazy import lazy_exports
 

@@ -1,7 +1,7 @@
 """torch.compile of the blocks, each as one full graph, and recomputation of activations.
 
-Both replace a module's `forward`, inside the hooks by which FSDP gathers and frees weights, so that `fully_shard` may
-come before or after.
+Both replace a module's `forward` inside the hooks with which FSDP gathers and frees weights, so `fully_shard` may be
+called before or after.
 """
 
 import torch
@@ -14,11 +14,11 @@ BACKEND = "inductor"
 
 
 def prepare_blocks(model, config):
-    """Wrap the blocks of a `SiT` in place, as `training.compile` and `parallel.recompute` ask for.
+    """Wrap the blocks of a `SiT` in place, according to `training.compile` and `parallel.recompute`.
 
-    With `selective`, compiled blocks leave the choice to torch's partitioner (its activation memory budget, a knapsack
-    of FLOPs against bytes); of eager blocks, some are recomputed entirely, evenly spread, as many as the budget
-    requires.
+    With `selective` recomputation, torch's partitioner selects the activations of compiled blocks to recompute (its
+    activation memory budget, a knapsack of FLOPs and bytes). Of eager blocks, as many as the budget requires are
+    recomputed completely, evenly spread over the depth.
     """
     parallel = config.parallel
     budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]
@@ -32,20 +32,21 @@ def prepare_blocks(model, config):
 
 
 def compile_model(model, keep=None, budget=1.0):
-    """torch.compile the blocks and the mixer of a SiT in place, whole graphs; equal blocks share one compilation.
+    """torch.compile the blocks and the mixer of a SiT in place, as full graphs. Equal blocks share one compilation.
 
-    Where the number of kept tokens changes over the run it is compiled as a symbol, once for all numbers. Where it is
-    constant a block sees two lengths at the most, inside and outside of the route, and each gets code of its own.
+    If the number of kept tokens changes during the run, it is a symbolic size that is compiled once for all numbers. If
+    it is constant, a block has at most two lengths, inside and outside of the route, and each is compiled separately.
 
     Args:
+        model: a `SiT`.
         keep: the keep ratio, a number or a `Schedule`; None for a constant one.
-        budget: share of a block's activations that is kept for the backward; the rest is computed again.
+        budget: share of a block's activations that is saved for the backward; the rest is recomputed.
     """
     keep = as_schedule(1.0 if keep is None else keep)
     varying = len(set(keep.ends)) > 1
     torch._functorch.config.activation_memory_budget = budget
-    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than DDP's buckets: nothing to cut
-    # Of the mixing layers only the last one drops tokens; the others are blocks like all others.
+    torch._dynamo.config.optimize_ddp = False  # blocks are smaller than DDP's buckets, so no graph has to be split
+    # Only the last mixing layer drops tokens; the others are like all other blocks.
     dropping = model.mixing_layers[-1:] or [model.mixer]
     for block in model.all_blocks:
         if block not in dropping:
@@ -55,7 +56,7 @@ def compile_model(model, keep=None, budget=1.0):
 
 
 def compile_units(modules):
-    """torch.compile the forward of each module in place, as a whole graph for the shapes that come."""
+    """torch.compile the forward of each module in place, as a full graph with static shapes."""
     for module in modules:
         module.forward = _compile(module.forward, varying=False)
 
@@ -78,8 +79,8 @@ def _compiled_mixer(function, varying, start):
     compiled = _compile(function, varying)
 
     def forward(x, c, subset=None):
-        # The way without a subset is another graph. Where both occur in a run only that of its beginning is compiled:
-        # the mixer is one fused operation in any case, and nothing stops in the middle of a run.
+        # With and without a subset, the graphs differ. If both occur in a run, only that of its beginning is compiled,
+        # so that no compilation interrupts the run. The mixer is one fused operation in both cases.
         if (subset is None) != (start == 1):
             return function(x, c, subset)
         if subset is not None:
@@ -90,7 +91,7 @@ def _compiled_mixer(function, varying, start):
 
 
 def recompute(block):
-    """Keep only a block's inputs for its backward; the forward has no random draws to repeat."""
+    """Save only a block's inputs for the backward, in place. The forward has no random numbers to be repeated."""
     inner = block.forward
 
     def forward(x, c, subset=None):
@@ -103,15 +104,15 @@ def recompute(block):
 
 
 def spread(count, total):
-    """`count` of the numbers 0..total-1, evenly spread."""
+    """`count` evenly spread numbers from 0 to total - 1."""
     return [number for number in range(total) if (number + 1) * count // total > number * count // total]
 
 
 def check_compile(device):
-    """See that torch.compile works here, before a model is built: it needs a C++ compiler, and on GPUs Triton.
+    """Check that torch.compile works on a device, before a model is built. It needs a C++ compiler, or Triton on GPUs.
 
     Raises:
-        UsageError: it does not.
+        UsageError: torch.compile does not work.
     """
     if BACKEND != "inductor":
         return
@@ -120,19 +121,19 @@ def check_compile(device):
         if device.type == "cpu":
             from torch._inductor.cpp_builder import get_cpp_compiler
 
-            get_cpp_compiler()  # also where what is compiled below lies in torch's cache
+            get_cpp_compiler()  # raises without a compiler, even if the code below is in torch's cache
         compiled = torch.compile(lambda x: (x * 2).sum(), fullgraph=True, dynamic=False, backend=BACKEND)
         with torch.no_grad():
             compiled(torch.ones(16, device=device))
     except Exception as error:
         raise UsageError(
             f"training.compile: torch.compile does not work on {device} here ({_root(error)}); it needs {needs}; "
-            "install that, or set training.compile false"
+            "install it, or set training.compile false"
         ) from None
 
 
 def _root(error):
-    """The first line of the error at the bottom of a chain."""
+    """The type and first line of the original error of a chain."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {one_line(error)[:160]}"

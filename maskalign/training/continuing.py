@@ -1,8 +1,8 @@
-"""What may change when a run resumes, and what would make it another run.
+"""The settings that may change when a run resumes, and those that must not.
 
-A checkpoint has the settings and the `ModelSpec` that it was trained with. What the weights compute, and what
-they are trained to compute, stays: another value is refused, also where all shapes happen to fit. The learning rate,
-the number of steps, logging, the plan and the like may change, and are named with their old and new values.
+A checkpoint has the settings and the `ModelSpec` with which it was trained. The model and the objective must not
+change: other values are rejected, even if all shapes match. The learning rate, the number of steps, logging, the plan
+and similar settings may change, and are reported with their old and new values.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from maskalign.data.build.recipe import weights_label
 from maskalign.data.format.manifest import other_classes
 from maskalign.errors import UsageError
 
-# Settings that say how fast, where and how often, or what a schedule or the optimizer does from here on.
+# Settings of speed, paths, logging and intervals, and of schedules and the optimizer from the resumed step on.
 MAY_CHANGE = ("data.", "optimizer.", "training.", "preview.", "evaluate.", "parallel.", "teacher.mode")
 MAY_CHANGE_TOO = (
     "model.attention",
@@ -23,13 +23,13 @@ MAY_CHANGE_TOO = (
     "method.align_ratio",
 )
 MAY_CHANGE_TOO += ("method.class_weight", "method.subset", "method.keep_multiple", "teacher.weights")
-# Settings that every start may change.
+# Settings that may differ in every start, and are not reported.
 SILENT = ("run_dir", "training.resume", "training.init_from", "training.progress", "model.preset")
-MOST = 4  # differences that one line names
+MOST = 4  # the largest number of differences in one line
 
 
 def effective(config):
-    """{dotted name: value} of all settings that have an effect, in one form: sizes are there, a preset is not."""
+    """{dotted name: value} of all settings with an effect, in a canonical form: a preset is replaced by its sizes."""
     flat = {}
     for key in all_keys():
         value = config
@@ -54,27 +54,28 @@ def effective(config):
 
 
 def changed_settings(path, there, here):
-    """Hold the settings against those of a checkpoint.
+    """Compare the settings with those of a checkpoint.
 
     Args:
-        path: of the checkpoint. there, here: `Config` of the checkpoint and of this start.
+        path: path of the checkpoint.
+        there, here: `Config` of the checkpoint and of this start.
 
     Returns:
-        list of texts, one for each setting that may change and did.
+        list of str, one for each changed setting that may change.
 
     Raises:
-        UsageError: a setting differs that a run keeps.
+        UsageError: a setting has changed that must not.
     """
     old, new = effective(there), effective(here)
     changed = [key for key in new if key in old and old[key] != new[key] and key not in SILENT]
-    # The names are compared below, where it is known which teachers are used; the seed with the data's order.
+    # Teachers are compared in `check_spec`, where it is known which of them are used, and the seed in `check_stream`.
     changed = [key for key in changed if key not in ("teacher.names", "teacher.normalize", "seed")]
     refused = [key for key in changed if not key.startswith(MAY_CHANGE) and key not in MAY_CHANGE_TOO]
     if refused:
         differences = [f"{key} {_text(old[key])} (now {_text(new[key])})" for key in refused]
         other = any(key.startswith("model.") or key == "objective.path" for key in refused)
         raise UsageError(
-            f"{path} was trained with {_list(differences)}, and a run keeps its model and objective: set "
+            f"{path} was trained with {_list(differences)}; a run cannot change its model and objective: set "
             f"{'it' if len(refused) == 1 else 'them'} back, or "
             + ("train another run with --run_dir NEW" if other else new_run(path))
         )
@@ -82,15 +83,20 @@ def changed_settings(path, there, here):
 
 
 def new_run(path):
-    """What to do where a checkpoint cannot be resumed: the words of a command."""
+    """The advice for a checkpoint that cannot be resumed, as part of a message."""
     return f"start a new run from its weights with --training.init_from {path} --run_dir NEW"
 
 
 def data_record(config, manifests, facts):
-    """What a checkpoint keeps of the data, for `check_spec` of a later start: a dict that goes through JSON.
+    """The description of the data in a checkpoint, which `check_spec` compares in a later start.
 
     Args:
-        config: `Config`. manifests: of all data sets. facts: `config.DataFacts`.
+        config: `Config`.
+        manifests: the `Manifest`s of all data sets.
+        facts: `config.DataFacts`.
+
+    Returns:
+        dict that can be written as JSON.
     """
     manifest, features = manifests[0], {}
     for name, _ in facts.sources:
@@ -118,11 +124,16 @@ def data_record(config, manifests, facts):
 
 
 def check_spec(path, there, here):
-    """Refuse a checkpoint of other data or another teacher.
+    """Check that a checkpoint has the same data and teacher.
 
     Args:
-        path: of the checkpoint. there, here: `ModelSpec` of the checkpoint and of this start. What a checkpoint from an
-            earlier version does not know is not compared.
+        path: path of the checkpoint.
+        there, here: `ModelSpec` of the checkpoint and of this start. Entries that a checkpoint of an earlier version
+            does
+            not have are not compared.
+
+    Raises:
+        UsageError: the data or the teacher differ.
     """
 
     def require(same, what):
@@ -163,17 +174,20 @@ def check_spec(path, there, here):
 
 
 def check_stream(path, state, stream, config, there):
-    """Refuse to resume where the position in the data would mean other images.
+    """Check that the position of a checkpoint refers to the same images in the data.
 
     Args:
-        path: of the checkpoint. state: of the stream, as the checkpoint has it. stream: the `ShardStream`.
-        config: `Config`. there: the checkpoint's `ModelSpec`.
+        path: path of the checkpoint.
+        state: state of the stream in the checkpoint.
+        stream: the `ShardStream`.
+        config: `Config`.
+        there: the checkpoint's `ModelSpec`.
 
     Returns:
-        list of texts about what may have changed and did.
+        list of str about allowed changes.
 
     Raises:
-        UsageError: other data, another seed, or a batch size that its streams of samples cannot give.
+        UsageError: other data, another seed, or a batch size that is not a multiple of the number of logical streams.
     """
     if state["seed"] != config.seed:
         raise UsageError(
@@ -186,17 +200,17 @@ def check_stream(path, state, stream, config, there):
         shards = sum(len(manifest.shards) for manifest in stream.manifests)
         raise UsageError(
             f"data.path: {_text(config.data.path)} holds {stream.num_samples:,} images in {shards:,} shards, but "
-            f"{path} was trained on{before}: images were added, removed or rebuilt, and the run cannot find its "
-            f"place among them; restore the data set, or {new_run(path)}"
+            f"{path} was trained on{before}: images were added, removed or rebuilt, so the run's position in the data "
+            f"is not valid; restore the data set, or {new_run(path)}"
         )
     if config.training.batch_size % state["streams"]:
         raise UsageError(
             f"training.batch_size: {config.training.batch_size}, but {path} reads its images in {state['streams']} "
-            f"parts and can resume with multiples of {state['streams']} only; choose one, or {new_run(path)}"
+            f"logical streams and can resume only with multiples of {state['streams']}; choose one, or {new_run(path)}"
         )
     builds = [(manifest.extra.get("build") or {}).get("fingerprint") for manifest in stream.manifests]
     if "builds" in data and data["builds"] != builds:
-        return ["the images were rebuilt from other files or with other settings (as many as before)"]
+        return ["the images were rebuilt from other files or with other settings (the same number of images)"]
     return []
 
 

@@ -1,12 +1,12 @@
-"""Stop signals, hung ranks and lost ranks: all ranks act alike, and one line says why.
+"""Stop signals, hung ranks and lost ranks: all ranks act together, and one line gives the reason.
 
-Stopping. SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before it takes a node away) ask for a stop. The ranks agree on
-the step after which all of them stop and save. After SIGTERM and SIGUSR1 the file RUN/REQUEUE tells the job script that
-the same command resumes.
+Stopping: SIGINT, SIGTERM and SIGUSR1 (Slurm's warning before the time limit) request a stop. The ranks agree on the
+step after which all of them stop and save. After SIGTERM and SIGUSR1, the file RUN/REQUEUE tells the job script that
+the same command resumes the run.
 
-Hanging. Each rank's watchdog, a thread, writes what its rank does to torchrun's key-value store. A rank that makes no
-progress for `training.timeout` compares the notes of all ranks, names the rank that the others wait for, and ends the
-job.
+Hanging: each rank has a watchdog, a thread that writes the rank's state to torchrun's key-value store. If a rank makes
+no progress for `training.timeout`, its watchdog compares the states of all ranks, prints the rank for which the others
+wait, and ends the job.
 """
 
 import json
@@ -32,11 +32,10 @@ LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out", "S
 
 
 class Stop:
-    """A request to stop by any rank, on which all ranks agree.
+    """A request of any rank to stop, on which all ranks agree.
 
-    A context in which signals are caught. The first asks for a stop after the current step; a second Ctrl-C ends this
-    process at once.
-
+    This is a context manager that catches signals. The first signal requests a stop after the current step; a second
+    Ctrl-C ends this process immediately.
     """
 
     def __init__(self):
@@ -48,8 +47,8 @@ class Stop:
         self.previous = {}
 
     def join(self):
-        """From now on agree with the other ranks; every rank calls this at the same time."""
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog is quicker
+        """Agree with the other ranks from now on. Every rank must call this at the same time."""
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # the watchdog has a shorter timeout
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -62,7 +61,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        # torchrun forwards a Ctrl-C that the terminal has sent to all processes: within a second it is the same one.
+        # torchrun forwards a Ctrl-C that the terminal also sends to all processes: within a second it is the same one.
         if self.signal and number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
         if not self.signal:
@@ -71,9 +70,9 @@ class Stop:
                 tqdm.write(f"{signal.Signals(number).name}: stopping after this step, with a checkpoint")
 
     def agree(self):
-        """True where all ranks stop now. Called once per step by all.
+        """Whether all ranks stop now. All ranks call this once per step.
 
-        On several ranks this returns the answer to the previous step's request, so that no rank waits for it.
+        On several ranks, this returns the result of the previous step's all-reduce, so that no rank waits for it.
         """
         if self.group is None:
             self.agreed = int(self.signal)
@@ -85,7 +84,7 @@ class Stop:
         return bool(self.agreed)
 
     def finish(self):
-        """Receive the outstanding answer, so that no message is pending when the ranks leave."""
+        """Wait for the pending all-reduce, so that no message is pending when the ranks end."""
         if self.pending is not None:
             self.pending.wait()
             self.pending = None
@@ -93,12 +92,12 @@ class Stop:
 
     @property
     def wants_requeue(self):
-        """True for the signals of a scheduler, not for Ctrl-C."""
+        """Whether the signal came from a scheduler, and not from Ctrl-C."""
         return self.agreed in (signal.SIGTERM, signal.SIGUSR1)
 
 
 def mark_requeue(run_dir, step):
-    """Leave RUN/REQUEUE: this run was interrupted at `step` and saved; the same command resumes."""
+    """Write RUN/REQUEUE: this run was interrupted at `step` and saved, and the same command resumes it."""
     write_atomically(Path(run_dir, REQUEUE), f"stopped and saved at step {step}; the same command resumes\n".encode())
 
 
@@ -109,10 +108,10 @@ def clear_requeue(run_dir):
 class Watchdog:
     """Ends a job of several ranks that makes no progress, with one line that names the rank and the step.
 
+    Before `join`, and in a single process, it only stores step and phase.
+
     Args:
         timeout: seconds without progress.
-
-    Until `join`, and in one process, it only remembers step and phase.
     """
 
     def __init__(self, timeout):
@@ -125,27 +124,27 @@ class Watchdog:
         self.rank, self.world_size, self.store = 0, 1, None
 
     def join(self):
-        """Watch, with the watchdogs of all other ranks."""
+        """Start to watch, together with the watchdogs of all other ranks."""
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.store = _store()
         if self.store is not None:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def enter(self, phase, step=None):
-        """This rank makes progress: it is in `phase` (data, step, save, sample, evaluate, ...) of `step`."""
+        """Record progress: this rank is now in `phase` (data, step, save, sample, evaluate, ...) of `step`."""
         self.phase = phase
         self.step = self.step if step is None else step
         self.progress += 1
 
     def was_told(self):
-        """True where a watchdog has said why the job ends."""
+        """Whether a watchdog has printed the reason why the job ends."""
         try:
             return self.store is not None and self.store.check(["told"])
         except (RuntimeError, dist.DistError):
-            return False  # the store has gone, and with it the answer
+            return False  # the store does not exist any more
 
     def close(self):
-        """End the watch."""
+        """Stop watching."""
         self.phase = "end"
         self.done.set()
 
@@ -162,7 +161,7 @@ class Watchdog:
                     if line and self.progress == seen and not self.done.is_set():
                         self._end(line)
         except (RuntimeError, dist.DistError):
-            return  # the store has gone with the job's first rank: torchrun ends us
+            return  # the store ended with the job's first rank; torchrun ends this process
 
     def _tell(self):
         self.beats += 1
@@ -170,7 +169,7 @@ class Watchdog:
         self.store.set(f"rank{self.rank}", json.dumps(note | {"place": self._place()}))
 
     def _place(self):
-        """File, line and function of the main thread: the best hint on why a rank hangs."""
+        """File, line and function of the main thread, as a hint why a rank hangs."""
         frame = sys._current_frames().get(self.main)
         if frame is None:
             return "its end"
@@ -181,18 +180,18 @@ class Watchdog:
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
 
     def _judge(self):
-        """One line that names the rank that blocks the job; None where a rank is in a phase without a time limit."""
+        """One line that names the rank that blocks the job; None if a rank is in a phase without a time limit."""
         before = self._notes()
-        for _ in range(3):  # for the others' watchdogs to give a sign of life, and for ours
+        for _ in range(3):  # time for the watchdogs of all ranks to update their notes
             time.sleep(self.interval)
             self._tell()
         now = self._notes()
         took = f"within training.timeout {self.timeout:g} s"
         silent = [r for r, (a, b) in enumerate(zip(before, now, strict=True)) if a is None or a["beats"] == b["beats"]]
         if silent:
-            # Its own last note may be some steps old; the waiting ranks know the current step.
+            # The last note of a silent rank may be some steps old; the waiting ranks know the current step.
             step = max(note["step"] for note in now if note)
-            return f"{_ranks(silent)} gave no sign of life {took} in step {step + 1}: stopped, or its machine is gone"
+            return f"{_ranks(silent)} did not respond {took} in step {step + 1}: stopped, or its machine is lost"
         if any(note["phase"] in PATIENT for note in now):
             return None
         last = min((note["step"], note["calls"]) for note in now)
@@ -208,12 +207,16 @@ class Watchdog:
             hint = "see that rank's log, or raise training.timeout; the last checkpoint is kept"
             print(f"\nmaskalign: failed: {line}; {hint}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2)  # torchrun ends all others with the first one
+            time.sleep(2)  # torchrun ends all processes when the first one ends
         os._exit(1)
 
 
 def lost_contact(error, watchdog):
-    """What torch raises where another rank has gone, as a RunError that names this rank and the step; else None."""
+    """Convert an error that torch raises because another rank has ended to a RunError with this rank and step.
+
+    Returns:
+        The RunError, or None for other errors.
+    """
     text = str(error)
     known = isinstance(error, (RuntimeError, OSError)) and not isinstance(error, RunError)
     if (
@@ -230,18 +233,18 @@ def lost_contact(error, watchdog):
 
 
 def collectives_begun():
-    """How many collectives this process has begun, over all its process groups."""
+    """The number of collectives that this process has started, over all its process groups."""
     total = 0
     for group in list(dist.distributed_c10d._world.pg_map):
         try:
             total += group._get_sequence_number_for_group()
         except (RuntimeError, AttributeError):
-            continue  # a backend that does not count
+            continue  # the backend does not count collectives
     return total
 
 
 def _store():
-    """A connection of our own to torchrun's store, as the main thread may block the process group's."""
+    """A separate connection to torchrun's store, because the main thread may block that of the process group."""
     if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
         return None
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -1,34 +1,37 @@
-"""Parameters, moments and averages of a model in one buffer each: an update is a few operations, however many tensors.
+"""Parameters, moments and averages of a model in one buffer each, so that an update is a few operations.
 
-The tensors that modules, checkpoints and averages see are views of the buffers. A gradient stays a tensor of its own,
-as autograd hands it over without a copy, until the update joins them.
+The tensors of modules, checkpoints and averages are views of the buffers. Gradients are separate tensors, which
+autograd passes without a copy, until the update concatenates them.
 """
 
 import itertools
 
 import torch
 
-ROW = 4096  # elements whose squares are summed first, for a norm that is as exact as one tensor by tensor
+ROW = 4096  # elements whose squares are summed first, so that the norm is as accurate as if computed per tensor
 
 
 class FlatBuffers:
-    """The buffers of a list of parameters, which become views of them.
+    """The buffers of a list of parameters, which become views of the buffers.
 
-    A parameter without a gradient keeps its value, its moments and its count of steps, so the buffers are cut into
-    segments of neighbors that have had gradients in the same steps: one of all parameters, as long as none lacks one.
+    A parameter without a gradient must keep its value, its moments and its number of steps. So the buffers are cut into
+    segments of neighboring parameters that have had gradients in the same steps. As long as all parameters have
+    gradients, there is one segment.
 
     Args:
         params: list of parameters of one dtype and device.
-        dtype: bfloat16 for copies of the masters, which the parameters then are; else their own.
-        ema_device: where the averages are kept.
+        dtype: bfloat16 makes the parameters bfloat16 copies of float32 masters; other dtypes change nothing.
+        ema_device: device of the averages.
         adamw: `torch.optim.AdamW`, whose parameters become the segments of the masters.
 
     Attributes:
-        master, ema, exp_avg, exp_avg_sq: 1-D, one element for each number; float32 (float64 for such parameters).
-        copies: bfloat16 or None.
-        steps: (number of parameters,) float32: the updates of each; right at the first of a segment, and at all of them
-            after `spread_steps`.
-        segments: list of (first, end), numbers of parameters.
+        master, ema, exp_avg, exp_avg_sq: 1-D, with one element per parameter element; float32 (float64 for float64
+            parameters).
+        copies: 1-D bfloat16, or None.
+        steps: (number of parameters,) float32: the number of updates of each parameter. It is valid for the first
+            parameter
+            of each segment, and for all of them after `spread_steps`.
+        segments: list of (first, end), indices of parameters.
     """
 
     def __init__(self, params, dtype, ema_device, adamw):
@@ -53,7 +56,7 @@ class FlatBuffers:
         return buffer[self.ends[first - 1] if first else 0 : self.ends[end - 1]]
 
     def _cut(self, segments):
-        """Let AdamW update these segments."""
+        """Set the segments, and make AdamW update them."""
         self.segments = segments
         self.masters = [self._slice(self.master, *segment) for segment in segments]
         self.adamw.param_groups[0]["params"] = self.masters
@@ -69,16 +72,16 @@ class FlatBuffers:
             self.steps[first:end] = self.steps[first].clone()
 
     def after_load(self):
-        """Take up `steps` and the moments as they were loaded into the views."""
+        """Set the segments according to `steps`, after values have been loaded into the views."""
         runs = itertools.groupby(enumerate(self.steps.tolist()), key=lambda entry: entry[1])
         numbers = [[k for k, _ in run] for _, run in runs]
         self._cut([(run[0], run[-1] + 1) for run in numbers])
 
     def join_gradients(self, gradients):
-        """Give the masters' segments their gradients.
+        """Set the gradients of the masters' segments.
 
         Args:
-            gradients: list with the gradient of each parameter, or None; it is emptied.
+            gradients: list with the gradient of each parameter, or None. The list is emptied.
         """
         there = [gradient is not None for gradient in gradients]
         ends = [k for k in range(1, len(there)) if there[k] != there[k - 1]]
@@ -95,7 +98,7 @@ class FlatBuffers:
 
 
 def norm_of(flat):
-    """Euclidean norm of a long 1-D tensor, 0-d, in two levels."""
+    """Euclidean norm of a long 1-D tensor, 0-d, computed in two levels."""
     rows = flat.numel() // ROW
     parts = torch.linalg.vector_norm(flat[: rows * ROW].view(rows, ROW), dim=1)
     rest = torch.linalg.vector_norm(flat[rows * ROW :])

@@ -4,21 +4,21 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 16384 }; /* elements; tensors are cut into blocks, and these dealt to the threads */
+enum { BLOCK = 16384 }; /* elements; tensors are cut into blocks, which are divided among the threads */
 
 typedef struct {
     float *master, *first, *second, *average;
-    const void *grad; /* bfloat16, or float32 where `is_float` */
+    const void *grad; /* bfloat16, or float32 if `is_float` */
     uint16_t *copy;   /* bfloat16, or NULL */
     int64_t size, is_float;
-    float rate;       /* learning rate over 1 - beta1^step */
-    float correction; /* 1 over the root of 1 - beta2^step */
+    float rate;       /* learning rate / (1 - beta1^step) */
+    float correction; /* 1 / sqrt(1 - beta2^step) */
 } Tensor;
 
 typedef struct {
     float beta1, beta2, eps;
     float shrink; /* 1 - learning rate * weight decay */
-    float scale;  /* of the gradients: what the clip makes of them */
+    float scale;  /* factor of the gradients, from clipping */
     float pull;   /* 1 - decay of the average */
 } Numbers;
 
@@ -29,7 +29,7 @@ static inline float bfloat16_to_float(uint16_t half) {
     return value;
 }
 
-/* Round to nearest, ties to even; what is not a number stays one. */
+/* Round to nearest, ties to even; NaN stays NaN. */
 static inline uint16_t float_to_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -44,7 +44,7 @@ static int64_t block_end(const Tensor *tensor, int64_t block) {
     return end < tensor->size ? end : tensor->size;
 }
 
-/* Deals all blocks of all tensors to the threads in equal shares; each walks the list and visits what is its own. */
+/* Divides all blocks of all tensors equally among the threads; each thread visits its own blocks. */
 typedef void (*Visit)(const Tensor *tensor, int64_t begin, int64_t end, int64_t before, const void *context);
 
 static void share_blocks(const Tensor *tensors, int64_t count, int threads, Visit visit, const void *context) {
@@ -64,7 +64,7 @@ static void share_blocks(const Tensor *tensors, int64_t count, int threads, Visi
 
 static inline float float_to_float(float value) { return value; }
 
-/* One loop for each kind of gradient, with and without a copy: the compiler must see straight code. */
+/* One loop for each dtype of gradients, with and without a copy, so that the compiler sees code without branches. */
 #define UPDATE_SPAN(name, kind, load, store)                                                                           \
     static void name(const Tensor *tensor, int64_t begin, int64_t end, const Numbers *numbers) {                       \
         float *restrict master = tensor->master, *restrict first = tensor->first, *restrict second = tensor->second;   \

@@ -1,14 +1,15 @@
-"""Clip, AdamW, the moving average and the copy in bfloat16 as one pass over memory, for CPUs.
+"""Clipping, AdamW, EMA and the copy to bfloat16 in one pass over memory, for CPUs.
 
-torch's fused AdamW is one pass of its own, but wants float32 gradients, and average and copy are two more: with
-bfloat16 gradients these move 64 bytes per weight where 38 are enough, and one thread takes all that the memory gives.
-The loops are in fused_update.c, which the machine's own C compiler builds in less than a second; the library is kept
-for later runs. Without a compiler the optimizer does the same in several passes.
+torch's fused AdamW is one pass, but needs float32 gradients, and EMA and copy are two more passes. With bfloat16
+gradients, these move 64 bytes per weight instead of 38, and one thread uses the whole memory bandwidth. The loops are
+in fused_update.c, which the C compiler of the machine builds in less than a second; the library is cached for later
+runs. Without a compiler, the optimizer computes the same in several passes.
 
-A compiled torch function over flat buffers does nearly as well and was measured against this one: for SiT-S/2 (45 M
-parameters, bfloat16 copies, one thread of a CPU that other work shared), an update took 0.144 s of CPU time here, and
-0.159 s as compiled by inductor (joining the gradients included); in several passes 0.337 s (medians of nine). This one
-stays: it needs no torch.compile, works on tensors where they are, and gives the same bits with any number of threads.
+A compiled torch function over flat buffers is nearly as fast, and was measured: for SiT-S/2 (45 M parameters, bfloat16
+copies, one thread of a CPU shared with other programs), an update took 0.144 s of CPU time with this code, 0.159 s
+compiled by inductor (including the concatenation of gradients), and 0.337 s in several passes (medians of nine). This
+code is used because it needs no torch.compile, works on separate tensors, and gives bit for bit the same result with
+any number of threads.
 """
 
 import ctypes
@@ -26,12 +27,12 @@ import torch
 
 SOURCE = Path(__file__).with_name("fused_update.c")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
-BLOCK = 16384  # as in the source
+BLOCK = 16384  # the same as in fused_update.c
 log = logging.getLogger(__name__)
 
 
 class Tensor(ctypes.Structure):
-    """`Tensor` of the source: pointers to float32 and bfloat16 numbers, and what differs from tensor to tensor."""
+    """`Tensor` in fused_update.c: pointers to float32 and bfloat16 data, and the values that differ between tensors."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("master", "first", "second", "average", "grad", "copy")),
@@ -42,20 +43,20 @@ class Tensor(ctypes.Structure):
 
 
 class Numbers(ctypes.Structure):
-    """`Numbers` of the source: what is the same for all tensors."""
+    """`Numbers` in fused_update.c: the values that are the same for all tensors."""
 
     _fields_ = [(name, ctypes.c_float) for name in ("beta1", "beta2", "eps", "shrink", "scale", "pull")]
 
 
 class FusedUpdate:
-    """AdamW (arXiv 1711.05101) in float32, as torch computes it, for a list of tensors.
+    """AdamW (arXiv 1711.05101) in float32 for a list of tensors, with the same formula as torch.
 
     Args:
-        library: what `library()` gives.
+        library: the result of `library()`.
         config: `OptimizerConfig`.
-        masters, averages: float32, contiguous and on the CPU.
-        copies: the bfloat16 copy of each; None where there are none.
-        states: AdamW's of each: `step` (0-d float32), `exp_avg`, `exp_avg_sq`.
+        masters, averages: lists of float32 tensors, contiguous and on the CPU.
+        copies: list of their bfloat16 copies, or None.
+        states: list of AdamW's states: `step` (0-d float32), `exp_avg`, `exp_avg_sq`.
     """
 
     def __init__(self, library, config, masters, averages, copies, states):
@@ -66,10 +67,10 @@ class FusedUpdate:
         self.tensors_of = list(zip(masters, moments, averages, copies or [None] * len(masters), strict=True))
 
     def prepare(self, grads):
-        """Take the gradients, for `norm` and `__call__`; they must not change until both are done.
+        """Set the gradients for `norm` and `__call__`. They must not change until both have been called.
 
         Args:
-            grads: dict from a parameter's number to its gradient, bfloat16 or float32.
+            grads: dict from the index of a parameter to its gradient, bfloat16 or float32.
         """
         self.numbers, self.grads = list(grads), [grad.contiguous() for grad in grads.values()]
         self.table = (Tensor * len(grads))()
@@ -82,18 +83,19 @@ class FusedUpdate:
             entry.size, entry.is_float = grad.numel(), grad.dtype == torch.float32
 
     def norm(self):
-        """Global norm of the gradients, 0-d float32; the same with any number of threads."""
+        """Global norm of the gradients, 0-d float32. It does not depend on the number of threads."""
         sums = torch.empty(sum(-(-grad.numel() // BLOCK) for grad in self.grads))
         threads = torch.get_num_threads()
         self.library.square_sums(self.table, ctypes.c_int64(len(self.grads)), ctypes.c_void_p(sums.data_ptr()), threads)
         return sums.sum().sqrt()
 
     def __call__(self, lr, divisor, pull):
-        """One step of all that `prepare` listed, in place.
+        """Update the parameters given to `prepare`, in place.
 
         Args:
-            lr: learning rate; divisor: what the clip divides gradients by; pull: weight of the new parameters in the
-                average; numbers.
+            lr: learning rate, a number.
+            divisor: number by which clipping divides gradients.
+            pull: weight of the new parameters in the EMA, a number.
         """
         beta1, beta2 = self.config.betas
         steps = [self.steps[k] for k in self.numbers]
@@ -109,7 +111,7 @@ class FusedUpdate:
 
 @cache
 def library():
-    """The library built from the source, or None where there is no C compiler or what it builds cannot be loaded."""
+    """The library built from fused_update.c, or None if there is no C compiler or the library cannot be loaded."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None or platform.system() != "Linux":
         return None
@@ -124,7 +126,7 @@ def library():
 
 
 def library_path(compiler):
-    """Where the library is kept: its name tells the source, the flags, the compiler and the processor's features."""
+    """The path of the cached library, whose name is a hash of the source, flags, compiler and processor features."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
@@ -135,7 +137,7 @@ def library_path(compiler):
 
 
 def _build(compiler, path):
-    """Build beside the target and rename: ranks that start together do not read half a file."""
+    """Build the library in a temporary folder and rename it, so that no rank reads an incomplete file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         out = Path(folder, path.name)

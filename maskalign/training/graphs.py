@@ -1,21 +1,23 @@
 """A training step as one CUDA graph, because Python launches its few thousand kernels more slowly than a GPU runs them.
 
-A step on half of the tokens does half of the work in the same number of launches, so steps on subsets wait for Python
-first. A graph holds the launches with their arguments, those of collectives included: it is captured once for each
-kind of step (the number of kept tokens, with an alignment loss or without) and then replayed on inputs that are copied
-to where the captured kernels read them.
+A step on half of the tokens is half of the work with the same number of launches, so steps on subsets are the first to
+wait for Python. A graph contains the launches with their arguments, including those of collectives. It is captured once
+for each kind of step (number of kept tokens, with or without an alignment loss), and then replayed on inputs that are
+copied to the addresses that the captured kernels read.
 
-What a capture needs, and where it is seen to:
+Requirements of a capture, and where they are met:
 
-- Steps before the capture, the capture itself, and the construction of DDP or FSDP use one stream beside the default
-  one (`capture_stream`, `Plan`): autograd's AccumulateGrad nodes and NCCL remember the stream of their first use.
-- Nothing may ask the device for a value (tests/training/test_no_host_sync.py). DDP does so when it looks for unused
-  parameters, so `Plan` tells it which ones take part; and it reads timers in its first steps, so `Plan.can_capture`
-  waits for those.
+- Steps before the capture, the capture itself, and the construction of DDP or FSDP use one stream other than the
+  default
+  one (`capture_stream`, `Plan`), because autograd's AccumulateGrad nodes and NCCL keep the stream of their first use.
+- No operation may read a value from the device (tests/training/test_no_host_sync.py). DDP does so when it searches for
+  unused parameters, so `Plan` tells it which ones are used. It also reads timers in its first steps, for which
+  `Plan.can_capture` waits.
 - Every capture and every replay covers all micro-batches of a step, so the flags for the last of them do not change.
-- Other threads of this process use CUDA meanwhile (NCCL's watchdog, the loader, a checkpoint being staged), which the
-  capture mode "thread_local" permits.
-- All ranks replay, or all of them launch: NCCL permits no mixture.
+- Other threads of this process use CUDA during the capture (NCCL's watchdog, the loader, staging of a checkpoint),
+  which
+  the capture mode "thread_local" allows.
+- Either all ranks replay, or all of them launch, because NCCL does not support a mixture.
 """
 
 import logging
@@ -25,23 +27,23 @@ import torch
 
 log = logging.getLogger(__name__)
 
-# Steps of a kind that are launched by Python first: they compile, tune and allocate, which a capture may not.
+# The number of steps of a kind that Python launches first: they compile, tune and allocate, which a capture must not.
 WARM_UP = 2
 
-# How much of a step is captured.
+# The part of a step that is captured.
 STEP, GRADIENTS, NOTHING = "step", "gradients", "nothing"
 
 
 def captures(config, placement):
-    """True where steps are to be captured: on NVIDIA's GPUs, under every plan. On HIP, steps are launched by Python."""
+    """Whether steps are captured: on NVIDIA's GPUs under every plan, but not on HIP, where Python launches them."""
     return config.training.cuda_graph and placement.device.type == "cuda" and torch.version.hip is None
 
 
 def capture_stream(config, placement):
-    """The stream on which steps run until they are replayed; None where they are not captured."""
+    """The stream on which steps run until they are replayed; None if they are not captured."""
     if not captures(config, placement):
         return None
-    # The profiler may come and go beside graphs only if CUPTI stays initialized.
+    # The profiler can be started and stopped while graphs are used only if CUPTI stays initialized.
     os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     return torch.cuda.Stream(placement.device)
@@ -50,39 +52,39 @@ def capture_stream(config, placement):
 class StepGraphs:
     """Runs optimizer steps as CUDA graphs.
 
-    A graph keeps the memory of its step for itself, so there is one at a time: it is released when another kind of step
-    comes, whose first steps then have the memory.
+    A graph occupies the memory of its step, so there is only one at a time. It is released when another kind of step
+    begins, whose first steps need the memory.
 
-    Where the whole step cannot be captured, forward and backward are, and the update is launched by Python; where these
-    cannot be captured either, all is. One line says so.
+    If the whole step cannot be captured, only forward and backward are captured, and Python launches the update. If
+    these cannot be captured either, Python launches the whole step. One line reports this.
+
+    Neither function may wait for the GPU, and the tensors that they keep between calls must have fixed addresses.
 
     Args:
         gradients: function (micro_batches, align_weight) -> losses, a tensor: forward and backward of a whole step.
-        update: function (losses, lr) -> tuple of tensors: clip, optimizer, moving average. It frees the gradients.
+        update: function (losses, lr) -> tuple of tensors: clipping, optimizer, EMA. It frees the gradients.
         plan: `plans.Plan` of the model.
-
-    Neither function may wait for the GPU, and what they keep between calls must be tensors at fixed addresses.
     """
 
     def __init__(self, gradients, update, plan):
         self.gradients, self.update, self.plan = gradients, update, plan
         self.device, self.stream = plan.device, plan.stream
-        # What changes from step to step is a tensor: its value is read when the graph is replayed.
+        # Values that change between steps are tensors, which are read when the graph is replayed.
         self.align_weight, self.lr = (torch.zeros((), dtype=torch.float32, device=self.device) for _ in range(2))
         self.signature = None  # of the last step
-        self.launched = 0  # steps in a row with this signature that Python has launched
+        self.launched = 0  # number of consecutive steps with this signature that Python has launched
         self.captured = None
-        self.part = STEP  # how much of a step is captured
+        self.part = STEP  # the part of a step that is captured
 
     def __call__(self, micro_batches, align_weight, lr):
-        """One step.
+        """Run one step.
 
         Args:
             micro_batches: list of `step.MicroBatch`.
             align_weight, lr: numbers.
 
         Returns:
-            (losses, *what `update` returns): tensors that later steps do not overwrite.
+            (losses, *results of `update`): tensors that later steps do not overwrite.
         """
         self.align_weight.fill_(align_weight)
         self.lr.fill_(lr)
@@ -106,12 +108,12 @@ class StepGraphs:
         return losses, *self.update(losses, self.lr)
 
     def _is_due(self):
-        # Not while torch's profiler records the step.
+        # No capture while torch's profiler records the step.
         profiled = torch.autograd._profiler_enabled()
         return self.part != NOTHING and self.launched >= WARM_UP and self.plan.can_capture and not profiled
 
     def _launch(self, function):
-        """Call a function on the capturing stream: what autograd and NCCL keep between steps then belongs to it."""
+        """Call a function on the capturing stream, so that the state of autograd and NCCL belongs to this stream."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -120,18 +122,18 @@ class StepGraphs:
         return results
 
     def release(self):
-        """Release the memory of the graph. Call it before the process group ends: the graph holds its collectives."""
+        """Release the graph and its memory. Call it before the process group ends: the graph has collectives."""
         if self.captured is not None:
             torch.cuda.synchronize(self.device)
             self.captured = None
             torch.cuda.empty_cache()
 
     def _capture(self, micro_batches):
-        """Capture this kind of step, or as much of it as every rank can."""
+        """Capture this kind of step, or the largest part of it that all ranks can capture."""
         asked, reason = self.part, ""
         while self.captured is None and self.part != NOTHING:
             torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()  # the graph takes as much memory as the steps before it have left behind
+            torch.cuda.empty_cache()  # the graph needs as much memory as the steps before it have cached
             self.plan.settle()
             captured, failed = None, False
             try:
@@ -147,7 +149,7 @@ class StepGraphs:
                 self.part = GRADIENTS if self.part == STEP else NOTHING
         if self.part != asked:
             what = "steps are" if self.part == NOTHING else "its update is"
-            reason = reason or "another rank says why"
+            reason = reason or "another rank prints the reason"
             log.warning("training.cuda_graph: a step cannot be captured (%s); %s launched by Python", reason, what)
 
     def _record(self, micro_batches):
@@ -158,20 +160,20 @@ class StepGraphs:
 
 
 class CapturedStep:
-    """One kind of step as a graph, with the places of its inputs and of its results.
+    """One kind of step as a graph, with its input and result tensors.
 
     Args:
         compute: function (micro_batches) -> tuple of tensors.
         micro_batches: list of `step.MicroBatch`; replays read from copies of them.
-        stream: to capture on.
-        parameters: whose gradients a replay leaves behind; () where the graph consumes them itself.
+        stream: the stream of the capture.
+        parameters: parameters whose gradients a replay returns; () if the graph uses the gradients itself.
     """
 
     def __init__(self, compute, micro_batches, stream, parameters=()):
         self.inputs = [micro_batch.map(torch.clone) for micro_batch in micro_batches]
         self.parameters = parameters
         self.results = self._record(lambda: compute(self.inputs), stream)
-        # They stay in the graph's memory, where every replay overwrites them.
+        # The gradients are in the graph's memory, and every replay overwrites them.
         self.gradients = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -185,7 +187,7 @@ class CapturedStep:
         self.graph.replay()
 
     def replay(self, micro_batches):
-        """The results for these inputs, copied: the next replay writes to the same places."""
+        """Run the graph on these inputs, and return copies of the results, which the next replay would overwrite."""
         for place, values in zip(self.inputs, micro_batches, strict=True):
             for target, value in zip(place.tensors(), values.tensors(), strict=True):
                 target.copy_(value, non_blocking=True)
@@ -199,7 +201,7 @@ class CapturedStep:
 
 
 def signature_of(micro_batches):
-    """What must be the same for a graph to fit: numbers, shapes and dtypes."""
+    """The properties that must be equal for a graph to be replayed: numbers, shapes and dtypes."""
     return tuple(
         (batch.share, batch.last, len(batch.teachers), *((tensor.shape, tensor.dtype) for tensor in batch.tensors()))
         for batch in micro_batches

@@ -1,4 +1,4 @@
-"""metrics.csv of a run, written and read, and the curves that are drawn from it; run_log.py keeps them going."""
+"""Write and read the metrics.csv of a run, and draw curves from it. run_log.py uses this during training."""
 
 import csv
 import io
@@ -32,7 +32,7 @@ COLUMNS = [
     "bad_samples",
 ]
 
-# Written with all digits, since a test or a restart compares them: losses are float32.
+# Columns that are written with all digits, because tests and restarts compare them. Losses are float32.
 EXACT = ("loss", "velocity_loss", "align_loss", "class_velocity_loss", "grad_norm", "time")
 
 
@@ -47,14 +47,18 @@ def peak_memory_mib(device):
 class MetricsFile:
     """metrics.csv of a run: one row per logged interval. Losses and norm are means over the interval, times in seconds.
 
-    A resumed run drops the rows after its checkpoint first, so a step stands in the file once.
+    A resumed run first removes the rows after its checkpoint, so each step occurs only once.
+
+    Args:
+        path: path of the file.
+        step: the step from which the run continues.
     """
 
     def __init__(self, path, step):
         text = up_to(path, step)
         if not Path(path).exists() or Path(path).read_bytes() != text.encode():
-            write_atomically(path, text.encode())  # a full disk leaves what there was
-        # Unbuffered, so that what could not be written is not tried again when the file is closed.
+            write_atomically(path, text.encode())  # atomic, so a full disk does not destroy the file
+        # Unbuffered, so that closing the file does not try again to write data that could not be written.
         self.file = open(path, "ab", buffering=0)
 
     def write(self, row):
@@ -69,7 +73,7 @@ class MetricsFile:
 
 
 def up_to(path, step):
-    """The text of a metrics.csv with `COLUMNS` and the rows up to a step; a damaged line is left out."""
+    """The text of a metrics.csv with `COLUMNS` and the rows up to a step, without damaged lines."""
     lines = [COLUMNS]
     if Path(path).exists():
         with open(path, newline="", encoding="utf-8", errors="replace") as file:
@@ -86,7 +90,7 @@ def _csv_lines(*lines):
 
 
 def _numbers(row):
-    """A row of a metrics.csv as numbers; None where it is cut short or damaged."""
+    """A row of a metrics.csv as numbers; None if it is truncated or damaged."""
     try:
         numbers = {key: float(row[key]) if key in row else 0.0 for key in COLUMNS}
         return numbers | {key: int(numbers[key]) for key in ("step", "epoch", "skipped_steps", "bad_samples")}
@@ -95,7 +99,7 @@ def _numbers(row):
 
 
 def read_metrics(path):
-    """Rows of a metrics.csv as dicts of numbers; a half-written last line is left out, a column that is not there 0."""
+    """The rows of a metrics.csv as dicts of numbers, without an incomplete last line. Missing columns are 0."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         rows = [_numbers(row) for row in csv.DictReader(line.replace("\0", "") for line in file)]
     return [row for row in rows if row is not None]
@@ -105,8 +109,12 @@ def draw_curves(rows, path, title, evaluations=()):
     """Plot losses, alignment cosine, gradient norm, and speed against steps into a PNG.
 
     Args:
-        rows: those of `read_metrics`.
-        evaluations: rows of evaluation.csv: held-out losses go beside those of training, distances into a row below.
+        rows: as returned by `read_metrics`.
+        path: path of the PNG.
+        title: title of the figure.
+        evaluations: rows of evaluation.csv. Held-out losses are drawn in the panels of the training losses, and
+            distances in
+            additional panels below.
     """
     import matplotlib
 
@@ -149,7 +157,7 @@ def draw_curves(rows, path, title, evaluations=()):
     axes[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1, 0].yaxis.set_major_formatter("{x:g}")  # 0.2, not a power of ten times 2
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
-    # Where the keep ratio changes, the loss is over other tokens: show it behind the curve.
+    # The keep ratio is shown behind the loss, because the loss is over other tokens where it changes.
     keep = axes[0, 0].twinx()
     keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="gray", alpha=0.12, linewidth=0)
     keep.set_ylim(0, 1.02)
