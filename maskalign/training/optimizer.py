@@ -1,4 +1,4 @@
-"""AdamW on float32 masters with the gradient clip folded in, skipped steps, and the moving average of the weights."""
+"""AdamW on float32 masters, with gradient clipping, skipped steps and the moving average of the weights."""
 
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,22 +16,23 @@ from maskalign.training.fused_update import FusedUpdate, library
 class Optimizer:
     """One optimizer step of training: clip, AdamW, EMA, without a synchronization with the host.
 
-    torch's fused AdamW divides gradients by `grad_scale` and skips the update where `found_inf` is set, inside its one
-    pass over the weights; the clip and the guard against non-finite steps use these two.
+    torch's fused AdamW divides the gradients by `grad_scale` and skips the update if `found_inf` is set, in its single
+    pass over the weights. The gradient clip and the check for non-finite steps use these two.
 
-    Where the model computes in bfloat16 its parameters are bfloat16 copies of float32 masters: no cast per use, half
-    the memory traffic, and small updates are not rounded away. Parameters, moments and averages are views of one
-    buffer each, see flat_buffers.py.
+    If the model computes in bfloat16, its parameters are bfloat16 copies of float32 masters. This avoids a cast at
+    every use and halves the memory traffic, and small updates are not lost to rounding. The parameters, the moments and
+    the averages are views of one buffer each, see flat_buffers.py.
 
-    Where the parameters are DTensors (plans fsdp and hsdp) every rank updates and averages its shards alone, as plain
-    tensors; only the gradient norm is summed over the ranks. There the gathered weights are the bfloat16 copies.
+    If the parameters are DTensors (plans fsdp and hsdp), every rank updates and averages its own shards as plain
+    tensors, and only the gradient norm is summed over the ranks. In these plans the gathered weights are the bfloat16
+    copies.
 
     Args:
         model: the model; its parameters are cast to `dtype` in place unless they are sharded.
         config: `OptimizerConfig`.
         dtype: float32, bfloat16, or float64 for tests.
         ema_on_cpu: keep the moving average in host memory; every step then copies the weights there.
-        fused: on a CPU, make the whole step one pass where a C compiler is there, see fused_update.py.
+        fused: on a CPU, do the whole step in one pass if a C compiler is available, see fused_update.py.
     """
 
     def __init__(self, model, config, dtype=torch.float32, ema_on_cpu=False, fused=False):
@@ -43,14 +44,15 @@ class Optimizer:
         self.sharded = isinstance(self.params[0], DTensor)
         device = self.params[0].device
         ema_device = torch.device("cpu") if ema_on_cpu else device
-        # On a GPU the rate is a tensor, and no step asks the host for anything: graphs.py may capture it.
+        # On a GPU the learning rate is a tensor, so that a step needs nothing from the host and graphs.py can capture
+        # it.
         on_gpu = device.type != "cpu"
         self.lr = torch.tensor(config.lr, device=device) if on_gpu else config.lr
         self.pull = 1 - config.ema_decay  # weight of the new parameters in the average
-        # As the rate: where a step is captured, what changes from step to step is a tensor.
+        # This is a tensor for the same reason: in a captured step, every value that changes must be a tensor.
         ramp_on_gpu = config.ema_warmup and on_gpu and not ema_on_cpu
         self.pull_tensor = torch.tensor(self.pull, device=device) if ramp_on_gpu else None
-        # A step on a GPU that averages in host memory waits for a copy: it does so after all else, outside of a graph.
+        # With the average in host memory, a step on a GPU waits for a copy. This happens last, outside of the graph.
         self.averages_apart = on_gpu and ema_on_cpu
         plain = not on_gpu and all(p.dtype == torch.float32 and p.is_contiguous() for p in self.params)
         single = fused and plain and library() is not None
@@ -104,15 +106,15 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr, healthy):
-        """Clip, update and average; gradients are freed.
+        """Clip the gradients, update the weights and the average, and free the gradients.
 
         Args:
             lr: learning rate, a number, or a 0-d tensor on the masters' device.
             healthy: 0-d bool tensor, False where the loss was not finite.
 
         Returns:
-            (norm, skipped): the global gradient norm before the clip, 0-d float32, and a 0-d bool tensor that tells
-            whether the step was skipped since the loss or the norm was not finite.
+            (norm, skipped): the global gradient norm before the clip, 0-d float32, and a 0-d bool tensor that is True
+            if the step was skipped because the loss or the norm was not finite.
         """
         if self.fused_update:
             return self._fused_step(lr, healthy)
@@ -144,7 +146,7 @@ class Optimizer:
         return self.masters if self.flat is None else self.flat.masters
 
     def _take_gradients(self):
-        """Move the parameters' gradients to the tensors that AdamW updates; returns those that there are."""
+        """Move the parameters' gradients to the tensors that AdamW updates; returns the gradients that are not None."""
         gradients = [p.grad for p in self.params]
         for p in self.params:
             p.grad = None
@@ -157,12 +159,12 @@ class Optimizer:
 
     @torch.no_grad()
     def average_on_host(self):
-        """The part of a step that waits for the device: a moving average in host memory. Call it after `step`."""
+        """Update a moving average in host memory, which waits for the device. Call this after `step`."""
         if self.averages_apart:
             self._average_all()
 
     def _fused_step(self, lr, healthy):
-        """`step` in one pass; on a CPU, checking whether to skip the step costs nothing."""
+        """The same as `step`, in one pass on the CPU, where reading `skipped` on the host costs nothing."""
         grads = {k: p.grad for k, p in enumerate(self.params) if p.grad is not None}
         if self.sharded:
             grads = {k: grad.to_local() for k, grad in grads.items()}
@@ -182,7 +184,9 @@ class Optimizer:
         return norm, skipped
 
     def _clip_divisor(self, norm):
-        """torch's clip_grad_norm_ multiplies by min(1, clip / (norm + 1e-6)); here gradients are divided."""
+        """The number that gradients are divided by: the inverse of the factor of torch's clip_grad_norm_, which is
+        min(1, clip / (norm + 1e-6)).
+        """
         clip = self.config.grad_clip
         return ((norm + 1e-6) / clip).clamp(min=1) if clip else torch.ones_like(norm)
 
@@ -194,16 +198,16 @@ class Optimizer:
 
     def _average(self, masters, averages):
         """Move averages towards their masters."""
-        there = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
+        moved = [master.to(average.device) for master, average in zip(masters, averages, strict=True)]
         if self.pull_tensor is None:
-            torch._foreach_lerp_(averages, there, self.pull)
+            torch._foreach_lerp_(averages, moved, self.pull)
         else:
-            gap = torch._foreach_sub(there, averages)
+            gap = torch._foreach_sub(moved, averages)
             torch._foreach_mul_(gap, self.pull_tensor)
             torch._foreach_add_(averages, gap)
 
     def _over_shards(self, norm):
-        """Global norm, a 0-d tensor, from that of this rank's gradients; the same on all ranks."""
+        """The global norm, a 0-d tensor, from the norm of this rank's gradients; all ranks get the same value."""
         if not self.sharded:
             return norm
         square = norm.square()
@@ -211,7 +215,7 @@ class Optimizer:
         return square.sqrt()
 
     def _state(self, k):
-        """AdamW's state of parameter number k, of masters that are no buffers; made where there is none yet."""
+        """AdamW's state of parameter number k, created if needed; only for masters that are not in flat buffers."""
         master = self.masters[k]
         state = self.adamw.state[master]
         if not state:
@@ -221,7 +225,7 @@ class Optimizer:
         return state
 
     def ema_state(self):
-        """dict from parameter name to its moving average (not a copy); DTensors where the parameters are."""
+        """dict from parameter name to its moving average (not a copy), a DTensor if the parameter is one."""
         return {name: self._whole(k, ema) for k, (name, ema) in enumerate(zip(self.names, self.ema, strict=True))}
 
     def _whole(self, k, local):
@@ -234,7 +238,7 @@ class Optimizer:
 
     @cached_property
     def _host_mesh(self):
-        """The parameters' mesh for tensors in host memory, with the same ranks; the groups have gloo beside NCCL."""
+        """A mesh of the parameters' ranks for tensors in host memory; the process groups support gloo beside NCCL."""
         mesh = self.params[0].device_mesh
         groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh.ndim > 1 else mesh.get_group()
         return DeviceMesh.from_group(groups, "cpu", mesh.mesh, mesh_dim_names=mesh.mesh_dim_names)
@@ -243,8 +247,8 @@ class Optimizer:
     def averaged(self):
         """Context in which the model's parameters are the moving averages, in float32.
 
-        Sharded averages are gathered in the plan's precision, and all ranks must then call the model together. Nothing
-        is compiled for it.
+        Sharded averages are gathered in the plan's precision, and all ranks must then call the model together. The
+        model runs without compilation in this context.
         """
         with torch.compiler.set_stance("force_eager"):
             yield from self._averaged_shards() if self.sharded else self._averaged_parameters()
@@ -270,7 +274,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _load_shards(self, values):
-        """Copy into the shards, and drop what was gathered of the old ones."""
+        """Copy values into the shards, and free the weights that were gathered from the old shards."""
         for master, value in zip(self.masters, values, strict=True):
             master.copy_(value)
         for module in self.model.modules():
@@ -278,10 +282,10 @@ class Optimizer:
                 module.reshard()
 
     def tensors(self):
-        """Flat dict of everything to checkpoint, by `kind/parameter`; the tensors themselves, not copies (DTensors over
-        them where the parameters are sharded).
+        """Everything to save in a checkpoint, as a flat dict from `kind/parameter` to tensor.
 
-        Moments are made where a parameter has none yet, so that saving and loading see one layout.
+        The tensors are not copies. If the parameters are sharded, they are DTensors over the shards. Moments are
+        created for parameters that have none yet, so that saving and loading see the same names.
         """
         out, states = {}, self._states()
         for k, (name, master, ema) in enumerate(zip(self.names, self.masters, self.ema, strict=True)):
@@ -303,7 +307,7 @@ class Optimizer:
 
     @torch.no_grad()
     def after_load(self):
-        """Call after loading in place: reads the step counts, and refreshes the bfloat16 copies of the masters."""
+        """Call this after loading in place. It reads the step counts and updates the bfloat16 copies of the masters."""
         if self.flat is not None:
             self.flat.after_load()
         if self.has_copies:
@@ -311,7 +315,7 @@ class Optimizer:
 
 
 def gradient_norm(gradients, joined):
-    """Euclidean norm of all numbers of some tensors, 0-d; `joined` ones are few and long."""
+    """Euclidean norm over all elements of a list of tensors, 0-d; `joined` if they are a few long buffers."""
     if not joined:
         return torch.nn.utils.get_total_norm(gradients)
     norms = [norm_of(gradient) for gradient in gradients]
@@ -321,11 +325,12 @@ def gradient_norm(gradients, joined):
 def average_decay(config, step):
     """Decay of the moving average in a step, counted from 0.
 
-    With `ema_warmup` r the half-life is at most r times the steps done before (EDM, arXiv 2206.00364, whose r is 0.05),
-    so the first step forgets the initial weights.
+    With `ema_warmup` r, the half-life is at most r times the number of steps done before (EDM, arXiv 2206.00364, uses
+    r = 0.05). The first step therefore replaces the initial weights completely.
 
     Args:
         config: `OptimizerConfig`.
+        step: number of the step, from 0.
     """
     if not config.ema_warmup:
         return config.ema_decay

@@ -1,4 +1,4 @@
-"""Where a training run computes: settings become a `runtime.ranks.Placement`. What a plan does is in plans.py."""
+"""Choose where a training run computes: a `runtime.ranks.Placement` from the settings. Plans are in plans.py."""
 
 import os
 
@@ -18,7 +18,7 @@ def make_placement(training, parallel=None):
         parallel: `ParallelConfig`; by default one process.
 
     Raises:
-        UsageError: where the device is not there, or the plan does not fit the processes that torchrun started.
+        UsageError: the device does not exist, or the plan does not fit the processes that torchrun started.
     """
     plan = (parallel or ParallelConfig()).plan
     rank, world_size, local_rank = (

@@ -1,7 +1,7 @@
-"""What a parallel plan does to the model: DDP, or FSDP2's fully_shard per block, over the mesh of parallel.py.
+"""Apply a parallel plan to the model: DDP, or FSDP2's fully_shard per block, over the mesh of parallel.py.
 
-torch's own DistributedDataParallel and fully_shard do the work; this file decides what is wrapped, in which precision,
-and when ranks talk to each other.
+The work is done by torch's DistributedDataParallel and fully_shard. This file decides which modules are wrapped, in
+which precision, and when the ranks communicate.
 """
 
 import warnings
@@ -17,7 +17,7 @@ from maskalign.training.graphs import capture_stream
 
 
 class Replicated(DistributedDataParallel):
-    """DDP that shows the attributes of the model inside, so that the objective can ask it for its sizes."""
+    """DDP that gives access to the attributes of the wrapped model, because the objective reads its sizes."""
 
     def __getattr__(self, name):
         try:
@@ -26,7 +26,7 @@ class Replicated(DistributedDataParallel):
             return getattr(self.module, name)
 
 
-# Of DDP's synchronized iterations, the first ten read timers back from the device.
+# DDP reads timers back from the device in its first ten synchronized iterations.
 DDP_TIMED_ITERATIONS = 10
 
 
@@ -39,7 +39,7 @@ class Plan:
         placement: `parallel.Placement`.
 
     Attributes:
-        stream: on which steps run where they are captured as CUDA graphs, see graphs.py; else None.
+        stream: the CUDA stream of steps that are captured as CUDA graphs, see graphs.py; None without capture.
     """
 
     def __init__(self, model, config, placement):
@@ -57,10 +57,13 @@ class Plan:
                 shard_model(model, mesh, placement.dtype, config.parallel)
 
     def forward(self, align, dropping):
-        """What to call in training, with the model's signature; first used when parameters have their final dtype.
+        """The module to call in training, with the model's signature.
+
+        The parameters must have their final dtype at the first call.
 
         Args:
-            align: True where the step has an alignment loss. dropping: True where it keeps a subset of the tokens.
+            align: True if the step has an alignment loss.
+            dropping: True if the step keeps only a subset of the tokens.
         """
         if self.kind != "ddp":
             return self.model
@@ -71,9 +74,9 @@ class Plan:
         return self._replicas
 
     def _replicate(self, idle):
-        """DDP over the parameters that take part in a step.
+        """DDP over the parameters that get a gradient in a step; `idle` are the other ones.
 
-        DDP would find the others by itself, but it reads their number back from the device in every step.
+        DDP could find the idle parameters by itself, but it would read back from the device in every step for this.
         """
         for p in idle:
             p.requires_grad_(False)
@@ -86,7 +89,7 @@ class Plan:
                 broadcast_buffers=False,
                 init_sync=False,  # every rank makes or loads the same weights
             )
-        replicas._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # the timers of later iterations stay unread
+        replicas._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # do not read the timers of later iterations
         if next(self.model.parameters()).dtype == torch.bfloat16:
             replicas.register_comm_hook(None, reduce_in_float32)
         return replicas
@@ -107,22 +110,22 @@ class Plan:
         if self.sharded:
             self.model.set_requires_gradient_sync(last)
             self.model.set_is_last_backward(last)
-            # What is kept between forward and backward may as well stay for the next micro-batch.
+            # If weights stay gathered between forward and backward, they also stay gathered for the next micro-batch.
             self.model.set_reshard_after_backward(last or not self.keep_gathered)
         return nullcontext()
 
     @property
     def can_capture(self):
-        """True where the next step asks the device for nothing."""
+        """True if the next step reads nothing back from the device."""
         return self.kind != "ddp" or self._synchronized > DDP_TIMED_ITERATIONS
 
     def settle(self):
-        """Bring a sharded model to where a step begins, for a capture: nothing may depend on work outside of it."""
+        """Bring a sharded model to its state at the start of a step: a captured step must not depend on earlier work."""
         for module in self._sharded_modules():
             module.reshard()
 
     def abandon_step(self):
-        """Forget a step that ended in the middle. Nothing of it may be under way any more."""
+        """Discard the state of a step that failed. No work of it may be running on the device any more."""
         self.model.zero_grad(set_to_none=True)
         self._leave_replicas()
         for module in self._sharded_modules():
@@ -148,7 +151,7 @@ class Plan:
         return int(value)
 
     def max_over_ranks(self, *numbers):
-        """The largest of all ranks, of each of some numbers, as floats."""
+        """The maximum over all ranks of each of the numbers, as floats."""
         if not self.several:
             return numbers
         values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
@@ -170,17 +173,17 @@ class Plan:
 
 
 def shard_model(model, mesh, dtype, parallel):
-    """FSDP2 on every block, and on the rest as the root; parameters become float32 DTensors, gathered in `dtype`.
+    """Apply FSDP2 to every block, and to the rest as the root; parameters become float32 DTensors, gathered in `dtype`.
 
-    The last block and the root are needed again at once when the backward begins, so they stay gathered until then.
+    The backward begins with the root and the last block, so these stay gathered after the forward.
 
     Args:
         model: a `SiT`.
         mesh: DeviceMesh (shard,) or (replicate, shard).
-        dtype: float32 or bfloat16, of gathered weights; gradients are reduced in float32.
+        dtype: dtype of the gathered weights, float32 or bfloat16; gradients are reduced in float32.
         parallel: `ParallelConfig`.
     """
-    # The objective computes out of place.
+    # The warning concerns operations in place; the objective computes out of place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     low = dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(
@@ -200,10 +203,10 @@ def shard_model(model, mesh, dtype, parallel):
 
 
 def idle_parameters(model, align, dropping):
-    """The parameters of a `SiT` that a step leaves without a gradient: the projectors without an alignment loss, and
-    SPRINT's mask token where all tokens are kept.
+    """The parameters of a `SiT` that get no gradient in a step.
 
-    Args: as of `Plan.forward`.
+    These are the projectors if there is no alignment loss, and SPRINT's mask token if all tokens are kept. For the
+    arguments see `Plan.forward`.
     """
     idle = [] if align else list(model.projectors.parameters())
     if model.fuse is not None and not dropping:
@@ -212,14 +215,14 @@ def idle_parameters(model, align, dropping):
 
 
 def abandon_shards(state):
-    """Forget what FSDP keeps of a step that ended in the middle: its events belong to a capture that is no more.
+    """Discard FSDP's state of a step that failed, because its events belong to a capture that was discarded.
 
     Newer versions of torch have `reset_iter_state` for this, but it waits for the events.
 
     Args:
-        state: of one FSDP module.
+        state: FSDP's state of one module.
     """
-    # Private to torch, and needed here alone: a version without it must still train.
+    # This is private to torch. It is imported here because a version of torch without it must still train.
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
     context, step = state._comm_ctx, state._state_ctx
@@ -245,18 +248,18 @@ def abandon_shards(state):
 
 
 def reduce_in_float32(_, bucket):
-    """DDP communication hook: the mean of bfloat16 gradients, summed in float32."""
+    """DDP communication hook that averages bfloat16 gradients and sums them in float32."""
     total = bucket.buffer().float().div_(dist.get_world_size())
     work = dist.all_reduce(total, async_op=True).get_future()
     return work.then(lambda done: bucket.buffer().copy_(done.value()[0]))
 
 
 def prepare_teacher(network, config, placement):
-    """Compile a frozen network's blocks, and shard it where the plan shards and it is large.
+    """Compile the blocks of a frozen network, and shard it if the plan shards models and the network is large.
 
     Args:
-        network: nn.Module; what it calls `blocks` (a ViT's) are the units, else it is one unit itself.
-        config: `Config`; training.compile and parallel.shard_teacher_above.
+        network: nn.Module. The units are its `blocks` (as in a ViT) if it has this attribute, else the whole network.
+        config: `Config`; training.compile, parallel.plan and parallel.shard_teacher_above are used.
         placement: `ranks.Placement`.
     """
     blocks = list(getattr(network, "blocks", ()))
@@ -269,4 +272,4 @@ def prepare_teacher(network, config, placement):
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(network, mesh=mesh)
-    register_fsdp_forward_method(network, "forward_features")  # what encoders.py calls of a ViT
+    register_fsdp_forward_method(network, "forward_features")  # the method of a ViT that encoders.py calls

@@ -15,13 +15,13 @@ from maskalign.training.wandb_log import check_wandb
 
 
 def check_data(config):
-    """Read the data set's manifest (of several, the first's) and hold the settings against it.
+    """Read the manifest of the (first) data set, and check the settings against it.
 
     Returns:
         (manifest, facts), see `config.validate_with_data`.
 
     Raises:
-        UsageError: the data set is not there, or does not fit the settings; or the run folder is in use.
+        UsageError: the data set does not exist or does not fit the settings, or the run folder is in use.
     """
     world_size, local = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("LOCAL_WORLD_SIZE")
     validate_with_ranks(config, world_size, local and int(local))
@@ -61,7 +61,7 @@ def check_data(config):
 
 
 def _check_resume(path):
-    """A checkpoint, or a run with one: whether it is sound is found out when it is read."""
+    """Check that the path is a checkpoint or a run with one; damage is found later, when it is read."""
     if not path.is_dir():
         raise UsageError(f"training.resume: '{path}' is neither auto, never, restart nor the folder of a checkpoint")
     if not (path / "state.json").is_file() and not any(path.glob("checkpoints/step_*")):
@@ -69,19 +69,19 @@ def _check_resume(path):
 
 
 def _check_evaluation(settings, manifest):
-    """The held-out data set must be there and alike, and so must the teacher of the distances."""
+    """Check that the teacher of the distances is available, and that the held-out data fit the training data."""
     if settings.samples:
         check_weights(settings.teacher, None)
     if settings.data is None:
         return
-    there = Manifest.load(settings.data)
+    held_out = Manifest.load(settings.data)
     for what, one, other in (
-        ("resolution", there.resolution, manifest.resolution),
-        ("number of classes", there.num_classes, manifest.num_classes),
-        ("latents", (there.latent or {}).get("shape"), (manifest.latent or {}).get("shape")),
+        ("resolution", held_out.resolution, manifest.resolution),
+        ("number of classes", held_out.num_classes, manifest.num_classes),
+        ("latents", (held_out.latent or {}).get("shape"), (manifest.latent or {}).get("shape")),
     ):
         if one != other:
             raise UsageError(f"evaluate.data: {settings.data} has the {what} {one}, the training data {other}")
-    difference = other_classes(there.class_names, manifest.class_names)
+    difference = other_classes(held_out.class_names, manifest.class_names)
     if difference:
         raise UsageError(f"evaluate.data: {settings.data} has other classes than the training data: {difference}")

@@ -50,9 +50,9 @@ class Previews:
             return None
 
     def draw(self, model, step, path):
-        """Sample a row per class with `model` and write the sheet to `path`; returns the PIL.Image.
+        """Draw one row of samples per class with `model` and write the sheet to `path`; returns the PIL.Image.
 
-        Where the model is sharded all ranks draw the same sheet, and those whose path is None write nothing.
+        If the model is sharded, all ranks draw the same sheet, and ranks whose path is None write nothing.
         """
         sheet, _ = class_sheet(
             model,

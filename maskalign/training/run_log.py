@@ -9,16 +9,17 @@ from maskalign.config import as_plain
 from maskalign.evaluation import history
 from maskalign.training.logs import MetricsFile, draw_curves, read_metrics
 
-BAR_UNITS = 1000  # of the progress bar
+BAR_UNITS = 1000  # length of the progress bar
 
 
 class RunLog:
-    """The open logs of a run. Every rank has one; only rank 0's writes.
+    """The open logs of a run. Every rank has this object, and only rank 0 writes.
 
     Args:
         config: `Config`.
-        step, seconds: where the run resumes; later rows of an earlier attempt are removed.
-        is_main: this rank writes.
+        step: the step that the run resumes from; later rows of an earlier attempt are removed.
+        seconds: seconds of training done before.
+        is_main: True if this rank writes.
     """
 
     def __init__(self, config, step, seconds, is_main):
@@ -52,17 +53,18 @@ class RunLog:
         )
 
     def _units(self, step, seconds):
-        """What is done of the run in units of the bar, by whichever of its two limits comes first."""
+        """The share of the run that is done, in units of the bar, by whichever of the two limits is closer."""
         done = step / self.training.max_steps
         if self.training.max_seconds is not None:
             done = max(done, seconds / self.training.max_seconds)
         return round(BAR_UNITS * min(1.0, done))
 
     def advance(self, step, seconds):
-        """Move the bar to where the run is.
+        """Update the progress bar.
 
         Args:
-            step: steps done. seconds: of training.
+            step: number of steps done.
+            seconds: seconds of training done.
         """
         self.bar.update(self._units(step, seconds) - self.bar.n)
 
@@ -70,8 +72,8 @@ class RunLog:
         """Log the steps since the last row.
 
         Args:
-            row: dict of `logs.COLUMNS`.
-            seconds: that these steps took.
+            row: dict with the keys `logs.COLUMNS`.
+            seconds: the time that these steps took.
         """
         if not self.is_main:
             return
@@ -87,7 +89,7 @@ class RunLog:
         )
 
     def _line(self, row):
-        """A row as a line of text, for log files, in which a bar would be repeated."""
+        """A row as one line of text, for log files, where a progress bar is not readable."""
         training = self.training
         until = f" of {training.max_steps}" if training.max_seconds is None else ""
         time = f", {row['time']:.0f} s" + (f" of {training.max_seconds:.0f} s" if training.max_seconds else "")

@@ -1,7 +1,7 @@
-"""Saving checkpoints: copied to host memory in a moment, written in the background, committed all at once.
+"""Save checkpoints: tensors are copied to host memory, written in the background, and committed with a rename.
 
-All ranks write their shards into a hidden folder; when every one is done, rank 0 writes the marker with the checksums
-and renames the folder. Ranks talk about it in a process group of their own, so that a save never mixes with training.
+All ranks write their shards into a hidden folder. When all are done, rank 0 writes the marker with the checksums and
+renames the folder. The ranks use a separate process group for this, so that saving does not interfere with training.
 """
 
 import json
@@ -31,17 +31,17 @@ from maskalign.checkpoints.shard_files import ShardWriter
 from maskalign.errors import RunError
 from maskalign.runtime.files import sync_folder, write_atomically
 
-PATIENCE = timedelta(hours=2)  # for the slowest disk of all ranks; a rank that dies is noticed at once
+PATIENCE = timedelta(hours=2)  # time limit for the slowest disk of all ranks; the loss of a rank is noticed at once
 
 
 class Saver:
-    """Writes the checkpoints of a run. Every rank makes one, at the same time.
+    """Writes the checkpoints of a run. All ranks must create this object at the same time.
 
     Args:
         run_dir: the run's folder, on a file system that all ranks share.
-        keep: how many of the newest checkpoints stay.
-        keep_every: those at multiples of this many steps stay permanently; 0 for none.
-        background: write in a thread, after a copy of the tensors; else `save` returns when all is on disk.
+        keep: number of newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this number of steps are never removed; 0 for none.
+        background: copy the tensors and write them in a thread; otherwise `save` returns when everything is on disk.
     """
 
     def __init__(self, run_dir, keep=3, keep_every=0, background=True):
@@ -56,17 +56,17 @@ class Saver:
         self.saved = None  # the last step that this process was asked to save
 
     def save(self, step, tensors, state, config_yaml, merge=None):
-        """Save one checkpoint, after the one before is on disk; in the background, unless `background` is False.
+        """Save one checkpoint, in the background unless `background` is False. The previous save is completed first.
 
         Args:
             step: number of optimizer steps done.
             tensors: flat dict from name to tensor. Plain tensors are the same on every rank; DTensors are shards.
-            state: what JSON can hold, of this rank.
+            state: state of this rank, a dict that can be written as JSON.
             config_yaml: the run's settings as text.
-            merge: function from the states of all ranks to the one to write; by default rank 0's is written.
+            merge: function from the list of all ranks' states to the state to write; by default that of rank 0.
 
         Raises:
-            RunError: this save, or the one before, could not be written; the checkpoints before are untouched.
+            RunError: this save or the previous one could not be written; earlier checkpoints are unchanged.
         """
         self.wait()
         if step == self.saved:
@@ -79,17 +79,17 @@ class Saver:
             self.raise_error()
             return
         staged = self._stage(own)
-        # Not a daemon: a process that ends of itself finishes its checkpoint first.
+        # The thread is not a daemon, so that a process that exits normally finishes its checkpoint first.
         self.thread = threading.Thread(
             target=self._write, args=(step, staged, state, config_yaml, merge), name="checkpoint"
         )
         self.thread.start()
 
     def wait(self):
-        """Wait until nothing is being written.
+        """Wait until the current save is complete.
 
         Raises:
-            RunError: it could not be written.
+            RunError: the checkpoint could not be written.
         """
         if self.thread is not None:
             self.thread.join()
@@ -97,7 +97,7 @@ class Saver:
         self.raise_error()
 
     def settle(self):
-        """Wait until nothing is being written; an error is kept for `wait`."""
+        """Wait until the current save has ended. An error is kept, and `wait` raises it."""
         if self.thread is not None:
             self.thread.join()
 
@@ -107,10 +107,11 @@ class Saver:
             raise error
 
     def clear(self, step):
-        """Make room for a run that resumes from `step`; rank 0 calls it before the first save.
+        """Prepare the folder of checkpoints for a run that resumes from `step`; rank 0 calls this before the first
+        save.
 
-        What saves that were cut off have left is removed. Checkpoints of later steps are damaged, or belong to a course
-        that this run leaves: they get another name, so that neither a restart nor the rule of the newest counts them.
+        The files of interrupted saves are removed. Checkpoints of later steps are damaged, or belong to an attempt that
+        this run does not continue. They are renamed, so that neither a later resume nor `keep` counts them.
 
         Returns:
             list of the new names.
@@ -128,7 +129,11 @@ class Saver:
         return moved
 
     def _owned(self, tensors):
-        """Names that this rank writes. Of copies on several ranks one is staged and written, evenly by bytes."""
+        """The names of the tensors that this rank writes.
+
+        A tensor with copies on several ranks is written by one of them, chosen so that all write about the same number
+        of bytes.
+        """
         owned, load = set(), {}
         for name in sorted(tensors, key=lambda name: (-_local(tensors[name]).nbytes, name)):
             copies, own = _copies(tensors[name], self.rank, self.world_size)
@@ -141,7 +146,7 @@ class Saver:
 
     @torch.no_grad()
     def _stage(self, tensors):
-        """Copies in host memory, in buffers that later saves use again; DTensors stay DTensors."""
+        """Copy the tensors to host memory, into buffers that later saves reuse; DTensors stay DTensors."""
         staged = {}
         for name, tensor in tensors.items():
             local = _local(tensor)
@@ -150,7 +155,7 @@ class Saver:
                 buffer = torch.empty(local.shape, dtype=local.dtype, device="cpu", pin_memory=local.is_cuda)
                 self.buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
-            # The constructor, as from_local would bring the copy back to the mesh's device.
+            # The constructor is called directly, because from_local would move the copy to the mesh's device.
             staged[name] = DTensor(buffer, tensor._spec, requires_grad=False) if isinstance(tensor, DTensor) else buffer
         if any(_local(tensor).is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
@@ -166,7 +171,8 @@ class Saver:
                 dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             parts = self._gather((state, writer.digests))
             self._all(lambda: self._commit(partial, final, parts, config_yaml, merge))
-        # Of the disk, of torch, of a lost rank: all end as one line. DCP's own is no Exception but a BaseException.
+        # Errors of the disk, of torch and of a lost rank are all reported in one line. CheckpointException is named
+        # because it is a BaseException, but not an Exception.
         except (Exception, CheckpointException) as error:
             before = complete_checkpoints(self.run_dir)
             if self.rank == 0:
@@ -201,12 +207,12 @@ class Saver:
         sync_folder(self.root)
         shutil.rmtree(old, ignore_errors=True)
         for path in superfluous(complete_checkpoints(self.run_dir), self.keep, self.keep_every):
-            # First without its marker: a crash in the middle leaves nothing that looks whole.
+            # The marker is removed first, so that a crash during removal does not leave a folder that looks complete.
             (path / MARKER).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)
 
     def _all(self, work):
-        """Do `work` on every rank; an error on one is raised on all."""
+        """Call `work` on every rank; an error on one rank is raised on all."""
         error = None
         try:
             work()
@@ -229,10 +235,12 @@ class Saver:
 
 
 def save(run_dir, step, tensors, state, config_yaml, keep=3):
-    """Write one checkpoint of one process now, and remove the oldest beyond `keep`; returns its path.
+    """Write one checkpoint from one process, and remove the oldest ones beyond `keep`; returns its path.
+
+    Returns when the checkpoint is on disk. For the arguments see `Saver.save`.
 
     Raises:
-        RunError: the folder cannot be written to; earlier checkpoints are untouched.
+        RunError: the folder cannot be written to; earlier checkpoints are unchanged.
     """
     final = Path(run_dir, FOLDER, f"step_{step:08d}")
     if not is_complete(final):
@@ -241,7 +249,11 @@ def save(run_dir, step, tensors, state, config_yaml, keep=3):
 
 
 def superfluous(checkpoints, keep, keep_every=0):
-    """Those of a list of step_* paths, oldest first, that are neither of the newest nor kept permanently."""
+    """The checkpoints to remove: neither among the newest `keep` nor at a multiple of `keep_every` steps.
+
+    Args:
+        checkpoints: list of step_* paths, oldest first.
+    """
     return [path for path in checkpoints[:-keep] if not keep_every or int(path.name.removeprefix("step_")) % keep_every]
 
 
@@ -250,7 +262,7 @@ def _local(tensor):
 
 
 def _copies(tensor, rank, world_size):
-    """(number of ranks that hold this very data, number of this rank among them)."""
+    """(number of ranks that hold the same data, index of this rank among them)."""
     if not isinstance(tensor, DTensor):
         return world_size, rank
     copies, own = 1, 0
@@ -263,7 +275,7 @@ def _copies(tensor, rank, world_size):
 
 
 def _reason(error):
-    """An error in a few words; of DCP's, which has one per rank, the first."""
+    """The first line of an error's message. CheckpointException holds one error per rank; the first is used."""
     if isinstance(error, CheckpointException):
         rank, wrapped = next(iter(sorted(error.failures.items())))
         several = "" if len(error.failures) == 1 and rank == 0 else f"rank {rank}: "

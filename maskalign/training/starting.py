@@ -1,4 +1,4 @@
-"""What a run starts from, and what it says of itself before the first step."""
+"""Find the checkpoint to resume from, describe the run in one line, and warn about settings before the first step."""
 
 import logging
 import sys
@@ -13,16 +13,17 @@ from maskalign.errors import UsageError
 from maskalign.training.logs import read_metrics
 
 log = logging.getLogger(__name__)
-MUCH = 0.1  # share of the initial weights in an average that is worth a warning
+MUCH = 0.1  # a larger share of the initial weights in the moving average causes a warning
 
 
 def find_resume(config, placement):
-    """Path of the checkpoint that `training.resume` asks for, None where the run begins.
+    """Path of the checkpoint that `training.resume` selects; None if the run begins at step 0.
 
-    With `auto` the newest sound one; a damaged one is skipped and named. All ranks come to the same answer.
+    `auto` selects the newest undamaged checkpoint, and prints a line about newer damaged ones. All ranks get the same
+    result.
 
     Raises:
-        UsageError: there are checkpoints, or were, and none can be used: step 0 is not what anybody means then.
+        UsageError: the run has or had checkpoints, and none can be used. It would be wrong to start again silently.
     """
     resume = config.training.resume
     if resume in ("never", "restart"):
@@ -49,7 +50,7 @@ def find_resume(config, placement):
 
 
 def _lost(run_dir, passed_over):
-    """Why a run folder without a usable checkpoint is not that of a run which has just begun; None where it may be."""
+    """Why no checkpoint of a run can be used, as text; None if the run may not have saved one yet."""
     if any(Path(run_dir, FOLDER).glob("step_*")):
         return f"training.resume: no checkpoint of this run is complete: {passed_over}"
     try:
@@ -57,18 +58,22 @@ def _lost(run_dir, passed_over):
         settings = load_config(run_dir / "config.yaml").training
     except (OSError, UsageError):
         return None
-    # Between two checkpoints the first of them is complete, and a run that ends well leaves one.
+    # When a second checkpoint is due the first one is complete, and a run that ends normally saves one.
     if last >= min(2 * settings.checkpoint_every, settings.max_steps):
         return f"training.resume: {run_dir} has trained {last} steps, and its checkpoints are gone"
     return None
 
 
 def start_line(config, manifest, facts, num_samples, model, placement):
-    """What a run is, in one line: model, data, teachers, hardware.
+    """A run in one line of text: model, data, teachers, hardware.
 
     Args:
-        config: `Config`. manifest: of the (first) data set. facts: of `config.validate_with_data`. num_samples: of all
-            data sets. model: `SiT`. placement: `ranks.Placement`.
+        config: `Config`.
+        manifest: `Manifest` of the (first) data set.
+        facts: from `config.validate_with_data`.
+        num_samples: number of images in all data sets.
+        model: `SiT`.
+        placement: `ranks.Placement`.
     """
     count = sum(parameter.numel() for parameter in model.parameters())
     size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
@@ -89,7 +94,7 @@ def start_line(config, manifest, facts, num_samples, model, placement):
 
 
 def kept_tokens(budget):
-    """The number of tokens that a `TokenBudget` really keeps, as text."""
+    """The number of tokens that a `TokenBudget` keeps after rounding, as text."""
     counts = list(dict.fromkeys(budget.ends))
     text = " to ".join(str(count) for count in counts)
     ratio = " to ".join(f"{count / budget.tokens:.3g}" for count in counts)
@@ -97,11 +102,14 @@ def kept_tokens(budget):
 
 
 def warn_of_short_average(optimizer, steps):
-    """Say where the moving average still holds much of the initial weights after so many steps.
+    """Warn if the moving average still contains a large share of the initial weights after `steps` steps.
 
     Args:
         optimizer: `OptimizerConfig`.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
+
+    Returns:
+        True if it warned.
     """
     share = initial_share(optimizer, steps)
     if share > MUCH:
@@ -114,12 +122,12 @@ def warn_of_short_average(optimizer, steps):
 
 
 def initial_share(optimizer, steps):
-    """Weight of the initial values in the moving average after so many steps."""
+    """Weight of the initial values in the moving average after `steps` steps."""
     return 0.0 if optimizer.ema_warmup else optimizer.ema_decay**steps
 
 
 def warn_of_full_subset(budget):
-    """Warn where rounding to `method.keep_multiple` makes a keep ratio below 1 keep all of so few tokens.
+    """Warn if rounding to `method.keep_multiple` makes a keep ratio below 1 keep all tokens.
 
     Args:
         budget: `TokenBudget`.

@@ -1,4 +1,4 @@
-"""One training step: draws, forward, backward, clip, AdamW, EMA. The trainer and the benchmarks both run this one."""
+"""One training step: draws, forward, backward, clip, AdamW, EMA. The trainer and the benchmarks both use it."""
 
 from typing import List, NamedTuple, Optional
 
@@ -13,7 +13,12 @@ from maskalign.training.schedules import learning_rate
 
 
 class StepResult(NamedTuple):
-    """0-d tensors, still on the device: losses are means over the global batch; `skipped` tells a non-finite step."""
+    """The result of a step. The tensors are 0-d and on the device.
+
+    loss, velocity_loss, align_loss, class_velocity_loss: float32, means over the global batch; grad_norm: global
+    gradient norm before the clip; skipped: bool, True if the step was not finite; lr: learning rate; kept, drawn:
+    numbers of patch tokens, see `TokenBudget`; align_weight: weight of the alignment loss.
+    """
 
     loss: torch.Tensor
     velocity_loss: torch.Tensor
@@ -28,12 +33,12 @@ class StepResult(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward is given.
+    """The inputs of one forward and backward.
 
-    x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: one (b, N, Dz) each, (b, 1 + N, Dz) with a
-    class token, and none in a step without an alignment loss; draws: `Draws` for these b images; share: of the rank's
-    images, a number; last: whether the optimizer's step comes next; class_token: (b, class_dim) clean class tokens, or
-    None.
+    x: (b, C, H, W) clean latents or pixels; labels: (b,) int64; teachers: a list of one (b, N, Dz) tensor per teacher,
+    (b, 1 + N, Dz) with a class token, empty in a step without an alignment loss; draws: `Draws` for these b images;
+    share: b divided by the number of this rank's images; last: True if the optimizer's step comes next; class_token:
+    (b, class_dim) clean class tokens, or None.
     """
 
     x: torch.Tensor
@@ -45,12 +50,12 @@ class MicroBatch(NamedTuple):
     class_token: Optional[torch.Tensor] = None
 
     def tensors(self):
-        """All tensors, in one order."""
+        """list of all tensors, always in the same order."""
         optional = [*self.draws, self.class_token]
         return [self.x, self.labels, *self.teachers, *(tensor for tensor in optional if tensor is not None)]
 
     def map(self, function):
-        """The same with function(tensor) for every tensor."""
+        """A new MicroBatch with function(tensor) in the place of every tensor."""
         draws = Draws(*(None if tensor is None else function(tensor) for tensor in self.draws))
         teachers = [function(z) for z in self.teachers]
         class_token = None if self.class_token is None else function(self.class_token)
@@ -68,7 +73,8 @@ class TrainStep:
         config: `Config`.
         placement: `ranks.Placement`.
         plan: `plans.Plan` over the model; by default one process.
-        latent: what a manifest says of stored moments, a dict with scale and bias; None where inputs are ready.
+        latent: the manifest's entry about stored moments, a dict with scale and bias; None if the inputs are clean
+            latents or pixels.
     """
 
     def __init__(self, model, optimizer, config, placement, plan=None, latent=None):
@@ -85,7 +91,14 @@ class TrainStep:
         """The keyed random numbers of `count` images, see `objective.draws`.
 
         Args:
+            step: number of the step, from 0.
+            first_slot: slot of the first image in the global batch.
+            count: number of images.
             kept, drawn: numbers of patch tokens, see `TokenBudget`.
+            posterior: True if latents are drawn from stored moments.
+
+        Returns:
+            Draws.
         """
         config, model = self.config, self.model
         return draw(
@@ -110,11 +123,11 @@ class TrainStep:
         """One optimizer step on this rank's share of the batch.
 
         Args:
-            step: number of the step, from 0; it keys the draws.
+            step: number of the step, from 0; it is part of the key of the random numbers.
             progress: share of the run that is done, for the schedules.
-            inputs: (b, C, H, W) float32 latents or pixels; with `latent` moments (b, 2C, h, w), of any dtype.
+            inputs: (b, C, H, W) float32 latents or pixels, or with `latent` (b, 2C, h, w) moments of any dtype.
             labels: (b,) int64.
-            teachers: one (b, N, Dz) per teacher, floating or int8.
+            teachers: list of one (b, N, Dz) tensor per teacher, floating point or int8.
             first_slot: slot of the first image in the global batch.
             class_token: (b, class_dim) clean class tokens, for a model that has one.
 
@@ -157,7 +170,7 @@ class TrainStep:
         """Forward and backward of every micro-batch.
 
         Args:
-            micro_batches: of `MicroBatch`.
+            micro_batches: iterable of `MicroBatch`.
             align_weight: a number, or a 0-d tensor.
 
         Returns:
@@ -183,14 +196,14 @@ class TrainStep:
                 )
                 (losses.total * batch.share).backward()
             sums += torch.stack([loss.detach().float() for loss in losses]) * batch.share
-        # The means over all ranks: every rank judges a step by the same numbers, so all of them skip it or none does.
+        # Every rank gets the same means, so that either all ranks skip the step or none does.
         return self.plan.mean(sums)
 
     def update(self, losses, lr):
-        """Clip, AdamW and moving average, with the gradients that are there.
+        """Clip, AdamW and moving average, with the gradients that `gradients` has computed.
 
         Args:
-            losses: of `gradients`.
+            losses: (4,) float32, from `gradients`.
             lr: a number, or a 0-d tensor.
 
         Returns:
@@ -199,6 +212,6 @@ class TrainStep:
         return self.optimizer.step(lr, losses[0].isfinite())
 
     def close(self):
-        """Release what a step holds on the device, before the process group ends."""
+        """Release the captured graphs. Call this before the process group ends."""
         if self.graphs is not None:
             self.graphs.release()

@@ -1,4 +1,4 @@
-"""What a run makes of its hardware: FLOP/s of the tokens that are really computed, the share of the device's peak, and
+"""Measure the use of the hardware: FLOP/s of the tokens that are computed, the share of the device's peak (MFU), and
 the time in communication.
 """
 
@@ -11,18 +11,20 @@ import torch
 from maskalign.models.flops import step_flops
 from maskalign.runtime.accelerators import peak_tflops
 
-SAMPLES = (1, 9, 50)  # steps before the first sample, between it and the second (the first is slow), and then on
+# Numbers of steps before the first profiled step (which is slow), between it and the second, and between later ones.
+SAMPLES = (1, 9, 50)
 
 
 class TeacherShare:
-    """Finds out which part of the first steps is the computation of the teachers' features, and tells of a large one.
+    """Measures the share of a step's time that is spent on the teachers' features, and reports a large one.
 
     Args:
-        device: where the steps run. online: some features are computed from the images.
-        tell: function of the share, called at most once.
+        device: where the steps run.
+        online: True if some features are computed from the images.
+        tell: function of the share in [0, 1], called at most once, if the share is above `LARGE`.
     """
 
-    SKIPPED, MEASURED = 4, 5  # steps: the first ones compile, tune and record
+    SKIPPED, MEASURED = 4, 5  # numbers of steps; the skipped ones compile, tune and capture
     LARGE = 0.5
 
     def __init__(self, device, online, tell):
@@ -31,11 +33,11 @@ class TeacherShare:
         self.seconds = {"features": 0.0, "step": 0.0}
 
     def features(self):
-        """Context of the computation of a step's inputs."""
+        """Context in which a step's inputs are computed."""
         return self._timed("features")
 
     def step(self):
-        """Context of the rest of the step."""
+        """Context in which the rest of the step is computed."""
         return self._timed("step")
 
     @contextmanager
@@ -56,8 +58,11 @@ class TeacherShare:
 
 
 def device_peak(device, dtype):
-    """Peak FLOP/s of a device in a precision: by its name where that is known, else the best of a few square matmuls
-    with this process's threads."""
+    """Peak FLOP/s of a device for a dtype.
+
+    This is the published number if the device's name is known, else the fastest of a few square matrix multiplications
+    with this process's threads.
+    """
     if device.type == "cuda":
         known = peak_tflops(torch.cuda.get_device_name(device))
         if known:
@@ -78,7 +83,9 @@ class Throughput:
     """Counts the work of the steps of an interval.
 
     Args:
-        model: the `SiT`. config: `Config`. placement: `ranks.Placement`.
+        model: the `SiT`.
+        config: `Config`.
+        placement: `ranks.Placement`.
     """
 
     def __init__(self, model, config, placement):
@@ -91,10 +98,11 @@ class Throughput:
         self.until_sample = self.pauses.pop(0)
 
     def count(self, kept, drawn, aligned):
-        """Add one step of the global batch: forward and backward of the student, nothing counted twice.
+        """Add one step of the global batch: forward and backward of the student, without recomputation.
 
         Args:
-            kept, drawn: numbers of patch tokens, see `TokenBudget`. aligned: the step has an alignment loss.
+            kept, drawn: numbers of patch tokens, see `TokenBudget`.
+            aligned: True if the step has an alignment loss.
         """
         key = (kept, drawn, aligned)
         if key not in self.flops_of:
@@ -102,11 +110,14 @@ class Throughput:
         self.flops += self.flops_of[key] * self.config.training.batch_size
 
     def interval(self, seconds):
-        """Figures of the steps counted since the last call.
+        """Throughput of the steps counted since the last call.
+
+        Args:
+            seconds: the time that these steps took.
 
         Returns:
             dict: tflops, TFLOP/s per rank; mfu, their share of the device's peak; comm_seconds, the part of `seconds`
-            in which a collective was under way, computation beside it included.
+            in which a collective was running, even if computation ran at the same time.
         """
         if self.peak is None:
             self.peak = device_peak(self.placement.device, self.placement.dtype)
@@ -115,12 +126,12 @@ class Throughput:
         return {"tflops": rate / 1e12, "mfu": rate / self.peak, "comm_seconds": self.share_in_communication * seconds}
 
     def run(self, step, *args, **kwargs):
-        """Call `step`; now and then, on several ranks, under torch's profiler, to see its collectives."""
+        """Call `step`. On several ranks, some calls run under torch's profiler to measure the time in collectives."""
         self.until_sample -= 1
         if self.until_sample >= 0 or self.placement.world_size == 1:
             return step(*args, **kwargs)
         self.until_sample = self.pauses.pop(0) if len(self.pauses) > 1 else self.pauses[0]
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains of absent GPUs
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler warns if there is no GPU
         activities = [torch.profiler.ProfilerActivity.CPU]
         if self.placement.device.type == "cuda":
             activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -137,12 +148,12 @@ class Throughput:
 
 
 def _collective(name):
-    """True for the span of a collective: gloo's own threads name it so, and NCCL's kernels."""
+    """True if a profiler event with this name is a collective of gloo or a kernel of NCCL."""
     return name.startswith("gloo:") or "nccl" in name and "Kernel" in name
 
 
 def _union(spans):
-    """Length of the union of intervals."""
+    """Total length of the union of (start, end) intervals."""
     total, reach = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reach))

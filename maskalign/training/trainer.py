@@ -1,4 +1,4 @@
-"""The loop: read, step, log, sample, save; stop cleanly; resume where it stopped."""
+"""The training loop: read, step, log, sample, save; stop on signals, and resume from a checkpoint."""
 
 import logging
 import os
@@ -50,13 +50,14 @@ def train(config, manifest, facts):
     Args:
         config: `Config`.
         manifest: the data set's `Manifest`.
-        facts: `config.DataFacts` of the two.
+        facts: `config.DataFacts` of the settings with this manifest.
 
     Returns:
-        dict with step, seconds, run_dir and whether the run is `finished`.
+        dict with step, seconds of training, run_dir and whether the run is `finished`.
 
     Raises:
-        UsageError: the settings cannot work. RunError: the training failed.
+        UsageError: the settings cannot work.
+        RunError: the training failed.
     """
     failed = True
     watchdog = Watchdog(config.training.timeout)
@@ -80,11 +81,11 @@ def train(config, manifest, facts):
 
 @contextmanager
 def own_folder(config):
-    """Lock the run's folder against other runs; rank 0 does it for all ranks."""
+    """Context that locks the run's folder against other runs; rank 0 does this for all ranks."""
     if int(os.environ.get("RANK", 0)) > 0:
         yield
         return
-    # torchrun may start ranks again a moment before the last process of another node has ended.
+    # torchrun may restart ranks shortly before the last process on another node has ended.
     patience = 10.0 if "TORCHELASTIC_RUN_ID" in os.environ else 1.0
     lock = locked(config.run_dir, "maskalign train", "run_dir", patience)
     try:
@@ -101,15 +102,21 @@ def own_folder(config):
 
 def disk_line(run_dir, error):
     """One line about a full or unwritable disk: the newest checkpoint, and what to do."""
-    there = complete_checkpoints(run_dir)
-    kept, mend = "there is no complete checkpoint yet", "the same command begins again"
-    if there:
-        kept, mend = f"{there[-1].name} is the newest complete checkpoint", "the same command resumes from it"
-    return f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, and {mend}"
+    complete = complete_checkpoints(run_dir)
+    kept, remedy = "there is no complete checkpoint yet", "the same command begins again"
+    if complete:
+        kept, remedy = f"{complete[-1].name} is the newest complete checkpoint", "the same command resumes from it"
+    return f"{run_dir}: cannot be written to ({disk_reason(error)}); {kept}; free space, and {remedy}"
 
 
 class Trainer:
-    """A run: what it is made of, and the loop over it. Arguments as in `train`; `stop` and `watchdog` are its own."""
+    """Builds the parts of a run and runs the training loop.
+
+    Args:
+        config, manifest, facts: as in `train`.
+        stop: `Stop`; by default a new one.
+        watchdog: `Watchdog`; by default a new one.
+    """
 
     def __init__(self, config, manifest, facts, stop=None, watchdog=None):
         self.config = config
@@ -160,12 +167,12 @@ class Trainer:
             latent=manifest.latent,
             data=data_record(config, self.stream.manifests, facts),
         )
-        # Everything that may be refused is checked before the model is built.
+        # All checks that can reject the run come before the model is built.
         if resume:
             check_spec(resume, before, self.spec)
             changes += check_stream(resume, state["stream"], self.stream, config, before)
-        # Built on meta, sharded, then filled: the model need not fit on one device, and all plans start from the same
-        # weights.
+        # The model is built on the meta device, then sharded, then initialized. It need not fit on one device this way,
+        # and all plans start from the same weights.
         with torch.device("meta"):
             self.model = build_model(config, self.spec)
         self.plan = Plan(self.model, config, self.placement)
@@ -205,7 +212,7 @@ class Trainer:
         self.saver = Saver(self.run_dir, training.keep_checkpoints, training.keep_every, training.async_checkpoint)
 
     def _fields(self):
-        """The fields of a sample that a step needs; with latents, for example, images are not decoded."""
+        """The fields of a sample that a step needs. With stored latents, for example, images are not decoded."""
         fields = self.features.fields
         if self.manifest.latent is not None:
             fields.append("moments")
@@ -319,11 +326,11 @@ class Trainer:
         sums, healthy = torch.zeros(5, **zeros), torch.zeros((), **zeros)
         in_a_row = torch.zeros((), **zeros)
         since = {"seconds": self.seconds, "step": self.step, "wait": self.stream.wait_seconds}
-        # Often enough to stop in time, and as seldom as logging where that is more often.
+        # This reads from the device, so it is done as rarely as `max_nonfinite` permits, and at least at every log row.
         check_every = min(training.log_every, training.max_nonfinite)
         teacher_share = TeacherShare(self.device, self.features.needs_images, self._hint)
         batches = iter(self.stream)
-        stop = self.stop.agree()  # a signal may have come while the model was built
+        stop = self.stop.agree()  # a signal may have arrived while the model was built
         while self.progress() < 1 and not stop:
             start = time.perf_counter()
             self.watchdog.enter("data", self.step)
@@ -346,11 +353,11 @@ class Trainer:
                 self._check_finite(in_a_row)
             self.seconds += time.perf_counter() - start
             if training.max_seconds is not None:
-                self.seconds = self.plan.from_rank_0(self.seconds)  # all ranks stop at one step
+                self.seconds = self.plan.from_rank_0(self.seconds)  # so that all ranks stop at the same step
             last = last or self.progress() >= 1
             stop = self.stop.agree()
 
-            # Log an early first row, for users who watch the start of a run.
+            # The first step is logged too, for users who watch the start of a run.
             if self.step % training.log_every == 0 or last or self.step == 1 or stop:
                 steps = self.step - since["step"]
                 self._log(result, sums, healthy, steps, since)
@@ -442,6 +449,6 @@ class Trainer:
 
 
 def merge_ranks(states):
-    """The state to save from those of all ranks: each has its own share of the stream, and its own bad samples."""
+    """Merge the states of all ranks into the state to save; each rank has its own part of the stream and bad samples."""
     stream = merge_states(state["stream"] for state in states)
     return states[0] | {"stream": stream, "bad_samples": sum(state["bad_samples"] for state in states)}

@@ -1,8 +1,9 @@
-"""`training.init_from`: a new run that starts from the weights of another model.
+"""`training.init_from`: start a new run from the weights of another model.
 
-What the two models have in common is loaded. What depends on the data or the teacher (label table, projectors, class
-token) and does not fit starts fresh, as do parts that the other model lacks. Another architecture or another path of
-the objective is refused: its weights would load wherever shapes happen to fit, and compute something else.
+Tensors that both models have are loaded. Parts that depend on the data or the teacher (label table, projectors, class
+token) start from their initial values if they do not fit, and so do parts that the other model lacks. Another
+architecture or another path of the objective is rejected: its weights might load because shapes happen to agree, but
+the model would compute something else.
 """
 
 import torch
@@ -12,11 +13,11 @@ from maskalign.checkpoints.loading import load
 from maskalign.errors import UsageError
 from maskalign.models.initial import assign
 
-# What a plain SiT lacks: it starts at its own initial values.
+# Parts that a plain SiT lacks; they start from their initial values.
 OWN_PARTS = ("mixer.", "fuse.", "projectors.", "class_embedder.", "final_layer.class_linear.")
 LABELS = "y_embedder.embedding_table.weight"
 CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
-# What makes the same shapes another function, or no function at all: attribute of `SiT`, setting.
+# (attribute of `SiT`, setting): sizes that must agree, because otherwise equal shapes would compute something else.
 SIZES = (
     ("depth", "model.depth"),
     ("width", "model.width"),
@@ -27,17 +28,17 @@ SIZES = (
 
 
 def init_from(model, path, config, spec):
-    """Start from the averaged weights at a path.
+    """Load the averaged weights at a path into a new model.
 
     Args:
-        model: `SiT` with its initial weights, spread over the ranks or not; afterwards it counts positions as the
-            weights do.
+        model: `SiT` with its initial weights, sharded over the ranks or not; its position embedding is changed to the
+            one that the weights were trained with.
         path: a run, a checkpoint or a file of weights.
         config: `Config` of the new run.
         spec: `ModelSpec` of the new run.
 
     Returns:
-        A line that says what was loaded, what starts fresh and why, and what of the file is not used.
+        A line of text: what was loaded, what starts fresh and why, and which tensors of the file are not used.
 
     Raises:
         UsageError: the file cannot be read, or holds another architecture or objective.
@@ -66,14 +67,14 @@ def init_from(model, path, config, spec):
     line += resampled
     line += f"; starting fresh: {'; '.join(notes)}" if notes else ""
     if not knows_heads:
-        line += f"; it does not say its number of heads: model.heads {model.heads} is taken"
+        line += f"; the file does not give its number of heads, so model.heads {model.heads} is used"
     if None not in latents and latents[0] != latents[1]:
         line += f"; the latents have the scale {latents[1]}, there {latents[0]}"
     return line + (f"; not used: {_parts(unused)}" if unused else "")
 
 
 def _positions(path, model, there):
-    """Count positions as the weights do, and return what to say about it."""
+    """Give the model the position embedding of the weights; returns the text about it for `init_from`'s line."""
     if not has_fixed_positions(there.pos_embed, there.grid, there.position_grid):
         raise UsageError(
             f"training.init_from: {path} has a position embedding of its own, which is not the fixed sine-cosine one "
@@ -90,7 +91,7 @@ def _positions(path, model, there):
 
 
 def _load(path, heads):
-    """(`Loaded`, whether it says its number of heads): a bare file of sizes that no preset has does not."""
+    """(`Loaded`, whether the file gives its number of heads). A bare file whose sizes are no preset's does not."""
     try:
         return load(path), True
     except HeadsUnknown:
@@ -98,7 +99,7 @@ def _load(path, heads):
 
 
 def _check_function(path, model, there, own, weights, config, trained_path):
-    """Refuse weights that compute something else, whether or not their shapes fit."""
+    """Raise a UsageError for weights that compute something else, whether or not their shapes fit."""
     differences = [
         f"{setting} {getattr(there, name)} (here {getattr(model, name)})"
         for name, setting in SIZES
@@ -111,7 +112,7 @@ def _check_function(path, model, there, own, weights, config, trained_path):
                 differences.append(f"another {setting}")
     if differences:
         raise UsageError(
-            f"training.init_from: {path} is another model: {', '.join(differences)}; set these as they are there, or "
+            f"training.init_from: {path} is another model: {', '.join(differences)}; set these to its values, or "
             "choose other weights"
         )
     if trained_path != config.objective.path:
@@ -130,13 +131,13 @@ def _check_function(path, model, there, own, weights, config, trained_path):
     for names, what in ((missing, "lacks"), (foreign, "has"), (misfit, "has another shape of")):
         if names:
             raise UsageError(
-                f"training.init_from: {path} {what} {names[0]} ({len(names)} such); it is no SiT of the sizes that the "
-                "settings give"
+                f"training.init_from: {path} {what} {names[0]} ({len(names)} such tensors); it is not a SiT of the "
+                "sizes in the settings"
             )
 
 
 def _fresh(model, there, own, weights, spec, loaded):
-    """{prefixes of names: what starts fresh and why} of the parts that are there and cannot be used."""
+    """{prefixes of names: text of what starts fresh and why}, for the parts that both models have but do not fit."""
     fresh = {}
 
     def misfit(prefix):
@@ -179,7 +180,7 @@ def _fresh(model, there, own, weights, spec, loaded):
 
 @torch.no_grad()
 def _labels(parameter, table, old, new):
-    """Load the label table, and return what to say about it. Its last row, "no class", is good for any classes."""
+    """Load the label table; returns a list of text about it. The last row, "no class", is used with any classes."""
     kept = None
     if old is None or old == new:
         kept = "all" if table.shape == parameter.shape else None

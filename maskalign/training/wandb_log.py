@@ -1,4 +1,4 @@
-"""Weights & Biases as a place for a run's curves and pictures: `training.loggers: [tensorboard, wandb]`."""
+"""Log a run's curves and images to Weights & Biases: `training.loggers: [tensorboard, wandb]`."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from pathlib import Path
 from maskalign.errors import UsageError
 from maskalign.runtime.files import write_atomically
 
-FILE_NAME = "wandb.json"  # of a run folder: which W&B run it is
+FILE_NAME = "wandb.json"  # file in the run folder with the id of the W&B run
 
 
 def check_wandb():
-    """Raise a UsageError where the package is missing, or where it could only ask for a key; imports nothing heavy."""
+    """Raise a UsageError if the package is missing or has no API key; does not import the package."""
     if find_spec("wandb") is None:
         raise UsageError("training.loggers: wandb is not installed; pip install 'maskalign[wandb]', or leave it out")
     if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun") or os.environ.get("WANDB_API_KEY"):
@@ -26,15 +26,15 @@ def check_wandb():
 class WandbLog:
     """A run of Weights & Biases that continues when the run folder's training is resumed.
 
-    The project is WANDB_PROJECT or `maskalign`; WANDB_ENTITY, WANDB_MODE and the package's other variables count as
-    ever. Offline files are below RUN/wandb; `wandb sync` uploads them.
+    The project is WANDB_PROJECT or `maskalign`. WANDB_ENTITY, WANDB_MODE and the package's other variables work as
+    usual. Offline files are below RUN/wandb; `wandb sync` uploads them.
 
     Args:
-        run_dir: the run's folder; it keeps the id of the W&B run.
+        run_dir: the run's folder; the id of the W&B run is stored in it.
         settings: dict of all settings, for the page of the run.
 
     Raises:
-        UsageError: W&B refuses the run.
+        UsageError: W&B rejects the run.
     """
 
     def __init__(self, run_dir, settings):
@@ -55,7 +55,8 @@ class WandbLog:
         except wandb.errors.Error as error:
             reason = str(error).strip().splitlines()[0]
             raise UsageError(f"training.loggers: wandb: {reason}; set WANDB_MODE=offline to log without it") from None
-        # A resumed run repeats the steps after its checkpoint: a step is a number of its own, not W&B's counter.
+        # A resumed run repeats the steps after its checkpoint, so the step is logged as a metric instead of W&B's
+        # counter.
         self.run.define_metric("step")
         self.run.define_metric("*", step_metric="step")
 
@@ -69,11 +70,11 @@ class WandbLog:
         return found["id"]
 
     def add_scalars(self, values, step):
-        """Numbers of a step: dict from tag to number."""
+        """Log the scalars of a step, a dict from tag to number."""
         self.run.log({"step": step, **values})
 
     def add_image(self, tag, pixels, step):
-        """A picture of a step: pixels (H, W, C), uint8."""
+        """Log an image of a step: pixels (H, W, C), uint8."""
         self.run.log({"step": step, tag: self.wandb.Image(pixels, caption=f"step {step}")})
 
     def close(self):

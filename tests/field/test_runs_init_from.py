@@ -150,7 +150,7 @@ def test_a_bare_file_does_not_know_its_heads(first, run, capsys, tmp_path):
     torch.save(weights, tmp_path / "bare.pt")
     capsys.readouterr()
     run("second", **STILL, model__heads=4, training__init_from=tmp_path / "bare.pt")
-    assert "does not say its number of heads: model.heads 4 is taken" in capsys.readouterr().out
+    assert "does not give its number of heads, so model.heads 4 is used" in capsys.readouterr().out
 
 
 def test_class_tokens_are_added_loaded_and_renewed(first, run, capsys, tmp_path, data_set_of):
