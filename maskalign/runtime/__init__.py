@@ -1,1 +1,1 @@
-"""What every package may use, without anything about diffusion: devices, ranks, files, locks, restarts."""
+"""General modules that every package may use: devices, ranks, files, locks, restarts."""

@@ -1,7 +1,8 @@
-"""Peak rates of accelerators, the one table of them. Imports no torch."""
+"""Table of the peak rates of accelerators. Imports no torch."""
 
-# Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and what a float32 matmul may use
-# here (TF32, see device.tune_host; MI300X: its float32 matrix rate). The keys are part of the driver's device names.
+# Dense peaks in TFLOP/s from the vendors' data sheets: bfloat16 with float32 sums, and the rate of float32 matrix
+# multiplications (TF32, see device.tune_host; for MI300X its float32 matrix rate). The keys are parts of the device
+# names that the driver reports.
 PEAK_TFLOPS = {
     "A100": (312, 156),
     "H100 PCIe": (756, 378),
@@ -14,6 +15,6 @@ PEAK_TFLOPS = {
 
 
 def peak_tflops(name):
-    """(bfloat16, float32) peak TFLOP/s of a device by the driver's name of it; None for an unknown one."""
+    """(bfloat16, float32) peak TFLOP/s of the device with this name in the driver; None for an unknown device."""
     known = [key for key in PEAK_TFLOPS if key in name]
     return PEAK_TFLOPS[max(known, key=len)] if known else None

@@ -1,4 +1,4 @@
-"""Which device computes, in which precision, and settings of the process that only change its speed."""
+"""Choose the device and the precision, and set process-wide options that only change the speed."""
 
 import ctypes
 import os
@@ -9,10 +9,14 @@ from maskalign.errors import UsageError
 
 
 def find_device(name, setting="training.device"):
-    """The device that a setting means: `auto`, `cpu`, `cuda`, `cuda:1`; of several GPUs the one of this rank.
+    """The torch.device for a setting.
+
+    Args:
+        name: `auto`, `cpu`, `cuda` (this rank's GPU under torchrun), or one GPU, such as `cuda:1`.
+        setting: name of the setting, for the message.
 
     Raises:
-        UsageError: where it is not there.
+        UsageError: the device is not usable.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,12 +27,12 @@ def find_device(name, setting="training.device"):
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         why = str(error).splitlines()[0]
-        raise UsageError(f"{setting}: {name!r} is not usable here ({why}); auto takes what there is") from None
+        raise UsageError(f"{setting}: {name!r} is not usable here ({why}); auto selects a usable device") from None
     return device
 
 
 def compute_dtype(precision, device):
-    """float32 or bfloat16; `auto` takes bfloat16 where the processor multiplies it natively."""
+    """The torch.dtype for `fp32`, `bf16`, or `auto`: bfloat16 if the device multiplies it natively, else float32."""
     if precision == "auto":
         native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
         return torch.bfloat16 if native else torch.float32
@@ -36,7 +40,7 @@ def compute_dtype(precision, device):
 
 
 def cpu_has_bf16():
-    """True where the CPU has bf16 dot products (AVX512-BF16 or AMX); without them bf16 is emulated and slow."""
+    """True if the CPU has bf16 dot products (AVX512-BF16 or AMX); without them bf16 is emulated and slow."""
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -44,9 +48,9 @@ def cpu_has_bf16():
 def tune_host(device):
     """Process-wide settings that only change speed; call once before training.
 
-    On a CPU glibc returns every large freed block to the kernel, and the next step pays for fresh zeroed pages; keeping
-    them is worth several per cent of a step. float32 matmuls may take oneDNN's path ("medium"), which is exact to
-    float32 on CPUs without AMX and faster than MKL on AMD processors.
+    On a CPU, glibc returns every large freed block to the kernel, and the next step must wait for new zeroed pages.
+    Keeping the blocks saves several per cent of a step. float32 matrix multiplications may use oneDNN ("medium"), which
+    computes in full float32 on CPUs without AMX and is faster than MKL on AMD processors.
     """
     if device.type != "cpu":
         torch.set_float32_matmul_precision("high")
@@ -60,4 +64,4 @@ def tune_host(device):
         libc.mallopt(m_trim_threshold, 2**31 - 1)
         libc.mallopt(m_top_pad, 64 * 2**20)
     except (OSError, AttributeError):
-        return  # another C library: nothing to tune
+        return  # another C library, which has no mallopt

@@ -5,7 +5,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-# Errors of the file's location, not of the program: the command ends with one line.
+# Errors of the disk or the file system, not of the program. A command reports them in one line.
 DISK_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "ENODEV", "ENOTCONN", "EREMOTEIO")
@@ -17,7 +17,7 @@ LOST = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
 
 
 def is_disk_error(error):
-    """Whether an exception, or what it was raised from, is a full, lost or read-only disk."""
+    """True if an exception, or one of its causes, is the error of a full, lost or read-only disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             return True
@@ -33,13 +33,13 @@ def disk_reason(error):
 
 
 def sync_file(file):
-    """Make what was written to an open file durable, where its file system can."""
+    """Make the data written to an open file durable, if its file system can."""
     file.flush()
     _sync(file.fileno())
 
 
 def sync_folder(folder):
-    """Make renames in a folder durable, where its file system can."""
+    """Make renames in a folder durable, if its file system can."""
     try:
         handle = os.open(folder or ".", os.O_RDONLY)
     except OSError:
@@ -59,7 +59,7 @@ def _sync(handle):
 
 
 def remove_leftovers(path):
-    """Remove the temporary files of `path` that killed processes left. Only where no other process is writing it."""
+    """Remove temporary files of `path` from killed processes. No other process may be writing `path` meanwhile."""
     pattern = _temporary(Path(path), "*").name
     for temporary in Path(path).parent.glob(pattern):
         temporary.unlink(missing_ok=True)
@@ -78,10 +78,10 @@ def write_atomically(path, data):
 
 @contextmanager
 def replacing(path):
-    """Context with the path of a temporary file, which takes the place of `path` at the end.
+    """Context with the path (str) of a temporary file, which replaces `path` at the end.
 
-    After an error the temporary file is removed, and `path` is what it was before. Its name keeps the ending of `path`,
-    by which libraries choose a format.
+    After an error the temporary file is removed, and `path` is unchanged. The temporary name has the same ending as
+    `path`, because libraries choose a format by it.
     """
     path = Path(path)
     temporary = _temporary(path, os.getpid())

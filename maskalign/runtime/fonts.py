@@ -1,4 +1,4 @@
-"""The font of sheets of pictures, and replacements for names whose characters no font has."""
+"""The font of image sheets, and replacements for names whose characters no installed font has."""
 
 import os
 import sys
@@ -17,25 +17,31 @@ WIDE = ("notosanscjk", "sourcehan", "wqy", "droidsansfallback", "arialuni", "uni
 
 
 def load_font(size, texts=()):
-    """A font that has the characters of all texts, if one is installed; else the usual one.
+    """A font that has the characters of all texts, if one is installed; otherwise the default font.
 
-    That is DejaVu Sans, which matplotlib ships (Latin with all its accents, Greek, Cyrillic), or Pillow's own.
+    The default is DejaVu Sans, which comes with matplotlib (Latin with all accents, Greek, Cyrillic), or Pillow's
+    built-in font without matplotlib.
 
     Args:
-        size: in pixels. texts: str that will be drawn.
+        size: size in pixels.
+        texts: the strings that will be drawn.
 
     Returns:
-        Pillow's font.
+        A font object of Pillow.
     """
     path = _font_path(texts)
     return ImageFont.load_default(size) if path is None else ImageFont.truetype(path, size)
 
 
 def drawable_names(class_names, labels):
-    """Names of all classes, where `label 3` stands for one that will be drawn and whose characters no font has.
+    """Class names that can be drawn: a name whose characters no font has is replaced by, for example, `label 3`.
 
     Args:
-        class_names: name of every label. labels: those that will be drawn, together.
+        class_names: name of every label.
+        labels: the labels that will be drawn on one sheet; other names are unchanged.
+
+    Returns:
+        list of names, one per label.
     """
     names = list(class_names)
     characters = _characters(_font_path([names[label] for label in labels]))
@@ -52,7 +58,7 @@ def drawable_names(class_names, labels):
 
 
 def _font_path(texts):
-    """Path of a font for texts: the usual one unless another one that is installed has more of their characters."""
+    """Path of a font for texts: the default one, unless only another installed font has all their characters."""
     usual, needed = _usual_path(), frozenset("".join(texts))
     if needed <= _characters(usual):
         return usual
@@ -60,7 +66,7 @@ def _font_path(texts):
 
 
 def _usual_path():
-    package = find_spec("matplotlib")  # found, not imported: that takes a second
+    package = find_spec("matplotlib")  # not imported, because this takes a second
     if package is not None:
         path = Path(package.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
         if path.is_file():
@@ -70,7 +76,7 @@ def _usual_path():
 
 @lru_cache(maxsize=32)
 def _path_with(characters):
-    """The installed font that has all of these characters; None without one."""
+    """Path of an installed font that has all of these characters, or None."""
     for path in _installed():
         if characters <= _characters(path):
             return path
@@ -93,7 +99,7 @@ def _installed():
 
 @lru_cache(maxsize=512)
 def _characters(path):
-    """The characters of a font as a frozenset; those of ASCII for Pillow's own font, none of an unreadable file."""
+    """The characters of a font as a frozenset: ASCII for Pillow's built-in font, and none for an unreadable file."""
     if path is None:
         return frozenset(map(chr, range(32, 127)))
     from fontTools.ttLib import TTFont, TTLibError

@@ -1,4 +1,4 @@
-"""Whether a model hub can be reached, asked before anything heavy is imported or a client waits for long."""
+"""Check that a model hub can be reached, before heavy imports and before the hub's client waits for a long time."""
 
 import os
 import threading
@@ -15,9 +15,14 @@ def hub_url():
 
 
 def check_hub(what, repository, instead):
-    """Raise a UsageError where a repository is neither in the cache nor on a hub that answers.
+    """Raise a UsageError if a repository is not in the cache and the hub does not answer.
 
     Without this check the hub's client retries an unknown host for most of a minute.
+
+    Args:
+        what: the setting, at the beginning of the message.
+        repository: name of the repository on the hub.
+        instead: the setting that also accepts a local path, for the message.
     """
     if not in_cache(repository) and not hub_answers(hub_url()):
         raise UsageError(
@@ -27,14 +32,14 @@ def check_hub(what, repository, instead):
 
 
 def in_cache(repository):
-    """Whether the hub's client has some files of a repository on this machine."""
+    """True if the hub's client has files of a repository in its cache on this machine."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return os.path.isdir(os.path.join(HF_HUB_CACHE, f"models--{repository.replace('/', '--')}", "snapshots"))
 
 
 def hub_answers(url, timeout=HUB_TIMEOUT):
-    """Whether anything answers at `url` within `timeout` seconds, including the DNS lookup."""
+    """True if a server answers at `url` within `timeout` seconds, including the DNS lookup."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
     answered = []
@@ -43,13 +48,13 @@ def hub_answers(url, timeout=HUB_TIMEOUT):
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout).close()
         except urllib.error.HTTPError:
-            answered.append(True)  # an error status is an answer too
+            answered.append(True)  # an error status is also an answer
         except (OSError, ValueError):
             return
         else:
             answered.append(True)
 
-    # The DNS lookup has no timeout of its own, hence the thread.
+    # A thread is used because the DNS lookup has no timeout of its own.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(timeout)

@@ -1,4 +1,4 @@
-"""One writer per folder: a lock that the system drops when its process ends, however it ends."""
+"""A lock that allows one writer per folder. The system releases it when the process ends, also when it is killed."""
 
 import json
 import os
@@ -43,7 +43,8 @@ def locked(folder, what, option="--out", patience=1.0):
     finally:
         if handle is not None:
             _held.discard(handle)
-            # Removed while it is still locked: a process that waits for it finds that its file is no longer this one.
+            # The file is removed while it is still locked. A waiting process then sees that its open file is not the
+            # file at this path any more, see `_is_file`.
             path.unlink(missing_ok=True)
             os.close(handle)
         with suppress(OSError):
@@ -62,7 +63,7 @@ def _acquire(path, what, option, patience):
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one before has just left, and the folder was empty
+        except FileNotFoundError:  # the previous holder has just removed the empty folder
             _make(path.parent, option)
             continue
         try:
@@ -85,22 +86,23 @@ def _acquire(path, what, option, patience):
             )
         if _is_file(handle, path):
             break
-        os.close(handle)  # another process has removed it meanwhile
+        os.close(handle)  # another process has removed the file meanwhile
     _held.add(handle)
     note = {"what": what, "pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    with suppress(OSError):  # a full disk locks as well
+    with suppress(OSError):  # on a full disk the lock works without the note
         os.ftruncate(handle, 0)
         os.pwrite(handle, json.dumps(note).encode(), 0)
     return handle
 
 
 def _is_file(handle, path):
+    """True if an open file is still the one at `path`."""
     try:
-        there = os.stat(path)
+        current = os.stat(path)
     except FileNotFoundError:
         return False
     mine = os.fstat(handle)
-    return (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino)
+    return (mine.st_dev, mine.st_ino) == (current.st_dev, current.st_ino)
 
 
 def _holder(handle):
@@ -112,7 +114,7 @@ def _holder(handle):
 
 
 def _leave_to_parent():
-    """A forked child must not keep its parent's lock alive."""
+    """Close the lock files in a forked child, which would otherwise keep its parent's locks."""
     while _held:
         os.close(_held.pop())
 

@@ -17,7 +17,7 @@ def make_folder(path, option="--out"):
         Path.
 
     Raises:
-        UsageError: it cannot be made or written to, or is a data set, which readers expect to hold nothing else.
+        UsageError: the folder cannot be created or written to, or it is a data set, which must not hold other files.
     """
     folder = Path(path)
     if (folder / "manifest.json").exists():
@@ -41,13 +41,14 @@ def check_file(path, option="--out"):
     """Create the folder of a file to write, and check that the file's path is not a folder.
 
     Args:
-        path: the file; option: see `make_folder`.
+        path: the file.
+        option: the option that named it, for the message.
 
     Returns:
         Path.
 
     Raises:
-        UsageError: it cannot be written.
+        UsageError: the file cannot be written.
     """
     file = Path(path)
     if file.is_dir():
@@ -57,6 +58,6 @@ def check_file(path, option="--out"):
 
 
 def is_run(folder):
-    """Whether a folder is that of a training run."""
+    """True if a folder is the folder of a training run."""
     folder = Path(folder)
     return (folder / "checkpoints").is_dir() or all((folder / name).exists() for name in ("config.yaml", "metrics.csv"))

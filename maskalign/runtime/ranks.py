@@ -1,7 +1,7 @@
-"""The processes of torchrun: how they join and leave, the mesh of a plan, and work that is shared without a mesh.
+"""The processes of torchrun: joining and leaving the process group, the mesh of a plan, and work shared without a mesh.
 
-`Placement`, `join_ranks` and `make_mesh` serve training; `Ranks` and `torchrun_ranks` serve sampling, where batches are
-dealt to the ranks and only results are exchanged.
+`Placement`, `join_ranks` and `make_mesh` are for training. `Ranks` and `torchrun_ranks` are for sampling, where batches
+are distributed over the ranks and only results are exchanged.
 """
 
 import os
@@ -24,8 +24,8 @@ PATIENCE = timedelta(days=7)
 class Placement:
     """The device and rank of this process.
 
-    device: torch.device; dtype: of parameters and activations in forward and backward; rank, world_size, local_rank:
-    as torchrun counts; mesh: DeviceMesh with the dimensions `replicate` and `shard`, None for the plan `none`.
+    device: torch.device; dtype: dtype of parameters and activations in forward and backward; rank, world_size,
+    local_rank: as in torchrun; mesh: DeviceMesh with the dimensions `replicate` and `shard`, None for the plan `none`.
     """
 
     device: torch.device
@@ -37,15 +37,19 @@ class Placement:
 
     @property
     def is_main(self):
-        """True on the one rank that writes logs, pictures and the bar."""
+        """True on rank 0, which writes logs and images and shows the progress bar."""
         return self.rank == 0
 
 
 def join_ranks(device, timeout=600):
-    """Start the process group, with torchrun's ranks, or alone where there is no torchrun.
+    """Start the process group with torchrun's ranks, or with this process alone without torchrun.
 
-    The watchdog of training ends a hung job after `timeout` seconds, and says more than torch's own time-out, which
-    comes later. That one also covers the time in which rank 0 draws samples and the others wait for it.
+    The watchdog of training ends a hung job after `timeout` seconds with a detailed message. torch's own time-out is
+    longer, so that it comes later, and so that the other ranks can wait while rank 0 draws samples.
+
+    Args:
+        device: torch.device of this rank.
+        timeout: time limit of the watchdog in seconds.
     """
     if dist.is_initialized():
         return
@@ -65,8 +69,11 @@ def join_ranks(device, timeout=600):
 
 
 def leave_ranks(failed=False):
-    """End the process group. After a failure the others may be stuck in a collective: only the process's end frees us
-    then, and torchrun stops them."""
+    """End the process group, if it can be ended.
+
+    After a failure the other ranks may be waiting in a collective, and ending the group would hang. The process then
+    exits without it, and torchrun stops the others.
+    """
     if dist.is_initialized() and (not failed or dist.get_world_size() == 1):
         dist.destroy_process_group()
 
@@ -79,7 +86,7 @@ def make_mesh(device, shards):
 
 
 class Ranks:
-    """This process among the others; a single process communicates with nothing."""
+    """Collective operations of this process and the others; they do nothing in a single process."""
 
     def __init__(self, rank=0, world_size=1):
         self.rank, self.world_size = rank, world_size
@@ -90,7 +97,7 @@ class Ranks:
             dist.barrier()
 
     def gather(self, value):
-        """Every rank's value (anything that pickles), as a list by rank, on all of them."""
+        """The list of all ranks' values in the order of ranks, on every rank; values can be anything that pickles."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -98,7 +105,7 @@ class Ranks:
         return values
 
     def share(self, items, function):
-        """[function(item) for item in items], each computed by one rank, on all of them."""
+        """[function(item) for item in items] on every rank, where each item is computed by one rank."""
         mine = [function(item) for item in items[self.rank :: self.world_size]]
         parts = [iter(part) for part in self.gather(mine)]
         return [next(parts[number % self.world_size]) for number in range(len(items))]
@@ -106,14 +113,14 @@ class Ranks:
 
 @contextmanager
 def torchrun_ranks():
-    """`Ranks` of this process: those of torchrun, or one alone. The group ends with the context."""
+    """Context with the `Ranks` of torchrun, or of a single process. The process group ends with the context."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size == 1:
         yield Ranks()
         return
-    # gloo, also with GPUs: only finished pictures are sent.
+    # gloo is used with GPUs too, because only finished images are sent.
     store, rank, world_size = rounds.join(PATIENCE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     yield Ranks(dist.get_rank(), world_size)
-    # Not after an error: the others may be inside a collective, and torchrun ends them.
+    # This is skipped after an error: the other ranks may be inside a collective, and torchrun ends them.
     dist.destroy_process_group()

@@ -1,8 +1,8 @@
-"""The number of this start of a job, on which its ranks agree because torchrun's agents do not know it.
+"""Agree on the number of this start of a job, which torchrun does not provide.
 
-With --max-restarts torchrun's store outlives the ranks: it holds the addresses and notes of those that are dead. Each
-start therefore needs names of its own in the store. TORCHELASTIC_RESTART_COUNT cannot give them: every node counts the
-failures of its own ranks, so the counts differ as soon as one of two nodes has lost a rank.
+With --max-restarts, torchrun's store outlives the ranks, and it still holds the addresses and entries of ranks that
+have ended. Each start therefore needs its own names in the store. TORCHELASTIC_RESTART_COUNT cannot be used for them:
+every node counts the failures of its own ranks, so the counts differ as soon as one of two nodes has lost a rank.
 """
 
 import os
@@ -17,16 +17,16 @@ _current = 0
 
 
 def join(timeout):
-    """Meet the other ranks of this start in the store that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE describe.
+    """Wait for the other ranks of this start, in the store that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE describe.
 
     Args:
-        timeout: timedelta, for the slowest rank to come.
+        timeout: timedelta, the time limit for the slowest rank.
 
     Returns:
         (store, rank, world_size): a store that no other start of the job has written to.
 
     Raises:
-        RunError: some ranks did not come.
+        RunError: some ranks did not start in time.
     """
     global _current
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -35,7 +35,7 @@ def join(timeout):
 
 
 def current_store(store):
-    """A connection to the job's store, narrowed to the names of this start."""
+    """A connection to the job's store that sees only the names of this start."""
     return dist.PrefixStore(f"start{_current}", _of_job(store))
 
 
@@ -44,10 +44,18 @@ def _of_job(store):
 
 
 def agree(store, rank, world_size, timeout):
-    """The number of this start, the same on all ranks, and never one that the store has seen before.
+    """The number of this start, the same on all ranks and different from all earlier starts in the store.
 
-    Rank 0 chooses the number. Each other rank asks with a unique word, and accepts only an answer that repeats it:
-    questions of dead ranks, and answers to them, stay in the store without effect.
+    Rank 0 chooses the number. Every other rank asks with a unique word and accepts only an answer that repeats this
+    word. Questions of ranks that have ended, and the answers to them, stay in the store without effect.
+
+    Args:
+        store: the job's store.
+        rank, world_size: of this process.
+        timeout: timedelta.
+
+    Raises:
+        RunError: a rank did not start in time.
     """
     end = time.monotonic() + timeout.total_seconds()
     pause = 0.02 + world_size / 2000

@@ -1,4 +1,4 @@
-"""Sampling: ODE and SDE samplers, classifier-free guidance, and pictures of what a model draws."""
+"""Sampling: ODE and SDE samplers, classifier-free guidance, and sheets of the drawn images."""
 
 from typing import TYPE_CHECKING
 

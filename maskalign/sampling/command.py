@@ -1,4 +1,4 @@
-"""The work of `maskalign sample`: a sheet by class and what else was asked for, or a set for an evaluation."""
+"""The work of `maskalign sample`: a sheet by class and the other requested images, or a set for an evaluation."""
 
 import sys
 from dataclasses import replace
@@ -43,7 +43,7 @@ def sample(
     device="auto",
     progress=True,
 ):
-    """The work of `maskalign sample`: pictures in `out`, drawn by this process or by all ranks of torchrun.
+    """Draw images into the folder `out`, in this process or on all ranks of torchrun; the work of `maskalign sample`.
 
     Args:
         run: a run folder, one of its checkpoints, or a REPA .pt or .safetensors file.
@@ -53,17 +53,17 @@ def sample(
         settings: `Sampling`; its path is replaced by the run's.
         preset, given: a preset, and the names of the settings that it does not replace; see `with_preset`.
         npz: number of images of a set, drawn to `out`/samples_<npz>.npz instead of a sheet.
-        labels: of a set: `balanced`, `uniform`, or None; see `draw_set`.
+        labels: how the labels of a set are chosen: `balanced`, `uniform`, or None; see `draw_set`.
         interpolation: `noise`, `class` or `both`: also write interpolation.png.
-        strip: also write strip.png, the way from noise to image.
-        animation: `gif`, `webp` or `apng`: also write the sheet on that way, as denoising.gif, .webp or .png.
+        strip: also write strip.png, the states from noise to image.
+        animation: `gif`, `webp` or `apng`: also write the denoising sheet as denoising.gif, .webp or .png.
         frames: columns of the strip.
         ema: use the moving average of the weights.
-        vae: decoder of latents, a hub name or a folder; by default the one that the data set's latents are from.
+        vae: decoder of latents, a hub name or a folder; by default the VAE that encoded the data set.
         device: auto, cpu or cuda.
 
     Returns:
-        Paths of the files, the sheet or the .npz first.
+        list of the paths of the files, the sheet or the .npz first; empty on other ranks than 0 for sheets.
     """
     settings = settings or Sampling()
     _check_numbers(npz, per_class, frames, interpolation, strip, animation)
@@ -99,7 +99,7 @@ def sample(
 
 
 def apply_preset(settings, preset, given, model, told):
-    """The settings with those of a preset, see `with_preset`; where `told`, a line says what the preset is."""
+    """The settings with those of a preset, see `with_preset`; if `told`, prints the preset's settings."""
     aligned = len(model.projectors) > 0
     settings, paper = with_preset(settings, preset, given, class_token=model.class_dim is not None, aligned=aligned)
     if paper and told:
@@ -130,7 +130,7 @@ def _sheets(
     network, out, settings, info, ranks, classes, names, decoder, *, per_class, interpolation, strip, animation,
     frames, progress,
 ):  # fmt: skip
-    """Draw and write everything but a set; rank 0 writes."""
+    """Draw and write the sheet, interpolations, strip and animation; rank 0 writes."""
     rows = len(plan_rows(interpolation, classes)) if interpolation else 0
     if interpolation and not rows:
         raise UsageError(f"--interpolate {interpolation} needs two classes or more; add some to --classes")
@@ -179,15 +179,15 @@ def _save(sheet, pictures, labels, out):
 
 
 def decoder_for(network, info, vae):
-    """What makes pictures of a model's latents; None where it draws pixels.
+    """The decoder of a model's latents; None if the model draws pixels.
 
     Args:
-        network: the model as `pictures` draws with it.
+        network: `Network`.
         info: `ModelInfo` of the model.
-        vae: name or folder of an AutoencoderKL; None takes the data set's.
+        vae: name or folder of an AutoencoderKL; by default the VAE of the data set.
 
     Raises:
-        UsageError: latents without a known decoder, or one that cannot be loaded.
+        UsageError: the decoder is not known or cannot be loaded.
     """
     name = vae or info.vae_name
     if name is None:
@@ -203,7 +203,9 @@ def decoder_for(network, info, vae):
 
 
 def _of_all(bar, ranks):
-    """Count this rank's images times the number of ranks: they draw at one pace, so the bar needs no communication."""
+    """Update the bar by this rank's images times the number of ranks. This needs no communication, and all ranks draw
+    equally fast.
+    """
     return lambda images: bar.update(min(images * ranks.world_size, bar.total - bar.n))
 
 

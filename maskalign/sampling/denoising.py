@@ -1,4 +1,4 @@
-"""From noise to image: a strip of the states on the way, and an animation of the whole sheet."""
+"""Show the denoising from noise to image: a strip of states, and an animation of the whole sheet."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ MOST_FRAMES = 32
 
 
 class Trajectory:
-    """Keeps some of the states that a sampler passes through: the `record` of `generate`.
+    """Records some of a sampler's states; used as the `record` of `generate`.
 
     Args:
         steps: steps of the sampler.
-        frames: number of states to keep, the noise and the image included; at most steps + 1 are there.
-        path: the interpolant's path, for the model's guess of the image.
+        frames: number of states to keep, including the noise and the image; a sampler has steps + 1 states.
+        path: the interpolant's path, for the model's prediction of the image.
 
     Attributes:
-        times: of the kept states, 1 is noise; known when they have been recorded.
+        times: times of the kept states, from 1 (noise) to 0; available after recording.
     """
 
     def __init__(self, steps, frames, path="linear"):
@@ -53,7 +53,7 @@ class Trajectory:
         return self._joined(frame, 1)
 
     def guesses(self, frame):
-        """(B, C, H, W) float32, the images that the model points at from a kept frame."""
+        """(B, C, H, W) float32, the clean images that the model predicts at a kept frame."""
         return self._joined(frame, 2)
 
     def _joined(self, frame, which):
@@ -61,12 +61,12 @@ class Trajectory:
 
 
 def denoising_strip(trajectory, classes, class_names, per_class, *, frames=10, decoder=None, title=None):
-    """The way of each class's first picture: two rows a class, the states and the images that the model points at.
+    """The denoising of each class's first image, in two rows per class: the states, and the predicted clean images.
 
     Args:
         trajectory: `Trajectory` of a class sheet.
-        classes, class_names, per_class: those of the sheet.
-        frames: columns; evenly spread over what was kept.
+        classes, class_names, per_class: as for the class sheet.
+        frames: number of columns, evenly spread over the kept states.
         decoder: latents -> images; None for pixels.
 
     Returns:
@@ -86,10 +86,11 @@ def denoising_strip(trajectory, classes, class_names, per_class, *, frames=10, d
 
 
 def save_animation(path, trajectory, classes, class_names, per_class, *, decoder=None, title=None):
-    """Write the class sheet on its way from noise to image, animated; the path's ending, one of ANIMATIONS, says how.
+    """Write the denoising of the class sheet as an animation.
 
     Args:
-        trajectory, classes, class_names, per_class, decoder, title: those of `denoising_strip`.
+        path: the file; its ending, one of the values of ANIMATIONS, gives the format.
+        trajectory, classes, class_names, per_class, decoder, title: as for `denoising_strip`.
 
     Returns:
         The path.
@@ -101,12 +102,12 @@ def save_animation(path, trajectory, classes, class_names, per_class, *, decoder
         words = ", ".join(filter(None, [title, f"t = {trajectory.times[number]:.2f}"]))
         return class_grid(list(pictures), names, title=words)
 
-    # A title can be wider than the sheet, and its width changes with the digits: all frames have the last one's size.
+    # A title can be wider than the sheet, and its width changes with the digits. All frames get the size of the last.
     last = frame(count - 1)
     frames = [frame(number).crop((0, 0, *last.size)) for number in range(count - 1)] + [last]
     kind = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}[path.suffix]
     if kind == "GIF":
-        palette = last.quantize(256)  # one for all frames, so that the finished pictures do not flicker
+        palette = last.quantize(256)  # one palette for all frames, so that the finished images do not flicker
         frames = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in frames]
     options = {"quality": 75, "method": 4} if kind == "WEBP" else {}
     durations = [FRAME_MS] * (count - 1) + [LAST_FRAME_MS]

@@ -1,4 +1,4 @@
-"""Draw images from a model, in batches, each with noise of its own; and sheets of them by class."""
+"""Draw images from a model in batches, where every image has its own noise stream; and draw sheets by class."""
 
 from contextlib import contextmanager
 from typing import Any, Callable, Optional, Sequence, Union
@@ -15,7 +15,7 @@ from maskalign.sampling.pictures import to_uint8
 from maskalign.sampling.samplers import euler, euler_maruyama, heun
 from maskalign.sampling.settings import Sampling
 
-# The k-th picture of a class has the same noise whichever other classes are drawn with it.
+# The k-th image of a class has index label * INDICES_PER_CLASS + k, so its noise does not depend on the other classes.
 INDICES_PER_CLASS = 1 << 16
 
 
@@ -45,25 +45,25 @@ def generate(
     """Draw one image per label.
 
     Args:
-        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` that is called like one; or a
-            `Network`, which avoids a copy of the weights in every call that draws in bf16. A class token, where the
-            model has one, is denoised together with the image and not returned.
+        model: a `SiT`, or a callable with the same signature and the attributes `in_channels`, `input_size` and
+            `num_classes`; or a `Network`, which avoids a copy of the weights in every call that draws in bf16. If the
+            model has a class token, it is denoised together with the image and not returned.
         labels: (B,) int64 tensor or list, in [0, num_classes]; or (B, D) class embeddings, for points between classes.
         settings: `Sampling`.
-        indices: index of every image in its set, which its noise depends on; 0, 1, 2... by default.
-        noise: (rows of the set, as a slice) -> what draws their noise, with the methods of `ImageNoise`; by default
-            `ImageNoise` of the indices.
+        indices: index of every image in its set, which determines its noise; 0, 1, 2... by default.
+        noise: function from a slice of the set to an object with the methods of `ImageNoise`, which draws the noise of
+            these images; by default `ImageNoise` of the indices.
         on_images: called with a (fractional) number of images as they progress.
-        record: called as `record(rows, step, time, state, velocity)`, see `samplers.euler`; rows is a slice, state and
-            velocity are those of the images, without the class token.
-        ranks: `Ranks` that share the batches; all of them get all images. By default this process alone.
+        record: called as `record(rows, step, time, state, velocity)`, see `samplers.euler`; rows is a slice, and state
+            and velocity are of the images, without the class token.
+        ranks: `Ranks` that share the batches; every rank gets all images. By default this process alone.
 
     Returns:
-        (B, C, H, W) float32 on the model's device: pixels in about [-1, 1], or scaled latents. The same bits on any
-        number of ranks that compute with as many threads: a batch holds the same images on all of them.
+        (B, C, H, W) float32 on the model's device: pixels in about [-1, 1], or scaled latents. The result is identical
+        in every bit for any number of ranks with equal numbers of threads, because the batches are the same.
 
     Raises:
-        UsageError: a label outside the classes, or guidance of a class token that the model does not have.
+        UsageError: a label is outside the classes, or guidance of a class token that the model does not have.
         RunError: the model gave non-finite numbers.
     """
     settings = settings or Sampling()
@@ -116,16 +116,16 @@ def _generate(network, labels, settings, indices, noise, on_images, record, rank
 
 
 def check_class_guidance(network, settings):
-    """Raise a UsageError where settings guide a class token that the model does not have."""
+    """Raise a UsageError if the settings guide a class token and the model has none."""
     if settings.cls_cfg_scale is not None and getattr(network, "class_dim", None) is None:
         raise UsageError(f"--cls-cfg-scale: {settings.cls_cfg_scale:g}, but the model has no class token; leave it out")
 
 
 def checked_labels(labels, num_classes):
-    """Labels as an int64 tensor, or class embeddings as they are.
+    """Labels as an int64 tensor, or class embeddings unchanged.
 
     Raises:
-        UsageError: a label outside [0, num_classes].
+        UsageError: a label is outside [0, num_classes].
     """
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() and labels.dim() == 2:
@@ -150,15 +150,15 @@ def class_sheet(
     model, classes, class_names, settings=None, *, per_class=8, decoder=None, title=None, on_images=None, record=None,
     ranks=None,
 ):  # fmt: skip
-    """A sheet of pictures, a row per class.
+    """Draw a sheet of images with one row per class.
 
     Args:
-        model, settings, on_images, record, ranks: those of `generate`.
+        model, settings, on_images, record, ranks: as for `generate`.
         classes: labels, one row each.
         class_names: name of every label of the model.
-        per_class: pictures in a row.
+        per_class: images in a row.
         decoder: latents (B, C, h, w) -> images in [-1, 1]; None for pixels.
-        title: a line above the pictures.
+        title: a line above the images.
 
     Returns:
         (PIL.Image, pictures): pictures is (len(classes), per_class, H, W, C) uint8.
@@ -170,14 +170,14 @@ def class_sheet(
 
 
 def sheet_labels(classes, per_class):
-    """(labels, indices) of the pictures of a sheet, row by row."""
+    """(labels, indices) of the images of a sheet, row by row."""
     labels = torch.tensor(classes).repeat_interleave(per_class)
     return labels, [label * INDICES_PER_CLASS + k for label in classes for k in range(per_class)]
 
 
 def visible(images, decoder=None):
-    """What a model draws, as pictures: (B, C, H, W) pixels or latents -> (B, H, W, 1 or 3) uint8 on the CPU."""
+    """Convert (B, C, H, W) pixels or latents to images (B, H, W, 1 or 3), uint8 on the CPU."""
     images = decoder(images) if decoder else images
-    # Without a decoder (previews during training), show the first three of the channels.
+    # Latents without a decoder (previews during training) are shown by their first three channels.
     images = images if images.shape[1] in (1, 3) else images[:, :3] if images.shape[1] > 3 else images[:, :1]
     return to_uint8(images)

@@ -1,4 +1,4 @@
-"""Sheets of pictures: a row per class, with the class's name on its left."""
+"""Sheets of images: one row per class, with the class's name on its left."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,7 +12,7 @@ LONGEST_NAME = 190
 
 
 def _shorten(text, font, width):
-    """`text`, cut with an ellipsis where it is wider than `width` pixels."""
+    """`text`, cut with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -41,7 +41,7 @@ def picture_grid(rows, left, *, right=None, columns=None, title=None, cell=None,
     """Draw rows of pictures with a name on their left and, if given, on their right and above each column.
 
     Args:
-        rows, title, cell, gap: those of `class_grid`.
+        rows, title, cell, gap: as for `class_grid`.
         left, right: a name per row.
         columns: a heading per column.
 
@@ -91,7 +91,7 @@ def picture_grid(rows, left, *, right=None, columns=None, title=None, cell=None,
 
 
 def _names(names, font, gap):
-    """Names in one line of the longest length each, and the pixels that they take beside the pictures."""
+    """(names shortened to one line of LONGEST_NAME pixels, width in pixels of their column)."""
     names = [_shorten(str(name).replace("\n", " "), font, LONGEST_NAME) for name in names]
     return names, round(max(font.getlength(name) for name in names)) + 3 * gap
 

@@ -8,23 +8,23 @@ from maskalign.sampling.settings import class_token_scale
 
 
 class Guided:
-    """A velocity function of a model and its labels: v_null + scale * (v_label - v_null) where low <= t <= high.
+    """A guided velocity function of a model and its labels: v_null + scale * (v_label - v_null) for low <= t <= high.
 
-    All channels are guided. Outside the interval, and with scale 1, the model runs on the labels alone.
+    All channels are guided. Outside the interval, and with scale 1, only the conditional velocity is computed.
 
-    For a model with a class token x holds both, as `state.StateLayout` packs them, and the class token is guided by a
-    scale of its own. Where the image's scale is above 1 these are the velocities of REG's sampler (arXiv 2507.01467),
-    which guides neither of the two at any other scale. Here the class token's own scale also applies where the image is
-    not guided.
+    For a model with a class token, x holds the image and the class token, as `state.StateLayout` packs them, and the
+    class token has its own guidance scale. If the image's scale is above 1, the velocities are those of REG's sampler
+    (arXiv 2507.01467). At other scales REG guides neither of the two, while here the class token's own scale still
+    applies.
 
     Args:
-        model: called as `model(x, t, labels)`; gives the velocity, or something with an attribute `velocity`. A `SiT`
-            with a class token, which takes image and class token apart, is called through a `Network`.
+        model: called as `model(x, t, labels)`; returns the velocity, or an object with an attribute `velocity`. A `SiT`
+            with a class token takes image and class token separately, so it is called through a `Network`.
         labels: (B,) int64, or (B, D) class embeddings.
-        null_label: the label that means "no class", by default `model.num_classes`; (D,) where labels are embeddings.
+        null_label: the label for "no class", by default `model.num_classes`; (D,) if labels are embeddings.
         scale: guidance scale; 1 is none.
         interval: (low, high), both included.
-        class_scale: guidance scale of the class token: None for the image's, 0 for the conditional velocity alone.
+        class_scale: guidance scale of the class token: None for the image's scale, 0 for no guidance.
     """
 
     def __init__(self, model, labels, *, null_label=None, scale=1.0, interval=(0.0, 1.0), class_scale=None):

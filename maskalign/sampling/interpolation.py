@@ -1,4 +1,4 @@
-"""Pictures between pictures: rows that go from one noise, one class, or both, to another."""
+"""Interpolations: rows of images between two noises, two classes, or both."""
 
 import math
 
@@ -15,12 +15,12 @@ KINDS = ("noise", "class", "both")
 class BlendedNoise:
     """Noise on the quarter circle between two images' noises: cos(pi w / 2) a + sin(pi w / 2) b.
 
-    The squares of the weights sum to one, so every point is standard normal noise; the middle of a straight line would
-    not be. All draws are blended, including the later ones of the SDE and those of the class token.
+    The squares of the weights sum to one, so every point is standard normal noise. This would not hold on a straight
+    line. All draws are blended, including the later draws of the SDE and those of the class token.
 
     Args:
-        first, second: `ImageNoise` of as many images.
-        weight: (B,) float64, 0 gives the first and 1 the second, to the last bit.
+        first, second: `ImageNoise` of the same number of images, B.
+        weight: (B,) float64; 0 gives exactly the first noise and 1 exactly the second.
     """
 
     def __init__(self, first, second, weight):
@@ -40,10 +40,10 @@ class BlendedNoise:
 
 
 def plan_rows(kind, classes):
-    """The two ends of every row, as ((label, number of a picture), (label, number of a picture)) of the class sheet.
+    """The two ends of every row, as ((label, k), (label, k)), where k is the number of an image of the class sheet.
 
-    `noise`: from the first to the second picture of each class. `class`: from each class to the next one, with the
-    noise of the former's first picture. `both`: from the first picture of each class to that of the next one.
+    `noise`: from the first to the second image of each class. `class`: from each class to the next one, with the
+    noise of the first class's first image. `both`: from the first image of each class to that of the next class.
     """
     if kind == "noise":
         return [((label, 0), (label, 1)) for label in classes]
@@ -53,14 +53,14 @@ def plan_rows(kind, classes):
 def interpolate(
     model, kind, classes, class_names, settings, *, columns=8, decoder=None, title=None, on_images=None, ranks=None
 ):
-    """A sheet of interpolations.
+    """Draw a sheet of interpolations.
 
     Args:
-        model, settings, on_images, ranks: those of `generate`.
+        model, settings, on_images, ranks: as for `generate`.
         kind: `noise`, `class` (the class embeddings are blended in a straight line) or `both`.
         classes: labels, at least one for `noise` and two otherwise.
         class_names: name of every label of the model.
-        columns: pictures in a row, the two ends included; at least 2.
+        columns: images in a row, including the two ends; at least 2.
         decoder: latents -> images; None for pixels.
 
     Returns:

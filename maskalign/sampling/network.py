@@ -1,4 +1,4 @@
-"""A model as the samplers run it: without projectors, and with weights that are rounded to bf16 once."""
+"""The model as the samplers call it: without projectors, and with weights that are rounded to bf16 only once."""
 
 import copy
 from contextlib import nullcontext
@@ -11,24 +11,25 @@ from maskalign.sampling.state import StateLayout
 
 
 class Network:
-    """Gives the velocity of a model at (state, t, labels) in the precision that sampling asks for.
+    """Computes the velocity of a model at (state, t, labels) in the precision of the sampling settings.
 
-    A state is the image, or for a model with a class token the image and the class token in one tensor, as
-    `state.StateLayout` packs them; the velocity has the same form.
+    A state is the image. For a model with a class token it is the image and the class token in one tensor, as
+    `state.StateLayout` packs them. The velocity has the same form.
 
-    With `bf16` it runs a copy of the model whose weights are bf16: autocast would round each of them at every use, or
-    keep a second set beside the first. The time enters in float32, since 8 bits do not tell 0.996 from 1; the velocity
-    leaves in float32. A model that is compiled or sharded cannot be copied and runs under autocast instead.
+    With `bf16` it runs a copy of the model with bf16 weights. Autocast would round each weight at every use, or keep a
+    second set of weights. The time is given in float32, because bfloat16 cannot distinguish 0.999 from 1, and the
+    velocity is returned in float32. A model that is compiled or sharded cannot be copied and runs under autocast.
 
     Args:
-        model: a `SiT`, or anything with its `in_channels`, `input_size` and `num_classes` (and, where it has a class
-            token, `class_dim`) that is called like one.
-        precision: `fp32` (the dtype of the model's own weights), `bf16`, or `auto`: bf16 where the processor has it.
+        model: a `SiT`, or a callable with the same signature and the attributes `in_channels`, `input_size` and
+            `num_classes` (and `class_dim`, if it has a class token).
+        precision: `fp32` (the dtype of the model's own weights), `bf16`, or `auto`: bf16 if the processor supports it.
 
     Attributes:
-        in_channels, input_size, num_classes, class_dim: those of the model; class_dim is None without a class token.
-        layout: `StateLayout` of its states.
-        device: torch.device; dtype: torch.dtype that states are given in, float32 (float64 for a float64 model).
+        in_channels, input_size, num_classes, class_dim: of the model; class_dim is None without a class token.
+        layout: `StateLayout` of the states.
+        device: torch.device of the model.
+        dtype: torch.dtype of the states, float32 (float64 for a float64 model).
         precision: `fp32` or `bf16`.
     """
 
@@ -71,12 +72,12 @@ class Network:
 
 
 def resolve_precision(precision, device):
-    """`fp32` or `bf16`: `auto` is bf16 where the processor multiplies it natively."""
+    """`fp32` or `bf16`; `auto` becomes bf16 if the device multiplies it natively."""
     return "bf16" if compute_dtype(precision, device) == torch.bfloat16 else "fp32"
 
 
 def can_copy(model):
-    """False for a model whose forward is compiled or whose weights are sharded: both are bound to the original."""
+    """False if a model's forward is compiled or its weights are sharded, because a copy would refer to the original."""
     from torch.distributed.tensor import DTensor
 
     plain = not any("forward" in vars(module) for module in model.modules())
@@ -84,6 +85,6 @@ def can_copy(model):
 
 
 def bf16_copy(model):
-    """The model in bf16, in eval mode and without projectors; the original is left as it is."""
+    """A copy of the model in bf16, in eval mode and without projectors."""
     skipped = {id(model.projectors): nn.ModuleList()} if hasattr(model, "projectors") else {}
     return copy.deepcopy(model, skipped).requires_grad_(False).to(torch.bfloat16).eval()

@@ -1,4 +1,4 @@
-"""Noise that belongs to an image, not to a batch: the same for any batch size and any number of processes."""
+"""Noise per image: an image's noise is the same for any batch size and any number of processes."""
 
 import hashlib
 
@@ -14,17 +14,17 @@ def _hash(key):
 def image_seed(seed, index, kind="noise"):
     """A seed for one image, in [0, 2^32); for one `seed` and `kind`, different indices below 2^32 never share it.
 
-    (torch's generator for the CPU uses 32 bits of a seed: a plain hash would give two of 50,000 images the same noise
-    in one set of four.)
+    torch's generator for the CPU uses 32 bits of a seed. With a plain hash, two of 50,000 images would have the same
+    noise in one of four sets.
     """
     return (_hash(f"{kind}/{seed}") ^ (index * 0x9E3779B1)) & 0xFFFFFFFF
 
 
 class ImageNoise:
-    """A stream of standard normal noise for every image: its starting noise first, then one draw per SDE step.
+    """A stream of standard normal noise for every image: first the starting noise, then one draw per SDE step.
 
-    Drawn on the CPU, so that an index gives the same picture on every device. The class token's numbers come from a
-    generator of their own: an image has the same noise in a model with a class token and in one without.
+    The noise is drawn on the CPU, so that an index has the same noise on every device. The class token has a separate
+    generator, so that an image has the same noise in models with and without a class token.
 
     Args:
         seed: the seed of the whole set.
@@ -42,7 +42,7 @@ class ImageNoise:
         self.class_streams = [] if class_dim is None else _generators(seed, indices, "class-noise")
 
     def draw(self, dtype=torch.float32):
-        """The next draw of every image, drawn in float64 whatever the dtype.
+        """The next draw of every image, drawn in float64 and converted to `dtype`.
 
         Returns:
             (B, C, H, W); with a class token (B, C * H * W + class_dim), see `state.StateLayout`.
@@ -62,7 +62,7 @@ def _generators(seed, indices, kind):
 
 
 def _next(generators, shape):
-    """(B, *shape) float64, a draw of every generator."""
+    """(B, *shape) float64, one draw from every generator."""
     draws = [torch.randn(shape, generator=generator, dtype=torch.float64) for generator in generators]
     return torch.stack(draws) if draws else torch.empty(0, *shape, dtype=torch.float64)
 

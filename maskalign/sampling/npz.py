@@ -1,7 +1,7 @@
-"""ADM's .npz of samples, written while they are drawn, by any number of processes; it can be stopped and resumed.
+"""Write samples to an .npz in ADM's format while they are drawn, in any number of processes; this can be resumed.
 
-Drawn images go to a memory-mapped .npy beside a file with one byte per image that says which are done; the archive is
-made at the end. `NAME.json` keeps the settings, and a set that was begun with other settings is refused.
+Drawn images are written to a memory-mapped .npy. A second file has one byte per image, which is 1 if the image is done.
+The archive is written at the end. `NAME.json` keeps the settings, and resuming with other settings is an error.
 """
 
 import json
@@ -32,14 +32,14 @@ def _check_settings(record, settings):
 
 
 def _prepare(images, done, count, shape):
-    """Create the two working files, with their space on disk taken, unless they are there."""
+    """Create the two working files and allocate their space on disk, unless they exist."""
     if images.exists() and done.exists() and done.stat().st_size == count:
         return
     done.unlink(missing_ok=True)
     array = np.lib.format.open_memmap(images, mode="w+", dtype=np.uint8, shape=(count, *shape))
     size = array.offset + array.nbytes
     del array
-    # A full disk must be an error now, and not a signal in the middle of a write to mapped memory.
+    # With this, a full disk is an error now, and not a signal during a write to mapped memory.
     with open(images, "r+b") as file:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size)
@@ -53,27 +53,27 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
         path: the .npz to write.
         shape: (H, W, 3) of an image.
         draw: indices (list of int) -> (n, H, W, 3) uint8 array or tensor; an image may depend only on its index.
-            Batches are cut from the set at fixed places, so that one size gives the same bits on any number of ranks.
-        settings: dict that JSON can hold: what the images depend on.
+            The batches do not depend on the number of ranks, so that equal batch sizes give identical images.
+        settings: dict of the settings that the images depend on; it must be serializable as JSON.
         batch_size: images per call of `draw`.
-        rank, world_size: this process; the batches that are missing are dealt round robin.
-        barrier: waits for all processes; required with more than one.
-        on_done: called with a number of this process's images as they are finished, and first with its share of those
-            of an earlier run.
+        rank, world_size: of this process; the missing batches are distributed round robin.
+        barrier: function that waits for all processes; required with more than one.
+        on_done: called with the number of images that this process has just finished, and first with its share of the
+            images of an earlier run.
 
     Returns:
-        The path. A set that is already complete is left as it is.
+        The path. A complete set is not changed.
 
     Raises:
         UsageError: the set was begun with other settings.
-        RunError: no space left.
+        RunError: there is no space left on the disk.
     """
     path = Path(path)
     record, images, done = (path.with_suffix(ending) for ending in (".json", ".partial.npy", ".partial.done"))
     _check_settings(record, settings)
     meet = barrier or (lambda: None)
     try:
-        # Every process looks before the first one may write: they must agree on whether the set is complete.
+        # Every process checks this before rank 0 writes, so that all agree on whether the set is complete.
         complete = path.exists()
         meet()
         if complete:
@@ -87,7 +87,7 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
             _prepare(images, done, count, shape)
         meet()
         missing = _missing(done, count, batch_size)
-        meet()  # the same batches for all, before the first of them is done
+        meet()  # all processes must read the missing batches before one of them finishes a batch
         if on_done:
             on_done((count - sum(map(len, missing))) / world_size)
         _draw_missing(images, done, draw, missing[rank::world_size], on_done)
@@ -103,7 +103,7 @@ def write_npz(path, count, shape, draw, *, settings, batch_size, rank=0, world_s
 
 
 def _missing(done, count, batch_size):
-    """The batches (ranges of indices) of which at least one image is not drawn yet."""
+    """The batches (ranges of indices) with at least one image that is not done."""
     flags = np.fromfile(done, dtype=np.uint8)
     batches = [range(begin, min(begin + batch_size, count)) for begin in range(0, count, batch_size)]
     return [batch for batch in batches if not flags[batch.start : batch.stop].all()]
@@ -115,7 +115,7 @@ def _draw_missing(images, done, draw, batches, on_done):
     for batch in batches:
         rows = slice(batch.start, batch.stop)
         array[rows] = np.asarray(draw(list(batch)))
-        array.flush()  # the images are on disk before they count as done
+        array.flush()  # the images must be on disk before they count as done
         flags[rows] = 1
         flags.flush()
         if on_done:
@@ -123,7 +123,7 @@ def _draw_missing(images, done, draw, batches, on_done):
 
 
 def _pack(images, path):
-    """Put the .npy into an uncompressed archive, which appears under its name only when it is whole."""
+    """Write the .npy into an uncompressed archive, and rename it to `path` when it is complete."""
     temporary = path.with_suffix(".partial.npz")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.write(images, "arr_0.npy")

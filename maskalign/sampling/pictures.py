@@ -1,11 +1,11 @@
-"""From what a model draws to uint8 pictures: pixels as they are, latents through a VAE's decoder."""
+"""Convert a model's samples to uint8 images; latents are decoded by a VAE first."""
 
 import torch
 
 from maskalign.data.build.vae import load_vae, vae_scaling
 from maskalign.errors import RunError, UsageError
 
-# sd-vae-ft-mse's.
+# The scale of sd-vae-ft-mse.
 LATENT_SCALE = 0.18215
 
 
@@ -26,10 +26,10 @@ def to_uint8(images, truncate=False):
 
 
 class Decoder:
-    """A VAE's decoder, in chunks so that memory does not grow with the batch.
+    """A VAE's decoder. It runs in chunks, so that memory does not grow with the batch.
 
     Args:
-        vae: a diffusers AutoencoderKL, or anything whose `decode(z)` gives images, or has them as `.sample`.
+        vae: a diffusers AutoencoderKL, or an object whose `decode(z)` returns images, or an object with `.sample`.
         scale, bias: a latent is `z * scale + bias`, with z a draw of the stored moments.
         chunk: images decoded at once.
         mean, std: lists of one number per channel, by which z was standardized before it was stored; None for none.
@@ -64,14 +64,18 @@ class Decoder:
 
 
 def load_decoder(name, *, scale=None, bias=0.0, latent=None, channels=None, device="cpu", chunk=8):
-    """The decoder of a diffusers AutoencoderKL.
+    """Load the decoder of a diffusers AutoencoderKL.
 
     Args:
-        name: its name on the model hub, or a local folder.
-        scale, bias, chunk: those of `Decoder`.
-        latent: the manifest's entry of the latents, with scale, bias and maybe mean and std. Without it, and without
-            scale, latents are as the VAE's own config says.
-        channels: of the latents to decode, where they are known.
+        name: name on the model hub, or a local folder.
+        scale, bias, chunk: as for `Decoder`.
+        latent: the manifest's entry of the latents, with scale, bias and optionally mean and std. Without it, and
+            without scale, the values of the VAE's own config are used.
+        channels: number of channels of the latents to decode, if known.
+        device: where the VAE runs.
+
+    Returns:
+        Decoder.
 
     Raises:
         UsageError: diffusers is not installed, the VAE cannot be loaded, or has another number of channels.

@@ -1,11 +1,11 @@
 """Solvers of the sampling ODE and SDE, from noise (t = 1) to data (t = 0), on REPA's grids.
 
-The state is float64 whatever the model computes in. A velocity function is called as `velocity_fn(x, t)` with x in the
-noise's dtype and t a (B,) tensor of that dtype, and gives the velocity, of x's shape. `functools.partial` or
-`guidance.Guided` bind a model and its labels.
+The state is float64 in any precision of the model. A velocity function is called as `velocity_fn(x, t)`, with x in the
+noise's dtype and t a (B,) tensor of that dtype, and returns the velocity, of x's shape. Use `functools.partial` or
+`guidance.Guided` to bind a model and its labels.
 
-The solvers treat every element of the state independently, so x may hold anything: images, or images and class tokens
-in one tensor (`state.StateLayout`).
+The solvers treat every element of the state independently, so x may be images, or images and class tokens in one tensor
+(`state.StateLayout`).
 """
 
 from typing import Callable, Optional
@@ -15,7 +15,7 @@ import torch
 from maskalign.objective.interpolant import Interpolant
 from maskalign.sampling.guidance import Guided
 
-# REPA's SDE grid ends at this time, and one step without noise leads to 0: the score diverges as t goes to 0.
+# REPA's SDE grid ends at this time, because the score diverges as t goes to 0. One step without noise then goes to 0.
 LAST_SDE_TIME = 0.04
 
 
@@ -34,7 +34,7 @@ def _check(steps):
 def _velocity(velocity_fn, x, time, dtype, guidance_time=None):
     """The velocity at a float64 state x, as float64; `time` is a float."""
     t = torch.full((x.shape[0],), time, dtype=torch.float64, device=x.device).to(dtype)
-    # The interval of guidance is compared with the unrounded time, which also spares a copy from the device.
+    # The guidance interval is compared with the unrounded time, which also avoids a copy from the device.
     known = {"time": time if guidance_time is None else guidance_time} if isinstance(velocity_fn, Guided) else {}
     return velocity_fn(x.to(dtype), t, **known).to(torch.float64)
 
@@ -42,9 +42,9 @@ def _velocity(velocity_fn, x, time, dtype, guidance_time=None):
 def score_from_velocity(
     velocity: torch.Tensor, x: torch.Tensor, t: torch.Tensor | float, path: str = "linear"
 ) -> torch.Tensor:
-    """Score of the marginal at time t: with r = alpha / alpha', (r v - x) / (sigma^2 - r sigma' sigma).
+    """Score of the marginal at time t: (r v - x) / (sigma^2 - r sigma' sigma), with r = alpha / alpha'.
 
-    (SiT, arXiv 2401.08740, eq. 9.)
+    This is equation 9 of SiT, arXiv 2401.08740.
 
     Args:
         velocity, x: (B, ...).
@@ -62,7 +62,7 @@ def score_from_velocity(
 
 
 def data_from_velocity(velocity: torch.Tensor, x: torch.Tensor, time: float, path: str = "linear") -> torch.Tensor:
-    """The clean image that a velocity points at: (sigma' x - sigma v) / (alpha sigma' - sigma alpha').
+    """The clean image that a velocity predicts: (sigma' x - sigma v) / (alpha sigma' - sigma alpha').
 
     Solves x = alpha x0 + sigma eps and v = alpha' x0 + sigma' eps for x0; on the linear path it is x - t v.
 
@@ -83,11 +83,11 @@ def data_from_velocity(velocity: torch.Tensor, x: torch.Tensor, time: float, pat
 def euler(
     velocity_fn: Velocity, noise: torch.Tensor, steps: int, *, on_step: OnStep = None, on_state: OnState = None
 ) -> torch.Tensor:
-    """Euler's method on `linspace(1, 0, steps + 1)`; one evaluation a step.
+    """Euler's method on `linspace(1, 0, steps + 1)`, with one evaluation per step.
 
     Args:
         velocity_fn: (x, t) -> velocity.
-        noise: (B, ...) the state at t = 1; its dtype is the one that velocity_fn is given.
+        noise: (B, ...) the state at t = 1; velocity_fn gets states of this dtype.
         steps: number of steps, at least 1.
         on_step: called without arguments after each step.
         on_state: called as `on_state(step, time, x, velocity)` with the state before each step, and at the end with
@@ -114,11 +114,10 @@ def euler(
 def heun(
     velocity_fn: Velocity, noise: torch.Tensor, steps: int, *, on_step: OnStep = None, on_state: OnState = None
 ) -> torch.Tensor:
-    """Heun's method on Euler's grid: 2 * steps - 1 evaluations, the last step is one of Euler's.
+    """Heun's method on the same grid as `euler`, with 2 * steps - 1 evaluations; the last step is an Euler step.
 
-    Both evaluations of a step are guided, or both are not, by the time at which the step begins.
-
-    Args, returns: those of `euler`.
+    The time at which a step begins decides whether both its evaluations are guided. For the arguments and the result
+    see `euler`.
     """
     times = torch.linspace(1, 0, _check(steps) + 1, dtype=torch.float64).tolist()
     x = noise.to(torch.float64)
@@ -158,7 +157,8 @@ def euler_maruyama(
         velocity_fn, noise, steps, on_step, on_state: as for `euler`.
         path: `linear` or `cosine`, for the score.
         last: the last time before 0.
-        randn: x -> standard normal noise like x (float64); torch.randn_like by default. See `noise.ImageNoise`.
+        randn: function x -> standard normal noise of x's shape and dtype (float64); torch.randn_like by default. See
+            `noise.ImageNoise`.
 
     Returns:
         (B, ...) float64.
@@ -168,7 +168,7 @@ def euler_maruyama(
     x = noise.to(torch.float64)
     for step, (now, then) in enumerate(zip(times[:-1], times[1:], strict=True)):
         diffusion, dt = 2 * now, then - now
-        # Drawn before the model is called, as in REPA, so that one seed gives the same pictures in both.
+        # The noise is drawn before the model is called, as in REPA, so that a seed gives the same images in both.
         eps = randn(x) if step < len(times) - 2 else None
         velocity = _velocity(velocity_fn, x, now, noise.dtype)
         if on_state:

@@ -1,4 +1,4 @@
-"""A set of images for an evaluation: what `maskalign sample --npz N` draws."""
+"""Draw a set of images for an evaluation (`maskalign sample --npz N`)."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,25 +13,25 @@ from maskalign.sampling.pictures import to_uint8
 
 
 def draw_set(network, count, out, settings, info, ranks, *, classes=None, labels=None, decoder=None, on_images=None):
-    """Draw `count` images into `out`/samples_<count>.npz, or those of them that are missing.
+    """Draw `count` images into `out`/samples_<count>.npz. If an earlier call was interrupted, draws the missing ones.
 
     Args:
         network: `Network`.
         count: number of images.
         settings: `Sampling`.
-        info: `ModelInfo`; its label, step and `ema` are kept beside the set, with the settings.
+        info: `ModelInfo`; its label, step and `ema` are written next to the set, with the settings.
         ranks: `Ranks` that share the work.
         classes: the classes of the set; by default all of them.
-        labels: `balanced` deals the classes to the images in turn, `uniform` draws them at random, keyed by the index
-            of an image, as REG and REPA do; None is uniform over all classes, and balanced where `classes` are given.
+        labels: `balanced` assigns the classes to the images in turn. `uniform` draws a class per image at random, as
+            REG and REPA do, keyed by the image's index. None is `balanced` if `classes` is given, else `uniform`.
         decoder: latents -> images; None for pixels.
-        on_images: called with a number of finished images of the whole set.
+        on_images: called with a number of images that have been finished.
 
     Returns:
         Path of the .npz.
 
     Raises:
-        UsageError: the model draws no RGB images, or the set was begun with other settings.
+        UsageError: the model does not draw RGB images, or the set was begun with other settings.
     """
     # The size of decoded images is known only after decoding one.
     side = network.input_size

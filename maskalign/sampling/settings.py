@@ -1,4 +1,4 @@
-"""How pictures are drawn: settings that are read and checked before torch is imported."""
+"""Settings of sampling. They are read and checked before torch is imported."""
 
 import re
 from dataclasses import dataclass, replace
@@ -44,13 +44,13 @@ class Sampling:
     path: str = option("linear", hidden=True)
     """The interpolant's path that the model was trained on."""
     seed: int = option(0, group="sampler")
-    """Seed of the noise; a picture depends on this, its class and its number alone."""
+    """Seed of the noise; an image depends only on this, its class and its number."""
     batch_size: int = option(64, group="sampler")
     """Images drawn at once."""
     precision: Precision = option("fp32", group="sampler")
-    """fp32, bf16, or bf16 where the processor has it (auto); the sampler's own state is float64."""
+    """fp32, bf16, or auto (bf16 if the processor supports it); the sampler's own state is float64."""
     cls_cfg_scale: Optional[float] = option(None, group="sampler")
-    """Guidance scale of the class token, for models that denoise one; by default the image's, 0 is none."""
+    """Guidance scale of the class token, for models that have one; by default the image's scale, 0 is none."""
 
     def __post_init__(self):
         _require(self.sampler in SAMPLERS, "--sampler", self.sampler, f"is not one of {', '.join(SAMPLERS)}")
@@ -68,9 +68,9 @@ class Sampling:
         _require(self.precision in PRECISIONS, "--precision", self.precision, f"is not one of {', '.join(PRECISIONS)}")
 
     def describe(self):
-        """A few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`.
+        """The settings in a few words for a title, e.g. `sde, 250 steps, guidance 1.8 on [0, 0.7]`.
 
-        Guidance of the class token is named where it differs from the image's: `guidance 1.8 (class token 0)`.
+        The class token's guidance is included if it differs from the image's: `guidance 1.8 (class token 0)`.
         """
         words = f"{self.sampler}, {self.steps} steps"
         class_scale = class_token_scale(self.cfg_scale, self.cls_cfg_scale)
@@ -83,7 +83,7 @@ class Sampling:
         return words
 
 
-# What the papers draw their 50,000 images with: `--preset paper`.
+# The settings with which the papers draw their 50,000 images: `--preset paper`.
 PAPER_PRESETS = {
     "reg": dict(sampler="sde", steps=250, cfg_scale=2.3, cls_cfg_scale=2.3, cfg_interval=(0.0, 0.85)),
     "repa": dict(sampler="sde", steps=250, cfg_scale=1.8, cfg_interval=(0.0, 0.7)),
@@ -92,14 +92,14 @@ PAPER_PRESETS = {
 
 
 def with_preset(settings, preset, given, *, class_token, aligned):
-    """Settings with those of a preset, where the command line does not give its own.
+    """Replace settings by those of a preset, except the ones that the command line gives.
 
     Args:
         settings: `Sampling`.
-        preset: `paper`, or None for the settings as they are.
+        preset: `paper`, or None for unchanged settings.
         given: names of the settings that the command line gives.
-        class_token: the model denoises a class token: the published settings of REG, and MaskAlign's.
-        aligned: the model has a projector: those of REPA; else those of SiT.
+        class_token: True if the model has a class token; it gets the published settings of REG and MaskAlign.
+        aligned: True if the model has a projector; it gets the settings of REPA, and other models those of SiT.
 
     Returns:
         (`Sampling`, the name of the paper or None).
@@ -112,10 +112,11 @@ def with_preset(settings, preset, given, *, class_token, aligned):
 
 
 def class_token_scale(scale, class_scale):
-    """The factor by which a class token is guided, where the image is guided by `scale`; 1 is no guidance.
+    """The guidance scale of a class token; 1 is no guidance.
 
     Args:
-        class_scale: None for the image's; 0 for the conditional velocity alone, as REG's sampler takes it; else itself.
+        scale: guidance scale of the image.
+        class_scale: the setting: None for the image's scale, 0 for no guidance as in REG's sampler, else the scale.
     """
     if class_scale is None:
         return scale
@@ -125,15 +126,15 @@ def class_token_scale(scale, class_scale):
 def parse_classes(text, class_names):
     """`--classes` as a list of labels.
 
-    A word that is both the name of one class and the label of another, such as "2" where label 1 is named "2", is
-    refused; "name:2" and "label:2" (or "label:2-5") are unambiguous.
+    A word that is both the name of one class and the label of another, such as "2" if label 1 is named "2", is an
+    error; "name:2" and "label:2" (or "label:2-5") are unambiguous.
 
     Args:
         text: labels, ranges of labels and class names, separated by commas or spaces: `0,3,7`, `0-9`, `Flags`.
         class_names: name of every label.
 
     Raises:
-        UsageError: no such class, none given, or several readings.
+        UsageError: a class does not exist, no class is given, or a word is ambiguous.
     """
     names = [str(name) for name in class_names]
     text = text.strip("[]() ")
@@ -159,13 +160,13 @@ def parse_classes(text, class_names):
 
 
 def _labels_of(word, names):
-    """The labels that one word means: a list, as it may be a range."""
+    """list of the labels that a word stands for; it may be a range."""
     kind, _, rest = word.partition(":")
     if kind in ("name", "label") and rest and _by_name(word, names) is None:
         if kind == "label":
             labels = _by_label(rest, len(names))
             if labels is None:
-                raise UsageError(f"--classes: {rest!r} is no label; give one of 0 to {len(names) - 1}, or a range")
+                raise UsageError(f"--classes: {rest!r} is not a label; give one of 0 to {len(names) - 1}, or a range")
             return labels
         named = _by_name(rest, names)
         if named is None:
@@ -181,7 +182,7 @@ def _labels_of(word, names):
     if inside:
         ends = [_by_name(str(end), names) for end in as_label] if len(as_label) <= number else []
         other = [end for end, label in zip(ends, as_label, strict=False) if end is not None and end != label]
-        if other and "-" in word:  # 2-5 where the classes are called 1, 2, ...: names or labels?
+        if other and "-" in word:  # 2-5 is ambiguous if the classes are called 1, 2, ...
             first, _, last = word.partition("-")
             raise UsageError(_two_readings(word, f"the classes {first!r} to {last!r}", as_label, names))
     labels = _by_label(word, number)
@@ -200,7 +201,7 @@ def _two_readings(word, named, labels, names):
 
 
 def _by_name(word, names):
-    """The label of a class name, exact or in any case; None where there is no such class."""
+    """The label of a class name, which may differ in upper and lower case; None if there is no such class."""
     for spelled in (str, str.lower):
         found = [label for label, name in enumerate(names) if spelled(name) == spelled(word)]
         if len(found) > 1:
@@ -212,7 +213,7 @@ def _by_name(word, names):
 
 
 def _readable_label(word):
-    """The labels that a word such as "3" or "0-9" spells, existing or not; None if it is no number."""
+    """The labels that a word such as "3" or "0-9" gives, even if they do not exist; None if it is not a number."""
     first, dash, last = word.partition("-")
     last = last if dash else first
     if re.fullmatch("[0-9]{1,9}", first) and re.fullmatch("[0-9]{1,9}", last) and int(first) <= int(last):
@@ -221,7 +222,7 @@ def _readable_label(word):
 
 
 def _by_label(word, number):
-    """The labels that "3" or "0-9" stands for; None if it is no number, UsageError if there is no such label."""
+    """The labels that "3" or "0-9" stands for; None if it is not a number, UsageError if a label does not exist."""
     labels = _readable_label(word)
     if labels is None:
         if re.fullmatch("-?[0-9]+", word):

@@ -6,13 +6,13 @@ import torch
 
 
 class StateLayout(NamedTuple):
-    """How a model's state is laid out.
+    """The layout of a model's state.
 
-    A model without a class token has the image (B, C, H, W) as its state. With one (REG, arXiv 2507.01467) both are
-    denoised together, and the state is (B, C * H * W + class_dim): the image's numbers, then those of the class token.
-    Solvers treat each element independently, so they need not know which of the two it belongs to.
+    The state of a model without a class token is the image (B, C, H, W). With a class token (REG, arXiv 2507.01467)
+    both are denoised together, and the state is (B, C * H * W + class_dim): the elements of the image, then those of
+    the class token. Solvers treat all elements alike, so they need not distinguish the two.
 
-    shape: (C, H, W) of an image. class_dim: width of the class token; None for a model without one.
+    shape: (C, H, W) of an image; class_dim: width of the class token, None for a model without one.
     """
 
     shape: tuple
@@ -20,12 +20,12 @@ class StateLayout(NamedTuple):
 
     @classmethod
     def of(cls, model):
-        """The layout of a model, from its `in_channels`, `input_size` and, where it has one, `class_dim`."""
+        """The layout of a model, from its `in_channels`, `input_size` and, if it exists, `class_dim`."""
         shape = (model.in_channels, model.input_size, model.input_size)
         return cls(shape, getattr(model, "class_dim", None))
 
     def pack(self, image, class_token=None):
-        """The state of an image (B, C, H, W) and a class token (B, class_dim), which have one dtype."""
+        """The state of an image (B, C, H, W) and a class token (B, class_dim) of the same dtype."""
         if self.class_dim is None:
             return image
         return torch.cat([image.flatten(1), class_token], dim=1)

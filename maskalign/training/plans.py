@@ -120,7 +120,7 @@ class Plan:
         return self.kind != "ddp" or self._synchronized > DDP_TIMED_ITERATIONS
 
     def settle(self):
-        """Bring a sharded model to its state at the start of a step: a captured step must not depend on earlier work."""
+        """Reshard the model, as at the start of a step, because a captured step must not depend on earlier work."""
         for module in self._sharded_modules():
             module.reshard()
 

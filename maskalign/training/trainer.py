@@ -449,6 +449,6 @@ class Trainer:
 
 
 def merge_ranks(states):
-    """Merge the states of all ranks into the state to save; each rank has its own part of the stream and bad samples."""
+    """Merge the states of all ranks into the one to save; each has its own part of the stream and bad samples."""
     stream = merge_states(state["stream"] for state in states)
     return states[0] | {"stream": stream, "bad_samples": sum(state["bad_samples"] for state in states)}
