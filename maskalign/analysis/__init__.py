@@ -1,4 +1,4 @@
-"""The finding behind MaskAlign, measured: where the alignment loss pulls on the tokens, and how stable that is."""
+"""Measure the gradients of the alignment loss at the tokens, and how stable they are: the finding behind MaskAlign."""
 
 from maskalign._lazy import lazy_exports
 

@@ -1,14 +1,14 @@
-"""How well alignment gradients agree between two random subsets of the same images.
+"""Measure how well alignment gradients agree between two random subsets of the same images.
 
-Two subsets pull on different tokens, so gradients of tokens cannot be compared directly. What they share are the
-trunk's parameters up to the tap, where the optimizer adds them up: the measure is the cosine of the two flat parameter
-gradients, of the whole trunk and block by block. For comparison, the same is measured for full-token alignment between
-two draws of noise on the same images, and between other images.
+Two subsets have gradients at different tokens, which cannot be compared directly. Both have gradients with respect to
+the trunk's parameters up to the tap, which the optimizer adds up. The measure is therefore the cosine of the two flat
+parameter gradients, for the whole trunk and for every block. For comparison it is also measured for full-token
+alignment between two draws of noise on the same images, and between different images.
 """
 
 from maskalign.analysis.gradients import cut_at_tap, gradient_cosines, trunk_gradients
 
-AGREEMENT_DRAWS = 1_000_000  # first number of the draws that only the agreement uses
+AGREEMENT_DRAWS = 1_000_000  # number of the first draw for the agreement; other measurements use smaller numbers
 PAIRS = {
     "two subsets, blocks see them alone": "two random subsets of the same images and noise, masked forward as trained",
     "two subsets, blocks see all": "two random subsets of the same images and noise, full forward",
@@ -20,7 +20,7 @@ MASKED_PAIR, FULL_PAIR, MIXED_PAIR, NOISE_PAIR, IMAGE_PAIR = PAIRS
 
 
 def agreement_work(images, settings):
-    """Groups of images that `measure_agreement` counts, for a progress bar."""
+    """Number of groups of images in `measure_agreement`, for a progress bar."""
     return len(images.batches(min(settings.batch_size, images.count), whole=True))
 
 

@@ -45,30 +45,31 @@ TABLES = {
 
 
 def analyze(checkpoints, data, out, *, settings=None, ema=True, most=8, teachers=(), device="auto", progress=True):
-    """Measure where the alignment loss pulls on the patches, how stable that is, and the stability gap.
+    """Measure the alignment loss's gradients at the patches, how stable they are, and the stability gap.
 
     Args:
         checkpoints: run folders, checkpoint folders, REPA .pt or .safetensors files, see `subjects.find_checkpoints`.
         data: folder or URL prefix of the data set.
         out: folder for the tables, pictures and outcome.md.
         settings: `AnalysisSettings`.
-        ema: the moving average of the weights instead of the weights.
-        most: of a run, at most this many checkpoints.
-        teachers: names, for files that do not name them.
+        ema: use the moving average of the weights.
+        most: maximum number of checkpoints per run.
+        teachers: names of the teachers, for files that do not contain them.
         device: auto, cpu or cuda.
-        progress: show bars.
+        progress: show progress bars.
 
     Returns:
         Path of outcome.md.
 
     Raises:
-        UsageError: checkpoints or data that do not fit. RunError: results that are not finite, or cannot be written.
+        UsageError: the checkpoints or the data do not fit.
+        RunError: the results are not finite, or cannot be written.
     """
     settings, device = settings or AnalysisSettings(), _device(device)
     entries = find_checkpoints(checkpoints, most)
     out = make_folder(out)
     first = load_subject(entries[0], ema)
-    read = {}  # by the width of the class token: runs with and without one are compared on the same images
+    read = {}  # class_dim -> Images; runs with and without a class token are compared on the same images
 
     def images_for(subject):
         if subject.model.class_dim not in read:
@@ -156,7 +157,7 @@ def _conditions(data, images, settings, subject, ema):
 
 
 def _describe(subject):
-    """The settings of a run that matter here, for the table of conditions."""
+    """The settings of a run that affect the measurements, as text for the table of conditions."""
     model, method = subject.model, subject.config.method
     words = f"{model.depth} blocks of width {model.width}, tap after block {model.align_depth}"
     if model.class_dim is not None:

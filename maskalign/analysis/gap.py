@@ -1,4 +1,4 @@
-"""The stability gap of a checkpoint, image by image, for fixed images, times and noise and several random subsets."""
+"""The stability gap of a checkpoint per image, for fixed images, times and noise and several random subsets."""
 
 from typing import NamedTuple
 
@@ -19,21 +19,24 @@ NOISE = 0  # the number of the draw whose noise all subsets share
 
 
 class GapLosses(NamedTuple):
-    """Alignment losses of the images: full (times, images) on all tokens, subset (times, subsets, images); and the
-    matched gap (times, subsets, images), see `evaluation.gap`; float64."""
+    """Alignment losses of the images, float64 arrays.
+
+    full: (times, images), on all tokens; subset: (times, subsets, images); matched: (times, subsets, images), the
+    matched gap, see `evaluation.gap`.
+    """
 
     full: np.ndarray
     subset: np.ndarray
     matched: np.ndarray
 
     def gaps(self, time=slice(None), matched=False):
-        """G_r by subset and image, (subsets, images), a mean over the times chosen (an index or a slice)."""
+        """G_r by subset and image, (subsets, images), as a mean over the chosen times (an index or a slice)."""
         gaps = (self.matched if matched else self.subset - self.full[:, None])[time]
         return gaps if gaps.ndim == 2 else gaps.mean(axis=0)
 
 
 def gap_work(images, settings):
-    """Batches that `measure_gap` counts, for a progress bar."""
+    """Number of batches in `measure_gap`, for a progress bar."""
     return len(settings.times) * (1 + settings.subsets) * len(images.batches(settings.batch_size))
 
 
@@ -41,7 +44,7 @@ def check_mask_ratio(model, mask_ratio):
     """Number of patches that a mask ratio keeps.
 
     Raises:
-        UsageError: nothing would be dropped.
+        UsageError: no patch would be dropped.
     """
     kept = kept_patches(mask_ratio, model.num_tokens)
     if kept >= model.num_tokens:
@@ -64,7 +67,7 @@ def measure_gap(subject, images, settings, progress=None):
         GapLosses; None for a model whose projectors need the whole token grid, which cannot be run on a subset.
 
     Raises:
-        UsageError: the mask ratio drops none of so few patches.
+        UsageError: the mask ratio is so small that no patch would be dropped.
     """
     if not can_mask(subject.model):
         return None

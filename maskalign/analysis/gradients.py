@@ -10,10 +10,11 @@ from maskalign.objective.alignment import alignment_loss
 
 
 class TokenGradients(NamedTuple):
-    """norms, cosines: (B, N) in the model's dtype, of the patches alone; NaN at patches that the loss does not align.
+    """norms, cosines: (B, N) in the model's dtype, for the patches only; NaN at patches that the loss does not align.
 
-    A norm is that of d(sum over aligned tokens of -cos) / d h, h the token's features at the tap; the training loss
-    divides the sum by the number of aligned tokens, which would only make the gradients of subsets larger.
+    A norm is the norm of d(sum over aligned tokens of -cos) / d h, where h is the token's features at the tap. The
+    training loss divides this sum by the number of aligned tokens; this is omitted here, because it would only make the
+    gradients of subsets larger.
     """
 
     norms: torch.Tensor
@@ -21,9 +22,9 @@ class TokenGradients(NamedTuple):
 
 
 def cut_at_tap(model):
-    """A frozen copy of a `SiT` that ends at its tap: later blocks do not affect the alignment loss.
+    """A frozen copy of a `SiT` that ends at its tap, because later blocks do not affect the alignment loss.
 
-    The copy keeps the model's forward pass, whose `velocity` is then meaningless.
+    The copy has the same forward pass, but its `velocity` has no meaning.
     """
     trunk = copy.deepcopy(model).eval().requires_grad_(False)
     trunk.blocks = trunk.blocks[: trunk.align_depth]
@@ -32,7 +33,7 @@ def cut_at_tap(model):
 
 @contextmanager
 def _leaf_at_tap(trunk):
-    """Make the output of the last block a leaf; returns a list that holds it after a forward pass."""
+    """Context in which the output of the last block is a leaf; gives a list that holds it after a forward pass."""
     found = []
 
     def cut(block, inputs, output):
@@ -47,7 +48,7 @@ def _leaf_at_tap(trunk):
 
 
 def _forward(trunk, x_t, t, labels, subset, align_subset, full_forward, class_token):
-    """The model's output, with all tokens in the blocks where `full_forward`, and the subset in the loss alone."""
+    """The model's output. With `full_forward` the blocks see all tokens, and only the loss uses the subset."""
     extra = {} if class_token is None else {"class_token": class_token}
     if full_forward and subset is not None:
         if align_subset is not None:
@@ -61,10 +62,10 @@ def token_gradients(
 ):
     """Norm of the alignment loss's gradient at every patch token of the tapped block's output, before the projector.
 
-    The loss includes the class token where there is one; the gradient of the class token itself is not returned.
+    The loss includes the class token if the model has one; the gradient of the class token itself is not returned.
 
     Args:
-        trunk: of `cut_at_tap`.
+        trunk: from `cut_at_tap`.
         x_t: (B, C, H, W) noised input; t (B,) time; labels (B,) int64.
         teachers: one (B, N, Dz) per teacher, floating or int8, on the student's grid; (B, 1 + N, Dz) with the class
             token as row 0 for a model that has one.
@@ -74,7 +75,7 @@ def token_gradients(
         class_token: (B, class_dim) the noised class token, for a model that has one.
 
     Returns:
-        TokenGradients. Several teachers count by the mean of their cosines, as in the training loss.
+        TokenGradients. With several teachers the mean of their cosines is used, as in the training loss.
     """
     with torch.enable_grad(), _leaf_at_tap(trunk) as found:
         out = _forward(trunk, x_t, t, labels, subset, align_subset, full_forward, class_token)
@@ -104,10 +105,10 @@ def _cosines(rows, teacher, index):
 
 
 def parameter_groups(trunk):
-    """Parameters of the trunk that the alignment loss reaches: dict from a group's name to its parameters.
+    """Parameters of the trunk that affect the alignment loss: dict from a group's name to its parameters.
 
-    `embedding` (patches, time, label, class token), `mixer` where there is one, `block 1` to the tapped one. Projectors
-    are left out: they are discarded after training.
+    The groups are `embedding` (patches, time, label, class token), `mixer` if the model has one, and `block 1` to the
+    tapped block. Projectors are not included, because they are discarded after training.
     """
     embedders = [trunk.x_embedder, trunk.t_embedder, trunk.y_embedder, trunk.class_embedder]
     groups = {"embedding": [module for module in embedders if module is not None], "mixer": [trunk.mixer]}
@@ -119,12 +120,13 @@ def parameter_groups(trunk):
 def trunk_gradients(
     trunk, x_t, t, labels, teachers, subset=None, align_subset=None, *, full_forward=False, class_token=None
 ):
-    """Gradient of the alignment loss (the mean, as trained) with respect to the trunk's parameters up to the tap.
+    """Gradient of the alignment loss (the mean, as in training) with respect to the trunk's parameters up to the tap.
 
-    Arguments as for `token_gradients`.
+    For the arguments see `token_gradients`.
 
     Returns:
-        dict from the name of a group (`parameter_groups`) to its flat gradient; zeros where the loss does not reach.
+        dict from the name of a group (`parameter_groups`) to its flat gradient, which is zero for parameters that do
+        not affect the loss.
     """
     groups = parameter_groups(trunk)
     parameters = [parameter for group in groups.values() for parameter in group]
@@ -146,7 +148,7 @@ def trunk_gradients(
 def gradient_cosines(first, second):
     """Cosine of two results of `trunk_gradients`: dict group -> float, and `all` for the whole trunk.
 
-    Summed in float64. A group that a loss does not reach has no direction and is left out.
+    The products are summed in float64. A group with a zero gradient has no direction and is not included.
     """
     products = {}
     for name in first:

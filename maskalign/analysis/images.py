@@ -1,4 +1,4 @@
-"""The images of an analysis: read once, with labels and teacher features, and noised by keyed draws."""
+"""The images of an analysis. They are read once, with labels and teacher features, and noised by keyed draws."""
 
 from contextlib import suppress
 from dataclasses import replace
@@ -17,9 +17,12 @@ from maskalign.teachers.features import Features
 
 
 class Noised(NamedTuple):
-    """One batch at one time: x_t (b, C, H, W), t (b,), labels (b,), teachers [(b, N, Dz)], subset (b, K) int64 and
-    align_subset (b, n) int64 or None; class_token (b, class_dim), noised, or None for a model without one, whose
-    teachers have no row for it."""
+    """One noised batch at one time.
+
+    x_t: (b, C, H, W); t: (b,); labels: (b,) int64; teachers: list of (b, N, Dz), or (b, 1 + N, Dz) for a model with a
+    class token; subset: (b, K) int64; align_subset: (b, n) int64 or None; class_token: (b, class_dim), noised, or None
+    for a model without one.
+    """
 
     x_t: torch.Tensor
     t: torch.Tensor
@@ -35,16 +38,18 @@ class Images:
 
     Args:
         path: folder or URL prefix of the data set.
-        subject: a `Subject`, whose input size, grid and teachers they are for.
-        count: how many; all of them where there are fewer.
-        teachers: names, where the checkpoint does not name them.
-        batch_size, seed, device: of reading.
+        subject: a `Subject`; its input size, grid and teachers are used.
+        count: number of images; if the data set has fewer, all of them.
+        teachers: names of the teachers, if the checkpoint does not contain them.
+        batch_size: images per batch while reading.
+        seed: seed of the order of the images.
+        device: where features are computed, and where `noised` batches are.
         progress: called with the number of images after each batch.
 
     Attributes:
         count: number of images.
         names: names of the teachers.
-        features: one (count, N, Dz) per teacher; (count, 1 + N, Dz), the class token first, where the model has one.
+        features: one (count, N, Dz) per teacher; (count, 1 + N, Dz), the class token first, if the model has one.
         class_tokens: (count, class_dim) float32, or None.
 
     Raises:
@@ -105,13 +110,13 @@ class Images:
         return name in self.manifest.teachers
 
     def _class_sources(self, path, subject, sources):
-        """The sources, with those computed whose class tokens are stored by other statistics than the run's own.
+        """The sources, where a teacher is computed if its stored class tokens have other statistics than the run's.
 
-        Averages of rows are standardized and projected with statistics of the training data; if that data set cannot be
-        read, those of the given data set are used.
+        Class tokens that are averages of rows are standardized and projected with statistics of the training data. If
+        that data set cannot be read, the statistics of the given data set are used.
 
         Raises:
-            UsageError: rows without class tokens, or others than the run's, and no images to compute them from.
+            UsageError: the class tokens are missing or do not fit the run, and there are no images to compute them.
         """
         where, training = subject.config.data.path, None
         with suppress(UsageError, OSError):
@@ -134,16 +139,16 @@ class Images:
 
     @staticmethod
     def _fits(own, trained, subject):
-        """Whether a data set's class tokens are what the run was trained on."""
+        """True if a data set's class tokens have the same statistics as those that the run was trained on."""
         keys = ["mean", "std"] if trained["class_token"]["kind"] == "mean" else []
         keys += ["components"] if subject.config.model.class_token_dim is not None else []
         return own is not None and all(own.get(key) == trained["class_token"].get(key) for key in keys)
 
     def _components(self, path, subject, sources):
-        """How many principal components of the class token the model denoises; None where it is the token as it is.
+        """Number of principal components of the class token that the model denoises; None for the token itself.
 
         Raises:
-            UsageError: the data set has fewer components than the model takes.
+            UsageError: the data set has fewer components than the model needs.
         """
         name, wanted = sources[0][0], subject.model.class_dim
         entry = self.manifest.teachers.get(name, {}).get("class_token", {})
@@ -166,7 +171,7 @@ class Images:
         parts = []
         for batch in ShardStream(str(path), batch_size, seed=seed, epochs=1, streams=1, fields=fields):
             inputs = batch["moments"].float() if self.manifest.latent else batch["image"].float() / 127.5 - 1
-            # Copies: the stream reuses the memory of a batch for later ones.
+            # These are copied because the stream reuses a batch's memory for later batches.
             teachers, token = features(batch)
             row = (inputs, batch["label"], *teachers, *([] if token is None else [token]))
             parts.append([x.cpu().clone() for x in row])
@@ -181,7 +186,7 @@ class Images:
     def draws(self, subject, keep_ratio, number, rows, seed):
         """The keyed draws `number` of the images `rows` (a slice), see `objective.draws`; labels are kept.
 
-        They depend only on the seed, the number and the image's place: the same for all checkpoints and devices.
+        They depend only on the seed, the number and the image's position, so all checkpoints and devices have the same.
         """
         model, method = subject.model, subject.config.method
         keep = subject.kept(keep_ratio)
@@ -203,7 +208,7 @@ class Images:
         )
 
     def noised(self, subject, draws, rows, time=None):
-        """A `Noised` batch on the device: at one time, or at the drawn ones where it is None."""
+        """A `Noised` batch on the device, at the given time, or at the drawn times if `time` is None."""
         x = self.inputs[rows]
         if self.manifest.latent is not None:
             x = sample_posterior(x, draws.posterior, self.manifest.latent["scale"], self.manifest.latent["bias"])
@@ -217,6 +222,6 @@ class Images:
         return Noised(x_t.to(self.device), t.to(self.device), self.labels[rows].to(self.device), teachers, *index)
 
     def batches(self, size, whole=False):
-        """Slices of `size` images; `whole` leaves a shorter last one out."""
+        """list of slices of `size` images; with `whole`, without a shorter last slice."""
         last = self.count - self.count % size if whole else self.count
         return [slice(begin, min(begin + size, last)) for begin in range(0, last, size)]

@@ -1,4 +1,4 @@
-"""The norms of the alignment loss's gradient at every patch: for images, times and draws, under each way to align."""
+"""Measure the norms of the alignment loss's gradient at every patch, for images, times, draws and ways to align."""
 
 from dataclasses import dataclass, field
 
@@ -7,7 +7,7 @@ import torch
 
 from maskalign.analysis.gradients import cut_at_tap, token_gradients
 
-# What is aligned, and what the blocks see. The names appear in the tables.
+# The ways to align: which tokens the loss uses, and which tokens the blocks see. The names appear in the tables.
 FULL, MASKED, SUBSET = "full", "subset-masked", "subset-full-forward"
 MODES = {
     FULL: "all tokens aligned",
@@ -28,25 +28,25 @@ class TokenNorms:
     cosines: dict = field(default_factory=dict)
 
     def map(self, mode, time=slice(None), images=slice(None)):
-        """Mean norm by position, (N,) float64, over draws, the images and the times chosen (an index or a slice)."""
+        """Mean norm by position, (N,) float64, over draws and the chosen images and times (an index or a slice)."""
         chosen = self.norms[mode][time][..., images, :]
         return np.nanmean(chosen.reshape(-1, chosen.shape[-1]), axis=0, dtype=np.float64)
 
 
 def modes_of(subject):
-    """The ways to align that are measured for a checkpoint: `subset-masked` only where it was trained on subsets."""
+    """The ways to align that are measured for a checkpoint; `subset-masked` only if it was trained on subsets."""
     return [FULL, MASKED, SUBSET] if subject.trained_on_subsets else [FULL, SUBSET]
 
 
 def work_of(images, settings):
-    """Batches that `measure_tokens` counts, for a progress bar."""
+    """Number of batches in `measure_tokens`, for a progress bar."""
     return len(settings.times) * settings.draws * len(images.batches(settings.batch_size))
 
 
 def measure_tokens(subject, images, settings, progress=None):
     """Gradient norms of a checkpoint.
 
-    Noise and subset of a draw are the same at all times, so that only the time differs.
+    A draw has the same noise and subset at all times, so that only the time differs.
 
     Args:
         subject: `Subject` on the device of `images`.
@@ -87,6 +87,7 @@ def _gradients(trunk, batch, modes):
     if any(projector.needs_grid for projector in trunk.projectors) or batch.align_subset is not None:
         yield SUBSET, token_gradients(*common, batch.subset, batch.align_subset, full_forward=True, **token)
         return
-    # With a pointwise projector a token's gradient does not depend on which others are aligned: no second pass.
+    # With a pointwise projector, a token's gradient does not depend on which other tokens are aligned, so that no
+    # second pass is needed.
     kept = torch.zeros_like(full.norms, dtype=torch.bool).scatter(1, batch.subset, True)
     yield SUBSET, type(full)(*(values.where(kept, float("nan")) for values in full))

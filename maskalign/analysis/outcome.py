@@ -12,13 +12,13 @@ from maskalign.analysis.tables import CHECKPOINTS, DRAWS, MEAN_MAP, RUNS, SINGLE
 
 @dataclass
 class MeasuredRun:
-    """A run (a series of checkpoints) under `Conditions`.
+    """A run (a series of checkpoints) in `Conditions`.
 
     Attributes:
-        settings: those that matter here, as text.
-        kept: tokens in a subset.
-        class_token: whether the model has one.
-        steps: of its checkpoints, in order; None where unknown.
+        settings: the settings that affect the measurements, as text.
+        kept: number of tokens in a subset.
+        class_token: True if the model has a class token.
+        steps: steps of the checkpoints, in order; None for an unknown step.
     """
 
     settings: str
@@ -29,16 +29,17 @@ class MeasuredRun:
 
 @dataclass
 class Conditions:
-    """What an analysis measured, and how.
+    """The conditions of an analysis.
 
     Attributes:
-        data: name of the data set. images: number of its images.
+        data: name of the data set.
+        images: number of images.
         times, draws, top, seed: as in `AnalysisSettings`.
-        weights: which weights, in words.
-        tokens: patch tokens of an image.
-        teachers: names.
-        group_size: images per gradient of the trunk.
-        runs: `MeasuredRun` by name, in the order in which they were given.
+        weights: the weights that were measured (averaged or not), as text.
+        tokens: number of patch tokens of an image.
+        teachers: names of the teachers.
+        group_size: number of images per gradient of the trunk.
+        runs: `MeasuredRun` by name, in the given order.
     """
 
     data: str
@@ -83,7 +84,7 @@ def markdown(head, rows):
 
 
 def beyond(value, limit):
-    """`yes` where a number is above what chance reaches; shares of few tokens are often equal up to rounding."""
+    """`yes` if a number is above the limit of chance. The tolerance is for shares that are equal up to rounding."""
     return "yes" if value > limit + 1e-6 else "no"
 
 
@@ -112,7 +113,7 @@ def _conditions_text(conditions):
 
 
 def _papers(tables, conditions):
-    """The two measurements of the paper, by run and checkpoint, and the runs compared with the first one."""
+    """The two measurements of the paper by run and checkpoint, and the comparison of the runs with the first one."""
     gaps = {(row["run"], row["step"]): row for row in tables["gap"] if row["time"] == ""}
     shares = [row for row in tables["shares"] if row["time"] == ""]
     first = shares[0]
@@ -166,7 +167,7 @@ def _with_error(gap, value, error):
 
 
 def _seen(conditions):
-    """The class token's part in the description of a subset."""
+    """The words about the class token in the description of a subset."""
     have_one = [run.class_token for run in conditions.runs.values()]
     if not any(have_one):
         return ""
@@ -174,7 +175,7 @@ def _seen(conditions):
 
 
 def _beside_first(shares, gaps):
-    """A table of the other runs beside the first one, at the last step that both have."""
+    """A table that compares the other runs with the first one, at the last step that both have."""
     runs = list(dict.fromkeys(row["run"] for row in shares))
     by_step = {(row["run"], row["step"]): row for row in shares}
     rows = []
@@ -202,7 +203,7 @@ def _beside_first(shares, gaps):
 
 
 def _share(a, b):
-    """The matched gap `b` as a share of `a`, with its standard error; a dash where `a` is not clearly above zero."""
+    """The matched gap `b` as a share of `a`, with its standard error; a dash if `a` is not clearly above zero."""
     if a["matched_gap"] <= 2 * a["matched_error"]:
         return "-"
     share = b["matched_gap"] / a["matched_gap"]
@@ -284,13 +285,13 @@ def _training(run, rows):
 
 
 def _overlap(row):
-    """Two cells: an overlap with its chance, and whether it is beyond that."""
+    """Two cells: an overlap with the values by chance, and whether it is above them."""
     chance = f"({row['overlap_chance']:.2f}, up to {row['overlap_high']:.2f})"
     return [f"{row['overlap']:.2f} {chance}", beyond(row["overlap"], row["overlap_high"])]
 
 
 def _draws(run, cases, conditions):
-    """What drawing subsets changes: the overlap of an image's top set from one draw to the next."""
+    """The effect of drawing subsets: the overlap of an image's top set between consecutive draws."""
     full = cases[run, FULL].get((SINGLE, DRAWS))
     if full is None:
         return []
@@ -329,7 +330,7 @@ def _cosine(row):
 
 
 def _between_runs(rows):
-    """Whether two runs pull on the same tokens of the same images, all tokens aligned, at equal times and noise."""
+    """How similar two runs' gradients are on the same images, times and noise, with all tokens aligned."""
     means = {(r["a"], r["b"]): r for r in rows if r["between"] == RUNS and r["level"] == MEAN_MAP}
     found = [
         [row["a"], row["b"], *_overlap(row), f"{means[row['a'], row['b']]['spearman']:+.2f}"]

@@ -24,7 +24,7 @@ def _save(figure, path):
 
 
 def _grid(rows, key):
-    """A (rows, columns) array out of the rows of one map."""
+    """A (rows, columns) array from the table rows of one map."""
     shape = max(row["row"] for row in rows) + 1, max(row["column"] for row in rows) + 1
     out = np.full(shape, np.nan)
     for row in rows:
@@ -33,13 +33,15 @@ def _grid(rows, key):
 
 
 def draw_maps(positions, stem, top, title):
-    """Heat maps of one checkpoint: a line per way to align; the mean over times, each time, and the top frequency.
+    """Draw the heat maps of one checkpoint, a line per way to align: mean over times, each time, and top frequency.
 
-    Norms are relative to the mean of their map, so that the places can be compared where the sizes differ.
+    Norms are divided by the mean of their map, so that maps with different sizes of gradients can be compared.
 
     Args:
         positions: rows of positions.csv of one checkpoint.
         stem: path of the PNG.
+        top: share of the patches that counts as the top.
+        title: beginning of the figure's title.
     """
     modes = list(dict.fromkeys(row["mode"] for row in positions))
     times = list(dict.fromkeys(row["time"] for row in positions))
@@ -80,14 +82,15 @@ SHARE_SCALE = 0.8  # the paper's heat maps go from 0 to this share
 
 
 def draw_shares(positions, shares, path, top):
-    """The paper's heat maps, all tokens aligned: the share of images in which a position is among the top.
+    """Draw the paper's heat maps, all tokens aligned: the share of images in which a position is among the top.
 
-    A row for each run: at its last checkpoint by time, then at each of its checkpoints over all times. All maps have
-    the paper's scale, from 0 to 0.8, on which the share that chance gives is marked; below a map stands the ratio of
-    its largest share to its smallest.
+    There is a row for each run, with maps by time at its last checkpoint, then a map over all times at each of its
+    checkpoints. All maps have the paper's scale, from 0 to 0.8, on which the share by chance is marked. The text below
+    a map is the ratio of its largest share to its smallest.
 
     Args:
         positions, shares: rows of positions.csv and shares.csv.
+        path: path of the PNG.
         top: share of the patches that counts as the top.
     """
     maps = {}
@@ -100,7 +103,7 @@ def draw_shares(positions, shares, path, top):
         steps.setdefault(run, dict.fromkeys([]))[step] = None
     times = list(dict.fromkeys(time for _, _, time in ends))
     by_step = max(len(members) for members in steps.values())
-    by_step = by_step if by_step > 1 else 0  # one checkpoint is what the maps by time show already
+    by_step = by_step if by_step > 1 else 0  # the maps by time already show a single checkpoint
     columns = len(times) + by_step
     widths = [1.0] * len(times) + ([0.35] + [1.0] * by_step if by_step else [])
     figure, axes = _figure(
@@ -148,10 +151,11 @@ def _at(step):
 
 
 def draw_gaps(gaps, path):
-    """Full-token alignment loss and stability gap by checkpoint, and the gap by time at the last one, for all runs.
+    """Draw the full-token alignment loss and the stability gap by checkpoint, and the gap by time at the last one.
 
     Args:
         gaps: rows of gap.csv.
+        path: path of the PNG.
     """
     figure, axes = _figure(1, 3, figsize=(13, 3.8), layout="constrained")
     losses, course, by_time = axes[0]
@@ -159,7 +163,7 @@ def draw_gaps(gaps, path):
     ratio = gaps[0]["mask_ratio"]
     for number, (run, step) in enumerate(last.items()):
         own = [row for row in gaps if row["run"] == run and row["time"] == ""]
-        # A file does not tell its step: its point stands in the middle, and only there.
+        # The step of a file is not known, so its single point is drawn at 0.
         steps = [0 if row["step"] is None else row["step"] for row in own]
         style = dict(marker="o", ms=3.5, lw=1.4, color=f"C{number}", label=run)
         losses.plot(steps, [row["full_loss"] for row in own], **style)
@@ -185,7 +189,7 @@ def draw_gaps(gaps, path):
 
 
 def draw_series(positions, path, title):
-    """The full-token mean map of every checkpoint of a run, side by side on one scale (relative to each map's mean)."""
+    """Draw the full-token mean maps of a run's checkpoints side by side on one scale, relative to each map's mean."""
     steps = list(dict.fromkeys(row["step"] for row in positions))
     maps = []
     for step in steps:
@@ -204,7 +208,7 @@ def draw_series(positions, path, title):
 
 
 def draw_curves(positions, stability, agreement, path):
-    """Norm by time, overlap of the top sets against chance, its course over training, agreement of the trunk."""
+    """Draw the norm by time, the overlap of the top sets and chance, the overlap over training, and the agreement."""
     figure, axes = _figure(2, 2, figsize=(12, 9), layout="constrained")
     _norm_by_time(axes[0, 0], positions)
     _overlaps(axes[0, 1], stability)
@@ -233,12 +237,15 @@ def _norm_by_time(axis, positions):
 
 
 def summary_cases(stability):
-    """What the curves and the text quote of the last checkpoint of each run.
+    """The numbers of the last checkpoint of each run that the curves and outcome.md show.
+
+    Args:
+        stability: rows of stability.csv.
 
     Returns:
-        dict (run, mode) -> dict (level, what is compared) -> dict of numbers: those of the rows, averaged over the rows
-        of one case (all pairs of times, say). `overlap_limit` and `spearman_limit` are the values up to which chance is
-        not ruled out: the upper end of the wider interval, by permutation or on the torus.
+        dict (run, mode) -> dict (level, what is compared) -> dict of numbers. These are averaged over the rows of a
+        case, for example over all pairs of times. `overlap_limit` and `spearman_limit` are the largest values that
+        chance can explain: the upper end of the wider interval, by permutation or on the torus.
     """
     last = _last_steps([row for row in stability if row["between"] in (HALVES, DRAWS)])
     found = {}

@@ -1,4 +1,4 @@
-"""What `maskalign analyze` measures on: settings that are read and checked before torch is imported."""
+"""Settings of `maskalign analyze`. They are read and checked before torch is imported."""
 
 from dataclasses import dataclass
 from typing import Optional
@@ -20,18 +20,18 @@ class AnalysisSettings:
     """Settings of an analysis."""
 
     images: int = 256
-    """Images of the data set to look at, the first ones in the order of the seed."""
+    """Number of images of the data set to use, the first ones in the order of the seed."""
     times: tuple = option((0.1, 0.3, 0.5, 0.7, 0.9), parse=parse_times, metavar="T,T,...")
     """Ascending times between 0 (data) and 1 (noise)."""
     draws: int = 4
     """Draws of noise and of a subset for every image; each is used at all times and for all checkpoints."""
     keep_ratio: Optional[float] = None
-    """Share of tokens in a subset; by default the run's own (the smallest of its schedule), or 0.5 where it keeps all
+    """Share of tokens in a subset; by default the run's own (the smallest of its schedule), or 0.5 if it keeps all
     tokens."""
     top: float = 0.1
     """Share of an image's tokens that counts as the largest."""
     batch_size: int = 32
-    """Images at a time, and images per gradient of the trunk."""
+    """Images per batch, and images per gradient of the trunk."""
     seed: int = 0
     """Seed of the order of the images, of noise, subsets and permutations."""
     permutations: int = 1000

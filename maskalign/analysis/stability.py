@@ -1,14 +1,16 @@
-"""How much two maps over the tokens agree, against what chance would give.
+"""Measure how much two maps over the tokens agree, compared with chance.
 
-A map is a row of N numbers; NaN stands for a token that was not there. Two measures: Spearman's rank correlation over
-the tokens that both have, and the overlap of the two sets of the largest (the top share).
+A map is a row of N numbers, with NaN for an absent token. There are two measures: Spearman's rank correlation over the
+tokens that both maps have, and the overlap of the two sets of largest tokens (the top share).
 
-What chance would give, three times:
-- the expectation for two random sets, analytically: m of N tokens drawn twice share m * m / N on average;
-- the interval that 95 % of random permutations of one map stay in (for means over images by the exact variance of that
-  law, hypergeometric for the overlap and 1 / (n - 1) for the correlation, over independent images);
-- the same for turning one map on the torus (all shifts, turns and mirror images of the token grid), which keeps
-  neighbors together. Smooth maps agree by chance more often than permutations know, and this one knows it.
+Chance is described in three ways:
+- the expectation for two random sets, computed analytically: two random sets of m of N tokens share m * m / N tokens
+  on average;
+- the interval that contains 95 % of random permutations of one map. For means over images it is computed from the exact
+  variance over independent images, which is hypergeometric for the overlap and 1 / (n - 1) for the correlation;
+- the same interval for moving one map on the torus (all shifts, turns and mirror images of the token grid), which keeps
+  neighbors together. Smooth maps agree by chance more often than random permutations do, and this interval includes
+  that.
 """
 
 from typing import NamedTuple, Optional
@@ -21,7 +23,7 @@ NORMAL = 1.959963984540054
 
 
 class Chance(NamedTuple):
-    """A measured value and what chance would give: its expectation, and the 95 % interval (low, high)."""
+    """A measured value, its expectation by chance, and the 95 % interval (low, high) of chance."""
 
     value: float
     expected: float
@@ -30,12 +32,12 @@ class Chance(NamedTuple):
 
     @property
     def excess(self):
-        """The value's place between chance (0) and perfect agreement (1); below chance it is negative."""
+        """The value scaled so that 0 is chance and 1 is perfect agreement; negative below chance."""
         return (self.value - self.expected) / (1 - self.expected)
 
     @property
     def beyond(self):
-        """Whether the value lies above the interval of chance."""
+        """True if the value is above the interval of chance."""
         return self.value > self.high
 
 
@@ -54,14 +56,14 @@ def top_size(count, share=0.1):
 
 
 def top_tokens(maps, share=0.1):
-    """Which tokens are among the largest.
+    """Mark the tokens that are among the largest of their row.
 
     Args:
         maps: (..., N); NaN for absent tokens, the same number of them in every row.
         share: share of the present tokens.
 
     Returns:
-        bool, same shape; of ties the first tokens are taken.
+        bool, same shape; among equal values the first tokens are chosen.
     """
     maps = np.asarray(maps)
     present = np.isfinite(maps).sum(axis=-1)
@@ -75,22 +77,22 @@ def top_tokens(maps, share=0.1):
 
 
 def overlap(first, second):
-    """Share of two equally large sets that they have in common, |A and B| / |A|: bool (..., N) twice -> (...)."""
+    """The share of common elements of two sets of equal size, |A and B| / |A|: two bool (..., N) -> (...)."""
     size = np.maximum(first.sum(axis=-1), second.sum(axis=-1))
     return (first & second).sum(axis=-1) / np.maximum(size, 1)
 
 
 def rank_correlation(first, second):
-    """Spearman's correlation along the last axis, over the tokens that both rows have: (..., N) twice -> (...).
+    """Spearman's correlation along the last axis, over the tokens that both rows have: two (..., N) -> (...).
 
-    NaN where a row is constant or fewer than two tokens are shared.
+    The result is NaN if a row is constant or fewer than two tokens are shared.
     """
     first, second = np.broadcast_arrays(np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64))
     both = np.isfinite(first) & np.isfinite(second)
     counts = np.maximum(both.sum(axis=-1, keepdims=True), 1)
     ranks = []
     for values in (first, second):
-        # Absent tokens rank behind all present ones, and so leave the others' ranks as they are.
+        # Absent tokens rank after all present ones, so they do not change the ranks of the others.
         rank = rankdata(np.where(both, values, np.inf), axis=-1)
         rank = np.where(both, rank, 0)
         ranks.append(np.where(both, rank - rank.sum(axis=-1, keepdims=True) / counts, 0))
@@ -106,8 +108,10 @@ def random_orders(tokens, count, seed=0):
 
 
 def turned_orders(grid):
-    """Every shift on the torus of a (rows, columns) grid, turned and mirrored where it is square, without the grid as
-    it is: (count, N) int64."""
+    """All orders of a (rows, columns) grid moved on the torus, (count, N) int64, without the unchanged grid.
+
+    These are all shifts, of the grid and its mirror images and, for a square grid, its turns.
+    """
     rows, columns = grid
     plain = np.arange(rows * columns).reshape(grid)
     views = [plain, plain[::-1], plain[:, ::-1], plain[::-1, ::-1]]
@@ -149,11 +153,12 @@ def compare_images(first, second, share=0.1):
     """Mean agreement of the maps of single images, e.g. the same images at two times.
 
     Args:
-        first, second: (..., images, N); NaN for absent tokens. Leading axes are averaged over and do not narrow the
-            interval: several draws of one image are not independent.
+        first, second: (..., images, N); NaN for absent tokens. The mean includes leading axes, but they do not narrow
+            the interval, because several draws of one image are not independent.
+        share: share of the tokens in the top set.
 
     Returns:
-        Agreement, or None where no image shares two tokens.
+        Agreement, or None if no image has two tokens in both maps.
     """
     first, second = np.asarray(first), np.asarray(second)
     images, tokens = first.shape[-2:]
@@ -163,7 +168,7 @@ def compare_images(first, second, share=0.1):
         return None
     both = np.isfinite(first) & np.isfinite(second)
     shared = both.sum(axis=-1)
-    # Where both have the same tokens, sets are random among those; else each is random among all N.
+    # If both have the same tokens, chance draws both sets among these; else it draws each among all N.
     same = bool((np.isfinite(first) == np.isfinite(second)).all())
     tops = top_tokens(first, share), top_tokens(second, share)
     size = int(tops[0].reshape(-1, tokens)[0].sum())
@@ -178,16 +183,17 @@ def compare_images(first, second, share=0.1):
 
 
 def fixed_ranking_overlap(tokens, kept, share=0.1, draws=4000, seed=0):
-    """Overlap of the top sets of two independent subsets under one ranking of all tokens that never changes.
+    """Overlap of the top sets of two independent subsets, for a ranking of all tokens that does not change.
 
-    What drawing subsets does by itself: the overlap that is left where the gradients are as stable as they can be.
+    This is the effect of drawing subsets alone: the overlap for perfectly stable gradients.
 
     Args:
-        tokens, kept: N and K; K = N gives 1.
-        draws: pairs of subsets, drawn uniformly.
+        tokens, kept: N and K; the result is 1 for K = N.
+        share: share of the kept tokens in the top set.
+        draws: number of pairs of subsets, drawn uniformly.
     """
     rng, size = np.random.default_rng([seed, 2]), top_size(kept, share)
-    # Tokens are named by their rank: the first of a sorted subset are its top.
+    # Tokens are numbered by their rank, so the first elements of a sorted subset are its top set.
     first, second = (
         np.sort(np.argsort(rng.random((draws, tokens)), axis=1)[:, :kept], axis=1)[:, :size] for _ in range(2)
     )
@@ -195,16 +201,15 @@ def fixed_ranking_overlap(tokens, kept, share=0.1, draws=4000, seed=0):
 
 
 def concentration(top, present, share=0.1, permutations=200, seed=0):
-    """How much of the top places fall to the positions that have them most often, against chance.
+    """The share of all top tokens that are at the most frequent positions, compared with chance.
 
     Args:
-        top, present: (repeats, images, N) bool; repeats of one image (times, draws) stay together when the positions
-            of images are permuted.
-        share: share of the positions, and of the tokens that `top` flags.
+        top, present: (repeats, images, N) bool; the repeats of an image (times, draws) are permuted together.
+        share: share of the positions, and of the tokens that `top` marks.
 
     Returns:
-        (frequency (N,): how often a position is at the top when it is there; Chance of the share of all top places that
-        the `share` most frequent positions take).
+        (frequency, taken): frequency is (N,), how often a position is in the top set when it is present; taken is the
+        `Chance` of the share of all top tokens at the `share` most frequent positions.
     """
     size = top_size(top.shape[-1], share)
 
@@ -218,10 +223,10 @@ def concentration(top, present, share=0.1, permutations=200, seed=0):
 
 
 class ShareRatio(NamedTuple):
-    """The largest and the smallest share of images in which a position is at the top, and their ratio.
+    """The largest and the smallest share of images in which a position is in the top set, and their ratio.
 
-    ratio: `Chance` of the largest share over the smallest one. interval: what 95 % of random draws of as many of the
-    images give for it (bootstrap). at_least: the smallest share is zero, and counts as one observation for the ratio.
+    ratio: `Chance` of the largest share divided by the smallest. interval: 95 % bootstrap interval of the ratio over
+    the images. at_least: True if the smallest share is zero; the ratio then counts it as one observation.
     """
 
     largest: float
@@ -232,11 +237,11 @@ class ShareRatio(NamedTuple):
 
 
 def share_ratio(top, present, permutations=100, seed=0):
-    """How much more often the position that is at the top most often is there than the one that is there least often.
+    """The ratio of the largest to the smallest share of images in which a position is in the top set.
 
-    A share of zero has no finite ratio. It is put at one observation (an image at one time and draw), so that the ratio
-    is the smallest that the data allow: it then says "at least". Few images give a ratio above 1 by chance alone, which
-    permuting the positions within every image shows.
+    With a smallest share of zero the ratio is not finite. The share is then replaced by one observation (an image at
+    one time and draw), and the ratio is a lower bound ("at least"). With few images the ratio is above 1 by chance
+    alone. Permuting the positions within every image measures this.
 
     Args:
         top, present: (repeats, images, N) bool, as for `concentration`.
@@ -261,12 +266,12 @@ def share_ratio(top, present, permutations=100, seed=0):
 
 
 def _counts(top, present):
-    """(2, images, N): how often a position of an image is at the top, and how often it is there."""
+    """(2, images, N): how often a position of an image is in the top set, and how often it is present."""
     return np.stack([top.sum(axis=0), present.sum(axis=0)]).astype(np.float64)
 
 
 def _permuted(counts, permutations, seed):
-    """Yield the (2, N) sums of `_counts` over images whose positions are permuted, each image by itself."""
+    """Yield the (2, N) sums of `_counts` over images, with the positions of every image permuted independently."""
     rng, (images, tokens) = np.random.default_rng([seed, 1]), counts.shape[1:]
     for _ in range(permutations):
         order = rng.permuted(np.tile(np.arange(tokens), (images, 1)), axis=1)

@@ -1,4 +1,4 @@
-"""What is analyzed: checkpoints of runs, in order, and what their settings say about subsets and teachers."""
+"""The checkpoints to analyze, in order, with their settings of subsets and teachers."""
 
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from maskalign.config import Config, TokenBudget, as_schedule, keep_count
 from maskalign.errors import UsageError
 from maskalign.models.mixer import NoMixer
 
-DEFAULT_KEEP = 0.5  # of a run that keeps all tokens, and of files that do not say
+DEFAULT_KEEP = 0.5  # keep ratio for runs that keep all tokens, and for files without settings
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,10 @@ class Subject:
 
     Attributes:
         model: `SiT` in eval mode.
-        config: the run's `Config`; the defaults for a file that carries none.
-        run, step: its series, and the steps trained (None: unknown).
-        teachers: names of its teachers, () where unknown.
+        config: the run's `Config`; the defaults for a file without settings.
+        run: name of the series.
+        step: number of steps trained, or None if unknown.
+        teachers: names of the teachers, () if unknown.
     """
 
     model: object
@@ -45,7 +46,7 @@ class Subject:
         return self.run if self.step is None else f"{self.run}, step {self.step}"
 
     def kept(self, keep_ratio=None):
-        """Number K of tokens in a subset: of `keep_ratio`, or of the run's smallest one below 1, or of a half."""
+        """Number K of tokens in a subset: by `keep_ratio`, else by the run's smallest ratio if below 1, else a half."""
         if keep_ratio is None:
             if min(as_schedule(self.config.method.keep_ratio).ends) < 1:
                 return self.budget.least
@@ -53,9 +54,9 @@ class Subject:
         return keep_count(keep_ratio, self.model.num_tokens, self.config.method.keep_multiple)
 
     def drawn(self, kept):
-        """Number of patch tokens that are aligned of those at the tap, where `kept` are kept; None for all of them.
+        """Number of patch tokens at the tap that are aligned if `kept` tokens are kept; None for all of them.
 
-        A scheduled `method.align_ratio` is taken at the moment at which the run keeps fewest tokens, as `kept` is.
+        A scheduled `method.align_ratio` is evaluated where the run keeps the fewest tokens, like `kept`.
         """
         return self.budget.drawn(self.budget.least_at, kept)
 
@@ -66,25 +67,26 @@ class Subject:
 
     @property
     def trained_on_subsets(self):
-        """Whether the blocks before the tap saw subsets in training."""
+        """True if the blocks before the tap saw subsets in training."""
         lowest = min(as_schedule(self.config.method.keep_ratio).ends)
         route = self.model.route
         return lowest < 1 and route is not None and route[0] < self.model.align_depth
 
 
 def find_checkpoints(paths, most=8):
-    """The checkpoints that paths mean.
+    """Find the checkpoints at the given paths.
 
     Args:
-        paths: run folders (their kept checkpoints), checkpoint folders, REPA .pt or .safetensors files, or names as
-            `checkpoints.sources.locate` knows them.
-        most: of a run, at most this many, evenly spread, the first and the last among them.
+        paths: run folders (all their checkpoints), checkpoint folders, REPA .pt or .safetensors files, or names that
+            `checkpoints.sources.locate` knows.
+        most: maximum number of checkpoints per run; they are evenly spread and include the first and the last.
 
     Returns:
-        list of Entry: series in the order given, each in the order of its steps (files: as given).
+        list of Entry: series in the given order, each ordered by step (files in the given order). A checkpoint that is
+        given twice appears once.
 
     Raises:
-        UsageError: nothing there that could be analyzed, or one thing twice.
+        UsageError: a path has no checkpoint.
     """
     series = {}
     for source in paths:
@@ -103,27 +105,28 @@ def find_checkpoints(paths, most=8):
         series.setdefault(run.resolve(), []).extend(found)
     entries = []
     for run, members in series.items():
-        # By the real path, but under its own name: the Hub's cache has links to files without an ending.
+        # Duplicates are found by the real path, but the given name is kept, because the Hub's cache has links to files
+        # without an ending.
         unique = list({member.resolve(): Path(os.path.abspath(member)) for member in members}.values())
         name = run.name if [other.name for other in series].count(run.name) == 1 else f"{run.parent.name}/{run.name}"
-        # A run's folders sort by step; files sort as they were given, since names tell no order.
+        # A run's folders are sorted by step; files keep the given order, because their names have no order.
         unique.sort(key=lambda member: member.name if member.is_dir() else "")
         entries += [Entry(member, name) for member in unique]
     return entries
 
 
 def load_subject(entry, ema=True):
-    """The model of an entry.
+    """Load the `Subject` of an entry.
 
     Raises:
-        UsageError: it cannot be read, or has no projectors, so that there is no alignment loss to look at.
+        UsageError: the checkpoint cannot be read, or has no projectors and therefore no alignment loss.
     """
     loaded = load(entry.path, ema)
     model, config = loaded.model, loaded.config
     if config is None:
         config = Config()
         config.objective.path = loaded.info.path
-        if isinstance(model.mixer, NoMixer):  # a file does not say how it was trained: a mixer tells of subsets
+        if isinstance(model.mixer, NoMixer):  # a file has no settings; with a mixer it was trained on subsets
             config.method.keep_ratio = 1.0
     if not model.projectors:
         raise UsageError(
@@ -134,7 +137,7 @@ def load_subject(entry, ema=True):
 
 
 def _spread(items, most):
-    """At most `most` of the items, evenly spread, the last one always among them."""
+    """At most `most` of the items, evenly spread, always including the last one."""
     if len(items) <= most:
         return items
     if most == 1:

@@ -1,7 +1,8 @@
-"""From measurements to rows.
+"""Convert measurements to rows of tables.
 
-The paper's: shares.csv (how often a position is at the top, its ends), gap.csv (the stability gap). Ours: positions.csv
-(maps), stability.csv (against chance), concentration.csv and agreement.csv (of the trunk).
+The paper's measurements are in shares.csv (the largest and smallest share of images with a position in the top set) and
+gap.csv (the stability gap). Our own are in positions.csv (maps), stability.csv (agreement and chance),
+concentration.csv, and agreement.csv (gradients of the trunk).
 """
 
 import csv
@@ -19,7 +20,7 @@ from maskalign.analysis.stability import (
     top_tokens,
 )
 
-# What is compared with what; the names appear in the tables.
+# Names of the comparisons, as in the tables.
 HALVES, TIMES, DRAWS, CHECKPOINTS, WAYS, RUNS = "halves of the data", "times", "draws", "checkpoints", "ways", "runs"
 MEAN_MAP, SINGLE = "mean map", "single images"
 SHARE_COLUMNS = (
@@ -41,9 +42,9 @@ AGREEMENT_COLUMNS = ("run", "step", "pair", "place", "cosine", "standard_error",
 
 
 def position_rows(subject, found, settings):
-    """Rows of positions.csv for one checkpoint: by mode and time (empty: all times), a row per token position.
+    """Rows of positions.csv for one checkpoint: one per mode, time (empty for all times) and token position.
 
-    Norm and top frequency are means over images and draws in which the position was aligned.
+    Norm and top frequency are means over the images and draws in which the position was aligned.
     """
     rows = []
     columns = subject.model.grid[1]
@@ -66,10 +67,10 @@ def position_rows(subject, found, settings):
 
 
 def share_rows(subject, found, settings):
-    """Rows of shares.csv for one checkpoint, all tokens aligned: by time (empty: all times) the ends of the shares.
+    """Rows of shares.csv for one checkpoint, all tokens aligned: one per time (empty for all times).
 
-    The share of a position is that of images, draws (and times) in which it is among the top `settings.top`; the map
-    itself is `top_frequency` in positions.csv.
+    A position's share is the share of images and draws (and times) in which the position is among the top
+    `settings.top`. A row has the largest and the smallest share; all shares are `top_frequency` in positions.csv.
     """
     norms, rows = found.norms[FULL], []
     tokens, images = norms.shape[-1], norms.shape[-2]
@@ -91,11 +92,11 @@ def share_rows(subject, found, settings):
 
 
 def gap_rows(subject, losses, kept, settings):
-    """Rows of gap.csv for one checkpoint: by time (empty: all times) the losses and their gap; [] where there is none.
+    """Rows of gap.csv for one checkpoint: losses and gap for each time (empty for all times); [] without losses.
 
-    The standard error is over images, each counted once with the mean over its subsets (and times). The deviation over
-    subsets is that of the mean gap of all images from one draw of subsets to the next. The matched gap estimates
-    the same with less spread, see `evaluation.gap`.
+    The standard error is over images; each image counts once, with the mean over its subsets (and times). The deviation
+    over subsets is the standard deviation of the mean gap of all images between draws of subsets. The matched gap
+    estimates the same number with less spread, see `evaluation.gap`.
     """
     if losses is None:
         return []
@@ -116,7 +117,7 @@ def gap_rows(subject, losses, kept, settings):
 
 
 def concentration_row(subject, mode, norms, settings):
-    """How much of the top places the most frequent positions take, against positions permuted within each image."""
+    """Row of concentration.csv: the share of top tokens at the most frequent positions, compared with chance."""
     tokens, images = norms.shape[-1], norms.shape[-2]
     flat = norms.reshape(-1, images, tokens)
     frequency, taken = concentration(
@@ -148,7 +149,7 @@ def stability_rows(subject, found, settings):
 
 
 def checkpoint_rows(subjects, founds, settings):
-    """Rows between all checkpoints of one run, over the same images, times and draws."""
+    """Rows of stability.csv between all checkpoints of one run, on the same images, times and draws."""
     rows = []
     for (a, first), (b, second) in combinations(zip(subjects, founds, strict=True), 2):
         for mode in first.norms:
@@ -160,7 +161,7 @@ def checkpoint_rows(subjects, founds, settings):
 
 
 def run_rows(subjects, founds, settings):
-    """Rows between the last checkpoints of several runs, for full-token alignment."""
+    """Rows of stability.csv between the last checkpoints of several runs, for full-token alignment."""
     rows = []
     for (a, first), (b, second) in combinations(zip(subjects, founds, strict=True), 2):
         own = dict(run=b.run, step=b.step, mode="full", images=first.norms["full"].shape[-2])
@@ -187,7 +188,7 @@ def agreement_rows(subject, found, group_size):
 
 
 def write_csv(path, columns, rows):
-    """A CSV with six significant digits; what is not known is empty."""
+    """Write a CSV file with six significant digits; unknown values are empty cells."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()

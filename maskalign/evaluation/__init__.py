@@ -1,4 +1,4 @@
-"""Evaluation: distances between what a model draws and real images, and its losses on held-out ones."""
+"""Evaluation: distances between a model's samples and real images, and losses on held-out images."""
 
 from maskalign._lazy import lazy_exports
 

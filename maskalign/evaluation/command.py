@@ -1,4 +1,4 @@
-"""The work of `maskalign evaluate`: draw or read pictures, compare them with real ones, and measure held-out losses."""
+"""The work of `maskalign evaluate`: draw or read images, compare them with real ones, and measure held-out losses."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ from maskalign.runtime.outputs import make_folder
 from maskalign.sampling.command import apply_preset, decoder_for
 from maskalign.sampling.settings import Sampling, parse_classes
 
-SAMPLES = 1000  # drawn from a model by default: minutes on two CPU cores at 32 pixels
+SAMPLES = 1000  # default number of samples; takes minutes on two CPU cores at 32 pixels
 
 
 def evaluate(
@@ -52,28 +52,32 @@ def evaluate(
     device="auto",
     progress=True,
 ):
-    """Evaluate a model or pictures.
+    """Evaluate a model or existing images.
 
     Args:
-        source: a run, a checkpoint, a .pt or .safetensors file; or a folder of pictures, an .npz, a data set.
+        source: a run, a checkpoint, a .pt or .safetensors file; or a folder of images, an .npz, a data set.
         data: the data set to compare with.
-        out: folder for the report; by default the run's, and none where the source is no run.
-        settings: `EvaluationSettings`. sampling: `Sampling`; its path is replaced by the run's.
+        out: folder for the report; by default the run's folder. Without either, no report is written.
+        settings: `EvaluationSettings`.
+        sampling: `Sampling`; its path is replaced by the run's.
         preset, given: a preset, and the names of the settings that it does not replace; see `with_preset`.
-        labels: of samples: `reference` (those of the real images in turn) or `uniform` (random).
-        teacher: whose features; several with commas. teacher_weights: as for `load_teacher`, one for all.
-        inception: path of torch-fidelity's Inception weights, or `download`; None leaves FID and IS out.
-        classes: text as `parse_classes` reads it: compare only these.
+        labels: labels of the samples: `reference` (those of the real images in turn) or `uniform` (random).
+        teacher: names of the teachers whose features are compared, separated by commas.
+        teacher_weights: as for `load_teacher`, the same for all teachers.
+        inception: path of torch-fidelity's Inception weights, or `download`; None for no FID and IS.
+        classes: text as `parse_classes` reads it: compare only these classes.
         held_out: data set for the losses; by default `data`.
         ema: measure the moving average of the weights.
         vae: decoder of latents, as for `sample`.
         device: auto, cpu or cuda.
+        progress: show progress bars.
 
     Returns:
         dict: the report, as it is written.
 
     Raises:
-        UsageError: the request cannot be measured. RunError: the model gives numbers that are not finite.
+        UsageError: the request cannot be measured.
+        RunError: the model gives numbers that are not finite.
     """
     from maskalign.runtime.device import find_device
 
@@ -112,7 +116,7 @@ def evaluate(
             print(f"skipped in {source}, not pictures: {tell_passed(pictures.passed)}", file=sys.stderr)
         pictures.count = min(pictures.count, settings.samples or pictures.count)
     else:
-        raise UsageError(f"{source} is no model, and --metrics none leaves nothing to measure of pictures")
+        raise UsageError(f"{source} is not a model, and --metrics none leaves nothing to measure of pictures")
     report = {
         "source": str(source),
         "kind": kind,
@@ -147,22 +151,22 @@ def evaluate(
 
 
 def _check_shape(subject, manifest, source, data):
-    """Raise a UsageError where model and data set differ in size or number of classes, before anything is drawn."""
+    """Raise a UsageError if model and data set differ in size or number of classes, before anything is drawn."""
     model = subject.model
     if subject.info.latent is None and model.in_channels == 3 and model.input_size != manifest.resolution:
         raise UsageError(
             f"{source} draws pictures of {model.input_size}x{model.input_size}, but those of {data} are "
-            f"{manifest.resolution}x{manifest.resolution}; give the data set that it was trained on, or its like"
+            f"{manifest.resolution}x{manifest.resolution}; give the data set that it was trained on, or a similar one"
         )
     if model.num_classes != manifest.num_classes:
         raise UsageError(
             f"{source} has {model.num_classes} classes, but {data} has {manifest.num_classes}; give the data set that "
-            "it was trained on, or its like"
+            "it was trained on, or a similar one"
         )
 
 
 def _check_classes(subject, manifest, source, data):
-    """Raise a UsageError where model and data set have as many classes, but not the same ones in the same order."""
+    """Raise a UsageError if model and data set do not have the same classes in the same order."""
     difference = other_classes(subject.info.class_names, manifest.class_names)
     if difference:
         raise UsageError(
@@ -181,7 +185,7 @@ def _check_size(pictures, real, source, data):
 
 
 def _networks(settings, real, count, teachers, weights, inception, device):
-    """The feature networks; first checks that there are enough pictures."""
+    """Load the feature networks, and check that there are enough images for them."""
     networks = [load_features(name, weights, device) for name in teachers]
     if inception:
         networks.append(InceptionFeatures(find_weights(inception)).to(device).eval())
@@ -191,7 +195,7 @@ def _networks(settings, real, count, teachers, weights, inception, device):
 
 
 def _drawn(subject, count, sampling, vae, labels):
-    """Pictures of a model; their labels are set later."""
+    """`DrawnPictures` of a model; their labels are set later."""
     from maskalign.sampling.drawing import check_class_guidance
     from maskalign.sampling.network import Network
 
@@ -202,7 +206,7 @@ def _drawn(subject, count, sampling, vae, labels):
 
 
 def _add_distances(report, pictures, real, networks, settings, progress):
-    """Compare pictures with real ones in the features of all networks."""
+    """Compare images with real ones in the features of all networks."""
     count, references = pictures.count, {}
     for network in networks:
         kinds = _kinds(network, settings)
@@ -226,7 +230,7 @@ def _add_distances(report, pictures, real, networks, settings, progress):
         features, logits = _features(pictures, networks, settings, on_images)
     for network in networks:
         for kind in _kinds(network, settings):
-            # The spatial features serve only sFID, a Frechet distance.
+            # The spatial features are used only for sFID, which is a Frechet distance.
             metrics = settings.metrics if kind is network else ("frechet",)
             reference = references[kind.name]
             report["metrics"] |= distances(features[kind.name], reference, kind.name, metrics)
@@ -239,14 +243,14 @@ def _add_distances(report, pictures, real, networks, settings, progress):
 
 
 def in_words(seconds):
-    """A duration for people: `about 40 seconds`, `about 12 minutes`, `about 3.5 hours`."""
+    """A duration in words: `about 40 seconds`, `about 12 minutes`, `about 3.5 hours`."""
     if seconds < 90:
         return f"about {max(1, round(seconds))} second{'s' if seconds >= 1.5 else ''}"
     return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
 def _kinds(network, settings):
-    """The kinds of features that a network gives: its own, and Inception's spatial ones where sFID is measured."""
+    """The kinds of features of a network: its own, and for Inception the spatial ones if sFID is measured."""
     spatial = isinstance(network, InceptionFeatures) and "frechet" in settings.metrics
     return [network, network.spatial] if spatial else [network]
 
@@ -275,11 +279,11 @@ def _features(pictures, networks, settings, on_images):
 
 
 def _held_out(subject, manifest, held_out, settings, device):
-    """(`HeldOut` for a model, the `Manifest` of its training data, or None where that cannot be read)."""
+    """(`HeldOut` for a model, the `Manifest` of its training data or None if it cannot be read)."""
     config, class_dim = subject.config, subject.model.class_dim
-    there = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
-    _check_input(subject.model, there, held_out)
-    _check_classes(subject, there, subject.info.label, held_out)
+    other = manifest if str(held_out) == manifest.root else Manifest.load(held_out)
+    _check_input(subject.model, other, held_out)
+    _check_classes(subject, other, subject.info.label, held_out)
     training, own = None, {}
     if config is not None:
         own = {"normalize": config.teacher.normalize, "weights": config.teacher.weights}
@@ -287,14 +291,14 @@ def _held_out(subject, manifest, held_out, settings, device):
         with suppress(UsageError, OSError):  # trained on another machine
             training = Manifest.load(path)
     names, components = teachers_of(subject.info.teachers, config, class_dim)
-    teachers = choose_teachers(names, training, there, device=device, class_tokens=class_dim is not None, **own)
+    teachers = choose_teachers(names, training, other, device=device, class_tokens=class_dim is not None, **own)
     if class_dim is not None:
         _check_class_token(class_dim, components, teachers[0], training, config)
     return HeldOut(held_out, settings.held_out_images, teachers, settings.batch_size, components), training
 
 
 def _check_class_token(class_dim, components, teacher, training, config):
-    """Raise a UsageError where the class tokens of the held-out data are not those that the model was trained on."""
+    """Raise a UsageError if the class tokens of the held-out data do not fit those that the model was trained on."""
     there = teacher.network.class_dim if teacher.network is not None else teacher.class_tokens.stored["dim"]
     if components is None and there == class_dim:
         return
@@ -338,7 +342,7 @@ def _add_losses(report, subject, images, training, settings, progress):
 
 
 def _check_input(model, manifest, path):
-    """Raise a UsageError where the data set has another input shape or number of classes than the model."""
+    """Raise a UsageError if the data set has another input shape or number of classes than the model."""
     if manifest.latent is not None:
         channels, side = manifest.latent["shape"][0] // 2, manifest.latent["shape"][1]
     else:
@@ -353,7 +357,7 @@ def _check_input(model, manifest, path):
 
 
 def _up_to_total(bar):
-    """Update a bar by fractions of images, whose rounded sum may exceed the total: tqdm warns of that."""
+    """Update a bar by fractions of images. Their rounded sum may exceed the total, which makes tqdm warn."""
     return lambda images: bar.update(min(images, bar.total - bar.n))
 
 

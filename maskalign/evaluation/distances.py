@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Moments(NamedTuple):
-    """Mean (D,) and unbiased covariance (D, D), float64, and the number of rows."""
+    """Mean (D,) and unbiased covariance (D, D) of features, float64, and the number of rows."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -24,8 +24,8 @@ def frechet_distance(a, b):
 
     The trace of the root is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2). That matrix is
     symmetric, so this needs no complex numbers and no iteration, and works for singular covariances. With fewer than
-    D + 1 rows a covariance is singular and the distance is strongly biased upwards; callers decide (see
-    `enough_for_covariance`).
+    D + 1 rows a covariance is singular and the distance is strongly biased upwards. This function does not check this;
+    see `enough_for_covariance`.
 
     Args:
         a, b: (n, D) and (m, D) features, n and m at least 2; or their `Moments`.
@@ -39,7 +39,7 @@ def frechet_distance(a, b):
 
 
 def enough_for_covariance(count, dim):
-    """Whether a covariance of `count` rows in `dim` dimensions can have full rank."""
+    """True if a covariance of `count` rows in `dim` dimensions can have full rank."""
     return count > dim
 
 
@@ -68,10 +68,12 @@ def kernel_distance_subsets(a, b, subsets=100, size=1000, seed=2020):
 
     Args:
         a, b: (n, D) and (m, D) features.
-        subsets: how many; size: rows of each, at most n and m.
+        subsets: number of subsets.
+        size: rows of each subset; it is reduced to n and m if they are smaller.
+        seed: seed of the subsets.
 
     Returns:
-        (mean, standard deviation over the subsets). With all rows in every subset that is (`kernel_distance`, 0).
+        (mean, standard deviation over the subsets); (`kernel_distance`, 0) if every subset has all rows.
     """
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     size = min(size, len(a), len(b))

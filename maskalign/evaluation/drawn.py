@@ -1,4 +1,4 @@
-"""Pictures that a model draws for its evaluation, batch by batch; none of them is kept."""
+"""Images that a model draws for its evaluation, batch by batch. They are not stored."""
 
 import time
 from dataclasses import replace
@@ -12,19 +12,23 @@ from maskalign.sampling.pictures import to_uint8
 
 
 class DrawnPictures:
-    """Pictures of a model, one per label.
+    """Images drawn by a model, one per label.
 
     Args:
         network: a `SiT` or a sampling `Network`.
-        count: how many.
+        count: number of images.
         settings: `Sampling`.
         decoder: latents -> images; None for pixels.
         label_choice: see `choose_labels`.
 
     Attributes:
-        count; size: (height, width).
-        labels: (count,) int64, to be set before the first batch.
-        on_images: called with a (fractional) number of pictures as they progress; may be set.
+        count: number of images.
+        size: (height, width).
+        labels: (count,) int64; must be set before the first batch.
+        on_images: None, or a function that is called with a (fractional) number of images as they progress.
+
+    Raises:
+        UsageError: the model does not draw RGB images.
     """
 
     def __init__(self, network, count, settings, decoder=None, label_choice="reference"):
@@ -40,7 +44,7 @@ class DrawnPictures:
             raise UsageError(f"the model draws {channels} channels; only RGB pictures can be evaluated")
 
     def choose_labels(self, reference):
-        """Set the labels: those of the real pictures in turn (`reference`), or random ones (`uniform`).
+        """Set the labels: those of the real images in turn (`reference`), or random ones (`uniform`).
 
         Args:
             reference: (n,) labels of the real pictures, in their order.
@@ -51,10 +55,10 @@ class DrawnPictures:
             self.labels = classes[image_labels(self.settings.seed, range(self.count), len(classes))]
 
     def seconds(self, images=32):
-        """An estimate of the time that drawing all of them takes, from two evaluations of the network.
+        """Estimate the time in seconds for drawing all images, from two evaluations of the network.
 
         Args:
-            images: of an evaluation.
+            images: number of images in an evaluation.
         """
         settings, images = self.settings, min(images, self.count)
         trial = replace(settings, sampler="ode", steps=1, batch_size=images)
@@ -81,7 +85,7 @@ class DrawnPictures:
 
 
 def labels_like(reference, count):
-    """(count,) labels: those of the real pictures in turn, so that both sets have the same class frequencies.
+    """(count,) labels: those of the real images in turn, so that both sets have the same class frequencies.
 
     Args:
         reference: (n,) labels of the real pictures, in their order.

@@ -1,9 +1,9 @@
-"""Features of pictures for the distances: one vector per picture from a frozen network.
+"""Features of images for the distances: one vector per image from a frozen network.
 
-dinov2-*              the class token, as in the field's FDD (arXiv 2306.04675, whose network is dinov2-l): bicubic with
-                      antialias to 224, rounded to bytes, ImageNet normalization; position embedding as on DINOv2's hub
+dinov2-*              the class token, as in FDD (arXiv 2306.04675, which uses dinov2-l): bicubic resizing with
+                      antialias to 224, rounding to bytes, ImageNet normalization; position embedding as on DINOv2's hub
 efficientnet-lite0    the mean over the tokens
-timm:MODEL            what timm itself pools before its classifier
+timm:MODEL            the pooled features of timm before its classifier
 """
 
 import hashlib
@@ -23,10 +23,10 @@ CPU_CHUNK = 16  # images per pass; more are not faster on a CPU
 
 
 class ClassToken(Encoder):
-    """DINOv2's class token of a picture, computed as in its authors' hub code.
+    """DINOv2's class token of an image, computed as in its authors' hub code.
 
-    (The teacher `dinov2-*` follows REPA instead, which resizes after the normalization and resamples the position
-    embedding with timm's function.)
+    The teacher `dinov2-*` is different: it follows REPA, which resizes after the normalization and resamples the
+    position embedding with timm's function.
     """
 
     SIDE = 224
@@ -52,7 +52,7 @@ class ClassToken(Encoder):
 
 
 class Pooled(nn.Module):
-    """For timm models what timm pools before its classifier; for other teachers the mean over the tokens."""
+    """The pooled features before the classifier for timm models; the mean over the tokens for other teachers."""
 
     def __init__(self, encoder):
         super().__init__()
@@ -69,7 +69,7 @@ class Pooled(nn.Module):
 
 
 def module_digest(module, words):
-    """16 hex digits of some words and of every tensor in a module's state."""
+    """A digest of 16 hex digits of the text `words` and of every tensor in a module's state."""
     digest = hashlib.sha256(words.encode())
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -78,13 +78,15 @@ def module_digest(module, words):
 
 
 class Features(nn.Module):
-    """A network as a map from pictures to vectors, in float32.
+    """A network that maps images to feature vectors in float32.
 
     Attributes:
-        name: the teacher's; encoder: `ClassToken` or `Pooled`; dim: length of a vector.
+        name: name of the teacher.
+        encoder: `ClassToken` or `Pooled`.
+        dim: length of a vector.
     """
 
-    VERSION = 1  # of the computation; part of the fingerprint
+    VERSION = 1  # version of the computation; part of the fingerprint
 
     def __init__(self, name, encoder):
         super().__init__()
@@ -96,10 +98,10 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures):
-        """Features of pictures (B, 3, H, W) uint8: (B, dim) float32 on the CPU.
+        """Features of images (B, 3, H, W) uint8: (B, dim) float32 on the CPU.
 
         Raises:
-            UsageError: features that are not finite; the weights must be wrong.
+            UsageError: the features are not finite, which means wrong weights.
         """
         device = next(self.encoder.parameters()).device
         chunk = CPU_CHUNK if device.type == "cpu" else max(1, len(pictures))
@@ -112,13 +114,14 @@ class Features(nn.Module):
 
 
 def load_features(name, weights=None, device="cpu"):
-    """The features of a teacher.
+    """Load the `Features` of a teacher.
 
     Args:
         name, weights: as for `load_teacher`.
+        device: where the network runs.
 
     Raises:
-        UsageError: no such teacher, or no weights.
+        UsageError: the teacher does not exist, or its weights cannot be found.
     """
     check_teacher_name(name)
     if name.startswith("dinov2-"):

@@ -1,14 +1,14 @@
-"""The stability gap: how much worse the alignment is where the model sees a random subset of the patches.
+"""The stability gap: how much worse the alignment is if the model sees only a random subset of the patches.
 
     G_r = L_align(class token and a random share 1 - r of the patches) - L_align(all tokens)
 
 for the same images, times and noise (MaskAlign, arXiv 2606.08788). The tokens are dropped after the mixing layers, as
-in the paper's training: all blocks see only the subset, and the loss is a mean over the tokens present. Both losses are
-the training loss -mean cos, with the class token where there is one.
+in the paper's training: all blocks see only the subset, and the loss is a mean over the kept tokens. Both losses are
+the training loss -mean cos, including the class token if the model has one.
 
-Much of the difference of one image is chance: some patches are harder than others, and a subset has more or fewer of
-them. `gaps_by_image` therefore also gives the *matched* gap, whose mean over all subsets is the same and whose spread
-is smaller: the subset's loss is compared with that of the same tokens where the model sees all.
+The gap of one image depends strongly on chance, because some patches are harder than others, and a subset has more or
+fewer of them. `gaps_by_image` therefore also returns the *matched* gap, which compares the subset's loss with the loss
+of the same tokens when the model sees all tokens. It has the same mean over all subsets and a smaller spread.
 """
 
 from contextlib import contextmanager
@@ -29,22 +29,22 @@ MASK_RATIO = 0.25  # the paper's r
 
 
 def kept_patches(mask_ratio, patches):
-    """Number of patches that are left: (1 - r) N, to the nearest whole number, at least 1."""
+    """Number of patches that are kept: (1 - r) N, rounded to the nearest whole number, at least 1."""
     return max(1, int((1 - mask_ratio) * patches + 0.5))
 
 
 def can_mask(model):
-    """Whether a gap can be measured: the model has projectors, and none of them needs the whole token grid."""
+    """True if a gap can be measured: the model has projectors, and none of them needs the whole token grid."""
     return len(model.projectors) > 0 and not any(projector.needs_grid for projector in model.projectors)
 
 
 @contextmanager
 def ending_at_tap(model):
-    """Context in which a `SiT` ends at its tap, and in which a subset is applied before the first block up to there.
+    """Context in which a `SiT` ends at its tap, and in which the blocks up to there see only a subset if one is given.
 
-    The pass on all tokens is unchanged but for the blocks after the tap, which do not run. A subset is applied at the
-    mixing layers, whatever the model's route: models that were trained on all tokens, or aligned on a subset that their
-    blocks do not see, are measured like models that were trained on subsets.
+    For a pass on all tokens, only the blocks after the tap are skipped. A subset is applied after the mixing layers,
+    independently of the model's route. Models that were trained on all tokens, or aligned on a subset that their blocks
+    do not see, are therefore measured in the same way as models that were trained on subsets.
     """
     before = model.blocks, model.route, model.restore, model.mixer
     start = model.route[0] if model.route else 0
@@ -60,11 +60,11 @@ def ending_at_tap(model):
 
 
 def keyed_subsets(key, indices, patches, count):
-    """Uniform random subsets of the patches that depend on a key and the image's number alone.
+    """Uniform random subsets of the patches that depend only on a key and the image's number.
 
     Args:
         key: any text.
-        indices: numbers of the images, B of them.
+        indices: numbers of the B images.
         patches, count: N and K.
 
     Returns:
@@ -78,7 +78,7 @@ def keyed_subsets(key, indices, patches, count):
 
 
 class ImageGaps(NamedTuple):
-    """(B,) float64 each: `plain` is the definition, `matched` has the same mean over all subsets and less spread."""
+    """Two (B,) float64 tensors: `plain` is the definition; `matched` has the same mean over subsets and less spread."""
 
     plain: torch.Tensor
     matched: torch.Tensor
@@ -87,14 +87,15 @@ class ImageGaps(NamedTuple):
 def gaps_by_image(full, masked, subset, with_class):
     """The stability gap of every image.
 
-    The matched gap compares the loss of the subset's own tokens between the two passes, and adds the expected value of
-    what the plain gap has beyond that. This is known without drawing: 0 for a model without a class token; with one,
-    its share of the loss grows from 1 / (1 + N) to 1 / (1 + K).
+    The matched gap is the difference of the loss of the subset's tokens between the two passes, plus the expected value
+    of the rest of the plain gap. This expected value is computed exactly. It is 0 for a model without a class token.
+    With a class token it is not, because the class token's share of the loss grows from 1 / (1 + N) to 1 / (1 + K).
 
     Args:
-        full, masked: of `alignment_by_token`, (B, N) on all tokens and (B, K) on a subset; one more with a class token.
+        full, masked: from `alignment_by_token`, (B, N) on all tokens and (B, K) on a subset; with a class token one
+            column more.
         subset: (B, K) int64, ascending: the patches of `masked`.
-        with_class: the first token of both is the class token.
+        with_class: True if the first token of both is the class token.
 
     Returns:
         ImageGaps.
@@ -110,7 +111,7 @@ def gaps_by_image(full, masked, subset, with_class):
 
 @torch.no_grad()
 def alignment_by_token(model, x_t, t, labels, teachers, *, class_token=None, subset=None):
-    """The alignment loss of every token, -cos, averaged over teachers: its mean over tokens is an image's loss.
+    """The alignment loss of every token, -cos averaged over teachers. Its mean over tokens is an image's loss.
 
     Args:
         model: a `SiT` in eval mode.
@@ -133,17 +134,19 @@ def alignment_by_token(model, x_t, t, labels, teachers, *, class_token=None, sub
 
 
 def alignment_by_image(model, x_t, t, labels, teachers, *, class_token=None, subset=None):
-    """The alignment loss of every image, (B,) float64: the mean over tokens of `alignment_by_token`, whose arguments
-    it takes."""
+    """The alignment loss of every image, (B,) float64: the mean over tokens of `alignment_by_token`.
+
+    For the arguments see `alignment_by_token`.
+    """
     return alignment_by_token(model, x_t, t, labels, teachers, class_token=class_token, subset=subset).mean(dim=1)
 
 
 @torch.no_grad()
 def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=2):
-    """The stability gap of a model on held-out images, measured cheaply: one subset per image at each of a few times.
+    """A cheap measurement of the stability gap on held-out images, with one subset per image at each of a few times.
 
-    Noise and times are those of `losses_by_time` with as many bins, and the two passes of an image differ only in the
-    subset. Both passes end at the tap.
+    Noise and times are those of `losses_by_time` with the same number of bins. The two passes of an image differ only
+    in the subset, and both end at the tap.
 
     Args:
         model: a `SiT`, with the weights to measure.
@@ -153,9 +156,9 @@ def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=
         bins: equal bins of the time in [0, 1], each with one time of every image.
 
     Returns:
-        dict: `stability_gap`, the matched `stability_gap_matched`, and for both the standard error over images under
-        the same name and `_error`. {} for a model without alignment, one whose projectors need the whole grid, so few
-        patches that none is dropped, or a single image.
+        dict: `stability_gap`, the matched `stability_gap_matched`, and their standard errors over images,
+        `stability_gap_error` and `stability_gap_matched_error`. {} for a model without alignment or with projectors
+        that need the whole grid, if no patch would be dropped, or for a single image.
     """
     if not can_mask(model) or not held_out.teachers or held_out.count < 2:
         return {}
@@ -163,7 +166,7 @@ def held_out_gap(model, held_out, *, mask_ratio=MASK_RATIO, path="linear", bins=
     if kept >= model.num_tokens:
         return {}
     device, interpolant, gaps = next(model.parameters()).device, Interpolant(path), []
-    # Compiled blocks would be recompiled for the length of a subset, which takes longer than these few passes.
+    # Compiled blocks would be recompiled for the length of a subset. This would take longer than these few passes.
     with evaluating(model), ending_at_tap(model), torch.compiler.set_stance("force_eager"):
         for first, x, labels, teachers in held_out.batches(device):
             numbers = range(first, first + len(x))

@@ -3,8 +3,8 @@
 Every image is used once in every bin of time. Its noise, its time inside each bin and its draw from the VAE's posterior
 are keyed by its number in the set, so the result depends only on the weights, the set and the bins.
 
-A model with a class token is given the noised class token of the true picture, which says what the picture shows. Its
-held-out losses can be compared with those of models with the same class token, but not with those of models without.
+A model with a class token gets the noised class token of the true image, which contains information about the image.
+Its held-out losses can be compared only with those of models with the same class token.
 """
 
 from typing import NamedTuple, Optional
@@ -27,8 +27,11 @@ SEED = 20_260_608
 
 
 class ClassTokens(NamedTuple):
-    """A teacher's class tokens of held-out images: the `class_token` entries of two manifests. The held-out data's says
-    how they are stored, the training data's how the model expects them; None where there is no such entry."""
+    """The `class_token` entries of a teacher in two manifests, each None if it does not exist.
+
+    stored: entry of the held-out data, which describes how the class tokens are stored; trained: entry of the training
+    data, which describes the class tokens that the model expects.
+    """
 
     stored: Optional[dict]
     trained: Optional[dict]
@@ -44,8 +47,11 @@ class ClassTokens(NamedTuple):
 
 
 class TeacherTokens(NamedTuple):
-    """A teacher's tokens of held-out images: the name, the network that makes them (None: cached in the shards), the
-    grid of the tokens, and `ClassTokens` where class tokens are wanted too."""
+    """The source of a teacher's tokens for held-out images.
+
+    name: of the teacher; network: the network that computes the tokens, None if they are stored in the shards; grid: of
+    the tokens; class_tokens: `ClassTokens` if class tokens are needed too, else None.
+    """
 
     name: str
     network: object
@@ -54,20 +60,24 @@ class TeacherTokens(NamedTuple):
 
 
 def choose_teachers(names, training, held_out, *, normalize="none", weights=None, device="cpu", class_tokens=False):
-    """How to get the tokens that a run was aligned with, for other images.
+    """Choose how to get the teachers' tokens of held-out images for a run.
 
-    Stored tokens are used if they are normalized as those of the training data; otherwise the teacher is run.
+    Stored tokens are used if they have the same normalization as those of the training data; otherwise the teacher is
+    run.
 
     Args:
-        names: the run's teachers. training, held_out: the two `Manifest`s, the first None where it cannot be read.
-        normalize, weights: of a teacher that no manifest knows, as in the run's settings.
-        class_tokens: the class tokens are wanted as well, for a model that denoises one.
+        names: the run's teachers.
+        training: `Manifest` of the training data, None if it cannot be read.
+        held_out: `Manifest` of the held-out data.
+        normalize, weights: as in the run's settings, for teachers that are in neither manifest.
+        device: where teachers are run.
+        class_tokens: True if the class tokens are needed too, for a model that denoises one.
 
     Returns:
         list of TeacherTokens.
 
     Raises:
-        UsageError: the held-out data set has neither what is wanted of a teacher nor images.
+        UsageError: the held-out data set has neither the stored tokens of a teacher nor images.
     """
     chosen = []
     for name in names:
@@ -93,49 +103,46 @@ def choose_teachers(names, training, held_out, *, normalize="none", weights=None
 
 
 def teachers_of(names, config, class_dim):
-    """The teachers whose tokens a model's held-out losses need, of which the first gives the class token.
+    """The teachers that are needed for a model's held-out losses; the first one provides the class token.
 
     Args:
         names: the teachers that the model was aligned with.
-        config: of the run; None where it is not known.
-        class_dim: the model's.
+        config: `Config` of the run; None if it is not known.
+        class_dim: width of the model's class token, or None.
 
     Returns:
-        (names, class_components): the latter is what `HeldOut` takes.
+        (names, class_components), the arguments of `HeldOut`.
 
     Raises:
-        UsageError: nothing says whose class token the model denoises.
+        UsageError: the teacher of the class token is not known.
     """
     if class_dim is None:
         return list(names), None
     if not names and config is not None:  # no alignment, but there may be a class token
         names = parse_teachers(config.teacher.names)[:1]
     if not names:
-        raise UsageError("nothing says whose class token the model denoises; leave the losses out: --held-out-images 0")
+        raise UsageError("the teacher of the model's class token is not known; omit the losses: --held-out-images 0")
     return list(names), None if config is None else config.model.class_token_dim
 
 
 class HeldOut:
-    """Held-out images for `losses_by_time`, read again at every pass.
+    """Held-out images for `losses_by_time`. They are read again at every pass.
 
     Args:
         path: the data set.
-        count: images; 0 for all.
+        count: number of images; 0 for all.
         teachers: list of `TeacherTokens`; () for the velocity loss alone.
-        batch_size: images at a time.
-        class_components: principal components of the first teacher's class token that the model denoises; None for the
-            class token as it is.
-
-    Raises:
-        UsageError: the principal components are of training data that cannot be read.
+        batch_size: images per batch.
+        class_components: number of principal components of the first teacher's class token that the model denoises;
+            None for the class token itself.
     """
 
     def __init__(self, path, count, teachers=(), batch_size=64, class_components=None):
         self.path, self.teachers, self.batch_size = path, list(teachers), batch_size
         self.class_components = class_components
         self.manifest = Manifest.load(path)
-        there = self.manifest.num_samples
-        self.count = min(count, there) if count else there
+        available = self.manifest.num_samples
+        self.count = min(count, available) if count else available
 
     def batches(self, device="cpu"):
         """Yield (first number, x (b, C, H, W) float32, labels (b,), [(tokens, grid) per teacher]).
@@ -182,9 +189,10 @@ class HeldOut:
         return batch[name][rows].to(device), grid, class_tokens.as_trained(values)
 
     def class_token(self, teachers):
-        """The class token (b, class_dim) that the model denoises, of what `batches` gave for the teachers.
+        """The class token (b, class_dim) that the model denoises; None if no class tokens are read.
 
-        None where no class tokens are read.
+        Args:
+            teachers: the list of teachers from `batches`.
         """
         if not self.teachers or self.teachers[0].class_tokens is None:
             return None
@@ -198,14 +206,14 @@ def losses_by_time(model, held_out, *, bins=10, path="linear", on_images=None):
     Args:
         model: a `SiT`, with the weights to measure.
         held_out: `HeldOut`.
-        bins: how many.
+        bins: number of bins.
         path: the interpolant's path.
         on_images: called with the number of images of every batch.
 
     Returns:
-        dict: `velocity_loss` (mean squared error over all elements); where the model has projectors and the teachers
-        are there, `cosine` (a mean over teachers); and where it has a class token, `class_velocity_loss`. Each is a
-        list with a number per bin. Their means over the bins estimate the means over uniform times.
+        dict: `velocity_loss` (mean squared error over all elements); `cosine` (mean over teachers) if the model has
+        projectors and teachers are given; and `class_velocity_loss` if the model has a class token. Each is a list with
+        a number per bin. The means over the bins estimate the means over uniform times.
     """
     device = next(model.parameters()).device
     interpolant, sums, count = Interpolant(path), {}, 0

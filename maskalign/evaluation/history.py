@@ -10,7 +10,7 @@ FILE_NAME = "evaluation.csv"
 
 
 def read_history(path):
-    """Rows of an evaluation.csv as dicts of numbers, empty cells left out; [] where there is no file."""
+    """Rows of an evaluation.csv as dicts of numbers, without empty cells; [] if the file does not exist."""
     if not Path(path).is_file():
         return []
     with open(path, newline="") as file:
@@ -19,7 +19,7 @@ def read_history(path):
 
 
 def write_history(path, rows):
-    """Write all rows atomically; there is a column for every name that some row has."""
+    """Write all rows atomically, with a column for every key of any row."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
@@ -29,12 +29,12 @@ def write_history(path, rows):
 
 
 def add_to_history(path, row):
-    """Add a row at its step; rows of this and later steps, from before the run was resumed, are removed."""
+    """Add a row; older rows of the same and later steps, from before the run was resumed, are removed."""
     write_history(path, [*(old for old in read_history(path) if old["step"] < row["step"]), row])
 
 
 def drop_after(path, step):
-    """Remove the rows after `step`, which a run that is resumed from there will measure again."""
+    """Remove the rows after `step`, because a run that resumes from this step measures them again."""
     rows = read_history(path)
     kept = [row for row in rows if row["step"] <= step]
     if kept:

@@ -1,4 +1,4 @@
-"""Inception features and scores, by torch-fidelity, whose network has the weights of the field's FID."""
+"""Inception features and scores with torch-fidelity, whose network has the weights that FID is defined with."""
 
 import io
 from pathlib import Path
@@ -46,10 +46,10 @@ def find_weights(asked):
 
 
 class InceptionOutput(NamedTuple):
-    """What the network gives for B pictures, float32 on the CPU.
+    """The network's outputs for B images, float32 on the CPU.
 
-    pooled: (B, 2048), the features of FID, KID, precision and recall. logits: (B, 1008) without bias, of the Inception
-    score. spatial: (B, 2023), the features of sFID.
+    pooled: (B, 2048), the features for FID, KID, precision and recall; logits: (B, 1008) without bias, for the
+    Inception score; spatial: (B, 2023), the features for sFID.
     """
 
     pooled: torch.Tensor
@@ -70,10 +70,10 @@ class InceptionFeatures(nn.Module):
         path: weights file of torch-fidelity.
 
     Attributes:
-        spatial: `SpatialInception`, the same network as a map to the spatial features.
+        spatial: `SpatialInception`, the same network with the spatial features as its output.
 
     Raises:
-        UsageError: not such a file. It is read as tensors only, and no code in it runs.
+        UsageError: the file is not such a file. It is read as tensors only, and no code in it runs.
     """
 
     name, dim = NAME, 2048
@@ -84,7 +84,7 @@ class InceptionFeatures(nn.Module):
 
         from maskalign.teachers.weights import read_state_dict
 
-        # torch-fidelity unpickles its file, so it is given a file with only the tensors that were read here.
+        # torch-fidelity unpickles its file, so it gets a new file with only the tensors that were read here.
         clean = io.BytesIO()
         torch.save(read_state_dict(path, NAME), clean)
         clean.seek(0)
@@ -127,7 +127,7 @@ class InceptionFeatures(nn.Module):
 
 
 class SpatialInception:
-    """The spatial features of an `InceptionFeatures`, under a name of their own: what sFID is a distance of."""
+    """The spatial features of an `InceptionFeatures` as a separate network, for sFID."""
 
     name, dim = SPATIAL_NAME, SPATIAL_CHANNELS * SPATIAL_SIDE**2
 

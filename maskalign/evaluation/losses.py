@@ -9,10 +9,10 @@ from maskalign.teachers.tokens import resample_tokens
 
 
 class ImageLosses(NamedTuple):
-    """What `velocity_and_cosine` gives, (b,) float64 each.
+    """The result of `velocity_and_cosine`, (b,) float64 each.
 
     velocity_loss: the mean squared error over all elements of an image.
-    cosines: one per teacher, the mean over its tokens, where the model has projectors and the teachers are given.
+    cosines: one per teacher, the mean over its tokens; empty without projectors or teachers.
     class_velocity_loss: the mean squared error over the numbers of the class token; None for a model without one.
     """
 
@@ -29,12 +29,13 @@ def velocity_and_cosine(model, x, noise, t, labels, teachers, interpolant, class
     true picture. Its velocity loss must not be compared with that of a model without a class token.
 
     Args:
-        model: a `SiT` in eval mode, or anything that is called like one.
+        model: a `SiT` in eval mode, or a callable with the same signature.
         x, noise: (b, C, H, W) clean latents or pixels, and the noise.
         t: (b,) times in [0, 1].
         labels: (b,) int64.
-        teachers: one (tokens (b, N, Dz), their grid) per teacher, any dtype; () where there are none. For a model with
-            a class token (tokens, grid, class token (b, Dz)): it is aligned as one more token, as in training.
+        teachers: one (tokens (b, N, Dz), their grid) per teacher, any dtype; () without teachers. For a model with a
+            class token, one (tokens, grid, class token (b, Dz)); the class token is aligned like a further token, as in
+            training.
         interpolant: `Interpolant`.
         class_token, class_noise: (b, class_dim) clean class tokens as the model denoises them, and their noise; for a
             model that has a class token.
@@ -66,7 +67,7 @@ def teacher_rows(teacher, grid):
         teacher: (tokens, their grid) or (tokens, their grid, class token (b, Dz)).
 
     Returns:
-        (b, N, Dz) float32; (b, 1 + N, Dz), the class token first, where it is given.
+        (b, N, Dz) float32; (b, 1 + N, Dz), the class token first, if it is given.
     """
     tokens, own_grid, *row = teacher
     z = resample_tokens(tokens.float(), own_grid, grid)

@@ -2,13 +2,14 @@
 
 import torch
 
-ROWS = 1024  # of a block of distances; memory is ROWS x the larger set, in float64
+ROWS = 1024  # rows of a block of distances; memory is ROWS x the size of the larger set, in float64
 
 
 def precision_recall(real, samples, k=3):
     """Improved precision and recall (arXiv 1904.06991, equation 1).
 
-    A set's manifold is the union of balls around its points, each as large as the distance to the k-th nearest other.
+    A set's manifold is the union of balls around its points. The radius of a ball is the distance to the k-th nearest
+    other point.
 
     Args:
         real, samples: (n, D) and (m, D) features, arrays or tensors; n and m more than k.
@@ -27,8 +28,8 @@ def density_coverage(real, samples, k=5):
         real, samples: (n, D) and (m, D) features, arrays or tensors; n more than k.
 
     Returns:
-        (density, coverage): real balls that hold a sample, a mean over samples, divided by k (about 1 for equal sets,
-        can be larger); and the share of real images whose ball holds a sample.
+        (density, coverage): density is the mean number of real balls that contain a sample, divided by k (about 1 for
+        equal sets; can be larger); coverage is the share of real images whose ball contains a sample.
     """
     real, samples = _float64(real), _float64(samples)
     radii = _radii(real, k)

@@ -1,4 +1,4 @@
-"""Distances of one set of features from another, and held-out losses, under the names that evaluation.json has."""
+"""Distances between two sets of features, and held-out losses, under the names in evaluation.json."""
 
 import numpy as np
 
@@ -6,16 +6,17 @@ from maskalign.evaluation.distances import enough_for_covariance, frechet_distan
 from maskalign.evaluation.manifolds import density_coverage, precision_recall
 from maskalign.evaluation.settings import METRICS
 
-MOST_NEIGHBORS = 10_000  # pictures of either set for precision, recall, density and coverage, as ADM's evaluator
+# Maximum number of images of each set for precision, recall, density and coverage, as in ADM's evaluator.
+MOST_NEIGHBORS = 10_000
 
 
 def distances(samples, reference, name, metrics=METRICS):
-    """Measure samples against real pictures.
+    """Compare samples with real images.
 
     Args:
         samples, reference: (n, D) and (m, D) features, numpy float32.
-        name: of the features, as in `frechet[name]`.
-        metrics: which (`settings.METRICS`).
+        name: name of the features, as in `frechet[name]`.
+        metrics: the metrics to compute, of `settings.METRICS`.
 
     Returns:
         dict from `metric[name]` to number, in the order of the table.
@@ -33,10 +34,11 @@ def distances(samples, reference, name, metrics=METRICS):
 
 
 def held_out_measures(by_time, gap):
-    """Held-out losses under the names that evaluation.json and evaluation.csv have.
+    """Held-out losses under the names in evaluation.json and evaluation.csv.
 
     Args:
-        by_time: of `losses_by_time`. gap: of `held_out_gap`.
+        by_time: from `losses_by_time`.
+        gap: from `held_out_gap`.
 
     Returns:
         dict from name to number; the alignment loss on all tokens is minus the mean cosine.
@@ -48,7 +50,7 @@ def held_out_measures(by_time, gap):
 
 
 def bias_note(samples, reference, name, dim):
-    """A note on a Frechet distance of too few pictures; None where there are enough."""
+    """A note about a Frechet distance with too few images; None if there are enough."""
     count = min(samples, reference)
     if enough_for_covariance(count, dim):
         return None

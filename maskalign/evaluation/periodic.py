@@ -1,4 +1,4 @@
-"""The light evaluation during training: held-out losses, and distances of a few samples, of the averaged weights."""
+"""The cheap evaluation during training: held-out losses and distances of a few samples, with the averaged weights."""
 
 import logging
 
@@ -26,10 +26,10 @@ class PeriodicEvaluation:
     Args:
         config: `Config`; its `evaluate` section and the interpolant's path are used.
         spec: the model's `ModelSpec`.
-        manifest: of the training data.
+        manifest: `Manifest` of the training data.
         device: where the model is.
-        precision: of the samples, `fp32` or `bf16`.
-        decoder: latents -> images; None for pixels. Without one there are no distances for latents.
+        precision: precision of the sampling, `fp32` or `bf16`.
+        decoder: latents -> images; None for pixels. For latents without a decoder no distances are measured.
     """
 
     def __init__(self, config, spec, manifest, device, precision="fp32", decoder=None):
@@ -77,7 +77,7 @@ class PeriodicEvaluation:
 
     def _distances(self, model, main):
         if self.reference is None:
-            # All ranks need the labels; the ranks of one machine share the cache of the first.
+            # All ranks need the labels. The other ranks of a machine read the cache that the first one writes.
             self.reference = load_reference(self.real, self.network)
         drawn = DrawnPictures(model, self.settings.samples, self.sampling, self.decoder)
         drawn.labels = labels_like(self.reference.labels, drawn.count)
@@ -88,6 +88,6 @@ class PeriodicEvaluation:
         if not main:
             return {}
         features, real = np.concatenate(features), self.reference.features
-        # The distance of a singular covariance could not be compared with one of `maskalign evaluate`.
+        # With a singular covariance the distance could not be compared with a result of `maskalign evaluate`.
         enough = enough_for_covariance(min(len(features), len(real)), self.network.dim)
         return distances(features, real, self.network.name, ("frechet", "kernel") if enough else ("kernel",))

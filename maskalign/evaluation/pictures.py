@@ -1,4 +1,4 @@
-"""Pictures to evaluate, in batches: from a folder, an ADM .npz or a data set."""
+"""Images to evaluate, in batches: from a folder, an .npz in ADM's format or a data set."""
 
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +16,15 @@ ADM_FORM = "expected ADM's layout: arr_0, uint8, (images, height, width, 3)"
 
 
 class PictureFolder:
-    """The pictures below a folder, in the order of their paths: those that `maskalign data build` would take.
+    """The images below a folder in the order of their paths, found as by `maskalign data build`.
 
     Attributes:
-        count: how many; size: (height, width) of the first one, which all must have.
-        passed: Counter of the other files by ending, and of hidden ones.
+        count: number of images.
+        size: (height, width) of the first image; all images must have this size.
+        passed: Counter of the skipped files by ending, and of hidden files.
 
     Raises:
-        UsageError: there are none, or one cannot be read, such as a broken link.
+        UsageError: there are no images, or one cannot be read, for example because of a broken link.
     """
 
     def __init__(self, root):
@@ -34,7 +35,7 @@ class PictureFolder:
         if not self.paths:
             passed = f" (but {tell_passed(self.passed)})" if self.passed else ""
             raise UsageError(
-                f"{root} holds no pictures{passed} and is no run; give a run or checkpoint of maskalign train, a "
+                f"{root} holds no pictures{passed} and is not a run; give a run or checkpoint of maskalign train, a "
                 f"folder of pictures ({', '.join(ENDINGS)}), an .npz or a data set"
             )
         if listing.rejected:
@@ -73,10 +74,10 @@ class PictureFolder:
 
 
 class PictureArchive:
-    """The pictures in an .npz, as ADM's evaluator reads them; read in batches, never as a whole.
+    """The images in an .npz in the format of ADM's evaluator. They are read in batches, never as a whole.
 
     Raises:
-        UsageError: not such a file: damaged, without arr_0, or of other numbers than uint8 pictures.
+        UsageError: the file is damaged, has no arr_0, or arr_0 does not hold uint8 images.
     """
 
     def __init__(self, path):
@@ -146,24 +147,24 @@ class _OpenArray:
                 thing.close()
         if isinstance(error, UsageError) or not isinstance(error, Exception):
             return
-        # zipfile, zlib and numpy's header parser each have errors of their own.
+        # zipfile, zlib and numpy's header parser each raise their own types of errors.
         reason = one_line(error)[:150]
         raise UsageError(f"{self.path}: not a readable .npz ({reason}); {ADM_FORM}") from None
 
 
 class PictureDataSet:
-    """The first pictures of a data set in the fixed order of its stream, with their labels.
+    """The first images of a data set in the fixed order of its stream, with their labels.
 
     Args:
         path: folder or URL prefix.
-        count: how many; 0 for all.
-        classes: take only pictures of these labels; None for all classes.
+        count: number of images; 0 for all.
+        classes: use only images with these labels; None for all classes.
 
     Attributes:
-        manifest: the data set's.
+        manifest: `Manifest` of the data set.
     """
 
-    SEED = 0  # of the order; a part of every cached reference's fingerprint
+    SEED = 0  # seed of the order; part of every cached reference's fingerprint
 
     def __init__(self, path, count=0, classes=None):
         from maskalign.data.format.manifest import Manifest
@@ -172,8 +173,8 @@ class PictureDataSet:
         self.path, self.manifest = path, Manifest.load(path)
         if self.manifest.image_format is None:
             raise UsageError(f"{path}: holds no pictures (only latents or features), which the distances need")
-        there = self.manifest.num_samples
-        self.count = min(count, there) if count else there
+        available = self.manifest.num_samples
+        self.count = min(count, available) if count else available
         self.size = (self.manifest.resolution,) * 2
         self.labels = None
 
@@ -196,4 +197,4 @@ class PictureDataSet:
             if not left:
                 break
         self.labels = torch.cat(labels)
-        self.count = len(self.labels)  # without bad pictures and other classes
+        self.count = len(self.labels)  # bad images and other classes are not counted

@@ -1,8 +1,8 @@
-"""A cache of the features of a data set's pictures.
+"""A cache of the features of a data set's images.
 
-The name of a file is a fingerprint of everything that the features depend on: the checksums of all shards, the choice
-of pictures, and the network's weights, preprocessing and pooling. Another data set under the same path has another
-name.
+The name of a file contains a fingerprint of everything that the features depend on: the checksums of all shards, the
+choice of images, and the network's weights, preprocessing and pooling. Another data set under the same path therefore
+has another file.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from maskalign.errors import UsageError
 log = logging.getLogger(__name__)
 
 VERSION = 1
-KEPT = 32  # files in the cache; older ones are removed
+KEPT = 32  # number of files in the cache; the least recently used ones are removed
 
 
 class Reference(NamedTuple):
-    """features (n, D) float32 and labels (n,) int64 of real pictures, and whether they came from the cache."""
+    """features: (n, D) float32 and labels: (n,) int64 of real images; cached: True if they came from the cache."""
 
     features: np.ndarray
     labels: np.ndarray
@@ -32,7 +32,7 @@ class Reference(NamedTuple):
 
 
 def cache_folder():
-    """Where references are kept: MASKALIGN_CACHE, or the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
+    """Path of the cache: below MASKALIGN_CACHE, or below the user's cache folder (XDG_CACHE_HOME, ~/.cache)."""
     own = os.environ.get("MASKALIGN_CACHE")
     if own:
         return Path(own).expanduser() / "references"
@@ -65,24 +65,25 @@ def reference_name(pictures, features):
 
 
 def load_reference(pictures, features, *, batch_size=64, on_images=None):
-    """The features of a data set's pictures, from the cache where they are there.
+    """The features of a data set's images, from the cache if possible.
 
     Args:
         pictures: `PictureDataSet`.
         features: a network with `name`, `dim`, `fingerprint()`, called with (B, 3, H, W) uint8.
-        on_images: called with a number of pictures as they are done.
+        batch_size: images per batch.
+        on_images: called with the number of images of every finished batch.
 
     Returns:
         Reference.
 
     Raises:
-        UsageError: the data set has no pictures of the classes that were asked for.
+        UsageError: the data set has no images of the requested classes.
     """
     return load_references(pictures, [features], batch_size=batch_size, on_images=on_images)[0]
 
 
 def load_references(pictures, kinds, compute=None, *, batch_size=64, on_images=None):
-    """Several kinds of features of a data set's pictures; where one of them is not cached all come from one pass.
+    """Several kinds of features of a data set's images. If one is not cached, all are computed in one pass.
 
     Args:
         pictures, batch_size, on_images: as for `load_reference`.
@@ -93,7 +94,7 @@ def load_references(pictures, kinds, compute=None, *, batch_size=64, on_images=N
         list of `Reference`, one per kind.
 
     Raises:
-        UsageError: the data set has no pictures of the classes that were asked for.
+        UsageError: the data set has no images of the requested classes.
     """
     paths = [cache_folder() / reference_name(pictures, kind) for kind in kinds]
     found = [_read(path, kind.dim) for path, kind in zip(paths, kinds, strict=True)]
@@ -121,14 +122,14 @@ def _read(path, dim):
     try:
         with np.load(path, allow_pickle=False) as file:
             features, labels = file["features"], file["labels"]
-    except Exception as error:  # zipfile, zlib and numpy each raise errors of their own for a damaged file
+    except Exception as error:  # zipfile, zlib and numpy each raise their own types of errors for a damaged file
         log.warning("%s is damaged (%s): computed again", path, type(error).__name__)
         return None
     whole = features.ndim == 2 and features.shape[1] == dim and len(features) == len(labels)
     if not whole or not np.isfinite(features).all():
         log.warning("%s is damaged: computed again", path)
         return None
-    os.utime(path)  # the cache removes what was not used for longest
+    os.utime(path)  # the cache removes the least recently used files
     return Reference(features, labels, True)
 
 

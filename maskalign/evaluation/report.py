@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for people and as JSON and CSV for programs."""
+"""The results of an evaluation as a table of text, as JSON and as CSV."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ TITLES = {
     "inception_score": "Inception score",
 }
 
-# Of the losses by time: title, width of the column, digits.
+# Columns of the losses by time: title, width, digits.
 HELD_OUT = {
     "velocity_loss": ("velocity loss", 14, 5),
     "class_velocity_loss": ("class token's", 15, 5),
@@ -27,13 +27,14 @@ HELD_OUT = {
 
 
 def write_report(report, path):
-    """Write `path` (.json) atomically, and the same numbers as rows of NAME-table.csv beside it.
+    """Write `path` (.json) atomically, and the same numbers as rows of NAME-table.csv in the same folder.
 
     Args:
         report: dict with source, data, samples, metrics, held_out (dict metric -> {bin: value}, or None), settings.
+        path: the .json file.
 
     Raises:
-        RunError: it cannot be written.
+        RunError: a file cannot be written.
     """
     path = Path(path)
     try:
@@ -83,7 +84,7 @@ def rows(metrics):
         name, _, features = key.removesuffix("]").partition("[")
         if name not in TITLES:
             continue
-        # The field's own names for these three.
+        # These three have established names.
         title = "FDD, " if name == "frechet" and features.startswith("dinov2") else ""
         title = {"inception": "FID, ", "inception-spatial": "sFID, "}.get(features, title) if name == "frechet" else ""
         title += TITLES[name] + (f" ({features})" if features else "")

@@ -1,4 +1,4 @@
-"""What an evaluation measures: settings that are read and checked before torch is imported."""
+"""Settings of an evaluation. They are read and checked before torch is imported."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ from maskalign.config.option import option
 from maskalign.errors import UsageError
 
 METRICS = ("frechet", "kernel", "neighbors")
-NEAREST = 5  # of density and coverage, the larger one of the two neighborhoods (precision and recall: 3)
+NEAREST = 5  # number of neighbors for density and coverage; precision and recall need only 3
 
 
 def parse_metrics(text):
@@ -21,19 +21,19 @@ class EvaluationSettings:
     """Settings of an evaluation."""
 
     metrics: tuple = option(METRICS, parse=parse_metrics, metavar="NAMES")
-    """Of frechet, kernel, neighbors (precision, recall, density, coverage), with commas; all, or none."""
+    """Any of frechet, kernel, neighbors (precision, recall, density, coverage), separated by commas; all, or none."""
     samples: int | None = None
-    """Pictures to draw, by default 1000; of pictures that exist the first so many, by default all."""
+    """Number of images to draw, by default 1000; of existing images, the first ones are used, by default all."""
     reference: int = 5000
-    """Real images to compare with, 0 for all; the distances depend on this number, so keep it."""
+    """Number of real images to compare with, 0 for all; compare only distances with the same number."""
     held_out_images: int = option(1000, group="losses")
-    """Held-out images for the losses of a model; 0 leaves the losses out."""
+    """Number of held-out images for the losses of a model; 0 for no losses."""
     bins: int = option(10, group="losses")
-    """Bins of the time in [0, 1]."""
+    """Number of bins of the time in [0, 1] for the losses."""
     allow_singular: bool = False
-    """Report Frechet distances of no more pictures than features have dimensions, which are too large."""
+    """Report Frechet distances even if there are too few images for a covariance of full rank; they are too large."""
     batch_size: int = 64
-    """Pictures at a time."""
+    """Images per batch."""
 
     def __post_init__(self):
         for metric in self.metrics:
@@ -45,10 +45,11 @@ class EvaluationSettings:
         _require(self.batch_size >= 1, "--batch-size", self.batch_size, "must be at least 1")
 
     def check_counts(self, samples, reference, name, dim):
-        """Raise a UsageError where there are too few pictures for a metric, before any of them is read.
+        """Raise a UsageError if there are too few images for a metric, before any of them is read.
 
         Args:
-            samples, reference: numbers of pictures; name, dim: of the features.
+            samples, reference: numbers of images.
+            name, dim: name and dimension of the features.
         """
         for what, count, flag in (("pictures", samples, "samples"), ("reference pictures", reference, "reference")):
             if count < 2:

@@ -1,4 +1,4 @@
-"""What is evaluated: a model, or existing pictures."""
+"""Find out whether a source is a model or existing images."""
 
 from pathlib import Path
 
@@ -8,10 +8,10 @@ from maskalign.evaluation.pictures import PictureArchive, PictureDataSet, Pictur
 
 
 def is_model(path):
-    """Whether a source is a run, a checkpoint or a file of weights.
+    """True if a source is a run, a checkpoint or a file of weights.
 
     Raises:
-        UsageError: there is no such path, or the name is none.
+        UsageError: the path does not exist, or the name is not known.
     """
     check_source(path, what="a run, a checkpoint, a folder of pictures or an .npz")
     if is_remote(path):
@@ -23,10 +23,10 @@ def is_model(path):
 
 
 def open_pictures(path):
-    """(kind, pictures) of a folder, a data set or an .npz.
+    """(kind, pictures) for a folder, a data set or an .npz; kind is text, pictures an object with `batches`.
 
     Raises:
-        UsageError: it is none of them, or damaged.
+        UsageError: the path is none of these, or damaged.
     """
     path = Path(path)
     if path.is_dir():

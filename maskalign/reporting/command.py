@@ -11,18 +11,18 @@ from maskalign.runtime.outputs import check_file
 
 
 def report(runs, out, title=None):
-    """Write a page that compares runs.
+    """Write an HTML page that compares runs.
 
     Args:
         runs: run folders, one or more.
         out: the HTML file to write.
-        title: its heading; by default the names of the runs.
+        title: heading of the page; by default the name of the run, or the number of runs.
 
     Returns:
-        (path, notes): the file, and lines about what could not be read and is left out.
+        (path, notes): the file, and a list of lines about parts that could not be read.
 
     Raises:
-        UsageError: a folder that is no run, the same one twice, or `out` is a folder.
+        UsageError: a folder is not a run, a run is given twice, or `out` is a folder.
         RunError: the file cannot be written.
     """
     out, folders = check_file(out), [Path(run).resolve() for run in runs]

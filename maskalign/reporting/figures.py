@@ -1,10 +1,10 @@
-"""The numbers of a page: curves, evaluation tables, and the facts on a run's card."""
+"""The numbers of the report: curves, evaluation tables, and the numbers on a run's card."""
 
 from maskalign.reporting.run import number
 
 MOST_POINTS = 600
 
-# Schedules are shown unsmoothed: smoothing would round their steps.
+# Schedules are not smoothed, because smoothing would round their steps.
 EXACT = ("lr", "keep_ratio")
 NOT_ALIKE = " (not comparable: with and without a class token)"
 # column of metrics.csv -> title, unit, factor, logarithmic axis, which end is better (-1 low, 1 high, 0 neither)
@@ -22,8 +22,8 @@ HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "score", "cosi
 def curves(runs):
     """Charts of the metrics of all runs: list of dict(id, title, unit, log, exact, series), for the page's script.
 
-    A series is dict(run, step, time, value), long ones averaged down to MOST_POINTS points. A metric that no run has,
-    or that is the same number everywhere, is left out.
+    A series is dict(run, step, time, value). Long series are averaged down to MOST_POINTS points. Metrics without
+    values, and metrics that have the same value everywhere, are not included.
     """
     charts = []
     for column, (title, unit, factor, log, _) in CURVES.items():
@@ -40,16 +40,16 @@ def curves(runs):
 
 
 def thin(metrics, values, factor=1):
-    """dict(step, time, value) of at most MOST_POINTS points: means over equal shares of the rows."""
+    """dict(step, time, value) of at most MOST_POINTS points, which are means over equal numbers of rows."""
     steps, times = metrics["step"], metrics.get("time") or [None] * len(values)
     count = min(len(values), MOST_POINTS)
     out = {"step": [], "time": [], "value": []}
     for k in range(count):
         rows = range(k * len(values) // count, (k + 1) * len(values) // count)
-        there = [values[row] for row in rows if values[row] is not None]
+        known = [values[row] for row in rows if values[row] is not None]
         out["step"].append(_short(steps[rows[-1]]))
         out["time"].append(_short(times[rows[-1]]))
-        out["value"].append(_short(factor * sum(there) / len(there)) if there else None)
+        out["value"].append(_short(factor * sum(known) / len(known)) if known else None)
     return out
 
 
@@ -58,7 +58,7 @@ def _short(value):
 
 
 def evaluation_table(runs):
-    """Rows of the evaluations: dict(name, cells, better); cells are (text, is best) per run, None where it has none."""
+    """Rows of the evaluations: dict(name, cells, better); a run's cell is (text, is best), or None without a value."""
     metrics, alike = [_numbers(run.evaluation.get("metrics")) for run in runs], same_input(runs)
     names = dict.fromkeys(name for m in metrics for name in m)
     return [
@@ -67,8 +67,10 @@ def evaluation_table(runs):
 
 
 def same_input(runs):
-    """Whether the models of all runs see the same: one with a class token is given a feature of the true image, and its
-    held-out losses are not to be compared with those of a model without one."""
+    """True if all or none of the models have a class token.
+
+    A class token is a feature of the true image. Held-out losses of models with and without one cannot be compared.
+    """
     models = [run.settings.get("model") for run in runs]
     return len({bool(isinstance(model, dict) and model.get("class_token")) for model in models}) < 2
 
@@ -91,7 +93,7 @@ def held_out_charts(runs):
 
 
 def _numbers(table):
-    """Name -> number of a dict; what is no finite number is left out."""
+    """dict from name to number, without values that are not finite numbers."""
     table = table if isinstance(table, dict) else {}
     return {str(name): number(value) for name, value in table.items() if number(value) is not None}
 
@@ -103,7 +105,7 @@ def _bin_order(name):
 
 
 def better(name):
-    """1 where higher is better, -1 where lower is better, 0 for a deviation; the `[features]` of a name are ignored."""
+    """1 if higher is better, -1 if lower is better, 0 for a standard deviation; `[features]` in a name are ignored."""
     words = name.lower().partition("[")[0].replace("_", " ").split()
     if "std" in words:
         return 0
@@ -111,16 +113,16 @@ def better(name):
 
 
 def _row(name, values, metric=None, marked=True):
-    """One line of a table; the best of two or more numbers is marked, where they can be compared."""
+    """One row of a table; the best of two or more numbers is marked if they can be compared."""
     side = better(metric or name) if marked else 0
-    there = [value for value in values if value is not None]
-    best = max(there, key=lambda value: side * value) if side and len(set(there)) > 1 else None
+    known = [value for value in values if value is not None]
+    best = max(known, key=lambda value: side * value) if side and len(set(known)) > 1 else None
     cells = [None if value is None else (f"{value:.4g}", value == best) for value in values]
     return {"name": name.replace("_", " ").replace("[", " ["), "cells": cells, "better": side}
 
 
 def card(run):
-    """The content of a run's card: dict(model, facts), where facts are (number, words)."""
+    """The content of a run's card: dict(model, facts), where facts are (number as text, words)."""
     facts = []
     for column, words, form in (
         ("velocity_loss", "velocity loss", "{:.4f}"),
@@ -148,7 +150,7 @@ def card(run):
 
 
 def model_words(settings):
-    """A line about the model and the method, from the settings that are there."""
+    """A line about the model and the method, from the settings that exist."""
     model, method = (settings.get(key) if isinstance(settings.get(key), dict) else {} for key in ("model", "method"))
     from maskalign.reporting.settings import as_text
 
@@ -172,7 +174,7 @@ def _median(values):
 
 
 def duration(seconds):
-    """`3 h 20 min`, `7 min 10 s`, `42 s`."""
+    """A duration as text: `3 h 20 min`, `7 min 10 s`, `42 s`."""
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
     if hours >= 48:

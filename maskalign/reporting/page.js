@@ -1,5 +1,5 @@
 "use strict";
-// Curves with a cursor, and the slider of the samples. Everything else on the page stands without a script.
+// Curves with a cursor, and the slider of the samples. All other parts of the page work without a script.
 (() => {
   const data = JSON.parse(document.getElementById("numbers").textContent);
   const PALETTE = 8, SVG = "http://www.w3.org/2000/svg";
@@ -43,7 +43,7 @@
     return ticks.length > 1 ? ticks : niceTicks(low, high, 4);
   };
   const smoothed = (values) => {
-    // A centered mean over a thirtieth of the curve; the ends keep what is there.
+    // A centered mean over a thirtieth of the curve. At the ends it covers only the points that exist.
     const reach = Math.max(1, Math.round(values.length / 60));
     return values.map((value, index) => {
       if (value === null) return null;
@@ -82,8 +82,8 @@
     }
 
     range(lines) {
-      // The first per cent of a run, where losses fall from chance, would leave the rest no room: the scale is set by
-      // what comes after, the lines start above it.
+      // In the first per cent of a run the losses are so large that the rest of the curve would be flat. The scale is
+      // therefore set by the later part, and the lines start above the visible range.
       const xs = lines.flatMap((line) => line.x.filter((value) => value !== null));
       const ys = lines.flatMap((line) => {
         const skip = this.spec.bins ? 0 : Math.floor(line.y.length * 0.04);
@@ -150,7 +150,7 @@
       return text;
     }
 
-    /** Every x at which some line has a value, ascending. */
+    /** All x at which a line has a value, ascending. */
     stops() {
       return [...new Set(this.lines.flatMap((line) => line.x.filter((x, index) => x !== null && line.y[index] !== null)))].sort((a, b) => a - b);
     }
@@ -238,7 +238,7 @@
       slider.setAttribute("aria-valuetext", words);
       for (const sheet of sheets) {
         const images = [...sheet.querySelectorAll("img")];
-        // Of each run the newest grid up to this step, or its first one.
+        // Show each run's newest grid up to this step, or its first grid.
         const now = images.filter((image) => Number(image.dataset.step) <= step).pop() ?? images[0];
         for (const image of images) image.hidden = image !== now;
         sheet.querySelector("small").textContent = `step ${Number(now.dataset.step).toLocaleString("en")}`;

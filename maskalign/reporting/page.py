@@ -1,4 +1,4 @@
-"""One HTML page that holds its styles, script, numbers and pictures, and makes no network request."""
+"""One HTML page that contains its styles, script, numbers and images, and makes no network request."""
 
 import base64
 import hashlib
@@ -20,12 +20,12 @@ def render(runs, title="MaskAlign report", made=""):
 
     Args:
         runs: list of `run.Run`, at least one.
-        title: its heading.
-        made: a line on when it was made.
+        title: heading of the page.
+        made: the time at which the page was made, as text.
 
     Returns:
-        str, a whole HTML document. What comes from the runs' files is escaped; a policy in the page forbids any script
-        but its own, and any address but `data:`.
+        str, a complete HTML document. All text from the runs' files is escaped. A content security policy in the page
+        allows only its own script and `data:` addresses.
     """
     script, style = (files("maskalign.reporting").joinpath(name).read_text() for name in ("page.js", "page.css"))
     environment = Environment(

@@ -1,4 +1,4 @@
-"""Pictures as `data:` URIs: decoded and encoded again, so that nothing but pixels of a file gets into a page."""
+"""Images as `data:` URIs. They are decoded and encoded again, so that only the pixels of a file get into a page."""
 
 import base64
 import io
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-# Shown at half of that on a page, and sharp on a display of high density.
+# The page shows images at half this size, so that they are sharp on displays of high density.
 LONGEST_SIDE = 1600
 QUALITY = 90
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to be put into a page. uri: a data: URI; width, height: in pixels."""
+    """An image in a page. uri: a data: URI; width, height: in pixels."""
 
     uri: str
     width: int
@@ -21,10 +21,10 @@ class Picture:
 
 
 def read_picture(path):
-    """A PNG (or anything that Pillow reads) as a `Picture`: lossless WebP or, where that is smaller by half, lossy.
+    """Read a PNG (or another format of Pillow) as a `Picture` in lossless WebP, or in lossy WebP if this halves it.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is no picture, or a damaged or huge one.
+        OSError, ValueError, SyntaxError: the file is not an image, or it is damaged or too large.
     """
     try:
         with Image.open(path) as file:

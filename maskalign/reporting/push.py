@@ -1,4 +1,4 @@
-"""The work of `maskalign push`: a run as a repository of the Hub, with a model card that says what it is."""
+"""The work of `maskalign push`: upload a run to a repository of the Hub, with a model card."""
 
 import shutil
 from contextlib import suppress
@@ -20,7 +20,7 @@ from maskalign.runtime.outputs import make_folder
 
 CARD, SETTINGS, SAMPLES = "README.md", "config.yaml", "samples.png"
 METRICS = ("step", "loss", "velocity_loss", "align_loss", "images_per_second")
-# What the licenses of the parts are, as their publishers state them.
+# Licenses of the parts, as their publishers state them.
 PARTS = {
     "dinov2": "DINOv2 (teacher): Apache-2.0",
     "efficientnet": "EfficientNet-Lite0 (teacher): Apache-2.0",
@@ -30,23 +30,24 @@ PARTS = {
 
 
 def push(run, repository, *, out=None, dry_run=False, private=False, ema=True, samples=None, license=None):
-    """Write a run's weights, settings and model card to a folder, and upload that.
+    """Write a run's weights, settings and model card to a folder, and upload it.
 
     Args:
         run: a run folder or one of its checkpoints.
-        repository: USER/NAME on the Hub; it is made where it is not there.
+        repository: USER/NAME on the Hub; the repository is created if it does not exist.
         out: the folder; by default RUN/hub.
-        dry_run: leave the folder, and upload nothing.
+        dry_run: write the folder, and upload nothing.
         private: make a new repository private.
-        ema: the moving average of the weights.
-        samples: a picture for the card; by default the newest sample sheet of the run.
-        license: of the weights, e.g. apache-2.0, for the card.
+        ema: use the moving average of the weights.
+        samples: an image for the card; by default the newest sample sheet of the run.
+        license: license of the weights for the card, e.g. apache-2.0.
 
     Returns:
         (Path of the folder, URL of the repository or None).
 
     Raises:
-        UsageError: not a run, no such name, no token, or no network. RunError: the upload failed.
+        UsageError: the run or the name is not valid, or there is no token or no network.
+        RunError: the upload failed.
     """
     if parse_hub_name(PREFIX + repository) is None or "@" in repository or ":" in repository:
         raise UsageError(f"{repository}: not the name of a repository; write USER/NAME")
@@ -73,7 +74,7 @@ def push(run, repository, *, out=None, dry_run=False, private=False, ema=True, s
 
 
 def public_settings(settings):
-    """Settings without the paths of the machine: of a path only the last part stays."""
+    """The settings without paths of this machine: only the last part of a path is kept."""
 
     def last(value):
         if isinstance(value, dict):
@@ -89,7 +90,7 @@ def public_settings(settings):
             if not isinstance(part, dict) or name not in part:
                 continue
             value = part[name]
-            # USER/NAME of a hub is no path of this machine.
+            # USER/NAME of a hub is not a path of this machine.
             local = (
                 not isinstance(value, str) or value.startswith(("/", ".", "~")) or section in ("", "data", "evaluate")
             )
@@ -98,7 +99,7 @@ def public_settings(settings):
 
 
 def data_license(path):
-    """What the data set says of its license; None where it says nothing, or is not there."""
+    """The license in the data set's manifest; None if it has none, or the data set cannot be read."""
     paths = [path] if isinstance(path, str) else list(path)
     found = []
     for one in paths:
@@ -181,25 +182,25 @@ def _licenses(loaded, license, data):
 
 
 def _plain(value):
-    """A value as text that no table and no page takes for markup."""
+    """A value as text without characters that are markup in a table or a page."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
 
 
 def _samples(folder, asked):
-    """The picture for the card, or None."""
+    """Path of the image for the card, or None."""
     if asked is not None:
         if not Path(asked).is_file():
             raise UsageError(f"--samples: there is no picture {asked}")
         if Path(asked).suffix != ".png":
-            raise UsageError(f"--samples: {asked} is no .png; maskalign sample writes one as grid.png")
+            raise UsageError(f"--samples: {asked} is not a .png file; maskalign sample writes one as grid.png")
         return Path(asked)
     found = [path for path in Path(folder, "samples").glob("step_*.png") if path.stem[5:].isdecimal()]
     return max(found, key=lambda path: int(path.stem[5:]), default=None)
 
 
 def _hub_client(repository):
-    """The Hub's client, once it is known that there is a token and that the Hub answers."""
+    """The Hub's client; checks first that there is a token and that the Hub answers."""
     try:
         import huggingface_hub
     except ImportError:
@@ -230,6 +231,6 @@ def _upload(api, folder, repository, private, label):
                 f"{repository}: {hub_url()} refuses the token (status {status}); it has to be one that may write there"
             ) from None
         raise RunError(f"{repository}: the upload failed ({one_line(error)[:200]}); run the command again") from None
-    except Exception as error:  # the client's, its HTTP library's and the system's
+    except Exception as error:  # errors of the client, its HTTP library and the system
         raise RunError(f"{repository}: the upload failed ({one_line(error)[:200]}); run the command again") from None
     return f"{hub_url()}/{repository}"

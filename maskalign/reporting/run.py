@@ -1,4 +1,4 @@
-"""What a report shows of a run, read from its folder. Missing and unreadable parts are left out, with a note."""
+"""Read the contents of a report from a run's folder. Missing parts are skipped, and unreadable parts give a note."""
 
 import csv
 import json
@@ -17,16 +17,18 @@ TEXTS = (".md", ".txt")
 
 @dataclass
 class Run:
-    """One run as a report shows it.
+    """The contents of one run in a report.
 
     Attributes:
-        path: its folder; name: its name on the page.
-        settings: the tree of config.yaml; {} without one.
-        metrics: column -> list of float or None, all of one length; {} without a metrics.csv.
-        samples: (step, `Picture`), ascending.
-        evaluation: dict of evaluation.json; {} without one.
-        pictures: (file name, `Picture`) of the analysis; texts: (file name, text) of it.
-        notes: lines about what could not be read.
+        path: folder of the run.
+        name: name on the page.
+        settings: the tree of config.yaml; {} if it does not exist.
+        metrics: column of metrics.csv -> list of float or None, all of one length; {} if it does not exist.
+        samples: list of (step, `Picture`), ascending.
+        evaluation: dict of evaluation.json; {} if it does not exist.
+        pictures: list of (file name, `Picture`) of the analysis.
+        texts: list of (file name, text) of the analysis.
+        notes: lines about parts that could not be read.
     """
 
     path: Path
@@ -48,11 +50,14 @@ def read_run(path, name=None):
     """Read a run folder.
 
     Args:
-        path: the folder; it holds a config.yaml and a metrics.csv, or one of them.
-        name: its name in the report; by default the last part of the path.
+        path: the folder; it must have a config.yaml or a metrics.csv.
+        name: name in the report; by default the last part of the path.
+
+    Returns:
+        Run.
 
     Raises:
-        UsageError: there is no such folder, or it is no run.
+        UsageError: the folder does not exist, or is not a run.
     """
     path = Path(path)
     if not path.is_dir():
@@ -76,7 +81,7 @@ def read_run(path, name=None):
 
 
 def _read(run, name, read, kind):
-    """What `read` makes of a file of the run; None, with a note, where it cannot be read or is of another kind."""
+    """The result of `read` for a file of the run; None, with a note, if it fails or the result has another type."""
     file = run.path / name
     if not file.is_file():
         return None
@@ -92,7 +97,7 @@ def _read(run, name, read, kind):
 
 
 def read_columns(path):
-    """metrics.csv as column -> list of float or None; rows without a step (a half-written last line) are left out."""
+    """metrics.csv as column -> list of float or None, without rows that have no step (a half-written last line)."""
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
         names = [name for name in reader.fieldnames or [] if name]
@@ -101,7 +106,7 @@ def read_columns(path):
 
 
 def number(value):
-    """A finite float, or None."""
+    """The value as a finite float, or None."""
     try:
         value = float(value)
     except (TypeError, ValueError):

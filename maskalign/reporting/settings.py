@@ -1,6 +1,6 @@
-"""Settings of runs side by side."""
+"""Compare the settings of runs."""
 
-# The folder of a run says nothing about how it was trained.
+# Settings that are not compared, because they do not affect the training.
 PLACES = ("run_dir",)
 
 
@@ -17,7 +17,7 @@ def flatten(tree, prefix=""):
 
 
 def as_text(value):
-    """A setting as a user writes it."""
+    """The value of a setting as text for a reader."""
     if isinstance(value, dict):
         if {"start", "end", "kind"} <= value.keys():
             if value["kind"] == "constant" or value["start"] == value["end"]:
@@ -40,13 +40,13 @@ def as_text(value):
 
 
 def compare(trees):
-    """Settings of several runs.
+    """Compare the settings of several runs.
 
     Args:
         trees: one tree of settings per run.
 
     Returns:
-        (differing, equal): lists of (name, one text per run, None where a run does not have it).
+        (differing, equal): lists of (name, values), where values is one text per run, or None if a run lacks it.
     """
     flat = [flatten(tree) for tree in trees]
     names = list(dict.fromkeys(name for settings in flat for name in settings if name not in PLACES))

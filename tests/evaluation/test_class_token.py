@@ -201,7 +201,7 @@ def test_whose_class_token_it_is():
     assert teachers_of([], config, 5) == (["dinov2-b"], 5)  # nothing was aligned
     assert teachers_of([], config, None) == ([], None)
     assert teachers_of(["a"], None, 768) == (["a"], None)
-    with pytest.raises(UsageError, match="whose class token"):
+    with pytest.raises(UsageError, match="teacher of the model's class token"):
         teachers_of([], None, 768)
 
 
@@ -277,7 +277,10 @@ def test_what_cannot_be_measured_is_told_before_anything_is_drawn(run, classes, 
     write_repa(tmp_path / "reg.pt", reg_checkpoint(plain, plain))
     info = ModelInfo(step=2, class_names=["ant", "bee", "cat"], teachers=[TEACHER])
     write_safetensors(tmp_path / "projected.safetensors", model, info)
-    for name, match in [("reg.pt", "whose class token"), ("projected.safetensors", "principal components")]:
+    for name, match in [
+        ("reg.pt", "teacher of the model's class token"),
+        ("projected.safetensors", "principal components"),
+    ]:
         status, _, err = command("evaluate", tmp_path / name, "--data", classes, *WORDS)
         assert status == 2 and match in err[-1] and "--held-out-images 0" in err[-1], err
     # The training data are gone: another data set's components would not be the model's.

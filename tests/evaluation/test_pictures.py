@@ -102,7 +102,7 @@ def test_archives_that_cannot_be_used(kind, match, tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with pytest.raises(UsageError, match="holds no pictures and is no run"):
+    with pytest.raises(UsageError, match="holds no pictures and is not a run"):
         PictureFolder(tmp_path)
     folder = write_pictures(tmp_path / "a", random_pictures(3))
     (folder / "0001.png").write_bytes((folder / "0001.png").read_bytes()[:100])

@@ -125,7 +125,7 @@ def test_missing_pieces_are_left_out(tmp_path, write_run):
     page = Page(render([read_run(bare)]))
     text = page.text()
     assert "no metrics.csv yet" in text and "seed" in text
-    for absent in ("Curves", "Samples", "Evaluation", "Analysis", "Left out"):
+    for absent in ("Curves", "Samples", "Evaluation", "Analysis", "Parts that could not be read"):
         assert absent not in text, absent
     only = tmp_path / "only"
     only.mkdir()
@@ -146,7 +146,11 @@ def test_what_is_damaged_is_named_and_left_out(tmp_path, capsys, write_run):
     assert len(read.notes) == 3 and [step for step, _ in read.samples] == [200, 300]
     assert read.metrics["step"][-1] == 305 and read.metrics["velocity_loss"][-1] is None
     text = Page(render([read])).text()
-    assert "Left out" in text and "evaluation.json cannot be read" in text and "step_00000100.png" in text
+    assert (
+        "Parts that could not be read" in text
+        and "evaluation.json cannot be read" in text
+        and "step_00000100.png" in text
+    )
     with pytest.raises(SystemExit) as end:
         main(["report", str(run), "--out", str(tmp_path / "r.html")])
     out, err = capsys.readouterr()
