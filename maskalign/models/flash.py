@@ -32,11 +32,14 @@ def flash_package():
 
 
 def check_flash(device, precision):
-    """Raise UsageError where `model.attention flash_attn` cannot work.
+    """Check that `model.attention flash_attn` can work.
 
     Args:
-        device: of the run, as set or found: cpu, cuda, cuda:N or auto.
+        device: the device of the run: cpu, cuda, cuda:N or auto.
         precision: fp32, bf16 or auto.
+
+    Raises:
+        UsageError: the package is missing, the device is a CPU, or the precision is fp32.
     """
     if flash_package() is None:
         raise UsageError(MISSING)
@@ -48,7 +51,11 @@ def check_flash(device, precision):
 
 @functools.cache
 def flash_function():
-    """(q, k, v), each (B, N, heads, head width) in half precision on a GPU, -> the same; None means torch's own SDPA.
+    """The attention function of the installed package, or None if torch's SDPA calls it.
+
+    Returns:
+        A function of q, k, v, each (B, N, heads, head width) in half precision on a GPU, that returns a tensor of the
+        same shape; or None (FlashAttention-4).
 
     Raises:
         UsageError: the package is not installed.

@@ -1,6 +1,6 @@
 """Floating-point operations of a training step, counted from the sizes: 2 per multiply-add of every matrix product.
 
-torch's own counter misses attention on CPUs. Element-wise work, norms and the optimizer are not counted.
+torch's counter does not count attention on CPUs. Elementwise operations, norms and the optimizer are not counted here.
 """
 
 
@@ -8,11 +8,12 @@ def forward_flops(model, kept, align=True, drawn=None):
     """FLOPs of the matrix products of one forward pass, per image.
 
     Args:
-        model: a `SiT`, or something with its sizes, blocks, projectors, mixer and route; one without `class_dim` has no
-            class token.
+        model: a `SiT`, or an object with its sizes, blocks, projectors, mixer and route. Without an attribute
+            `class_dim`
+            it has no class token.
         kept: number of patch tokens K in the subset; N for all. A class token is counted in addition.
-        align: False for steps without an alignment loss, which leave the projectors out.
-        drawn: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all that are there.
+        align: False for steps without an alignment loss, in which the projectors do not run.
+        drawn: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all tokens at the tap.
     """
     tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
     pixels = model.patch_size**2 * model.in_channels
@@ -29,7 +30,7 @@ def forward_flops(model, kept, align=True, drawn=None):
 
 
 def step_flops(model, kept, align=True, drawn=None):
-    """Forward and backward, per image: the backward of a product is two products of its size."""
+    """FLOPs of forward and backward per image: the backward of a matrix product is two products of its size."""
     return 3 * forward_flops(model, kept, align, drawn)
 
 
@@ -42,11 +43,11 @@ def aligned_rows(model, kept, align=None):
     """Rows of one image that go through the projectors.
 
     Args:
-        model, kept: those of `forward_flops`.
-        align: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all that are there.
+        model, kept: as for `forward_flops`.
+        align: number of patch tokens that `method.align_ratio` draws at the tap; None aligns all tokens at the tap.
     """
     if model.projectors and getattr(model.projectors[0], "needs_grid", False):
-        return model.num_tokens  # a projector along the token grid takes all patches and no class token
+        return model.num_tokens  # a projector along the token grid projects all patches, without the class token
     if align is None:
         # With loss-only masking (no route) the subset chooses the rows that are projected.
         align = kept if model.route is None or _on_route(model, model.align_depth - 1) else model.num_tokens
@@ -54,7 +55,7 @@ def aligned_rows(model, kept, align=None):
 
 
 def block_flops(model, kept):
-    """FLOPs of each of `model.all_blocks` in one forward pass per image, mixing layers included and in that order."""
+    """FLOPs of each block in `model.all_blocks` (which includes mixing layers) in one forward pass per image."""
     return [2 * multiply_adds for _, multiply_adds in sorted(_blocks(model, kept), key=lambda block: block[0])]
 
 
@@ -72,10 +73,10 @@ def _on_route(model, depth):
 
 
 def _blocks(model, kept):
-    """(place in the order of running, multiply-adds) of every SiT block, its adaLN linear included.
+    """(sort key of the execution order, multiply-adds) of every SiT block, including its adaLN linear.
 
-    The last mixing layer makes keys and values of all tokens, and queries, output projection and MLP of the rows that
-    stay only.
+    The last mixing layer computes keys and values of all tokens, but queries, output projection and MLP only for the
+    kept rows.
     """
     tokens, width, extra = model.num_tokens, model.width, _class_tokens(model)
     hidden = model.blocks[0].mlp.fc1.out_features
@@ -98,7 +99,7 @@ def _blocks(model, kept):
 
 
 def _grid_mixing(model, kept):
-    """Multiply-adds of a mixer along the token grid, which the class token goes around; 0 for any other."""
+    """Multiply-adds of a mixer along the token grid, which the class token bypasses; 0 for other mixers."""
     tokens, width, kind = model.num_tokens, model.width, type(model.mixer).__name__
     conditions = 3 * width * width
     if kind == "TokenMLPMixer":

@@ -1,8 +1,8 @@
-"""Initial weights, parameter by parameter: the same numbers in any order, on any device and in any shards.
+"""Initial weights. They do not depend on the order of parameters, the device or sharding.
 
-The rules are REPA's (arXiv 2410.06940): Xavier-uniform linears with zero bias, the patch convolution likewise over its
-flattened kernel, N(0, 0.02) for the label table and the two time linears, zeros for every adaLN linear and the final
-linear. Other convolutions start as torch starts them.
+The rules are those of REPA (arXiv 2410.06940): Xavier-uniform linears with zero bias, the same for the patch
+convolution with its flattened kernel, N(0, 0.02) for the label embedding and the two linears of the time embedding, and
+zeros for every adaLN linear and the final linear. Other convolutions have torch's initialization.
 """
 
 import hashlib
@@ -21,9 +21,9 @@ def initialize(model, seed=None):
     """Fill every parameter of a model.
 
     Args:
-        model: its parameters may be DTensors; each rank then draws the full parameter and keeps its shard.
-        seed: each parameter is drawn on the CPU from a generator keyed by this and its name; None draws from torch's
-            global generator.
+        model: the model. Its parameters may be DTensors; each rank then draws the full parameter and keeps its shard.
+        seed: each parameter is drawn on the CPU from a generator keyed by the seed and the parameter's name. With None,
+            torch's global generator is used.
     """
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
@@ -38,7 +38,7 @@ def initialize(model, seed=None):
 
 @torch.no_grad()
 def assign(parameter, full):
-    """Copy a full tensor, equal on all ranks, into a parameter or into this rank's shard of it."""
+    """Copy a full tensor, which is equal on all ranks, into a parameter or into this rank's shard of it."""
     if hasattr(parameter, "placements"):
         full = full.to(device=parameter.device, dtype=parameter.dtype)
         full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
@@ -71,6 +71,6 @@ def _draw(full, modules, name, generator):
 
 
 def _prefixes(path):
-    """The names of a module and of those around it, the outermost ("") first."""
+    """The names of a module and of all modules that contain it, starting with the outermost ("")."""
     parts = path.split(".")
     return ["", *(".".join(parts[: end + 1]) for end in range(len(parts)))]

@@ -1,4 +1,4 @@
-"""The parts of a SiT block and its embeddings, under REPA's parameter names."""
+"""The parts of a SiT block and the embeddings, with REPA's parameter names."""
 
 import math
 
@@ -20,8 +20,11 @@ def modulate(x, shift, scale):
 
 
 class PatchEmbed(nn.Module):
-    """Patches to tokens, row-major. The parameters are those of a convolution with stride = kernel; it is computed as
-    one matmul, which also serves inputs of a lower precision and any memory layout."""
+    """Embeds patches as tokens, row-major.
+
+    The parameters are those of a convolution with stride = kernel. It is computed as one matmul, which also works for
+    inputs of a lower precision and of any memory layout.
+    """
 
     def __init__(self, patch_size, in_channels, width):
         super().__init__()
@@ -53,16 +56,18 @@ def unpatchify(tokens, patch_size, grid):
 
 
 def sincos_position_embedding(width, grid, counted=None):
-    """Fixed 2-D sine-cosine position embedding (MAE's, as SiT and REPA use it).
+    """Fixed 2-D sine-cosine position embedding (that of MAE, as used by SiT and REPA).
 
-    Half of the channels for each axis, the width axis first; inside a half sine then cosine; frequencies
-    10000^(-i / (D/4)), computed in float64.
+    Each axis has half of the channels, the width axis the first half. Within a half, sines precede cosines, with
+    frequencies 10000^(-i / (D/4)). It is computed in float64.
 
     Args:
-        width: D. grid: (rows, columns) of the tokens.
-        counted: side of the square grid whose positions the tokens share, for weights that were trained on that grid:
-            token i of n has position (i + 1/2) counted / n - 1/2, as an image keeps its place when it is resized. None
-            counts the grid's own tokens from 0.
+        width: D.
+        grid: (rows, columns) of the tokens.
+        counted: side of the square grid for which the weights were trained, if it differs: token i of n then has
+            position
+            (i + 1/2) counted / n - 1/2, the position of the same part of the image in that grid. With None, the
+            positions are 0 to n - 1.
 
     Returns:
         (1, N, D) float32.
@@ -84,7 +89,7 @@ def sincos_position_embedding(width, grid, counted=None):
 
 
 class TimestepEmbedder(nn.Module):
-    """256 sinusoidal features of t in [0, 1], unscaled, then Linear-SiLU-Linear."""
+    """256 sinusoidal features of t in [0, 1], which is not scaled, followed by Linear-SiLU-Linear."""
 
     def __init__(self, width, features=256, max_period=10000):
         super().__init__()
@@ -93,7 +98,7 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 
     def sinusoid(self, t):
-        """t (B,) -> (B, features) in t's precision, at least float32: cosines, then sines."""
+        """t (B,) -> (B, features) in t's dtype, but at least float32: cosines, then sines."""
         half = self.features // 2
         precise = torch.promote_types(t.dtype, torch.float32)
         frequency = torch.exp(-math.log(self.max_period) / half * torch.arange(half, dtype=precise, device=t.device))
@@ -105,7 +110,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """A table with one row per class and a last one for "no class"."""
+    """An embedding table with one row per class, and a last row for "no class"."""
 
     def __init__(self, num_classes, width):
         super().__init__()
@@ -118,9 +123,9 @@ class LabelEmbedder(nn.Module):
 
 
 class ClassEmbedder(nn.Module):
-    """The noised class token as one more token: Linear, then LayerNorm with affine parameters (REG, arXiv 2507.01467).
+    """Embeds the noised class token as a token: Linear, then LayerNorm with affine parameters (REG, arXiv 2507.01467).
 
-    Its position embedding is zero, so none is added.
+    The position embedding of the class token is zero, so none is added.
     """
 
     def __init__(self, class_dim, width):
@@ -137,10 +142,14 @@ class Attention(nn.Module):
     """Multi-head self-attention with qkv bias.
 
     Args:
-        implementation: `sdpa` (torch's fused kernel), `math` (matmul, softmax, matmul) or `auto`: on a CPU and short
-            sequences the three plain operations are faster than the fused kernel, whose backward is slow there;
-            everywhere else the fused kernel. `flash_attn` is the package flash-attn, which must be installed (see
-            flash.py); tensors that are not half precision on a GPU use the fused kernel instead.
+        width: D.
+        heads: number of heads, which divides D.
+        qk_norm: LayerNorm on queries and keys.
+        implementation: `sdpa` (torch's fused kernel), `math` (matmul, softmax, matmul), `flash_attn` or `auto`. `auto`
+            uses
+            `math` for up to 512 tokens on a CPU, where the backward of the fused kernel is slow, and `sdpa` otherwise.
+            `flash_attn` is the package flash-attn, which must be installed (see flash.py); tensors that are not in half
+            precision on a GPU use the fused kernel instead.
     """
 
     def __init__(self, width, heads, qk_norm=False, implementation="auto"):
@@ -159,12 +168,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x, subset=None):
-        """Attention of x (B, N, D) to itself.
+        """Self-attention of x.
 
         Args:
             x: (B, N, D).
-            subset: (B, K) int64, the rows to compute an output for; keys and values are always those of all N rows.
-                None computes all of them.
+            subset: (B, K) int64, the rows whose output is computed; keys and values are always those of all N rows.
+                None
+                computes all rows.
 
         Returns:
             (B, N, D), or (B, K, D) with a subset.
@@ -189,7 +199,7 @@ class Attention(nn.Module):
         if subset is None:
             return self.qkv(x).unflatten(-1, (3, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         width = x.shape[-1]
-        # The backward of a split is one concatenation; of two slices it would be two full-size tensors of zeros.
+        # The backward of a split is one concatenation; that of two slices would be two full-size tensors of zeros.
         (w_q, w_kv), (b_q, b_kv) = (p.split([width, 2 * width]) for p in (self.qkv.weight, self.qkv.bias))
         q = F.linear(gather_tokens(x, subset), w_q, b_q).unflatten(-1, (self.heads, self.head_dim)).transpose(1, 2)
         k, v = F.linear(x, w_kv, b_kv).unflatten(-1, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -197,7 +207,7 @@ class Attention(nn.Module):
 
 
 def fits_flash(x):
-    """True where FlashAttention's kernels take x."""
+    """Whether FlashAttention's kernels support x: half precision on a GPU."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -214,7 +224,7 @@ class Mlp(nn.Module):
 
 
 class AdaLN(nn.Sequential):
-    """SiLU and a linear from the condition to `chunks` vectors of the model's width; zero at the start (adaLN-Zero)."""
+    """SiLU and a linear from the condition to `chunks` vectors of the model's width, initialized with 0 (as in DiT)."""
 
     def __init__(self, width, chunks):
         super().__init__(nn.SiLU(), nn.Linear(width, chunks * width))
@@ -228,8 +238,11 @@ class Block(nn.Module):
     """SiT block: attention and MLP, each modulated by adaLN-Zero (DiT, arXiv 2212.09748, figure 3).
 
     Args:
-        fused_adaln: normalize, modulate and add the residuals by the fused operations of `maskalign_kernels`: three
-            launches on a GPU. On a CPU these operations are the plain lines, and the results are equal bit for bit.
+        width, heads, qk_norm, attention: as for `Attention`.
+        mlp_ratio: hidden width of the MLP divided by D.
+        fused_adaln: normalize, modulate and add the residuals with the fused operations of `maskalign_kernels`, which
+            are
+            three launches on a GPU. On a CPU the results are bit for bit the same.
     """
 
     def __init__(self, width, heads, mlp_ratio=4.0, qk_norm=False, attention="auto", fused_adaln=False):
@@ -242,16 +255,16 @@ class Block(nn.Module):
         self.adaLN_modulation = AdaLN(width, 6)
 
     def forward(self, x, c, subset=None):
-        """Run the block, for all rows or for some.
+        """Run the block for all rows or for a subset.
 
         Args:
             x: (B, n, D) for any number of tokens n.
             c: (B, D) condition.
-            subset: (B, K) int64, the rows whose output is needed. All n rows are attended to, but queries, output
-                projection and MLP are computed for these rows only. None computes all rows.
+            subset: (B, K) int64, the rows whose output is needed. Keys and values are those of all n rows, but queries,
+                output projection and MLP are computed only for these rows. None computes all rows.
 
         Returns:
-            (B, n, D), or (B, K, D): the rows `subset` of the result without a subset.
+            (B, n, D), or with a subset (B, K, D), equal to these rows of the result without a subset.
         """
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c)
         if self.fused_adaln:
@@ -265,11 +278,14 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, zero at the start.
+    """Modulated LayerNorm and a linear to the p*p*C numbers of a patch, initialized with 0.
 
     Args:
-        class_dim: width of the class token; token 0 then has a linear of its own, which is also zero at the start
-            (REG, arXiv 2507.01467). None: every token is a patch.
+        width: D.
+        patch_size: p.
+        out_channels: C.
+        class_dim: width of the class token; token 0 then has a separate linear, also initialized with 0 (REG, arXiv
+            2507.01467). With None, every token is a patch.
     """
 
     def __init__(self, width, patch_size, out_channels, class_dim=None):
@@ -280,8 +296,12 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = AdaLN(width, 2)
 
     def forward(self, x, c):
-        """x (B, n, D), c (B, D) -> velocities of the patches (B, n, p*p*C) and None; with a class token in row 0
-        (B, n - 1, p*p*C) and (B, class_dim)."""
+        """Predict velocities from x (B, n, D) and c (B, D).
+
+        Returns:
+            Those of the patches (B, n, p*p*C), and None. With a class token in row 0: (B, n - 1, p*p*C) and (B,
+            class_dim).
+        """
         shift, scale = self.adaLN_modulation(c)
         x = modulate(self.norm_final(x), shift, scale)
         if self.class_linear is None:

@@ -1,10 +1,10 @@
-"""Token mixers: what shares information across all tokens before some of them are dropped.
+"""Token mixers, which share information across all tokens before some of them are dropped.
 
-`attention` is the paper's (MaskAlign, arXiv 2606.08788): SiT blocks over the class token and all patches. The others
-are lighter and mix patches only: `X <- X + gate(c) * M(LN(X) * (1 + scale(c)) + shift(c))`, where M acts along the
-token axis. Every adaLN linear starts at zero, so a fresh mixer is the identity and any SiT, REPA or REG checkpoint can
-be continued with one. Mixing and dropping are one operation: a mixer is given the rows to keep and returns only
-those.
+`attention` is that of the paper (MaskAlign, arXiv 2606.08788): SiT blocks over the class token and all patches. The
+others are smaller and mix only patches: `X <- X + gate(c) * M(LN(X) * (1 + scale(c)) + shift(c))`, where M acts along
+the token axis. Every adaLN linear is initialized with 0, so a new mixer is the identity, and training of any SiT, REPA
+or REG checkpoint can be continued with one. Mixing and dropping are one operation: a mixer receives the indices of the
+rows to keep and returns only these rows.
 """
 
 import torch
@@ -19,9 +19,9 @@ MIXERS = ("token_mlp", "depthwise_conv", "attention", "none")
 
 
 class TokenMLPMixer(nn.Module):
-    """M = W2 gelu(W1 u + b1) + b2 along the tokens (MLP-Mixer's token mixing, arXiv 2105.01601), by the fused kernel.
+    """M = W2 gelu(W1 u + b1) + b2 along the tokens (MLP-Mixer's token mixing, arXiv 2105.01601), with the fused kernel.
 
-    `fc1` holds W1 (T, N) and b1, `fc2` holds W2 (N, T) and b2.
+    `fc1` has W1 (T, N) and b1, `fc2` has W2 (N, T) and b2.
     """
 
     needs_grid = True
@@ -33,7 +33,7 @@ class TokenMLPMixer(nn.Module):
         self.adaLN_modulation = AdaLN(width, 3)
 
     def forward(self, x, c, subset=None):
-        """Rows `subset` (B, K) of the mixed x (B, N, D), all N rows where it is None."""
+        """Rows `subset` (B, K) of the mixed x (B, N, D), or all N rows if it is None."""
         shift, scale, gate = self.adaLN_modulation(c)
         return mix_and_drop(
             x, shift, scale, gate, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, subset
@@ -41,7 +41,7 @@ class TokenMLPMixer(nn.Module):
 
 
 class DepthwiseConvMixer(nn.Module):
-    """M = depthwise 7x7 convolution over the token grid, as ConvNeXt mixes (arXiv 2201.03545); any resolution."""
+    """M = depthwise 7x7 convolution over the token grid, as in ConvNeXt (arXiv 2201.03545), for any resolution."""
 
     needs_grid = True
 
@@ -55,8 +55,8 @@ class DepthwiseConvMixer(nn.Module):
     def forward(self, x, c, subset=None):
         shift, scale, gate = self.adaLN_modulation(c)
         u = modulate(self.norm(x), shift, scale).transpose(1, 2).unflatten(2, self.grid)
-        # Through a view of two dimensions the gradient has the strides of the weight. Those that a convolution gives to
-        # a dimension of size 1 are arbitrary, and DDP warns of them on every rank.
+        # A convolution gives its weight's gradient arbitrary strides for dimensions of size 1, about which DDP warns on
+        # every rank. Through a view with two dimensions, the gradient has the strides of the weight.
         weight = self.conv.weight.flatten(1).unflatten(1, self.conv.weight.shape[1:])
         mixed = F.conv2d(u, weight, self.conv.bias, padding=self.conv.padding, groups=self.conv.groups)
         mixed = mixed.flatten(2).transpose(1, 2)
@@ -66,10 +66,10 @@ class DepthwiseConvMixer(nn.Module):
 
 
 class AttentionMixer(nn.Module):
-    """SiT blocks on all tokens, the class token included; their adaLN-Zero gates make them the identity at the start.
+    """SiT blocks on all tokens, including the class token. With adaLN-Zero they are initialized as the identity.
 
-    The last layer attends to all tokens, but computes queries, output projection and MLP only for the kept rows; the
-    other rows are never used.
+    The last layer attends to all tokens, but computes queries, output projection and MLP only for the kept rows,
+    because the other rows are not used.
     """
 
     needs_grid = False
@@ -83,14 +83,14 @@ class AttentionMixer(nn.Module):
         )
 
     def forward(self, x, c, subset=None):
-        """Rows `subset` (B, K) of the mixed x (B, n, D), all n rows where it is None."""
+        """Rows `subset` (B, K) of the mixed x (B, n, D), or all n rows if it is None."""
         for layer in self.layers[:-1]:
             x = layer(x, c)
         return self.layers[-1](x, c, subset)
 
 
 class NoMixer(nn.Module):
-    """Drops tokens without mixing them first."""
+    """Drops tokens without mixing."""
 
     needs_grid = False
 
@@ -101,11 +101,11 @@ class NoMixer(nn.Module):
 def make_mixer(
     kind, width, grid, heads, *, hidden=64, layers=2, mlp_ratio=4.0, qk_norm=False, attention="auto", fused_adaln=False
 ):
-    """A mixer by name.
+    """Make a mixer.
 
     Args:
         kind: one of `MIXERS`.
-        width, heads, mlp_ratio, qk_norm, attention, fused_adaln: those of the model's blocks, for the layers of
+        width, heads, mlp_ratio, qk_norm, attention, fused_adaln: as for the model's blocks, for the layers of
             `attention`.
         grid: (rows, columns) of the token grid.
         hidden: T of `token_mlp`.

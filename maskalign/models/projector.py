@@ -6,7 +6,7 @@ PROJECTORS = ("mlp", "conv")
 
 
 class MLPProjector(nn.Sequential):
-    """REPA's projector, pointwise: Linear-SiLU-Linear-SiLU-Linear (arXiv 2410.06940, appendix)."""
+    """REPA's projector, which is pointwise: Linear-SiLU-Linear-SiLU-Linear (arXiv 2410.06940, appendix)."""
 
     needs_grid = False
 
@@ -33,7 +33,15 @@ class ConvProjector(nn.Module):
 
 
 def make_projector(kind, width, hidden, teacher_dim, grid):
-    """The projector of one teacher; `kind` is one of `PROJECTORS`."""
+    """Make the projector of one teacher.
+
+    Args:
+        kind: one of `PROJECTORS`.
+        width: D of the student.
+        hidden: hidden width of `mlp`.
+        teacher_dim: Dz.
+        grid: (rows, columns) of the token grid, for `conv`.
+    """
     if kind == "mlp":
         return MLPProjector(width, hidden, teacher_dim)
     if kind == "conv":

@@ -1,4 +1,4 @@
-"""Subsets of tokens: how many are kept, which ones, and how the dropped ones come back.
+"""Subsets of tokens: drawing them, gathering them, and restoring dropped tokens.
 
 MaskAlign (arXiv 2606.08788) draws subsets uniformly and never restores the dropped tokens; `bypass` restores them as
 TREAD does (arXiv 2501.04765), `fuse` as SPRINT does (arXiv 2510.21986).
@@ -25,21 +25,26 @@ def draw_subset(
 ) -> torch.Tensor:
     """Draw `count` distinct token indices per image.
 
-    Every sampler gives each token a random priority and keeps the lowest ones, so that one launch serves the batch.
+    Every sampler draws a random priority for each token and keeps the tokens with the lowest ones, so that one launch
+    draws the whole batch.
 
     Args:
         batch: number of images B.
         grid: (rows, columns) of the token grid, N = rows * columns.
         count: number of tokens to keep, K, in [0, N].
-        sampler: `uniform` (every subset equally likely), `grid` (an equal share from every 2x2 cell, random
-            inside it; where K is not a multiple of the number of cells, random cells give one more) or `block`
-            (one square of the tokens nearest to a random center).
+        sampler: `uniform` (every subset is equally likely), `grid` (the same number of random tokens from every 2x2
+            cell;
+            if K is not a multiple of the number of cells, one more from random cells) or `block` (the tokens nearest to
+            a random center, which form a square).
         generator: torch.Generator of `device`.
-        uniform: called as `uniform(B, ...)`, returns uniform random numbers in [0, 1) of that shape, new ones in every
-            call; by default torch.rand with the generator.
+        uniform: function that returns new uniform random numbers in [0, 1) of a shape, called as `uniform(B, ...)`. The
+            default is torch.rand with the generator.
 
     Returns:
         (B, K) int64, ascending in every row.
+
+    Raises:
+        ValueError: the count is out of range, or the sampler is unknown.
     """
     uniform = uniform or partial(torch.rand, generator=generator, device=device)
     rows, columns = grid
@@ -55,7 +60,7 @@ def draw_subset(
         row = torch.arange(tokens, device=device) // columns
         column = torch.arange(tokens, device=device) % columns
         distance = torch.maximum((row - center[:, 0] * (rows - 1)).abs(), (column - center[:, 1] * (columns - 1)).abs())
-        # Noise below 1 breaks ties between tokens of one ring; the distances of two rings differ by 1.
+        # Noise below 1 breaks ties between tokens of one ring; distances of different rings differ by at least 1.
         priority = distance + 0.5 * priority
     elif sampler != "uniform":
         raise ValueError(f"sampler must be one of {SUBSET_SAMPLERS}, got {sampler!r}")
@@ -63,7 +68,7 @@ def draw_subset(
 
 
 def _cells(rows, columns, device):
-    """Index of the 2x2 cell of every token, (N,), and the number of cells; edge cells of odd grids are smaller."""
+    """The index of the 2x2 cell of every token, (N,), and the number of cells. Edge cells of odd grids are smaller."""
     row = torch.arange(rows, device=device)[:, None] // 2
     column = torch.arange(columns, device=device)[None, :] // 2
     across = (columns + 1) // 2
@@ -71,9 +76,9 @@ def _cells(rows, columns, device):
 
 
 def _rank_in_cell(priority, rows, columns):
-    """Place (0..3) of every token among the tokens of its 2x2 cell, by priority."""
+    """The rank (0..3) of every token by priority among the tokens of its 2x2 cell."""
     cell, _ = _cells(rows, columns, priority.device)
-    order = (priority + cell).argsort(dim=1)  # priorities are below 1, so cells stay apart
+    order = (priority + cell).argsort(dim=1)  # priorities are below 1, so tokens are sorted by cell first
     sorted_cell = cell[order]
     position = torch.arange(order.shape[1], device=order.device).expand_as(order)
     first_of_cell = torch.searchsorted(sorted_cell, sorted_cell)
@@ -81,7 +86,7 @@ def _rank_in_cell(priority, rows, columns):
 
 
 def _cell_jitter(batch, rows, columns, uniform, device):
-    """A number in [0, 1) per image and cell, the same for all tokens of the cell."""
+    """A random number in [0, 1) per image and cell, the same for all tokens of the cell: (B, N)."""
     cell, cells = _cells(rows, columns, device)
     return uniform(batch, cells)[:, cell]
 
@@ -89,7 +94,7 @@ def _cell_jitter(batch, rows, columns, uniform, device):
 def gather_tokens(x, subset):
     """Rows `subset` (B, K) of x (B, N, D), as (B, K, D).
 
-    One index_select over flattened rows: `gather` with an expanded index is several times slower on a CPU.
+    This is one index_select over flattened rows: `gather` with an expanded index is several times slower on a CPU.
     """
     batch, tokens, width = x.shape
     first = torch.arange(batch, device=subset.device).unsqueeze(1) * tokens
@@ -102,10 +107,10 @@ def scatter_tokens(x, subset, values):
 
 
 class Fuse(nn.Module):
-    """SPRINT's restore: kept tokens and a learned mask token fill the grid, then a linear joins it with the state
-    before the drop.
+    """SPRINT's restore: `h = Linear([f_shallow ; pad(g_deep)])` (arXiv 2510.21986, section 3).
 
-    (SPRINT, arXiv 2510.21986, section 3: `h = Linear([f_shallow ; pad(g_deep)])`.)
+    The kept tokens are padded to the full grid with a learned mask token, concatenated with the tokens before the drop,
+    and projected to the model's width.
     """
 
     def __init__(self, width):
@@ -114,7 +119,16 @@ class Fuse(nn.Module):
         self.linear = nn.Linear(2 * width, width)
 
     def forward(self, before, deep, subset=None):
-        """before (B, N, D), deep (B, K, D) at rows `subset`, or all N rows where subset is None; returns (B, N, D)."""
+        """Restore all tokens.
+
+        Args:
+            before: (B, N, D), all tokens before the drop.
+            deep: (B, K, D), the kept tokens; (B, N, D) if subset is None.
+            subset: (B, K) int64, the indices of the kept tokens.
+
+        Returns:
+            (B, N, D).
+        """
         if subset is not None:
             padding = self.mask_token.to(deep.dtype).expand(before.shape)
             deep = scatter_tokens(padding, subset, deep)

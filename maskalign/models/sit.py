@@ -1,8 +1,9 @@
 """SiT with a token mixer, a route for a subset of its tokens and a tap for representation alignment.
 
-The forward pass is, in order: embed, mix, drop, route, tap, restore, predict. With `mixer="none"` and no subset it is
-SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), and with `class_dim` it is REG (arXiv 2507.01467),
-weight for weight. With two mixing layers and a subset of the patches it is MaskAlign (arXiv 2606.08788).
+The steps of the forward pass are, in order: embed, mix, drop, route, tap, restore, predict. With `mixer="none"` and no
+subset it is SiT (arXiv 2401.08740) with REPA's projectors (arXiv 2410.06940), and with `class_dim` it is REG (arXiv
+2507.01467), with the same parameters. With two mixing layers and a subset of the patches it is MaskAlign (arXiv
+2606.08788).
 """
 
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -30,13 +31,14 @@ RESTORES = ("none", "bypass", "fuse")
 
 
 class SiTOutput(NamedTuple):
-    """What one forward pass gives.
+    """The result of one forward pass.
 
-    velocity: (B, C, H, W), or (B, K, p*p*C) for the kept tokens where the route ends without restoring them.
-    aligned: one (B, n, Dz) per teacher, the projected tokens at the tap, the class token first where there is one;
-        empty for a model without teachers.
-    aligned_index: (B, n) int64, which of the N tokens they are; None for all of them in order. In a model with a class
-        token these are places in [class token, patches], where the class token is 0 and patch i is 1 + i.
+    velocity: (B, C, H, W), or (B, K, p*p*C) for the kept tokens if dropped tokens are not restored. aligned: one (B, n,
+    Dz) per teacher, the projected tokens at the tap, with the class token first if there is one. Empty
+        for a model without teachers.
+    aligned_index: (B, n) int64, the indices of these tokens among the N tokens; None for all tokens in order. For a
+    model
+        with a class token, they are indices in [class token, patches], where the class token is 0 and patch i is 1 + i.
     class_velocity: (B, class_dim), or None for a model without a class token.
     """
 
@@ -55,27 +57,28 @@ class SiT(nn.Module):
         in_channels: channels of the input: 4 for latents, 3 for pixels.
         num_classes: number of classes; label `num_classes` means "no class".
         depth, width, heads: number of blocks, token width D, attention heads.
-        mlp_ratio: hidden width of a block's MLP over D.
+        mlp_ratio: hidden width of a block's MLP divided by D.
         qk_norm: LayerNorm on queries and keys.
-        teacher_dims: width Dz of every teacher; () builds no projector.
+        teacher_dims: width Dz of every teacher; () for a model without projectors.
         class_dim: width of the class token that is denoised together with the image (REG); None for none.
         align_depth: the tap is the output of this block, counted from 1.
-        projector: `mlp` (REPA's) or `conv` (iREPA's 3x3, needs all tokens at the tap).
+        projector: `mlp` (REPA's) or `conv` (iREPA's 3x3, which needs all tokens at the tap).
         projector_dim: hidden width of the MLP projector.
         mixer: `token_mlp`, `depthwise_conv`, `attention` or `none`.
         mixer_hidden: T, the hidden number of tokens of `token_mlp`.
         mixer_layers: number of SiT blocks of `attention`.
-        route: `all`, `none` or (start, end): blocks [start, end) see only the subset. With `none` the subset chooses
-            only which tokens are aligned (loss-only masking).
-        restore: what happens to dropped tokens at `end`: `none` (they stay out), `bypass` (TREAD) or `fuse` (SPRINT).
+        route: `all`, `none` or (start, end): blocks [start, end) process only the subset. With `none` the subset only
+            selects the tokens that are aligned (loss-only masking).
+        restore: what happens to dropped tokens at `end`: `none` (they are not restored), `bypass` (TREAD) or `fuse`
+            (SPRINT).
         attention: `auto`, `sdpa`, `math` or `flash_attn`, see `layers.Attention`.
-        position_grid: side of the grid by which positions are counted, for weights that come from that grid; None for
-            the model's own, see `layers.sincos_position_embedding`.
-        fused_adaln: norms, modulations and residuals of the blocks and of the mixer `attention` run as the fused
+        position_grid: side of the grid for which the weights were trained, see `counted` in
+            `layers.sincos_position_embedding`; None for the model's grid.
+        fused_adaln: run norms, modulations and residuals of the blocks and of the mixer `attention` as the fused
             operations of `maskalign_kernels`, see `layers.Block`.
 
     Attributes:
-        num_tokens: N, the number of patch tokens; the class token is not counted.
+        num_tokens: N, the number of patch tokens, without the class token.
     """
 
     pos_embed: torch.Tensor
@@ -161,44 +164,50 @@ class SiT(nn.Module):
 
     @property
     def mixing_layers(self):
-        """The SiT blocks of an `attention` mixer, in order; empty for any other mixer."""
+        """The SiT blocks of an `attention` mixer, in order; empty for other mixers."""
         return list(getattr(self.mixer, "layers", ()))
 
     @property
     def all_blocks(self):
-        """Every SiT block in execution order, mixing layers included: the units of compilation and sharding."""
+        """All SiT blocks, including mixing layers, in execution order: the units of compilation and sharding."""
         start = self.route[0] if self.route else 0
         return [*self.blocks[:start], *self.mixing_layers, *self.blocks[start:]]
 
     @property
     def tap_sees_subset(self):
-        """True where only the subset is present at the tap, when there is one."""
+        """Whether only the tokens of a subset are present at the tap, if a subset is given."""
         if self.route is None or self.align_depth <= self.route[0]:
             return False
         return self.align_depth <= self.route[1] or self.restore == "none"
 
     @classmethod
     def from_preset(cls, name: str, **settings) -> "SiT":
-        """A model of a named size, e.g. `SiT.from_preset("SiT-B/2", in_channels=3)`; settings override the preset.
+        """Make a model of a named size, e.g. `SiT.from_preset("SiT-B/2", in_channels=3)`.
+
+        Args:
+            name: a preset, see `maskalign.models.PRESETS`.
+            settings: arguments of `SiT`, which override the preset.
 
         Raises:
-            UsageError: for an unknown name.
+            UsageError: the name is unknown.
         """
         return cls(**{**preset_sizes(name), **settings})
 
     def reset_parameters(self, seed: Optional[int] = None) -> None:
-        """REPA's initialization, see initial.py, and the buffers; needed after `to_empty` of a model on `meta`.
+        """Initialize parameters as REPA does (see initial.py), and buffers. Needed after `to_empty` of a meta model.
 
         Args:
-            seed: makes the weights a function of this and of each parameter's name: the same on any device, under any
-                sharding, and for the parameters that two recipes share. None draws from torch's global generator.
+            seed: each parameter is a function of the seed and its name. It is the same on any device, with any
+                sharding,
+                and in all models that have a parameter of this name and shape. With None, torch's global generator is
+                used.
         """
         with torch.device("cpu"):
             self.pos_embed.copy_(self._positions())
         initialize(self, seed)
 
     def count_positions(self, grid):
-        """Count positions by another square grid of this side from now on, see `position_grid`."""
+        """Set `position_grid`, and compute the position embedding again."""
         self.position_grid = None if grid == self.grid[0] else grid
         with torch.device("cpu"):
             self.pos_embed.copy_(self._positions())
@@ -222,18 +231,20 @@ class SiT(nn.Module):
             x: (B, C, H, W) noised input.
             t: (B,) time in [0, 1], 1 is noise.
             labels: (B,) int64 in [0, num_classes]; `num_classes` means "no class". Or (B, D) class embeddings.
-            subset: (B, K) int64, ascending: the patch tokens that take the route; the class token always takes it.
-                None: all tokens (evaluation).
-            align_subset: (B, n) int64: which of the patch tokens present at the tap are aligned, by their position
-                among those. None: all that are present (with `route="none"`: those of `subset`).
-            align: False leaves the projectors out, for steps without an alignment loss.
-            class_token: (B, class_dim) the noised class token, for a model that has one.
+            subset: (B, K) int64, ascending: the patch tokens that are kept; the class token is always kept. None: all
+                tokens (evaluation).
+            align_subset: (B, n) int64: the patch tokens to align, as indices among the patch tokens present at the tap.
+                None: all that are present (with `route="none"`: those of `subset`).
+            align: False does not run the projectors, for steps without an alignment loss.
+            class_token: (B, class_dim), the noised class token, for a model that has one.
 
         Returns:
             SiTOutput.
 
         Raises:
-            ValueError: x of another shape than the model's; a class token missing, or given to a model without one.
+            ValueError: x has another shape than the model's input; a class token is missing, or given to a model
+                without
+                one.
         """
         expected = (self.in_channels, self.input_size, self.input_size)
         if tuple(x.shape[1:]) != expected:
@@ -245,7 +256,7 @@ class SiT(nn.Module):
         start, end = self.route or (0, 0)
         dropping = subset is not None and self.route is not None
         rows = self._rows(subset) if dropping else None
-        before = None  # all tokens as they were at `start`, for the restore at `end`
+        before = None  # all tokens at `start`, for the restore at `end`
         aligned, aligned_index = [], None
         for depth, block in enumerate(self.blocks):
             if depth == start:
@@ -271,7 +282,7 @@ class SiT(nn.Module):
         return SiTOutput(velocity, aligned, aligned_index, class_velocity)
 
     def _with_class_token(self, tokens, class_token):
-        """The class token in front of the patches, where the model has one."""
+        """The tokens with the embedded class token as the first one, if the model has a class token."""
         if class_token is None and self.class_embedder is None:
             return tokens
         if class_token is None or self.class_embedder is None:
@@ -284,20 +295,24 @@ class SiT(nn.Module):
         return torch.cat([self.class_embedder(class_token).to(tokens.dtype), tokens], dim=1)
 
     def _rows(self, patches):
-        """Patch indices (B, n) as places in the sequence: the class token's 0 in front, and the patches after it."""
+        """Convert patch indices (B, n) to indices in the sequence, with the class token (0) first if there is one."""
         if self.class_embedder is None or patches is None:
             return patches
         return torch.cat([torch.zeros_like(patches[:, :1]), patches + 1], dim=1)
 
     def _mix(self, tokens, c, subset=None, rows=None):
-        """Mix all tokens and keep some: `subset` counts patches, `rows` counts places in the sequence."""
+        """Mix all tokens and return the kept ones, given as patch indices `subset` and as sequence indices `rows`."""
         if self.class_embedder is None or not self.mixer.needs_grid:
             return self.mixer(tokens, c, rows)
-        # A mixer along the patch grid cannot take the class token, which bypasses it.
+        # A mixer along the patch grid cannot process the class token, which bypasses it.
         return torch.cat([tokens[:, :1], self.mixer(tokens[:, 1:], c, subset)], dim=1)
 
     def _tap(self, tokens, present, subset, align_subset):
-        """Project the tokens to align; `present` says which of the N patches these are (None: all)."""
+        """Project the tokens to align. `present` (B, K) are the patches present at the tap (None: all).
+
+        Returns:
+            (aligned, aligned_index) of `SiTOutput`.
+        """
         if align_subset is None and self.route is None:
             align_subset = subset
         index = present
@@ -305,7 +320,7 @@ class SiT(nn.Module):
             index = align_subset if present is None else present.gather(1, align_subset)
         if self.projectors[0].needs_grid:
             return self._tap_on_grid(tokens, index, align_subset)
-        # A pointwise projector commutes with the gather: gather first, so that it projects fewer rows.
+        # A pointwise projector commutes with the gather, which comes first so that fewer rows are projected.
         rows = tokens if align_subset is None else gather_tokens(tokens, self._rows(align_subset))
         return [projector(rows) for projector in self.projectors], self._rows(index)
 
@@ -326,7 +341,7 @@ class SiT(nn.Module):
 
 
 def resolve_route(route: Union[str, Tuple[int, int], None], depth: int) -> Optional[Tuple[int, int]]:
-    """`all`, `none` or (start, end) as (start, end), or None where all blocks see all tokens."""
+    """Convert `all`, `none` or (start, end) to (start, end), or to None if all blocks process all tokens."""
     if isinstance(route, str):
         if route not in ("all", "none"):
             raise ValueError(f"route must be all, none or (start, end), got {route!r}")

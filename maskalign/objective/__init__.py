@@ -1,4 +1,4 @@
-"""The training objective: interpolants, the velocity loss, representation alignment, and the draws they need."""
+"""The training objective: interpolants, velocity loss, representation alignment, and their random draws."""
 
 from maskalign._lazy import lazy_exports
 

@@ -6,15 +6,15 @@ from maskalign_kernels import subset_cosine_alignment_loss
 
 
 def alignment_loss(aligned, teachers, index):
-    """Negative cosine similarity, a mean over tokens and images, averaged over teachers.
+    """Negative cosine similarity, averaged over tokens, images and teachers.
 
     Args:
         aligned: one (B, n, Dz) per teacher, the projected student tokens.
         teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid.
-        index: (B, n) integers, the token of each student row; None where n = N and the rows are in order.
+        index: (B, n) integers, the token of each student row; None if n = N and the rows are in order.
 
     Returns:
-        0-d float32 (float64 where the rows are).
+        0-d float32 (float64 if the rows are).
     """
     if index is None:
         batch, tokens = aligned[0].shape[:2]

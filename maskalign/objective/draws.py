@@ -1,8 +1,8 @@
-"""Every random number of a training step, keyed by (seed, step, slot of the global batch).
+"""All random numbers of a training step, keyed by (seed, step, slot of the global batch).
 
-A slot is a place in the global batch. The numbers of a slot do not depend on the number of ranks, on accumulation or on
-a restart, and a rank draws only for its own slots. On a CPU slots are drawn in groups of a fixed size, each from a
-generator seeded by (seed, step, group); on a GPU all slots at once, from counter-based numbers.
+A slot is a position in the global batch. The numbers of a slot do not depend on the number of ranks, on accumulation or
+on restarts, and a rank draws only for its own slots. On a CPU, slots are drawn in groups of a fixed size, each from a
+generator seeded by (seed, step, group). On a GPU, all slots are drawn together with a counter-based generator.
 """
 
 import hashlib
@@ -25,10 +25,10 @@ class Draws(NamedTuple):
 
     time: (b,) float32 in [0, 1].
     noise: (b, C, H, W) float32.
-    drop_label: (b,) bool, which labels become "no class".
+    drop_label: (b,) bool, whether a label is replaced by "no class".
     subset: (b, K) int64, ascending; None: all tokens.
-    align_subset: (b, n) int64, positions among the tokens present at the tap; None: all of those.
-    posterior: (b, C, H, W) float32, the draw from the VAE's posterior; None for pixels.
+    align_subset: (b, n) int64, indices among the patch tokens present at the tap; None: all of these.
+    posterior: (b, C, H, W) float32, noise for the draw from the VAE's posterior; None for pixels.
     class_noise: (b, class_dim) float32, noise of the class token; None for a model without one.
     """
 
@@ -42,10 +42,10 @@ class Draws(NamedTuple):
 
 
 def group_seed(seed, step, group):
-    """A 63-bit seed for one slot group of one step; neighboring keys give unrelated seeds.
+    """A 63-bit seed for one slot group of one step. Neighboring keys give unrelated seeds.
 
-    torch's CPU generator uses 32 bits of the seed, so over a long run two groups may get the same stream by chance, but
-    no more often if their steps are near each other.
+    torch's CPU generator uses only 32 bits of the seed, so in a long run two groups may have the same stream by chance.
+    This is not more likely for steps that are near each other.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{group}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -77,21 +77,23 @@ def draw(
         grid: (rows, columns) of its tokens.
         keep: number K of tokens in the subset; None or N for all tokens.
         align: number of tokens to align, drawn independently among those present at the tap; None for all of them.
-        time: `uniform` or `lognormal`; path: the interpolant's path, which the log-normal time depends on.
+        time: `uniform` or `lognormal`.
+        path: the interpolant's path, on which the log-normal time depends.
         label_dropout: share of labels to drop.
         subset: sampler of the subset (`routing.SUBSET_SAMPLERS`).
-        posterior: draw noise for the VAE's posterior as well.
-        class_dim: width of the class token to draw noise for; None for none.
+        posterior: draw noise for the VAE's posterior too.
+        class_dim: width of the class token for which noise is drawn; None for none.
+        device: where the numbers are drawn.
 
     Returns:
-        Draws on `device`. Draws on a CPU and on a GPU differ, as torch's generators do.
+        Draws on `device`. Draws on a CPU and on a GPU differ, as with torch's generators.
     """
     tokens = grid[0] * grid[1]
     subsetting = keep is not None and keep < tokens
     present = keep if subsetting else tokens
 
     def rows(numbers, count):
-        """The fields of `Draws` for `count` images from one source of numbers."""
+        """The fields of `Draws` for `count` images, from a `GeneratedNumbers` or `KeyedNumbers`."""
         t = numbers.uniform(count)
         normal = numbers.normal(count)
         noise = numbers.normal(count, *shape)
@@ -125,7 +127,7 @@ def has_keyed_numbers(device):
 
 
 class GeneratedNumbers:
-    """Numbers for one slot group, one draw after another, from torch's generator."""
+    """Random numbers for one slot group from torch's generator, in the order of the calls."""
 
     def __init__(self, seed, step, group, device):
         generator = torch.Generator(device=device)
@@ -135,9 +137,10 @@ class GeneratedNumbers:
 
 
 class KeyedNumbers:
-    """Numbers for any number of slots from `first_slot` on; every draw is one launch and one stream of `keyed_random`.
+    """Random numbers for any number of slots from `first_slot` on. Each call is one launch and stream of
+    `keyed_random`.
 
-    A generator per group would cost hundreds of launches per step on a GPU, which can take longer than the step.
+    A generator per group would need hundreds of launches per step on a GPU, which can take longer than the step.
     """
 
     def __init__(self, seed, step, first_slot, device):

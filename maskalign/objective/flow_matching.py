@@ -1,7 +1,7 @@
 """The training loss: L = L_velocity + class_weight * L_class_velocity + align_weight * L_align.
 
-This is MaskAlign's loss (arXiv 2606.08788), of which REG's (all patches are kept), REPA's (no class token) and SiT's
-(no alignment) are special cases.
+This is the loss of MaskAlign (arXiv 2606.08788). The losses of REG (all patches are kept), REPA (no class token) and
+SiT (no alignment) are special cases.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from maskalign.objective.interpolant import Interpolant
 
 
 class Losses(NamedTuple):
-    """0-d float32 tensors: `total` is differentiated, the others are its parts, unweighted.
+    """0-d float32 tensors: `total` is differentiated, and the others are its parts without their weights.
 
     `class_velocity` is zero for a model without a class token.
     """
@@ -57,24 +57,25 @@ def training_loss(
     """The loss of one micro-batch and its parts.
 
     Args:
-        model: a `SiT`, or anything that is called like one.
+        model: a `SiT`, or an object that is called in the same way.
         x: (B, C, H, W) clean latents or pixels, float32 (or float64).
         labels: (B,) int64.
         teachers: one (B, N, Dz) per teacher, floating or int8, on the student's token grid; () for none. For a model
             with a class token (B, 1 + N, Dz), with the teacher's class token as row 0.
         draws: `Draws` for these B images.
-        align_weight: weight of the alignment loss, a number; or a 0-d tensor, with `align`.
-        align: whether there is an alignment loss; without one the projectors are not run. By default where there are
-            teachers and the weight is above 0.
+        align_weight: weight of the alignment loss, a number; or a 0-d tensor, if `align` is given.
+        align: whether there is an alignment loss; without one the projectors are not run. The default is True if there
+            are teachers and the weight is above 0. Only this comparison reads the value of the weight, which would
+            synchronize for a tensor.
         path: the interpolant's path.
-        dtype: the dtype of the model's input; x's own by default. The loss itself is computed in x's dtype.
-        class_token: (B, class_dim) clean class tokens, for a model that has one; noised with the image's own time.
+        dtype: the dtype of the model's input; the default is that of x. The loss is computed in x's dtype.
+        class_token: (B, class_dim) clean class tokens, for a model that has one. They are noised with the image's time.
         class_weight: weight of the class token's velocity loss (REG's beta, arXiv 2507.01467).
 
     Returns:
-        Losses. The velocity loss is the mean squared error over all elements of the predicted patches, the class
-        velocity loss that over the elements of the class token; the alignment loss is a mean over the class token and
-        the patches that are present at the tap.
+        Losses. The velocity loss is the mean squared error over all elements of the predicted patches, and the class
+        velocity loss that over the elements of the class token. The alignment loss is a mean over the class token and
+        the aligned patches.
     """
     noise, t = draws.noise.to(x.dtype), draws.time.to(x.dtype)
     interpolant = Interpolant(path)
@@ -86,9 +87,9 @@ def training_loss(
         clean, class_noise = class_token.to(x.dtype), draws.class_noise.to(x.dtype)
         class_t, class_target = interpolant.interpolate(clean, class_noise, t)
         extra["class_token"] = class_t.to(dtype)
-    # The time stays in full precision: bf16 would round it to 256 steps.
     if align is None:
         align = len(teachers) > 0 and align_weight > 0
+    # The time is not converted: bf16 would round it to 256 steps.
     out = model(x_t.to(dtype), t, labels, draws.subset, draws.align_subset, align, **extra)
     if out.velocity.dim() == 3:
         target = gather_tokens(patchify(target, model.patch_size), draws.subset)

@@ -46,11 +46,16 @@ class Interpolant:
 
 
 def lognormal_time(normal, path="linear"):
-    """EDM's log-normal noise levels as times: sigma = exp(n), then t = sigma / (1 + sigma) on the linear path and
-    2/pi atan(sigma) on the cosine path (arXiv 2206.00364; REPA's option).
+    """Times with EDM's log-normal distribution of noise levels (arXiv 2206.00364; an option of REPA).
+
+    With sigma = exp(n), t = sigma / (1 + sigma) on the linear path and 2/pi atan(sigma) on the cosine path.
 
     Args:
-        normal: standard normal draws, any shape.
+        normal: standard normal draws n, of any shape.
+        path: `linear` or `cosine`.
+
+    Returns:
+        Times in (0, 1) of the same shape.
     """
     sigma = normal.exp()
     return sigma / (1 + sigma) if path == "linear" else 2 / math.pi * torch.atan(sigma)

@@ -1,4 +1,4 @@
-"""Planning: memory, FLOPs, communication, time and energy of a run, without its hardware and without its data."""
+"""Planning: memory, FLOPs, communication, time and energy of a run, without its hardware and its data."""
 
 from maskalign._lazy import lazy_exports
 

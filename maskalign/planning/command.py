@@ -1,4 +1,4 @@
-"""`maskalign plan`: estimate, print, write; a run that does not fit ends in a line and status 1."""
+"""`maskalign plan`: estimate a run, print and write the result. A run that does not fit in memory gives status 1."""
 
 from maskalign.errors import RunError, UsageError
 from maskalign.planning.devices import load_device
@@ -10,11 +10,14 @@ def plan(config, *, device="h100", out=None, **options):
     """Print the plan of a run and, with `out`, write plan.txt, plan.csv and plan.png there.
 
     Args:
-        config: `Config`. device: name or file, see `devices.load_device`. out: Path of a folder, or None.
-        options: the others of `options.Options`.
+        config: `Config`.
+        device: name or file, see `devices.load_device`.
+        out: Path of a folder, or None.
+        options: the other attributes of `options.Options`.
 
     Raises:
-        UsageError: see `estimate.plan_run`. RunError: the run does not fit the device; all is printed before.
+        UsageError: see `estimate.plan_run`.
+        RunError: the run does not fit in the memory of the device. It is raised after everything is printed.
     """
     device = load_device(device)
     chosen = Options(device=device, **options)

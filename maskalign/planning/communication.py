@@ -1,10 +1,10 @@
-"""The collectives of one optimizer step under each plan, and the time that they take on a device's links."""
+"""The collectives of one optimizer step under each plan, and their time on the links of a device."""
 
 import math
 from dataclasses import dataclass
 
-# NCCL's own model of latency (src/graph/tuning.cc, NVLink and network, ring with the Simple and tree with the LL128
-# protocol), seconds: to start, and per step inside a node and between nodes.
+# NCCL's model of latency (src/graph/tuning.cc; NVLink and network, ring with the Simple and tree with the LL128
+# protocol), in seconds: to start, and per step inside a node and between nodes.
 RING_START, RING_INTRA, RING_INTER = 8.4e-6, 3.4e-6, 9.6e-6
 TREE_START, TREE_INTRA, TREE_INTER = 4.4e-6, 1.2e-6, 8.5e-6
 
@@ -15,11 +15,11 @@ class Collective:
 
     Attributes:
         operation: all_gather, reduce_scatter or all_reduce.
-        size: bytes of the whole buffer: what is gathered, scattered or reduced.
-        ranks: that take part.
-        stride: 1 where they are neighbors, the size of a shard group where they are replicas of one shard.
-        times: how often in a step.
-        stage: forward or backward, with whose computation it can overlap.
+        size: bytes of the whole buffer that is gathered, scattered or reduced.
+        ranks: number of ranks that take part.
+        stride: 1 if they are neighbors, or the size of a shard group if they are replicas of one shard.
+        times: number of these collectives in a step.
+        stage: forward or backward, the computation with which it can overlap.
         exposed: how many of `times` cannot overlap with computation.
     """
 
@@ -33,15 +33,16 @@ class Collective:
 
     @property
     def sent(self):
-        """Bytes that a rank sends in all of them."""
+        """Bytes that a rank sends in all `times` collectives."""
         rounds = 2 if self.operation == "all_reduce" else 1
         return self.times * rounds * self.size * (self.ranks - 1) / self.ranks
 
     def seconds(self, device, efficiency):
-        """Of one of them.
+        """The time of one collective in seconds.
 
         Args:
-            device: `devices.Device`. efficiency: share of the links' peak that is reached.
+            device: `devices.Device`.
+            efficiency: share of the links' peak bandwidth that is reached.
         """
         if self.ranks == 1:
             return 0.0
@@ -61,19 +62,20 @@ class Collective:
 
 
 def padded_elements(parameters, ranks):
-    """Elements of a group of parameters as FSDP2 gathers them: rows rounded up to a multiple of the ranks."""
+    """The number of elements that FSDP2 gathers for parameters: rows are padded to a multiple of the ranks."""
     return sum(ranks * -(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in parameters)
 
 
 def step_collectives(model, parallel, world_size, shards, accumulation=1, gathered_bytes=2):
-    """The large collectives of one optimizer step; those of a few numbers (loss, norm) are left out.
+    """The large collectives of one optimizer step, without those of a few numbers (loss, norm).
 
     Args:
         model: a `SiT`, which may be on the meta device.
         parallel: `ParallelConfig`.
-        world_size, shards: ranks, and those that share one copy of the weights.
+        world_size: number of ranks.
+        shards: number of ranks that share one copy of the weights.
         accumulation: micro-batches per step.
-        gathered_bytes: of a gathered weight, 2 for bfloat16; gradients are reduced in float32.
+        gathered_bytes: bytes per element of a gathered weight, 2 for bfloat16; gradients are reduced in float32.
 
     Returns:
         list of `Collective`.
@@ -82,7 +84,7 @@ def step_collectives(model, parallel, world_size, shards, accumulation=1, gather
         return []
     whole = list(model.parameters())
     if parallel.plan == "ddp":
-        # Buckets of 25 MiB of gradients; the last one to fill has no backward left to hide behind.
+        # Buckets of 25 MiB of gradients. The last bucket is full at the end of the backward and cannot overlap with it.
         count = sum(p.numel() for p in whole)
         buckets = max(1, math.ceil(count * gathered_bytes / (25 * 2**20)))
         return [Collective("all_reduce", 4 * count / buckets, world_size, 1, buckets, "backward", exposed=1)]
@@ -95,7 +97,7 @@ def step_collectives(model, parallel, world_size, shards, accumulation=1, gather
     out = []
     if shards > 1:
         own = dict(ranks=shards, stride=1)
-        # The root's weights and the first block's are needed at once.
+        # The weights of the root and of the first block are needed immediately.
         out += [
             Collective("all_gather", rest * gathered_bytes, **own, times=passes, stage="forward", exposed=passes),
             Collective(

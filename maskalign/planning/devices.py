@@ -1,4 +1,4 @@
-"""Accelerators and their nodes: numbers from data sheets, or from a user's file. Imports no torch."""
+"""Accelerators and their nodes, with numbers from data sheets or from a user's file. Imports no torch."""
 
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -13,16 +13,16 @@ class Device:
     """One accelerator and its links.
 
     Attributes:
-        name: what it is called.
-        memory_gib: memory that programs can allocate from, GiB.
+        name: name of the accelerator.
+        memory_gib: memory that programs can allocate, GiB.
         bandwidth_gbs: memory bandwidth, GB/s.
-        bf16_tflops: dense peak with bfloat16 operands and float32 sums, TFLOP/s.
-        fp32_tflops: dense peak of what a float32 matmul may use here (TF32, see runtime/device.py), TFLOP/s.
-        intra_node_gbs: GB/s that one accelerator sends to the others of its node, in one direction.
-        inter_node_gbs: GB/s of the network port of one accelerator, in one direction.
-        watts: power limit of the accelerator alone.
-        per_node: accelerators in a node.
-        source: where the numbers come from.
+        bf16_tflops: dense peak with bfloat16 operands and float32 accumulation, TFLOP/s.
+        fp32_tflops: dense peak of float32 matmuls as they are set here (TF32, see runtime/device.py), TFLOP/s.
+        intra_node_gbs: bandwidth from one accelerator to the others of its node, in one direction, GB/s.
+        inter_node_gbs: bandwidth of the network port of one accelerator, in one direction, GB/s.
+        watts: power limit of the accelerator, without the rest of the node.
+        per_node: number of accelerators in a node.
+        source: the origin of the numbers.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Device:
 
     @property
     def captures(self):
-        """Whether steps are captured as CUDA graphs there; AMD's devices are launched by Python."""
+        """Whether steps are captured as CUDA graphs. On AMD's devices, Python launches all operations."""
         return not self.name.startswith(("MI", "AMD"))
 
 
-# Memory is what the driver reports, rounded down to whole GiB: data sheets say 80, 80, 141, 180 and 192 GB. Links are
-# half of the two-way figures that vendors print; network ports are those of the vendor's own node (DGX A100: 200 Gb/s
-# per GPU; DGX H100, H200, B200 and AMD's reference platform: 400 Gb/s).
+# Memory is the amount that the driver reports, rounded down to GiB; the data sheets have 80, 80, 141, 180 and 192 GB.
+# Links are half of the bidirectional bandwidth in data sheets. Network ports are those of the vendor's node (DGX A100:
+# 200 Gb/s per GPU; DGX H100, H200, B200 and AMD's reference platform: 400 Gb/s).
 DEVICES = {
     "a100": Device(
         "A100 SXM 80 GB", 79, 2039, *PEAK_TFLOPS["A100"], 300, 25, 400,
@@ -70,13 +70,13 @@ DEVICES = {
 
 
 def load_device(name):
-    """A device by its name, or from a YAML file with the fields of `Device`.
+    """Load a device by its name, or from a YAML file with the fields of `Device`.
 
     Args:
         name: one of `DEVICES`, or the path of a .yaml file.
 
     Raises:
-        UsageError: neither of them, or a file that lacks a field or has a wrong one.
+        UsageError: the name is unknown, or a field of the file is missing or invalid.
     """
     key = str(name).lower()
     if key in DEVICES:
@@ -97,14 +97,14 @@ def _read_device(path):
     except OSError as error:
         raise UsageError(f"--device: {path} cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--device: {path} is no YAML ({str(error).splitlines()[0]})") from None
+        raise UsageError(f"--device: {path} is not valid YAML ({str(error).splitlines()[0]})") from None
     known = {entry.name: entry.type for entry in fields(Device)}
     if not isinstance(values, dict):
-        raise UsageError(f"--device: {path} must hold `name: value` lines with {', '.join(known)}")
+        raise UsageError(f"--device: {path} must contain `name: value` lines with {', '.join(known)}")
     for key in values:
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; they are {', '.join(known)}"
+            hint = f"; did you mean {near[0]!r}?" if near else f"; the fields are {', '.join(known)}"
             raise UsageError(f"--device: {path}: there is no field {key!r}{hint}")
     missing = [entry.name for entry in fields(Device) if entry.name not in values and entry.name not in OPTIONAL]
     if missing:
@@ -114,7 +114,7 @@ def _read_device(path):
         if known[key] is not str and not (number and 0 < value < float("inf")):
             raise UsageError(f"--device: {path}: {key} is {value!r}, must be a number above 0")
         if key == "per_node" and value != int(value):
-            raise UsageError(f"--device: {path}: per_node is {value!r}, must be a whole number")
+            raise UsageError(f"--device: {path}: per_node is {value!r}, must be an integer")
     return Device(**{key: known[key](value) for key, value in values.items()})
 
 

@@ -1,4 +1,4 @@
-"""From settings, a number of ranks and a device to what a run will take: memory, time, GPU-hours and energy."""
+"""Estimate memory, time, GPU-hours and energy of a run from its settings, the number of ranks and the device."""
 
 from dataclasses import dataclass, field, replace
 from typing import List
@@ -22,7 +22,7 @@ from maskalign.planning.work import (
     vae_encoder_flops,
 )
 
-# Plans to compare on the asked ranks: what they send. Settings of `ParallelConfig`.
+# The plans whose communication is compared, as settings of `ParallelConfig`.
 ALTERNATIVES = {
     "ddp": dict(plan="ddp"),
     "fsdp, ZeRO-3": dict(plan="fsdp", reshard_after_forward=True),
@@ -33,27 +33,35 @@ ALTERNATIVES = {
 RANKS = (1, 8, 64, 512, 4096)
 SAME_GLOBAL, SAME_PER_RANK = "same global batch", "same batch per rank"
 UPDATE_EFFICIENCY = 0.8  # share of the memory bandwidth that the optimizer's passes over its state reach
-# Bytes that an update moves per parameter: AdamW reads four float32 numbers and writes three, the norm reads one, the
-# average reads two and writes one; with bfloat16 copies, gradients are cast (2 + 4) and weights copied back (4 + 2).
+# Bytes that an update moves per parameter. AdamW reads four float32 numbers and writes three, the norm reads one, and
+# the EMA reads two and writes one. With bfloat16 copies, gradients are also cast (2 + 4) and weights copied back (4 +
+# 2).
 UPDATE_BYTES, COPY_BYTES = 4 * (7 + 1 + 3), 12
-ANY_LATENT = {"scale": 1.0, "bias": 0.0}  # a step takes as long with other values
+ANY_LATENT = {"scale": 1.0, "bias": 0.0}  # the values do not affect the time of a step
 
 
 @dataclass
 class Estimate:
-    """What a plan found.
+    """The result of a plan.
 
     Attributes:
-        parameters: numbers by part; teachers: name -> `work.Frozen`.
-        phases: dicts with kept, aligned, share, FLOPs per image by part, step (a training step of one image).
-        peaks: `memory.Peak` of the phases with the fewest and the most kept tokens, at the asked ranks.
-        largest: images per rank and micro-batch that fit in every phase.
-        collectives: list of `communication.Collective` at the asked ranks.
+        config, options: the `Config` and `Options` of the plan.
+        facts: the `Facts` of the data set.
+        dtype: dtype of the matrix products.
+        tokens: number of patch tokens N.
+        parameters: {part: number of parameters}.
+        teachers: {name: `work.Frozen`}.
+        vae_flops: FLOPs of encoding one image, None for pixels.
+        phases: dicts with kept, aligned, share, FLOPs per image by part, and step (FLOPs of a training step per image).
+        peaks: {phase: `memory.Peak`} of the phases with the fewest and the most kept tokens, on the requested ranks.
+        largest: the largest number of images per rank and micro-batch that fits in memory in every phase.
+        collectives: list of `communication.Collective` on the requested ranks.
         alternatives: dicts with plan, sent_mib, link_ms and waiting_ms of a step under each plan on these ranks.
-        rows: dicts, one per number of ranks and regime; `asked` is the one of the settings themselves.
-        vae_flops: of encoding one image, None for pixels.
-        launches: operations of a step that are launched on a rank.
-        captured: whether they are replayed as a CUDA graph, and Python launches nothing.
+        rows: dicts, one per number of ranks and batch regime.
+        asked: the row of the requested settings.
+        launches: number of operations of a step that are launched on a rank.
+        captured: whether they are replayed as a CUDA graph, so that Python does not launch them.
+        assumed: the assumptions, one line each.
     """
 
     config: object
@@ -84,13 +92,14 @@ def plan_run(config, options):
     """Estimate a run.
 
     Args:
-        config: `Config`. options: `Options`.
+        config: `Config`.
+        options: `Options`.
 
     Returns:
         Estimate.
 
     Raises:
-        UsageError: the settings cannot run on so many ranks, or do not fit the data set.
+        UsageError: the settings cannot run on this number of ranks, or do not match the data set.
     """
     return _Planner(config, options).estimate()
 
@@ -109,7 +118,7 @@ class _Planner:
         used = {**aligned, **dict([class_token] if class_token else [])}
         self.teachers = {name: teacher_facts(name, self.facts.image_size) for name in used}
         self.online = [name for name, cached in used.items() if not cached]
-        # Those that run in every step, whatever the weight of the alignment is.
+        # The teachers that run in every step, for any alignment weight.
         self.always = [class_token[0]] if class_token and not class_token[1] else []
         dims = [self.facts.teacher_dims.get(name, self.teachers[name].dim) for name in aligned]
         class_dim = None
@@ -134,7 +143,7 @@ class _Planner:
         self.captured = config.training.cuda_graph and options.device.captures
 
     def _shards(self, ranks, parallel=None):
-        """Ranks that share the weights where there are `ranks` of them; None where the plan does not work there."""
+        """The number of ranks that share one copy of the weights; None if the plan does not support `ranks`."""
         parallel, per_node = parallel or self.parallel, self.options.device.per_node
         if parallel.plan == "hsdp":
             parallel = replace(parallel, shard_size=min(ranks, parallel.shard_size or per_node))
@@ -144,7 +153,7 @@ class _Planner:
             return None
 
     def _memories(self):
-        """`Memory` by phase, of the two with the fewest and the most kept tokens."""
+        """{phase: `Memory`} of the phases with the fewest and the most kept tokens."""
         frozen = sum(4 * self.teachers[name].parameters for name in self.online)
         if self.parallel.plan in ("fsdp", "hsdp") and frozen > self.parallel.shard_teacher_above * 2**20:
             frozen /= self.shards
@@ -203,7 +212,7 @@ class _Planner:
         return step_collectives(self.model, parallel, ranks, shards, self.accumulation, gathered)
 
     def _links(self, ranks, shards, images, parallel):
-        """What a step sends, and for how long links work and ranks wait: sent_mib, link_ms, waiting_ms."""
+        """The communication of a step: sent_mib, link_ms (time of the collectives) and waiting_ms (not overlapped)."""
         collectives = self._collectives(ranks, shards, parallel)
         options, waiting = self.options, 0.0
         for phase in self.phases:
@@ -223,7 +232,7 @@ class _Planner:
         return found
 
     def _row(self, ranks, images, batch):
-        """One line of the scaling table: `images` per rank and micro-batch."""
+        """One row of the scaling table, for `images` per rank and micro-batch."""
         options, shards = self.options, self._shards(ranks)
         sharded = 1.0
         if self.parallel.plan in ("fsdp", "hsdp"):
@@ -237,7 +246,7 @@ class _Planner:
             useful += phase["share"] * 3 * parts * images * self.accumulation
         update = self._update(shards)
         busy = compute + links["waiting_ms"] / 1e3 + update
-        # The device runs beside Python, which may be the slower of the two.
+        # The device and Python run in parallel, and Python may be the slower of the two.
         launching = self.launches * options.launch_us * 1e-6
         step = busy if self.captured else max(busy, launching)
         whole = images * ranks * self.accumulation
@@ -253,7 +262,7 @@ class _Planner:
         }  # fmt: skip
 
     def _compute(self, phase, images):
-        """Seconds of matrix products of a step; teachers in the loop compute in float32."""
+        """Seconds of the matrix products of a step. Teachers in the loop compute in float32."""
         own = (phase["step"] - phase["teacher"]) / self.peak
         teacher = phase["teacher"] / (1e12 * self.options.device.fp32_tflops)
         return (own + teacher) * images * self.accumulation / self.options.efficiency
@@ -267,13 +276,13 @@ class _Planner:
     def _assumptions(self):
         options, training = self.options, self.config.training
         lines = [
-            f"matrix products reach {options.efficiency:.0%} of the peak, links {options.link_efficiency:.0%} of "
-            f"theirs, the optimizer {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; none of it measured here",
-            f"{options.headroom:.0%} of the memory is left to CUDA or ROCm, communication and fragmentation",
-            "energy is the power limit of the devices alone; loading, checkpoints and previews cost no time",
+            f"matrix products reach {options.efficiency:.0%} of their peak, links {options.link_efficiency:.0%} of "
+            f"theirs, and the optimizer {UPDATE_EFFICIENCY:.0%} of the memory bandwidth; these are not measured",
+            f"{options.headroom:.0%} of the memory is reserved for CUDA or ROCm, communication and fragmentation",
+            "energy is the power limit of the devices only; loading, checkpoints and previews take no time",
         ]
         if training.precision == "auto":
-            lines.append("training.precision auto is bf16 there")
+            lines.append("training.precision auto is bf16 on this device")
         how = "fused in compiled blocks, " if training.compile else ""
         lines.append(
             f"Python takes {options.launch_us:g} us to launch an operation ({how}measured on the host of one H200)"
@@ -281,20 +290,25 @@ class _Planner:
             else f"Python takes {options.launch_us:g} us to launch an operation, as given by --launch-us"
         )
         if training.compile:
-            lines.append("activations are those of eager blocks; compiled ones keep fewer")
+            lines.append("activations are those of eager blocks; compiled blocks save fewer")
         if self.online:
-            lines.append("teachers in the loop compute in float32, and their activations are gone before the student's")
+            lines.append(
+                "teachers in the loop compute in float32, and their activations are freed before the student runs"
+            )
         return lines
 
 
 def exposed_seconds(collectives, compute, accumulation, options):
-    """Seconds of a step in which ranks wait for links.
+    """Seconds of a step in which ranks wait for communication.
 
-    Collectives overlap with the computation of their stage (forward a third, backward two thirds), except those marked
-    as exposed. Gradients are reduced only in the last micro-batch, during its backward.
+    Collectives overlap with the computation of their stage (a third of it is the forward, two thirds the backward),
+    except those that are exposed. Gradients are reduced only in the last micro-batch, during its backward.
 
     Args:
-        collectives: list of `Collective`. compute: seconds of a step's matrix products.
+        collectives: list of `Collective`.
+        compute: seconds of a step's matrix products.
+        accumulation: micro-batches per step.
+        options: `Options`.
     """
     exposed, hidden = 0.0, {"forward": 0.0, "gather": 0.0, "reduce": 0.0}
     for collective in collectives:

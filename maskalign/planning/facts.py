@@ -1,8 +1,6 @@
-"""What a plan needs to know of the data set: from its manifest, or from a stated assumption where there is none.
+"""The properties of the data set that a plan needs, from its manifest or assumed. Imports no torch.
 
-Imports no torch.
-
-ImageNet-256 is what the recipes are written for (see the README), so it is what is assumed.
+If the data set does not exist, ImageNet-256 is assumed, for which the recipes are written (see the README).
 """
 
 import re
@@ -22,19 +20,20 @@ LATENT_CHANNELS, LATENT_STRIDE = 4, 8  # sd-vae-ft-mse
 
 @dataclass
 class Facts:
-    """Of the data set.
+    """Properties of the data set.
 
     Attributes:
         input_size, in_channels, num_classes: of the model's input.
-        image_size: side of the images in pixels that latents and features were, or would be, computed from.
-        latent: True where the input is drawn from stored moments of a VAE.
+        image_size: side in pixels of the images from which latents and features are computed.
+        latent: whether the input is drawn from stored moments of a VAE.
         images: number of training images.
-        teachers: (name, cached) of every teacher that is aligned with; none where the alignment weight is always 0.
-        teacher_dims: width of a cached teacher's tokens where the manifest says it, by name.
-        teacher_bytes: bytes of a stored number of a cached teacher's tokens.
+        teachers: (name, cached) of every teacher with which the model is aligned; empty if the alignment weight is
+            always 0.
+        teacher_dims: {name: width of the tokens} of cached teachers in the manifest.
+        teacher_bytes: {name: bytes per element of the stored tokens} of cached teachers.
         class_token: (name of the teacher whose class token is denoised, cached), or None.
-        class_dim: numbers of the class token that the model is given, where the settings or the manifest say it.
-        assumed: what was not read but assumed, a line each.
+        class_dim: width of the model's class token, if the settings or the manifest define it.
+        assumed: the assumptions, one line each.
     """
 
     input_size: int
@@ -52,27 +51,27 @@ class Facts:
 
 
 def find_facts(config, image_size=None, num_classes=None):
-    """Facts of `data.path` where it is a local data set, else of ImageNet latents.
+    """The `Facts` of `data.path` if it is a local data set, else of ImageNet latents.
 
     Args:
         config: `Config`.
-        image_size, num_classes: replace what would be assumed.
+        image_size, num_classes: used instead of the assumed values.
 
     Raises:
-        UsageError: the settings do not fit the data set; or sizes were given for one that is there.
+        UsageError: the settings do not match the data set, or sizes are given for a data set that exists.
     """
     where = config.data.path
     paths = [Path(path) for path in ([where] if isinstance(where, str) else where)]
     if all((path / "manifest.json").is_file() for path in paths):
         if image_size is not None or num_classes is not None:
-            raise UsageError(f"--image-size, --num-classes: the manifest of {paths[0]} says both; leave them out")
+            raise UsageError(f"--image-size, --num-classes: the manifest of {paths[0]} defines both; omit them")
         return _read(config, [Manifest.load(str(path)) for path in paths])
     num_classes = IMAGENET_CLASSES if num_classes is None else num_classes
     return _assume(config, _size_in_name(paths[0].name) if image_size is None else image_size, num_classes)
 
 
 def _size_in_name(name):
-    """The resolution at the end of a data set's name, 512 for `imagenet512`; 256 where there is none."""
+    """The resolution at the end of a data set's name, such as 512 for `imagenet512`; 256 if there is none."""
     found = re.search(r"(?<!\d)(64|128|256|512|1024)$", name)
     return int(found[1]) if found else 256
 
@@ -114,7 +113,7 @@ def _assume(config, image_size, num_classes):
     names = named if aligns else []
     cached = config.teacher.mode != "online"
     assumed = [
-        f"{_spelled(config.data.path)} not there: ImageNet is assumed, {IMAGENET_IMAGES:,} images of {image_size} px, "
+        f"{_spelled(config.data.path)} not exist: ImageNet is assumed, {IMAGENET_IMAGES:,} images of {image_size} px, "
         f"{num_classes} classes, as latents of sd-vae-ft-mse, {LATENT_CHANNELS} x {size} x {size}"
     ]
     if names:
@@ -140,4 +139,4 @@ def _assume(config, image_size, num_classes):
 
 
 def _spelled(path):
-    return f"{path} is" if isinstance(path, str) else f"{', '.join(path)} are"
+    return f"{path} does" if isinstance(path, str) else f"{', '.join(path)} do"

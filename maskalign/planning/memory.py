@@ -1,7 +1,7 @@
-"""Peak memory of a rank from two traced steps: at any number of images, and on any number of ranks.
+"""Peak memory of a rank from two traced steps, for any number of images and ranks.
 
-Every operation allocates a + b * images bytes, so two traces of the same operations give the course at any batch, and
-its highest point. What FSDP shards is scaled by the bytes of a shard.
+Every operation allocates a + b * images bytes, so two traces of the same operations give the memory after each
+operation for any batch size, and its peak. Memory that FSDP shards is scaled by the bytes of a shard.
 """
 
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ import torch
 
 from maskalign.planning.trace import COLUMNS, FORWARD, UPDATE, trace_step
 
-TRACED = (2, 3)  # images; a single one has layouts of its own
+TRACED = (2, 3)  # numbers of images; a single image has different memory layouts
 DDP_BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's default
-BUCKETS_AT_ONCE = 2  # that are being reduced
+BUCKETS_AT_ONCE = 2  # buckets that are being reduced at the same time
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes on a rank at the moment when it holds most, by kind; `kept`: activations kept for the backward."""
+    """Bytes on a rank at the peak of a step, by kind; `kept` are activations saved for the backward."""
 
     parameters: float
     gradients: float
@@ -38,7 +38,7 @@ class Memory:
 
     Args:
         config, spec, phase, teacher_bytes, dtype, shards, plain_attention: see `trace.trace_step`.
-        frozen: bytes of the networks that are not trained on a rank (teachers in the loop).
+        frozen: bytes of the frozen networks on a rank (teachers in the loop).
     """
 
     def __init__(
@@ -56,16 +56,17 @@ class Memory:
         self.half = dtype == torch.bfloat16
 
     def peak(self, images, sharded=1.0):
-        """`Peak` at a number of images per micro-batch.
+        """The `Peak` for a number of images per micro-batch.
 
         Args:
-            sharded: bytes of a shard over those of the traced one.
+            images: images per micro-batch.
+            sharded: bytes of a shard divided by those of the traced one.
         """
         course = self.low.bytes + self.slope * (images - self.low.images)
         columns = {name: course[:, k].copy() for k, name in enumerate(COLUMNS)}
         update = self.stage == UPDATE
         kept = self._kept(columns)
-        # What the update makes beside the moments is made of gradients: float32 ones for masters, temporaries.
+        # Memory allocated by the update besides the moments counts as gradients: float32 copies of them, temporaries.
         start = int(np.argmax(update)) if update.any() else len(update)
         before = columns["activations"][max(start - 1, 0)]
         columns["gradients"][update] += columns["activations"][update] - before
@@ -79,7 +80,8 @@ class Memory:
         gradients = columns["gradients"] + columns["sharded gradients"] * sharded
         buffers = columns["buffers"] + columns["temporaries"] + self.frozen
         if self.parallel.plan == "ddp":
-            # Gradients lie in DDP's buckets, which stay; the hook that sums bfloat16 in float32 copies some of them.
+            # Gradients are views of DDP's buckets, which are never freed. The communication hook for bfloat16 gradients
+            # copies some buckets to float32.
             full = self.held["copies"] or self.held["masters"]
             standing = np.where(update, np.maximum(gradients, full), full)
             gradients = standing
@@ -98,13 +100,13 @@ class Memory:
         )
 
     def _kept(self, columns):
-        """Activations at the end of the first forward, less what was there before it."""
+        """Bytes of activations at the end of the first forward."""
         backward = np.nonzero(self.stage != FORWARD)[0]
         last = (backward[0] if len(backward) else len(self.stage)) - 1
         return columns["activations"][last]
 
     def largest(self, limit, sharded=1.0):
-        """The most images per micro-batch whose peak stays within `limit` bytes; 0 where not even one does."""
+        """The largest number of images per micro-batch whose peak is at most `limit` bytes; 0 if not even one fits."""
         if self.peak(1, sharded).total > limit:
             return 0
         low, high = 1, 2
@@ -117,9 +119,10 @@ class Memory:
 
 
 def shard_bytes(model, ranks):
-    """Bytes of float32 parameters on the rank that has most, as FSDP2 shards: rows of the first dimension, rounded up.
+    """Bytes of float32 parameters on the rank with the largest shard: FSDP2 shards the first dimension, rounded up.
 
     Args:
-        model: a `SiT`, which may be on the meta device. ranks: that share one copy.
+        model: a `SiT`, which may be on the meta device.
+        ranks: number of ranks that share one copy.
     """
     return sum(4 * -(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in model.parameters())

@@ -1,4 +1,4 @@
-"""The options of a plan, and whether the settings can run with them. Imports no torch."""
+"""The options of a plan, and a check that the settings can run with them. Imports no torch."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,19 @@ from maskalign.planning.devices import Device
 
 @dataclass(frozen=True)
 class Options:
-    """Of a plan.
+    """Options of a plan.
 
     Attributes:
-        world_size: number of ranks, one accelerator each.
+        world_size: number of ranks, with one accelerator each.
         device: `Device`.
-        efficiency: share of the device's peak that matrix products reach, the element-wise work between them included.
+        efficiency: share of the device's peak that matrix products reach, including the time of elementwise operations.
         link_efficiency: share of the links' bandwidth that collectives reach.
-        headroom: share of the memory that is left to the driver, communication and fragmentation.
-        launch_us: microseconds that Python takes for one launch, where steps are not captured as CUDA graphs. The
-            default is from an H200's host: 36.1 ms for a compiled SiT-B/2 step with half of the tokens, whose launches
-            this plan counts as 617 (benchmarks/results/gpu-step-graphs.csv).
-        image_size, num_classes: of a data set that is not there; None for ImageNet's.
+        headroom: share of the memory that is reserved for the driver, communication and fragmentation.
+        launch_us: microseconds that Python takes for one launch, if steps are not captured as CUDA graphs. The default
+            is
+            from the host of an H200: 36.1 ms for a compiled SiT-B/2 step with half of the tokens, for which this plan
+            counts 617 launches (benchmarks/results/gpu-step-graphs.csv).
+        image_size, num_classes: of a data set that does not exist; None for those of ImageNet.
     """
 
     world_size: int
@@ -46,12 +47,12 @@ class Options:
 
     @property
     def limit(self):
-        """Bytes of a device that the plan may fill."""
+        """Bytes of a device's memory that the plan may use."""
         return self.device.memory_gib * 2**30 * (1 - self.headroom)
 
 
 def check_ranks(config, options):
-    """Raise UsageError where the settings cannot run on the ranks of a plan."""
+    """Check that the settings can run on the ranks of a plan; raises UsageError."""
     ranks = options.world_size
     if config.parallel.plan == "none" and ranks > 1:
         raise UsageError(f"parallel.plan: none runs in one process, not on {ranks} ranks; set ddp, fsdp or hsdp")

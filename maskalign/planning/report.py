@@ -1,4 +1,4 @@
-"""A plan as text, as a CSV of its scaling table, and as a picture."""
+"""Output of a plan as text, as a CSV of its scaling table, and as a figure."""
 
 import csv
 
@@ -16,7 +16,7 @@ SCALING = (
 
 
 def aligned(lines):
-    """Rows of cells as text; the first column to the left, the others to the right."""
+    """Format rows of cells as text, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.rjust(w) if k else cell.ljust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -25,7 +25,7 @@ def aligned(lines):
 
 
 def title(estimate):
-    """What was planned, in a line."""
+    """A line that describes the planned run."""
     config, options = estimate.config, estimate.options
     model = config.model.preset or f"width {config.model.width}, depth {config.model.depth}"
     precision = "fp32" if str(estimate.dtype) == "torch.float32" else "bf16"
@@ -34,7 +34,7 @@ def title(estimate):
 
 
 def text(estimate):
-    """All of a plan as text."""
+    """The whole plan as text."""
     return "\n\n".join(
         [
             title(estimate),
@@ -70,13 +70,13 @@ def _flops(estimate):
         cells += [f"{phase[part] / 1e9:.2f}" for part in FLOP_PARTS]
         lines.append([*cells, f"{phase['step'] / 1e9:.2f}"])
     shown = lines if len(lines) <= 7 else [*lines[:4], ["..."] * len(lines[0]), *lines[-3:]]
-    notes = ["student, mixer, projector: a forward; a training step is three of them, and what is computed again"]
+    notes = ["student, mixer, projector: one forward; a training step is three forwards and the recomputation"]
     cached = [name for name, is_cached in estimate.facts.teachers if is_cached]
     once = [f"{name} {estimate.teachers[name].flops / 1e9:.1f}" for name in cached]
     if estimate.vae_flops is not None:
         once.append(f"the VAE's encoder {estimate.vae_flops / 1e9:.1f}")
     if once:
-        notes.append("once per image of the data set, not in a step: " + ", ".join(once))
+        notes.append("once per image of the data set, not in every step: " + ", ".join(once))
     return "\n".join([aligned(shown), *notes])
 
 
@@ -114,25 +114,25 @@ def _alternatives(estimate):
         lines.append(
             [other["plan"], f"{other['sent_mib']:,.0f}", f"{other['link_ms']:,.1f}", f"{other['waiting_ms']:,.1f}"]
         )
-    return ["what other plans would send in a step on these ranks\n" + aligned(lines)]
+    return ["communication of other plans in a step on these ranks\n" + aligned(lines)]
 
 
 def _launching(estimate):
-    """Whether Python, which launches what a device computes, is the limit; and what helps."""
+    """A sentence about whether Python's launches limit the speed, and what helps."""
     row, training = estimate.asked, estimate.config.training
     busy = row["step_ms"] - row["python_ms"]
     what = f"a step launches {estimate.launches:,.0f} operations, for which Python takes {row['launching_ms']:,.1f} ms"
     compute = f"the device is busy for {busy:,.1f} ms"
     if estimate.captured:
-        helps = "; without it Python would be the limit" if row["launching_ms"] > busy else ""
-        return f"{what}; captured as a CUDA graph it launches none of them, and {compute}{helps}"
+        helps = "; without the graph Python would be the limit" if row["launching_ms"] > busy else ""
+        return f"{what}; with a CUDA graph it launches none of them, and {compute}{helps}"
     if row["python_ms"] <= 0:
         return f"{what}; {compute}, which is longer"
     helps = "training.cuda_graph true captures the step, which then takes as long as the device does"
     if not estimate.options.device.captures:
-        helps = "more images per rank, or training.compile, help; AMD's devices have no captured steps here"
+        helps = "more images per rank, or training.compile, help; steps are not captured on AMD's devices"
         if training.compile:
-            helps = "more images per rank help; AMD's devices have no captured steps here"
+            helps = "more images per rank help; steps are not captured on AMD's devices"
     return f"Python is the limit: {what}, while {compute}; {helps}"
 
 
@@ -152,7 +152,7 @@ def _scaling(estimate):
 
 
 def write_csv(estimate, path):
-    """The scaling table with what led to it, a row per number of ranks and regime."""
+    """Write the scaling table and the properties of the run, with a row per number of ranks and batch regime."""
     peak = max(estimate.peaks.values(), key=lambda entry: entry.total)
     common = {
         "run": title(estimate).split(":")[0],
@@ -173,7 +173,7 @@ def write_csv(estimate, path):
 
 
 def draw(estimate, path):
-    """Memory by kind, the parts of a step, and images per second against ranks."""
+    """Draw memory by kind, the parts of a step, and images per second against ranks."""
     import matplotlib
 
     matplotlib.use("Agg")

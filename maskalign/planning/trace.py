@@ -1,9 +1,9 @@
-"""One training step on fake tensors, watched by torch's memory trackers: what is allocated, by kind and in order.
+"""Trace the memory of one training step on fake tensors with torch's memory trackers, by kind and in order.
 
-The step is the trainer's own (training/step.py, plans.py, optimizer.py) over a fake process group, so that what is
-planned is what runs: FSDP2 gathers and frees, AdamW makes its temporaries. Fake tensors have shapes and no data, so XL
-takes a few hundred MB. They stand on the CPU, since autograd cannot run on a GPU that is not there; sizes are the same,
-with torch's fused attention in place of the plain one that CPUs take.
+The step is that of the trainer (training/step.py, plans.py, optimizer.py) in a fake process group, so the plan is for
+the code that runs: FSDP2 gathers and frees weights, and AdamW allocates its temporaries. Fake tensors have shapes but
+no data, so a trace of XL takes a few hundred MB. They are on the CPU, because autograd cannot run on a GPU that does
+not exist. Their sizes are the same as on a GPU, with torch's fused attention instead of the plain one of CPUs.
 """
 
 import logging
@@ -31,7 +31,7 @@ from maskalign.training.optimizer import Optimizer
 from maskalign.training.plans import Plan
 from maskalign.training.step import TrainStep
 
-# Torch's names of kinds of memory, and ours. Shards shrink with the ranks; the rest does not.
+# Torch's names of kinds of memory, and ours. Sharded memory depends on the number of ranks, the rest does not.
 KINDS = {
     "Parameter": "parameters",
     "Sharded Param": "sharded parameters",
@@ -52,7 +52,7 @@ KINDS = {
 COLUMNS = list(dict.fromkeys(KINDS.values()))
 FORWARD, BACKWARD, UPDATE = range(3)
 
-# Operations that launch nothing, beside views.
+# Operations that launch nothing, in addition to views.
 NO_LAUNCH = {"detach", "alias", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 NO_LAUNCH |= {
     "_unsafe_view",
@@ -66,20 +66,20 @@ NO_LAUNCH |= {
 # Parts of the names of operations that torch.compile does not fuse with others.
 PRODUCTS = ("mm", "convolution", "attention", "mix_and_drop", "adaln")
 BLOCK = re.compile(r"\.(blocks|layers)\.\d+(\.|$)|\.mixer(\.|$)")
-# Kernels that torch.compile makes of the operations between the products of a block, for each product: counted by hand
-# for a block of SiT on a GPU, 5 beside 6 products in the forward and about 14 beside 11 in the backward.
+# Kernels that torch.compile generates for the operations between the products of a block, per product. They were
+# counted for a SiT block on a GPU: 5 for 6 products in the forward, and about 14 for 11 in the backward.
 FUSED_PER_PRODUCT = 1.0
 
 
 @dataclass
 class Trace:
-    """What one step of one rank allocates, at one number of images.
+    """The memory of one step on one rank, for one number of images.
 
     Attributes:
-        images: per micro-batch.
-        bytes: (events, len(COLUMNS)) int64: what is allocated after each operation.
+        images: images per micro-batch.
+        bytes: (events, len(COLUMNS)) int64: bytes allocated after each operation.
         stage: (events,) FORWARD, BACKWARD or UPDATE.
-        held: bytes that stay over the step, by name: masters, copies, moments, ema.
+        held: {name: bytes} that are allocated during the whole step: masters, copies, moments, ema.
         launches: `Launches` of the step.
         collectives: (operation, ranks, bytes) of every collective, in order.
     """
@@ -94,14 +94,14 @@ class Trace:
 
 @dataclass
 class Launches:
-    """Operations of a step that are launched on a device, by where they are.
+    """The numbers of operations of a step that are launched on a device.
 
     Attributes:
-        products: in blocks, of one micro-batch: matrix products and attention, which stay launches of their own when
-            the block is compiled.
-        others: in blocks, of one micro-batch: element-wise operations and reductions.
-        outside: of one micro-batch, between and around the blocks.
-        update: of clip, optimizer and average.
+        products: in blocks, per micro-batch: matrix products and attention, which are separate launches also when the
+            block is compiled.
+        others: in blocks, per micro-batch: elementwise operations and reductions.
+        outside: outside of blocks, per micro-batch.
+        update: in clipping, optimizer and EMA.
     """
 
     products: float = 0
@@ -110,13 +110,13 @@ class Launches:
     update: float = 0
 
     def total(self, micro_batches, compiled):
-        """Launches of a step."""
+        """The number of launches of a step."""
         blocks = self.products * (1 + FUSED_PER_PRODUCT) if compiled else self.products + self.others
         return micro_batches * (blocks + self.outside) + self.update
 
 
 class _Watch:
-    """What is added to torch's trackers: the events in order, the stages, the collectives."""
+    """Mixin for torch's trackers that records memory after each operation, stages, collectives and launches."""
 
     def begin(self):
         self.events, self.stages, self.collectives = [], [], []
@@ -124,7 +124,7 @@ class _Watch:
         self.launches = Launches()
 
     def _count(self, func):
-        """Count an operation, unless it only makes views or memory."""
+        """Count an operation, unless it only makes views or allocates memory."""
         name = func._schema.name.split("::")[1]
         if func.is_view or func.namespace == "prim" or name in NO_LAUNCH:
             return
@@ -136,12 +136,12 @@ class _Watch:
         setattr(self.launches, where, getattr(self.launches, where) + 1)
 
     def hold(self, *tensors, kind):
-        """Count tensors that were made before the step."""
+        """Count tensors that were allocated before the step."""
         for tensor in tensors:
             self._update_and_maybe_create_winfos(tensor, next(k for k in self._ref_class if k.value == kind))
 
     def _update_peak_stats(self, peak_state):
-        # Torch keeps the peak of every module; all of the course is kept here instead, at a fraction of the cost.
+        # Torch would record the peak of every module. This records the memory after each operation, which is faster.
         row = dict.fromkeys(COLUMNS, 0)
         for kinds in self._curr_mem_snap.values():
             for kind, count in kinds.items():
@@ -152,7 +152,7 @@ class _Watch:
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a check of values, which fake tensors do not have: it passes
+            return 1  # a check of values, which fake tensors do not have, passes
         self._count(func)
         result = super().__torch_dispatch__(func, types, args, kwargs or {})
         if func in collective_ops and func not in sync_ops and result is not NotImplemented:
@@ -163,15 +163,15 @@ class _Watch:
 
 
 class _ShardedTracker(_Watch, FSDPMemTracker):
-    """Of a model under fully_shard."""
+    """The tracker of a model with fully_shard."""
 
 
 class _PlainTracker(_Watch, MemTracker):
-    """Of a model in one piece."""
+    """The tracker of a model without sharding."""
 
 
 class _Step(TrainStep):
-    """The trainer's step; its random numbers, drawn in groups of eight images, would only be empty tensors here."""
+    """The trainer's step, with empty tensors instead of random numbers, which are drawn in groups of eight images."""
 
     def draws(self, step, first_slot, count, kept, drawn, posterior):
         model, kept, aligned = self.model, self.phase.kept, self.phase.aligned
@@ -191,30 +191,34 @@ class _Step(TrainStep):
 def trace_step(
     config, spec, phase, images, *, teacher_bytes=None, dtype=torch.bfloat16, shards=1, plain_attention=False
 ):
-    """Run one step of `images` images per micro-batch.
+    """Trace one step with `images` images per micro-batch.
 
     Args:
-        config: `Config`; parallel.plan decides how the model is spread.
-        spec: `ModelSpec`; where it has a `latent`, stored moments are the input.
+        config: `Config`; parallel.plan determines how the model is sharded.
+        spec: `ModelSpec`; if it has a `latent`, the input is stored moments.
         phase: `work.Phase`.
-        images: of a micro-batch.
-        teacher_bytes: of a stored number of each teacher's tokens, 4 for those computed in the loop; by default 1 each,
-            for int8. With a class token there is a row more of each.
-        dtype: of parameters and activations.
-        shards: ranks that share one copy of the weights, for the plans fsdp and hsdp.
-        plain_attention: attention by plain operations, as on a CPU.
+        images: images per micro-batch.
+        teacher_bytes: bytes per element of each teacher's tokens, 4 for those computed in the loop. The default is 1
+            (int8).
+            With a class token, each teacher has one more row.
+        dtype: dtype of parameters and activations.
+        shards: number of ranks that share one copy of the weights, for the plans fsdp and hsdp.
+        plain_attention: whether attention uses plain operations, as on a CPU.
 
     Returns:
         Trace.
+
+    Raises:
+        RuntimeError: a process group is initialized.
     """
     if dist.is_initialized():
         raise RuntimeError("a plan needs a process without a process group")
-    # A second and third micro-batch are like the first, as far as memory goes; the last one reduces.
+    # All micro-batches but the last have the same memory; the last one also reduces gradients.
     parts = min(config.training.accumulation, 2)
     config = deepcopy(config)
     config.model.attention = "math" if plain_attention else "sdpa"
     config.training = replace(config.training, accumulation=parts, compile=False)
-    config.parallel.ema_on_cpu = False  # told apart afterwards: on fake tensors everything is on one device
+    config.parallel.ema_on_cpu = False  # handled in memory.py: all fake tensors are on one device
     with _ranks(config.parallel.plan, shards) as mesh, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         placement = Placement(torch.device("cpu"), dtype, 0, dist.get_world_size() if mesh else 1, 0, mesh)
@@ -230,7 +234,7 @@ def _traced(config, spec, teacher_bytes, phase, model, placement, images, parts)
     plan = Plan(model, config, placement)
     model.to_empty(device="cpu")
     optimizer = Optimizer(model, config.optimizer, placement.dtype)
-    optimizer.tensors()  # makes the moments, which the first step of a run would make
+    optimizer.tensors()  # allocates the moments, which the first step of a run would allocate
     prepare_blocks(model, config)
     step = _Step(model, optimizer, config, placement, plan, spec.latent)
     step.phase = phase
@@ -259,7 +263,7 @@ def _traced(config, spec, teacher_bytes, phase, model, placement, images, parts)
     update, micro_batch = optimizer.step, plan.micro_batch
 
     def fresh(last):
-        tracker.reset_mod_stats()  # torch's trackers know one forward of a module
+        tracker.reset_mod_stats()  # torch's trackers support only one forward of a module
         return micro_batch(last)
 
     def watched(*args):
@@ -293,10 +297,10 @@ def _nbytes(tensors):
 
 @contextmanager
 def _ranks(plan, shards):
-    """The mesh of a plan over a fake process group: no more ranks than it takes for a rank to see what it would see.
+    """The device mesh of a plan in a fake process group, or None for plans without sharding.
 
-    A second replica stands for any number of them. DDP is not traced: it changes no allocation but those that
-    memory.py adds.
+    Two replicas have the same memory per rank as any larger number. DDP needs no mesh, because memory.py adds its
+    allocations.
     """
     if plan not in ("fsdp", "hsdp"):
         yield None
@@ -309,7 +313,7 @@ def _ranks(plan, shards):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=replicas * shards)
     try:
         names, sizes = ("replicate", "shard"), (replicas, shards)
-        if plan == "fsdp":  # one dimension: a mesh makes a group for every row, and here a row is one rank
+        if plan == "fsdp":  # one dimension, because a mesh with two would make a group for every rank
             names, sizes = names[1:], sizes[1:]
         yield init_device_mesh("cpu", sizes, mesh_dim_names=names)
     finally:

@@ -1,7 +1,7 @@
-"""Floating-point operations per image and by phase of a run, split into what they are spent on.
+"""Floating-point operations per image in each phase of a run, split by part.
 
-2 per multiply-add of every matrix product, as in models/flops.py, which counts the student; torch's own counter counts
-teachers, on the meta device.
+A multiply-add of a matrix product counts as 2. models/flops.py counts the student, and torch's counter the teachers, on
+the meta device.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from maskalign.config import TokenBudget
 from maskalign.models.flops import aligned_rows, block_flops, forward_flops, projector_flops
 from maskalign.training.compiling import spread
 
-RESOLUTION = 2000  # points at which schedules are read
+RESOLUTION = 2000  # number of points at which schedules are evaluated
 # sd-vae-ft-mse's encoder (Stable Diffusion's f8 autoencoder, arXiv 2112.10752): widths of its four levels.
 VAE_WIDTHS = (128, 256, 512, 512)
 VAE_LATENT = 4
@@ -21,12 +21,12 @@ VAE_LATENT = 4
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a run in which every step does the same work.
+    """A part of a run in which every step does the same work.
 
     Attributes:
-        kept: number of patch tokens in the subset, N for all; a class token comes on top.
-        aligned: patch tokens that are projected and aligned with a teacher; 0 without an alignment loss.
-        share: of the run's steps.
+        kept: number of patch tokens in the subset, N for all, without the class token.
+        aligned: number of patch tokens that are projected and aligned with a teacher; 0 without an alignment loss.
+        share: the part's share of the run's steps.
     """
 
     kept: int
@@ -35,13 +35,15 @@ class Phase:
 
 
 def schedule_phases(config, model, teachers=True):
-    """The kinds of steps that the schedules of a run lead to.
+    """The phases of a run that follow from its schedules.
 
     Args:
-        config: `Config`. model: a `SiT`. teachers: False for a run without any.
+        config: `Config`.
+        model: a `SiT`.
+        teachers: False for a run without teachers.
 
     Returns:
-        list of `Phase` with shares that add up to 1, fewest kept tokens first.
+        list of `Phase` with shares that add up to 1, starting with the fewest kept tokens.
     """
     budget, shares = TokenBudget(config.method, model), {}
     for point in range(RESOLUTION):
@@ -55,8 +57,8 @@ def student_flops(model, phase):
     """FLOPs of one forward pass per image.
 
     Returns:
-        dict with student (embeddings, blocks, final layer, restore), mixer and projector. What the class token costs is
-        part of each of them: it is one more token everywhere.
+        dict with student (embeddings, blocks, final layer, restore), mixer and projector. Each of them includes the
+        class token, which is one more token.
     """
     without = forward_flops(model, phase.kept, align=False)
     student = forward_flops(_WithoutMixer(model), phase.kept, align=False)
@@ -67,7 +69,7 @@ def student_flops(model, phase):
 
 
 class _WithoutMixer:
-    """A model whose mixer costs nothing."""
+    """A model without its mixer, for counting FLOPs."""
 
     mixer = None
 
@@ -79,7 +81,7 @@ class _WithoutMixer:
 
 
 def recomputed_flops(model, phase, parallel):
-    """FLOPs per image that are spent a second time in the backward, as `parallel.recompute` asks."""
+    """FLOPs per image that are computed again in the backward, according to `parallel.recompute`."""
     budget = {"none": 1.0, "block": 0.0, "selective": parallel.memory_budget}[parallel.recompute]
     blocks = block_flops(model, phase.kept)
     return sum(blocks[number] for number in spread(round((1 - budget) * len(blocks)), len(blocks)))
@@ -87,13 +89,13 @@ def recomputed_flops(model, phase, parallel):
 
 @dataclass(frozen=True)
 class Frozen:
-    """A network that is not trained.
+    """A frozen network.
 
     Attributes:
-        parameters: their number.
-        flops: of one image.
+        parameters: number of parameters.
+        flops: FLOPs per image.
         dim: width of its tokens.
-        grid: (rows, columns) of them.
+        grid: (rows, columns) of its tokens.
         class_dim: width of its class token.
     """
 
@@ -105,13 +107,14 @@ class Frozen:
 
 
 def teacher_facts(name, image_size):
-    """What a teacher costs, counted on the meta device: nothing is loaded or allocated.
+    """The sizes and FLOPs of a teacher (`Frozen`), counted on the meta device without loading weights.
 
     Args:
-        name: see `config.teacher_names`. image_size: side of the images in pixels.
+        name: see `config.teacher_names`.
+        image_size: side of the images in pixels.
 
     Raises:
-        UsageError: no such teacher.
+        UsageError: there is no such teacher.
     """
     from maskalign.teachers import load_teacher
 
@@ -126,7 +129,7 @@ def teacher_facts(name, image_size):
 
 
 def vae_encoder_flops(image_size):
-    """FLOPs of sd-vae-ft-mse's encoder for one image, which `data encode --latents` spends once per image."""
+    """FLOPs of sd-vae-ft-mse's encoder for one image, which `data encode --latents` runs once per image."""
     side, total, before = image_size, 0, VAE_WIDTHS[0]
 
     def conv(width_in, width_out, kernel=3):
@@ -150,7 +153,9 @@ def vae_encoder_flops(image_size):
 
 
 def parameter_counts(model):
-    """Numbers of parameters of a `SiT`: student, class token (its way in and out), mixer, projector."""
+    """Numbers of parameters of a `SiT` by part: student, class token (its embedding and final linear), mixer,
+    projector.
+    """
     counts = {"student": 0, "class token": 0, "mixer": 0, "projector": 0}
     parts = {"mixer": "mixer", "projectors": "projector", "class_embedder": "class token"}
     for name, parameter in model.named_parameters():

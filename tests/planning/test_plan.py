@@ -48,7 +48,7 @@ def test_a_plan_is_printed_written_and_drawn(tmp_path, capsys):
     status, out, error = run(words, capsys)
     assert (status, error) == (0, "")
     for part in (
-        "not-there is not there: ImageNet is assumed",
+        "not-there does not exist: ImageNet is assumed",
         "128 px, 5 classes",
         "largest batch per rank",
         "8 x mine",
@@ -110,13 +110,13 @@ def test_what_cannot_be_planned_ends_in_one_line(words, line, capsys):
 @pytest.mark.parametrize(
     "content, line",
     [
-        ("- 1", "must hold `name: value` lines"),
-        ("{", "is no YAML"),
+        ("- 1", "must contain `name: value` lines"),
+        ("{", "is not valid YAML"),
         (yaml.safe_dump({**OWN, "memory": 3}), "no field 'memory'; did you mean 'memory_gib'"),
         (yaml.safe_dump({key: value for key, value in OWN.items() if key != "watts"}), "lacks watts"),
         (yaml.safe_dump({**OWN, "watts": 0}), "watts is 0, must be a number above 0"),
         (yaml.safe_dump({**OWN, "watts": "many"}), "watts is 'many'"),
-        (yaml.safe_dump({**OWN, "per_node": 1.5}), "per_node is 1.5, must be a whole number"),
+        (yaml.safe_dump({**OWN, "per_node": 1.5}), "per_node is 1.5, must be an integer"),
     ],
 )
 def test_a_wrong_device_file_is_told_in_a_line(tmp_path, content, line):
@@ -210,7 +210,7 @@ def test_a_data_set_that_is_there_is_believed(settings, tmp_path):
     facts = find_facts(settings(*words))
     assert (facts.input_size, facts.in_channels, facts.num_classes, facts.images) == (32, 3, 2, 100)
     assert not facts.latent and not facts.assumed
-    with pytest.raises(UsageError, match="the manifest of .* says both"):
+    with pytest.raises(UsageError, match="the manifest of .* defines both"):
         find_facts(settings(*words), num_classes=3)
 
 
@@ -233,7 +233,7 @@ def test_small_batches_wait_for_python_unless_steps_are_captured(settings):
     assert "Python is the limit" in said and "training.cuda_graph true captures the step" in said
     _, captured, said = planned(2, launch_us=50.0)
     assert captured["step_ms"] == pytest.approx(busy) and captured["python_ms"] == 0
-    assert "captured as a CUDA graph" in said and "without it Python would be the limit" in said
+    assert "with a CUDA graph" in said and "without the graph Python would be the limit" in said
     _, large, said = planned(32768, *launched, launch_us=50.0)
     assert large["python_ms"] == 0 and "which is longer" in said and "is the limit" not in said
     _, amd, said = planned(2, device=DEVICES["mi300x"], launch_us=50.0)
