@@ -85,23 +85,23 @@ def add_options(parser, settings):
 
 
 def _add_option(parser, entry, text):
-    about, kind = entry.metadata, entry.type
+    extra, kind = entry.metadata, entry.type
     several = get_origin(kind) is list
-    keywords = {"type": str if about.get("parse") else get_args(kind)[0] if several else kind}
+    keywords = {"type": str if extra.get("parse") else get_args(kind)[0] if several else kind}
     if several:
         keywords["nargs"] = "+"
-    if about.get("positional"):
+    if extra.get("positional"):
         if entry.default is not MISSING:
             keywords |= {"nargs": "?", "default": entry.default}
-        parser.add_argument(entry.name, metavar=about.get("metavar") or entry.name.upper(), help=text, **keywords)
+        parser.add_argument(entry.name, metavar=extra.get("metavar") or entry.name.upper(), help=text, **keywords)
         return
     if kind is bool:
         keywords |= {"nargs": "?", "const": True, "metavar": "true|false"}
     elif get_origin(kind) is not Literal and not _optional_literal(kind):
-        keywords["metavar"] = about.get("metavar") or _metavar(kind, entry.name)
+        keywords["metavar"] = extra.get("metavar") or _metavar(kind, entry.name)
     required = entry.default is MISSING
     if not required:
-        keywords["default"] = _shown(entry.default) if about.get("parse") else entry.default
+        keywords["default"] = _shown(entry.default) if extra.get("parse") else entry.default
         shown = "" if entry.default in (None, False) else f" (default: {_shown(entry.default)})"
         text = text.rstrip(".") + shown + "." if shown else text
     parser.add_argument(f"--{dashed(entry.name)}", required=required, help=text.replace("%", "%%"), **keywords)

@@ -15,5 +15,5 @@ def option(default=MISSING, *, positional=False, path=False, parse=None, metavar
         group: heading in the help below which the option stands.
         hidden: the field does not become an option.
     """
-    about = dict(positional=positional, path=path, parse=parse, metavar=metavar, group=group, hidden=hidden)
-    return field(default=default, metadata=about)
+    metadata = dict(positional=positional, path=path, parse=parse, metavar=metavar, group=group, hidden=hidden)
+    return field(default=default, metadata=metadata)

@@ -154,7 +154,7 @@ def _scaling(estimate):
 def write_csv(estimate, path):
     """Write the scaling table and the properties of the run, with a row per number of ranks and batch regime."""
     peak = max(estimate.peaks.values(), key=lambda entry: entry.total)
-    about = {
+    common = {
         "run": title(estimate).split(":")[0],
         "model": estimate.config.model.preset or "",
         "device": estimate.options.device.name,
@@ -166,10 +166,10 @@ def write_csv(estimate, path):
         **{f"{kind}_gib": getattr(peak, kind) / 2**30 for kind in (*MEMORY_KINDS, "kept")},
     }
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*about, *estimate.rows[0]])
+        writer = csv.DictWriter(file, [*common, *estimate.rows[0]])
         writer.writeheader()
         for row in estimate.rows:
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in {**about, **row}.items()})
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in {**common, **row}.items()})
 
 
 def draw(estimate, path):
