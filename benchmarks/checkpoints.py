@@ -1,9 +1,10 @@
-"""How long a checkpoint keeps training waiting: written in the background against written at once.
+"""How long training waits for a checkpoint: written in the background, or written immediately.
 
     python -m benchmarks.checkpoints --preset SiT-S/2 --out benchmarks/results/checkpoints.csv
 
-One process, the whole state of a SiT (weights, average, moments). Both ways take turns; a save is timed from the call
-to the return (blocked) and until it is committed on the disk (total). The first round makes buffers and is left out.
+One process saves the whole state of a SiT (weights, average, moments). Both ways take turns. A save is timed from the
+call to the return (blocked) and until it is committed on the disk (total). The first round, which allocates buffers, is
+not counted.
 """
 
 import argparse

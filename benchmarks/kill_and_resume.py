@@ -1,12 +1,12 @@
-"""kill -9 at random moments of a run, with 1, 2 and 4 ranks in turn; it must end like an undisturbed run.
+"""Kill a run with kill -9 at random moments, with 1, 2 and 4 ranks in turn. It must end like an undisturbed run.
 
     python -m benchmarks.kill_and_resume --data datasets/openmoji32 --out runs/kills
 
-Every start of the killed run takes another number of ranks and of loader processes, and another plan. Told at the end,
-and checked: the final loss against the undisturbed run's, and that every epoch has had each sample's key exactly once
-(of a step that was done again after a kill, both times with the same keys). The whole process tree is killed, in the
-start-up, in a step, or in a save, as chance will have it. kill_and_resume.csv has a row per start; the last of them is
-the one that finished.
+Every start of the killed run has another number of ranks and loader processes, and another plan. At the end two things
+are checked and printed: the difference of the final loss from that of the undisturbed run, and that every epoch has
+used each sample's key exactly once (steps that were repeated after a kill must have used the same keys both times). The
+whole process tree is killed at a random moment, during start-up, a step or a save. kill_and_resume.csv has a row per
+start; the last row is the start that finished the run.
 """
 
 import argparse
@@ -42,9 +42,10 @@ def settings(data, run_dir, steps, batch):
 
 
 def start(argv, ranks, log, pause=0.0):
-    """Start a run on some ranks; the keys that it sees go to files in the folder `log`, its output to `output.txt`.
+    """Start a run on some ranks. It writes the keys that it reads to files in the folder `log`, and its output there to
+    `output.txt`.
 
-    `pause` is a rest in seconds before each step: so small a model is else at its end before the kill has come.
+    `pause` is a pause in seconds before each step, because so small a model would otherwise finish before the kill.
     """
     log.mkdir(parents=True, exist_ok=True)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
@@ -66,7 +67,7 @@ def work(log, pause, argv):
     class Watched(trainer.ShardStream):
         def __iter__(self):
             for batch in super().__iter__():
-                # `served` counts the whole job, this batch included.
+                # `served` counts the images of the whole job, including this batch.
                 file.write(json.dumps([self.served // self.batch_size - 1, batch["key"]]) + "\n")
                 file.flush()
                 time.sleep(pause)
@@ -77,7 +78,7 @@ def work(log, pause, argv):
 
 
 def seen_keys(log):
-    """dict from step, counted from 0, to a list of tuples of keys, one for each time that a rank did it."""
+    """dict from step, from 0, to a list of tuples of keys, one for each time that a rank did the step."""
     seen = {}
     for path in sorted(log.glob("keys-*.jsonl")):
         for line in path.read_text().splitlines():
@@ -90,7 +91,7 @@ def seen_keys(log):
 
 
 def tree(pid):
-    """A process and all that it has started."""
+    """The ids of a process and all its descendants."""
     children = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -113,7 +114,7 @@ def send(pids, number):
 
 
 def kill(process):
-    """kill -9 for the whole tree. It is stopped first: a launcher left alive would start further ranks."""
+    """Kill the whole tree with kill -9. It is stopped first, because a live launcher would start further ranks."""
     stopped = []
     while new := [pid for pid in tree(process.pid) if pid not in stopped]:
         send(new, signal.SIGSTOP)
@@ -135,8 +136,8 @@ def campaign(data, out, steps=200, kills=20, batch=8, seed=0, say=print):
 
     Returns:
         dict with kills, starts (rows of start, ranks, plan, workers, end, step), steps, loss, killed_loss, relative
-        (difference of the final losses), relative_of_any_step (the largest such), samples, epochs, and `wrong`: a list
-        of what did not hold, in words.
+        (relative difference of the final losses), relative_of_any_step (the largest such difference), samples, epochs,
+        and `wrong`: a list of the failed checks as text.
     """
     rng, out = random.Random(seed), Path(out)
     shutil.rmtree(out, ignore_errors=True)
@@ -190,12 +191,12 @@ def compare(whole, killed, out, steps, batch, data):
         if set(times) != own or len(own) != batch:
             wrong.append(f"step {step + 1} had other samples than the undisturbed run")
         total.update(own)
-    # Every epoch's samples once: after whole epochs all keys have been seen equally often.
+    # Every epoch must have each sample once, so after complete epochs all keys have been read equally often.
     for epoch in range(steps * batch // samples):
         first, last = math.ceil(epoch * samples / batch), (epoch + 1) * samples // batch
         keys = Counter(key for step in range(first, last) for batch_keys in reference[step] for key in batch_keys)
         if max(keys.values()) > 1 or (samples % batch == 0 and len(keys) != samples):
-            wrong.append(f"epoch {epoch} had not each of its samples once")
+            wrong.append(f"epoch {epoch} did not have each of its samples exactly once")
     most = max(abs(got[step] - loss) / abs(loss) for step, loss in expected.items())
     found = {"steps": steps, "loss": expected[steps], "killed_loss": got[steps], "relative": relative}
     found["relative_of_any_step"] = most

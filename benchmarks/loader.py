@@ -1,24 +1,23 @@
-"""Samples per second of the data path, against webdataset's own pipeline and REPA's one file per sample.
+"""Samples per second of the data loader, compared with webdataset's own pipeline and REPA's one file per sample.
 
     python -m benchmarks.loader [--out DIR] [--samples N] [--seconds S] [--workers 0 2] [--layouts ...]
         [--peers streaming grain --streaming-python .venv-streaming/bin/python]
 
-Two layouts, of random content: `latents` is what ImageNet at 256 px takes in training (moments 8x32x32
-float16 and 256x768 int8 teacher tokens, no image), `pixels` is 64 px PNG images with 64x320 int8 tokens.
-The same samples lie in shards (read by ours, and by webdataset's pipeline: shuffle, decode, batch) and in a
-folder with one file per sample and kind, as REPA's data set has it, read by a torch Dataset and DataLoader.
-"REPA's data set" is what its own preprocessing leaves: a 256 px PNG, from which features are computed in
-the loop, and float32 moments.
+There are two layouts with random content. `latents` has the data of ImageNet at 256 px in training (moments 8x32x32
+float16 and 256x768 int8 teacher tokens, no image). `pixels` has 64 px PNG images with 64x320 int8 tokens. The same
+samples are in shards (read by our loader, and by webdataset's pipeline: shuffle, decode, batch) and in a folder with
+one file per sample and kind, as in REPA's data set, read by a torch Dataset and DataLoader. "REPA's data set" is the
+output of its own preprocessing: a 256 px PNG, from which features are computed in the loop, and float32 moments.
 
-Warm: after one pass over the data, the median of the runs, taken in turn. Cold: the files' pages are
-dropped with posix_fadvise first, then one pass from the start of the loader to its last batch. (Folder
-entries and inodes stay cached, which favors one file per sample.) Ours compares the checksum of each
-sample when a process first reads it, so in the cold pass but hardly in the warm ones; the others check
-nothing. Samples per CPU second count the time that the loader itself computes, which other work on the
-machine hardly changes; without workers only.
+Warm: measured after one pass over the data; the median of the runs, which take turns. Cold: the files' pages are
+dropped with posix_fadvise first, then one pass is timed from the start of the loader to its last batch. (Folder entries
+and inodes stay cached, which favors one file per sample.) Our loader verifies the checksum of each sample when a
+process first reads it, which is in the cold pass and rarely in the warm ones; the other loaders verify nothing. Samples
+per CPU second are measured with the loader's own CPU time, which depends little on other programs on the machine, and
+only without workers.
 
-Peers (MosaicML Streaming, Grain) read the same latents from their own layouts, see loader_peers.py; each of their runs
-is a process of its own, whose clock starts at the same place. `--promises` prints what each of them promises.
+Peers (MosaicML Streaming, Grain) read the same latents from their own layouts, see loader_peers.py. Each of their runs
+is a separate process, whose clock starts at the same point. `--promises` prints the guarantees of each loader.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def members(layout, number, rng):
     if layout == "pixels":
         from PIL import Image
 
-        # Noise does not compress, flat color compresses too well: a coarse pattern with some noise.
+        # A coarse pattern with some noise, because noise does not compress, and flat color compresses too well.
         coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
         noisy = (coarse // 2 + rng.integers(0, 16, coarse.shape, dtype=np.uint8)).astype(np.uint8)
         file = io.BytesIO()
@@ -64,7 +63,7 @@ def members(layout, number, rng):
 
 
 def repa_members(variety=64):
-    """Members of a sample as REPA's own preprocessing leaves them: the 256 px image and float32 moments."""
+    """Members of a sample as in the output of REPA's preprocessing: the 256 px image and float32 moments."""
     from PIL import Image
 
     rng, made = np.random.default_rng(1), []
@@ -140,7 +139,7 @@ def build(layout, root, samples, per_shard=512):
 
 
 class OneFilePerSample(torch.utils.data.Dataset):
-    """How REPA keeps a data set: a file per sample and kind of content, labels in a JSON file.
+    """REPA's layout of a data set: one file per sample and kind of content, and labels in a JSON file.
 
     Args:
         root: the folder.
@@ -192,12 +191,12 @@ def one_file(root, layout, workers):
 
 
 def repa(root, layout, workers):
-    """What REPA reads: the image, of which it computes the features in the loop, and the moments."""
+    """Endless batches of what REPA reads: the image, from which features are computed in the loop, and the moments."""
     return files_loader(os.path.join(root, "repa"), "png", "moments.npy", workers)
 
 
 def files_loader(folder, first, second, workers):
-    """One epoch after the other of a folder of files."""
+    """Endless epochs of a folder of files."""
     data = OneFilePerSample(folder, first, second)
     loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     while True:
@@ -221,7 +220,7 @@ def count(batch):
 
 
 def warm_rate(make, root, layout, workers, samples, seconds):
-    """(samples per second, samples per CPU second) of a loader that runs, over about `seconds`."""
+    """(samples per second, samples per CPU second) of a running loader, measured for about `seconds`."""
     batches = iter(make(root, layout, workers))
     rates = loader_peers.warm(batches, samples, BATCH, seconds, count)
     if hasattr(batches, "close"):
@@ -230,7 +229,7 @@ def warm_rate(make, root, layout, workers, samples, seconds):
 
 
 def cold_rate(make, root, layout, workers, samples):
-    """The same of one pass over data that are not in the page cache, from the start of the loader."""
+    """As `warm_rate`, for one pass over data that are not in the page cache, from the start of the loader."""
     loader_peers.drop_pages(root)
     *rates, batches = loader_peers.cold(lambda: iter(make(root, layout, workers)), samples, BATCH, count)
     if hasattr(batches, "close"):
@@ -239,7 +238,7 @@ def cold_rate(make, root, layout, workers, samples):
 
 
 class Peer:
-    """A loader of another library, run in a process of its own with an interpreter that has it.
+    """A loader of another library. It runs in a separate process with an interpreter that has the library.
 
     Args:
         name: key of `loader_peers.PEERS`.
@@ -250,7 +249,7 @@ class Peer:
         self.name, self.python, self.title = name, python, loader_peers.PEERS[name][0]
 
     def write(self, root):
-        """Write the peer's layout of the samples in root/shards, and check that it gives these samples."""
+        """Write the samples in root/shards in the peer's layout, and check that its loader returns these samples."""
         self._run("write", root)
         self._run("verify", root)
 
@@ -280,7 +279,7 @@ def measure(layout, root, samples, workers, seconds, rounds, peers=()):
     loaders, rows = LOADERS[layout] | {peer.title: peer for peer in peers}, []
     for number in workers:
         warm, cold = {name: [] for name in loaders}, {name: [] for name in loaders}
-        for _ in range(rounds):  # in turn, so that what else runs on the machine hits all alike
+        for _ in range(rounds):  # the loaders take turns, so that other programs on the machine affect all equally
             for name, make in loaders.items():
                 if isinstance(make, Peer):
                     warm[name].append(make.warm_rate(root, number, samples, seconds))
@@ -345,7 +344,7 @@ def main(argv=None):
     parser.add_argument("--peers", nargs="*", default=[], choices=list(loader_peers.PEERS), help="other libraries")
     parser.add_argument("--streaming-python", default=sys.executable, help="interpreter that has mosaicml-streaming")
     parser.add_argument("--grain-python", default=sys.executable, help="interpreter that has grain")
-    parser.add_argument("--promises", action="store_true", help="print what each loader promises, and measure nothing")
+    parser.add_argument("--promises", action="store_true", help="only print the guarantees of each loader")
     options = parser.parse_args(argv)
     if options.promises:
         print(loader_peers.promises())

@@ -1,8 +1,8 @@
-"""MosaicML Streaming and Grain beside our loader: the same latents, each in its own best layout.
+"""MosaicML Streaming and Grain for comparison with our loader: the same latents, each in its own best layout.
 
 `python -m benchmarks.loader` runs this file as a script with the interpreter that has the library: MosaicML Streaming
-0.13 pins numpy below 2.2 and transformers below 5, which do not fit the other packages here, so it needs an environment
-of its own (`--streaming-python`). Nothing of maskalign is imported.
+0.13 pins numpy below 2.2 and transformers below 5, which do not fit the other packages here, so it needs a separate
+environment (`--streaming-python`). This file imports nothing from maskalign.
 
     python benchmarks/loader_peers.py NAME write ROOT
     python benchmarks/loader_peers.py NAME verify ROOT
@@ -27,8 +27,8 @@ import numpy as np
 
 MOMENTS, TOKENS = (8, 32, 32), (256, 768)
 MOMENTS_BYTES, TOKENS_BYTES = int(np.prod(MOMENTS)) * 2, int(np.prod(TOKENS))
-# What each loader promises. tests/data/stream test ours. The promises of MosaicML Streaming 0.13.0 are those of its
-# documentation (fast resumption, elastic determinism); those of Grain 0.2.18 are read in its elastic_iterator.py.
+# The guarantees of each loader. Ours are tested in tests/data/stream. Those of MosaicML Streaming 0.13.0 are from its
+# documentation (fast resumption, elastic determinism); those of Grain 0.2.18 are from its elastic_iterator.py.
 PROMISES = {
     "exact resume": {
         "maskalign": "yes, from a few integers per logical stream in the checkpoint",
@@ -76,7 +76,7 @@ def samples_of(shards):
 
 
 def write_streaming(shards, folder):
-    """MDS shards of the same samples."""
+    """Write the same samples as MDS shards."""
     from streaming import MDSWriter
 
     shape = {"moments": MOMENTS, "tokens": TOKENS}
@@ -101,7 +101,7 @@ def read_streaming(folder, batch, workers):
     class Samples(StreamingDataset):
         def __getitem__(self, index):
             sample = super().__getitem__(index)
-            # A decoded array looks into the bytes that were read, which torch warns of unless it is copied.
+            # A decoded array is a view of read-only bytes, and torch warns about this unless it is copied.
             return (
                 torch.from_numpy(sample["moments"].copy()),
                 torch.from_numpy(sample["tokens"].copy()),
@@ -115,7 +115,7 @@ def read_streaming(folder, batch, workers):
 
 
 def write_grain(shards, folder, per_file=512):
-    """ArrayRecord files of the same samples: the bytes of both arrays and the label."""
+    """Write the same samples as ArrayRecord files: the bytes of both arrays and the label."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     os.makedirs(folder)
@@ -171,24 +171,24 @@ LIBRARIES = {"streaming": "streaming", "grain": "grain.python"}
 
 
 def verify(shards, batches):
-    """Raise a SystemExit unless one pass of a loader's batches holds every sample of the tar shards exactly once."""
+    """Raise a SystemExit unless one pass of a loader's batches has every sample of the tar shards exactly once."""
     want = sorted(_digest(*sample) for sample in samples_of(shards))
     found = []
     while len(found) < len(want):
         found += [_digest(*(np.asarray(part) for part in sample)) for sample in zip(*next(batches), strict=True)]
     if sorted(found[: len(want)]) != want:
-        raise SystemExit(f"{len(set(want) - set(found))} of {len(want)} samples are missing from what the loader gives")
+        raise SystemExit(f"{len(set(want) - set(found))} of {len(want)} samples are missing in the loader's batches")
 
 
 def _digest(moments, tokens, label):
-    """Bytes that differ where a sample does: dtypes, shapes and values."""
+    """A digest of a sample's dtypes, shapes and values."""
     parts = (np.asarray(moments), np.asarray(tokens))
     text = "".join(f"{part.dtype}{part.shape}{zlib.crc32(part.tobytes())}" for part in parts)
     return f"{text}{int(label)}"
 
 
 def drop_pages(root):
-    """Have the system forget the content of all files below a folder."""
+    """Drop the content of all files below a folder from the page cache."""
     for folder, _, names in os.walk(root):
         for name in names:
             descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
@@ -197,7 +197,10 @@ def drop_pages(root):
 
 
 def warm(batches, samples, batch, seconds, count):
-    """(samples per second, samples per CPU second) after one pass, over about `seconds`; `count` of a batch."""
+    """(samples per second, samples per CPU second) after one pass, measured for about `seconds`.
+
+    `count` is a function from a batch to its number of samples.
+    """
     for _ in range(1 + samples // batch):  # one pass
         next(batches)
     seen, start, cpu = 0, time.perf_counter(), time.process_time()
@@ -209,7 +212,7 @@ def warm(batches, samples, batch, seconds, count):
 def cold(make, samples, batch, count):
     """(samples per second, samples per CPU second) of one pass from the start of the loader.
 
-    Without the very last batches, which a shuffling loader may hold back.
+    The very last batches are not included, because a shuffling loader may hold them back.
     """
     seen, start, cpu = 0, time.perf_counter(), time.process_time()
     batches = make()
@@ -220,7 +223,7 @@ def cold(make, samples, batch, count):
 
 
 def promises():
-    """The table of promises as Markdown."""
+    """The table of guarantees as Markdown."""
     names = ["maskalign", *(name for name, _, _ in PEERS.values())]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
     lines += [f"| {what} | " + " | ".join(row[name] for name in names) + " |" for what, row in PROMISES.items()]
@@ -245,7 +248,7 @@ def main(argv=None):
     import torch
 
     torch.set_num_threads(1)
-    import_module(LIBRARIES[options.name])  # before the clock starts, as ours is imported by then
+    import_module(LIBRARIES[options.name])  # before the clock starts, as for our loader
     if options.action == "verify":
         verify(os.path.join(options.root, "shards"), read(folder, options.batch, options.workers))
         rates = []
@@ -257,9 +260,9 @@ def main(argv=None):
         make = lambda: read(folder, options.batch, options.workers)  # noqa: E731
         *rates, _ = cold(make, options.samples, options.batch, lambda parts: len(parts[-1]))
     print(json.dumps(list(rates)), flush=True)
-    for child in multiprocessing.active_children():  # left alone, they would keep the pipe of our output open
+    for child in multiprocessing.active_children():  # otherwise they would keep the pipe of our output open
         child.kill()
-    os._exit(0)  # both libraries keep threads that hold an interpreter up at its end
+    os._exit(0)  # threads of both libraries would delay the end of the interpreter
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""What a step costs under each parallel plan, all plans in one run, in turns.
+"""Time and memory of a step with each parallel plan. All plans are measured in one run and take turns.
 
     python -m benchmarks.parallel [--preset SiT-B/2] [--ranks 2] [--batch-size 8] [--plans ddp,fsdp,zero2] [--rounds N]
 
 starts torchrun itself. A step is forward, backward, gradient reduction, clip, AdamW and EMA on random latents 4x32x32
 and cached teacher features 256x768 in memory, with a class token for recipes that denoise one.
 
-All plans live in the same processes and take turns, in another order
-every round; a figure is the median over rounds of the slowest rank's step, the ratio the median of the ratios to the
-first plan within a round. CPU seconds, of all threads of the busiest rank, say what a step costs on a CPU whatever else
-runs on the machine. Communication is the share of a profiled step in which a collective was under way.
+All plans run in the same processes and take turns, in another order every round. A time is the median over rounds of
+the slowest rank's step, and a ratio is the median of the ratios to the first plan within a round. CPU seconds are those
+of all threads of the busiest rank; they depend little on other programs on the machine. Communication is the share of a
+profiled step in which a collective was running.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COLUMNS += ["rounds", "about"]
 
 
 class Case:
-    """One plan's model, optimizer and step, on a batch that stays."""
+    """One plan's model, optimizer and step, always on the same batch."""
 
     def __init__(self, name, options):
         import torch
@@ -67,7 +67,7 @@ class Case:
         self.plan = plan
         size, device = options.batch_size, self.placement.device
         generator = torch.Generator().manual_seed(self.placement.rank)
-        rows = 256 + (class_dim is not None)  # the class token's comes first
+        rows = 256 + (class_dim is not None)  # the class token is the first row
         self.batch = (
             torch.randn(size, 4, 32, 32, generator=generator).to(device),
             torch.randint(1000, (size,), generator=generator).to(device),
@@ -78,7 +78,7 @@ class Case:
         self.number = 0
 
     def step(self, profiled=False):
-        """Seconds and CPU seconds of one step, each on the rank with the most."""
+        """(seconds, CPU seconds) of one step, each the maximum over the ranks."""
         self.number += 1
         if profiled:
             self.throughput.until_sample = 0
@@ -97,7 +97,7 @@ class Case:
 
 
 def measure(options):
-    """The table's rows, on every rank alike."""
+    """The table's rows, the same on every rank."""
     from maskalign.runtime.device import find_device, tune_host
 
     tune_host(find_device("auto"))

@@ -1,15 +1,16 @@
-"""Speed of sampling in bf16 against float32, and how far the pictures differ.
+"""Speed of sampling in bf16 compared with float32, and how much the images differ.
 
     python -m benchmarks.sampling [--runs RUN ...] [--presets SiT-S/2,SiT-B/2] [--steps 4] [--rounds 7]
 
-The same sampler (Euler, guidance 2, state in float64) draws the same pictures in four ways, which take turns in another
-order every round: float32 eager (the matmul precision that torch starts with), float32 with the matmuls that training
-allows ("medium", see `device.tune_host`), bf16 by autocast, and bf16 as `maskalign sample` does it, with weights cast
-once. Figures are medians over rounds, ratios medians of the ratios within a round, of wall time and of CPU seconds: the
-latter hardly feel other work on the machine.
+The same sampler (Euler, guidance 2, state in float64) draws the same images in four ways, which take turns in another
+order every round: float32 (torch's default matmul precision), float32 with the matmul precision of training ("medium",
+see `device.tune_host`), bf16 by autocast, and bf16 as in `maskalign sample`, where weights are cast once. Times are
+medians over rounds, and ratios are medians of the ratios within a round. Both are given for wall time and CPU time; CPU
+time depends little on other programs on the machine.
 
-A trained run also draws a whole class sheet in each way, with its preview's steps: pictures are compared with those of
-float32 as uint8. A preset has random weights (those that start at zero too): only its speed means anything.
+A trained run also draws a whole class sheet in each way, with the steps of its previews. The images are compared with
+those of float32 as uint8. A preset has random weights (also where weights start at zero), so only its speed is
+meaningful.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from maskalign.sampling.pictures import to_uint8
 from maskalign.sampling.settings import Sampling
 
 WAYS = ("fp32 eager", "fp32 medium", "bf16 autocast", "bf16")
-# What the issue calls equal pictures: of all values, and of the picture that differs most.
+# Limits for images to count as equal: over all values, and for the image that differs most.
 TOLERANCE = {"mean_levels": 0.5, "psnr_db": 45.0, "within_4_levels": 0.99}
 COLUMNS = [
     "model", "way", "images", "images_per_second", "x_fp32", "x_fp32_p10", "x_fp32_p90", "x_fp32_cpu",
@@ -43,7 +44,7 @@ COLUMNS = [
 
 
 def preset_model(name, seed=0):
-    """A preset on latents with weights that all do something: a fresh one predicts zero, whatever the precision."""
+    """A preset on latents with random nonzero weights, because a new model predicts zero in every precision."""
     torch.manual_seed(seed)
     model = SiT.from_preset(name, input_size=32, in_channels=4, num_classes=1000, mixer="token_mlp")
     with torch.no_grad():
@@ -86,7 +87,7 @@ def time_ways(ways, labels, indices, settings, rounds, seed=0):
 
 
 def differences(images, truth):
-    """How far uint8 pictures (n, H, W, C) are from others: dict of levels of 255 and decibels."""
+    """Differences between two sets of uint8 images (n, H, W, C): dict of levels of 255 and decibels."""
     gap = (images.to(torch.float64) - truth.to(torch.float64)).abs()
     squares = gap.square().flatten(1).mean(dim=1)
     decibels = [float("inf") if s == 0 else float(10 * torch.log10(255**2 / s)) for s in (squares.mean(), *squares)]
@@ -100,7 +101,7 @@ def differences(images, truth):
 
 
 def is_equal(row):
-    """True where pictures are equal within TOLERANCE."""
+    """True if the images are equal within TOLERANCE."""
     return (
         row["mean_levels"] <= TOLERANCE["mean_levels"]
         and row["psnr_db"] >= TOLERANCE["psnr_db"]
@@ -205,7 +206,7 @@ def main(argv=None):
     print(f"\n{ran_on}; {options.out}")
     unequal = [row for row in rows if "psnr_db" in row and not is_equal(row)]
     for row in unequal:
-        print(f"{row['model']}, {row['way']}: pictures differ by more than {TOLERANCE}; its speed counts for nothing")
+        print(f"{row['model']}, {row['way']}: images differ by more than {TOLERANCE}; ignore its speed")
     return 1 if unequal else 0
 
 

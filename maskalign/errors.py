@@ -1,8 +1,8 @@
-"""The two ways in which a command ends badly; `cli.py` turns each into one line and an exit status."""
+"""The two types of errors that a command reports; the package `cli` turns each into one line and an exit status."""
 
 
 def one_line(message):
-    """A message, or that of an exception, which may span lines, folded into one; an exception without one: its type."""
+    """A message or an exception's message as one line; the name of the exception's type if its message is empty."""
     text = " ".join(str(message).split())
     return type(message).__name__ if not text and isinstance(message, BaseException) else text
 

@@ -1,1 +1,1 @@
-"""One command for the day a GPU is there: `python -m benchmarks.gpu --help`."""
+"""One command for all measurements on a GPU: `python -m benchmarks.gpu --help`."""

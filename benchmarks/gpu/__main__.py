@@ -1,4 +1,4 @@
-"""Everything worth measuring on a GPU, within minutes: `python -m benchmarks.gpu --help`."""
+"""All measurements on a GPU within minutes: `python -m benchmarks.gpu --help`."""
 
 import sys
 

@@ -1,16 +1,17 @@
-"""Everything worth measuring on a GPU, in the order of its worth, within a few minutes.
+"""All measurements on a GPU in the order of their importance, within a few minutes.
 
     python -m benchmarks.gpu [--minutes 8] [--out DIR] [--reference CHECKOUT]
     python -m benchmarks.gpu --device cpu --rehearse        # every part with tiny sizes, on a machine without a GPU
 
-The parts: the tests that need a GPU; the kernels at XL/2's sizes, each checked against float64 before it is timed; the
-step times as CUDA graphs at B/2 (batch 128) and XL/2 (batch 64); ddp and fsdp on one rank; the public REPA or REG code,
-where a checkout is given; a profile of one maskalign and one repa step. Each is a process with its share of the time
-and writes its CSV row by row, so a part that fails or runs out of time loses nothing of the others. gpu-parts.csv says
-how each one ended, and names what did not fit. `python -m benchmarks.report` turns the files into tables.
+The parts are: the tests that need a GPU; the kernels at XL/2's sizes, each checked against float64 before it is timed;
+the step times as CUDA graphs at B/2 (batch 128) and XL/2 (batch 64); ddp and fsdp on one rank; the public REPA or REG
+code, if a checkout is given; a profile of one maskalign and one repa step. Each part is a process with its share of the
+time and writes its CSV row by row, so that a part that fails or runs out of time does not affect the others.
+gpu-parts.csv lists how each part ended, including those that did not fit into the time. `python -m benchmarks.report`
+turns the files into tables.
 
-A rehearsal runs the same code with tiny sizes. Its rows are marked and its figures mean nothing: it writes to a folder
-of its own, and `benchmarks.report` refuses its files.
+A rehearsal runs the same code with tiny sizes. Its numbers are not results: its rows are marked, it writes to a
+separate folder, and `benchmarks.report` rejects its files.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from benchmarks.gpu.schedule import Part, run_parts
 from maskalign.errors import UsageError
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-# In the order of what would be missed most, should the time run out within a part.
+# The most important cases come first, because the time may run out within a part.
 STEP_CASES = "repa,maskalign,maskalign-fast@0.5,reg,sit,maskalign-fused"
 PLAN_CASES = "maskalign,repa"
 
@@ -63,21 +64,21 @@ def parse(argv):
     """Options of the command, checked.
 
     Raises:
-        UsageError: options that do not go together, or a device that is not there.
+        UsageError: options do not fit together, or the device does not exist.
     """
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together (default 8)")
     parser.add_argument("--out", help="folder of the CSVs; benchmarks/results, for a rehearsal runs/gpu-rehearsal")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda is ROCm, too")
-    parser.add_argument("--rehearse", action="store_true", help="tiny sizes; the figures mean nothing")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cuda includes ROCm")
+    parser.add_argument("--rehearse", action="store_true", help="tiny sizes; the numbers are not results")
     parser.add_argument("--reference", metavar="CHECKOUT", help="root of a checkout of the public REPA or REG code")
     options = parser.parse_args(argv)
     if not options.minutes > 0:
         raise UsageError(f"--minutes: {options.minutes:g} is not above 0")
     if options.device == "cpu" and not options.rehearse:
-        raise UsageError("--device cpu goes with --rehearse: these sizes are for a GPU")
+        raise UsageError("--device cpu needs --rehearse, because the normal sizes are for a GPU")
     if options.reference and not Path(options.reference, "models", "sit.py").is_file():
         raise UsageError(
             f"--reference: {options.reference} has no models/sit.py; give the root of a REPA or REG checkout"
@@ -103,5 +104,5 @@ def main(argv=None):
             f"{o['part']:16} {o['status']:12} {o['seconds']:5.0f} s {o['rows']:4} rows  {o['note']}" for o in outcomes
         )
     )
-    print(f"written to {options.out}" + ", a rehearsal: the figures mean nothing" * options.rehearse)
+    print(f"written to {options.out}" + "; this is a rehearsal, its numbers are not results" * options.rehearse)
     return 0 if all(outcome["status"] in ("done", "stopped") for outcome in outcomes) else 1

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, without the slow ones: one row of the CSV for each, written as it ends."""
+"""Run the tests that need a GPU, without the slow ones, and write a row of the CSV when each test ends."""
 
 import argparse
 import sys

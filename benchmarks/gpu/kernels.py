@@ -1,6 +1,6 @@
-"""The kernels at XL/2's sizes, in their default configurations: each checked against float64, then timed.
+"""Time the kernels at XL/2's sizes in their default configurations; each is first checked against float64.
 
-The rows are those of benchmarks.kernels, written one by one; the mixer comes first, because its backward has been
+The rows are those of benchmarks.kernels, written one by one. The mixer comes first, because its backward has been
 rewritten since it was last compared on a GPU.
 """
 
@@ -14,8 +14,8 @@ from benchmarks.kernels import command
 from benchmarks.kernels.timing import GPU, HOST
 
 BF16, INT8 = torch.bfloat16, torch.int8
-# XL/2: int8 features of DINOv2-B, a half of the tokens mixed along the token axis; the blocks' operations with a class
-# token on all rows and, as in the last mixing layer, on three quarters of the patches.
+# Sizes of XL/2: int8 features of DINOv2-B; half of the tokens, mixed along the token axis; the blocks' operations with
+# a class token on all rows and, as in the last mixing layer, on three quarters of the patches.
 SHAPES = {
     "mix_and_drop": [(32, 256, 128, 1152, 64, BF16, BF16, BF16)],
     "gated_residual_adaln": [(32, 257, None, 1152, BF16, BF16), (32, 257, 193, 1152, BF16, BF16)],
@@ -40,7 +40,7 @@ def main(argv=None):
     options = parser.parse_args(argv)
     rows = Rows(options.out, command.COLUMNS, rehearsal=int(options.rehearse))
     shapes, clock = (TINY if options.rehearse else SHAPES), (GPU if options.device == "cuda" else HOST)
-    # On a CPU compiling takes longer than all else.
+    # On a CPU compiling would take longer than all other work.
     providers = ("kernel", "compiled", "eager") if options.device == "cuda" else ("kernel", "eager")
     wrong = False
     for row in command.measured(list(shapes), shapes, torch.device(options.device), clock, providers):

@@ -1,10 +1,10 @@
-"""The kernels with most time in a training step: share, FLOP/s or bytes/s, and the share of the measured ceiling.
+"""The most expensive kernels of a training step: share of time, FLOP/s or bytes/s, and share of the measured ceiling.
 
-A step is profiled as it is launched kernel by kernel, for then torch knows the operation and the shapes behind each
-kernel. FLOPs are those of the operation's matrix products (2 per multiply-add, counted from the shapes); bytes are its
-inputs and outputs, each once. Where an operation launches several kernels, both are credited to the longest one. The
-ceilings are a large matrix product and a large copy, measured in the same process; a kernel's share is that of the
-ceiling it is closer to.
+The profiled step is launched kernel by kernel, because torch then knows the operation and the shapes of each kernel.
+FLOPs are those of the operation's matrix products (2 per multiply-add, counted from the shapes); bytes are its inputs
+and outputs, each counted once. If an operation launches several kernels, both are assigned to the longest one. The
+ceilings are a large matrix product and a large copy, measured in the same process. A kernel's share is its share of the
+closer ceiling.
 """
 
 import collections
@@ -41,7 +41,7 @@ GPU_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 class Launch(NamedTuple):
-    """One kernel, or on a CPU an operation without those inside it. us: microseconds; flops, moved: None if unknown."""
+    """One kernel, or on a CPU one operation without nested ones. us: microseconds; flops, moved: None if unknown."""
 
     name: str
     us: float
@@ -74,7 +74,7 @@ def launches_of(trace):
 
 
 def own_times(operations):
-    """[(operation, microseconds of it without the operations inside)], for nested events of each thread."""
+    """list of (operation, its microseconds without nested operations), for the events of each thread."""
     own = {id(e): e["dur"] for e in operations}
     for thread in {e.get("tid") for e in operations}:
         stack = []
@@ -88,7 +88,7 @@ def own_times(operations):
 
 
 def flops_of(operation):
-    """FLOPs of an operation's matrix products, by torch's own formulas; None for what has none."""
+    """FLOPs of an operation's matrix products, by torch's own formulas; None for operations without a formula."""
     name = operation["name"].partition("::")[2] if operation["name"].startswith("aten::") else ""
     count = flop_registry.get(getattr(torch.ops.aten, name, None)) if name else None
     dims = operation["args"].get("Input Dims", [])
@@ -101,7 +101,7 @@ def flops_of(operation):
 
 
 def bytes_of(operation):
-    """Bytes of an operation's inputs and outputs, each once; None where no shape is known."""
+    """Bytes of an operation's inputs and outputs, each counted once; None if no shape is known."""
     dims, types = operation["args"].get("Input Dims", []), operation["args"].get("Input type", [])
     sizes = [_footprint(d, t) for d, t in zip(dims, types, strict=False)]
     if not any(sizes):
@@ -112,8 +112,8 @@ def bytes_of(operation):
     if name in ("aten::mm", "aten::addmm", "aten::bmm") and len(tensors) >= 2:
         a, b = tensors[-2:]
         return sum(sizes) + width * math.prod(a[:-1]) * b[-1]
-    # A kernel that torch.compile made is given its outputs, too; of an operation the output is as large as its largest
-    # input.
+    # The inputs of a kernel from torch.compile include its outputs. For other operations, the output is assumed to be
+    # as large as the largest input.
     return sum(sizes) + (max(sizes) if name.startswith("aten::") else 0)
 
 
@@ -128,8 +128,10 @@ def rows_of(launches, steps, peak, bandwidth):
     """The KEPT kernels with most time, as dicts.
 
     Args:
-        launches: those of `steps` steps.
-        peak: FLOP/s of a matrix product. bandwidth: bytes/s of a copy.
+        launches: list of `Launch`, of all steps.
+        steps: number of steps.
+        peak: FLOP/s of a matrix product.
+        bandwidth: bytes/s of a copy.
     """
     by_name = collections.defaultdict(list)
     for launch in launches:
@@ -157,7 +159,7 @@ def rows_of(launches, steps, peak, bandwidth):
 
 
 def trace_of(case, device, steps):
-    """(Chrome trace of some steps, launched kernel by kernel; microseconds of a step on the wall)."""
+    """(Chrome trace of some steps that are launched kernel by kernel, microseconds of wall time per step)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     with case.kernel_by_kernel(), tempfile.TemporaryDirectory() as folder:
@@ -192,7 +194,7 @@ def main(argv=None):
             trace, wall = trace_of(case, device, steps)
             found = rows_of(launches_of(trace), steps, peak, bandwidth)
             case.close()
-        except Exception as error:  # The other case is worth its time all the same.
+        except Exception as error:  # The other case can still be profiled.
             failed = True
             print(f"{name}: {type(error).__name__}: {error}".splitlines()[0], file=sys.stderr, flush=True)
             continue

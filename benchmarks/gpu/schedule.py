@@ -1,4 +1,4 @@
-"""Parts of a measurement, each a process with its own share of the time, run one after the other."""
+"""Run the parts of a measurement one after the other, each in a process with its own share of the time."""
 
 import os
 import signal
@@ -13,10 +13,10 @@ GRACE = 5.0  # seconds between asking a process to end and killing it
 
 
 class Part(NamedTuple):
-    """One process.
+    """One part, which is a process.
 
-    name: of the part. words: its command. file: name of the CSV that it writes in the folder of the results. share: of
-    the time, relative to the shares of the parts after it. least: seconds under which it is not started.
+    name: name of the part; words: its command; file: name of the CSV that it writes in the folder of the results;
+    share: share of the time, relative to the shares of the parts after it; least: minimum of seconds left to start it.
     """
 
     name: str
@@ -30,7 +30,7 @@ def run_process(words, seconds):
     """Run a command for at most some seconds.
 
     Returns:
-        (status, last line that it wrote): the exit status, or None where it was stopped.
+        (status, last line of its output): the exit status, or None if it was stopped.
     """
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True
@@ -65,12 +65,12 @@ def _end(process):
 def run_parts(parts, seconds, folder, run=run_process, now=time.monotonic, **always):
     """Run the parts in order, within the time, and write gpu-parts.csv as each one ends.
 
-    A part gets of the time left its share among the parts that are still to come, so what one leaves over goes to those
-    after it. One that fails or is stopped loses what it has not written, and nothing else.
+    The remaining time is divided by the shares of the remaining parts, so the time that a part does not use goes to the
+    later parts. A part that fails or is stopped keeps the rows that it has written, and does not affect the others.
 
     Args:
         parts: list of `Part`.
-        seconds: for all of them together.
+        seconds: time for all parts together.
         folder: `Path` of the results.
         run: function (words, seconds) -> (exit status or None for stopped, last line).
         now: clock, seconds.
@@ -85,7 +85,7 @@ def run_parts(parts, seconds, folder, run=run_process, now=time.monotonic, **alw
         left = max(0.0, end - now())
         given = left * part.share / sum(other.share for other in parts[number:])
         path = folder / part.file
-        path.unlink(missing_ok=True)  # of another run
+        path.unlink(missing_ok=True)  # from an earlier run
         row = {"part": part.name, "seconds_given": given, "command": " ".join(part.words[1:])}
         if given < max(part.least, 1e-9):
             row |= {"status": "did not fit", "seconds": 0.0, "rows": 0}

@@ -1,8 +1,9 @@
-"""Step times at one model size, as CUDA graphs where steps are captured: one row of the CSV for each case.
+"""Step times at one model size, as CUDA graphs if steps can be captured: one row of the CSV for each case.
 
-A case is a recipe, `recipe@keep` at another keep ratio than its file's, a recipe with `-fused` (`model.fused_adaln`),
-or `reference`: the public REPA or REG code, as published. Steps are those of benchmarks.steps, on latents and cached
-teacher features in memory. They are timed in groups without waiting in between, as a training loop runs.
+A case is a recipe, `recipe@keep` with another keep ratio than in its file, a recipe with `-fused`
+(`model.fused_adaln`), or `reference`, which is the public REPA or REG code as published. Steps are those of
+benchmarks.steps, on latents and cached teacher features in memory. They are timed in groups without waiting between
+steps, as in a training loop.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def make_case(name, options, device):
 
 
 def time_steps(case, device, groups, group, warmup):
-    """(seconds of a step, one number for each group; the last loss)."""
+    """(list of the seconds of a step, one number for each group; the last loss)."""
     for _ in range(warmup):
         loss = case.step()
     synchronize(device)
@@ -71,7 +72,7 @@ def measure(name, options, device, peak):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     case = make_case(name, options, device)
-    # Two steps launched by Python, the captured one, and one more.
+    # Two steps that Python launches, the captured step, and one more.
     groups, group, warmup = (2, 1, 1) if options.rehearse else (8, 5, 4)
     try:
         seconds, loss = time_steps(case, device, groups, group, warmup)
@@ -101,7 +102,7 @@ def measure(name, options, device, peak):
 
 
 def alone():
-    """The environment of a process that is the only rank."""
+    """The environment variables of a process that is the only rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,7 +112,7 @@ def alone():
 
 
 def parser_of(module, description):
-    """What the parts that build cases share."""
+    """An argument parser with the options of all parts that build cases."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.gpu.{module}", description=description)
     parser.add_argument("--out", required=True, help="the CSV")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -132,7 +133,7 @@ def main(argv=None):
     if options.plan != "none":
         alone()
     names = options.cases.split(",")
-    if "reference" not in names:  # The public code runs with the settings that torch gives it.
+    if "reference" not in names:  # The public code runs with torch's default settings.
         tune_host(device)
     size = 128 if options.rehearse else None
     peak = matmul_peak(device, options.precision, size=size)
@@ -141,7 +142,7 @@ def main(argv=None):
     for name in names:
         try:
             row = measure(name, options, device, peak)
-        except Exception as error:  # The other cases are worth their time all the same.
+        except Exception as error:  # The other cases can still be timed.
             failed, text = True, f"{type(error).__name__}: {error}".splitlines()[0]
             row = {"case": name, "preset": options.preset, "plan": options.plan, "error": text[:300]}
             print(f"{name}: {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""What `benchmarks.kernels` runs, on any device: arguments, providers, precision, and how far off a result is.
+"""The cases of `benchmarks.kernels` on any device: arguments, providers, precision, and the error of a result.
 
-The providers: `kernel` (maskalign_kernels: Triton on a GPU, PyTorch on a CPU), `eager` (the chain as training
-codes write it, from benchmarks.kernel_report), `compiled` (torch.compile of the same chain).
+The providers are `kernel` (maskalign_kernels: Triton on a GPU, PyTorch on a CPU), `eager` (the chain of PyTorch
+operations as in training codes, from benchmarks.kernel_report), and `compiled` (torch.compile of the same chain).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ PROVIDERS = ("kernel", "eager", "compiled")
 
 
 def label(operation, shape):
-    """What the tables call one of the operation's SHAPES."""
+    """The name in the tables of one of the operation's SHAPES."""
     return next(iter(kernel_report.CASES[operation].aot_cases([shape], every_configuration=False))).shape
 
 
@@ -34,7 +34,7 @@ def default_launches(operation, shape):
 
 
 def alignment_setup(shape, device):
-    """(arguments, differentiable ones, {provider: function}) of one of SHAPES; the student row for row."""
+    """(arguments, differentiable arguments, {provider: function}) of one of SHAPES."""
     images, tokens, kept, width, student, teacher = shape
     s = torch.randn(images, kept, width, device=device).to(student).requires_grad_()
     z = torch.randn(images, tokens, width, device=device)
@@ -63,7 +63,7 @@ def mix_setup(shape, device):
 
 
 def adaln_setup(operation, shape, device):
-    """As alignment_setup, for one of the adaLN operations: x in the shape's first dtype, all else in its second."""
+    """As alignment_setup, for one of the adaLN operations: x in the shape's first dtype, the rest in its second."""
     images, tokens, kept, width, x, other = shape
     chain, branches, vectors = kernel_report.UNFUSED_ADALN[operation]
     sizes = [(images, tokens, width), *[(images, kept or tokens, width)] * branches, *[(images, width)] * vectors]
@@ -81,13 +81,13 @@ SETUPS |= {name: functools.partial(adaln_setup, name) for name in kernel_report.
 
 
 def precision(operation, shape, device):
-    """autocast to the products' dtype where weights or tokens have another one; else nothing."""
+    """Autocast to the products' dtype if weights or tokens have another one; else a context without effect."""
     dtypes = {"subset_cosine_alignment": (), "mix_and_drop": shape[5:]}.get(operation, shape[4:])
     return torch.autocast(device.type, dtypes[-1]) if len(set(dtypes)) > 1 else contextlib.nullcontext()
 
 
 def relative_error(function, exact, arguments, leaves):
-    """The larger relative error of the result and of the gradients, against the chain in float64 on the same values."""
+    """The larger relative error of the result and the gradients, compared with the chain in float64."""
 
     def outcome(function, arguments, leaves):
         outs = kernel_report.outputs(function(*arguments))
@@ -107,6 +107,6 @@ def relative_error(function, exact, arguments, leaves):
 
 
 def tolerated_error(shape, leaves):
-    """The relative error up to which a result counts as right: a few roundings in the narrowest dtype of the chain."""
+    """The largest allowed relative error of a result: a few roundings in the narrowest dtype of the chain."""
     dtypes = [t.dtype for t in leaves] + [d for d in shape[5:] if d.is_floating_point]
     return 8 * max(torch.finfo(dtype).eps for dtype in dtypes) + 2e-3

@@ -1,21 +1,21 @@
-"""Time and memory of the operations on this machine, against eager PyTorch and its compiled twin.
+"""Time and memory of the operations on this machine, compared with PyTorch, eager and compiled.
 
     python -m benchmarks.kernels [--device auto|cpu|cuda] [--out DIR] [--operations ...] [--quick] [--configurations]
 
-On a GPU, per operation and shape, forward, backward and both: median milliseconds with the 20th and 80th percentile,
-the bytes that the kernels' launches move by their geometry, GB/s, the share of the copy bandwidth that this GPU reaches
-in the same run, and the peak memory on top of the arguments. These launches take microseconds, less than Python needs
-to issue them: `ms` is the time of a captured CUDA graph (triton.testing.do_bench, which clears L2 before each run),
-`call_ms` that of plain calls, as an eager training loop sees them. `of_copy` is the share of the bandwidth of copying
-1 GiB, `of_same_copy` that of copying as many bytes as the launches move, timed in the same way: no launch of
-microseconds reaches the former. A provider whose result is off is reported, not timed. Rows go to kernels.csv, a figure
-to kernels.png. The shapes are those of benchmarks.kernel_report; where weights and products have other dtypes than the
-tokens, all providers run under autocast.
+On a GPU, the rows have for each operation and shape, and for forward, backward and both: median milliseconds with the
+20th and 80th percentile, the bytes that the kernels' launches move by their geometry, GB/s, the share of this GPU's
+copy bandwidth in the same run, and the peak memory without the arguments. These launches take microseconds, which is
+less than Python needs to issue them. `ms` is therefore the time of a captured CUDA graph (triton.testing.do_bench,
+which clears L2 before each run), and `call_ms` is the time of plain calls, as in an eager training loop. `of_copy` is
+the share of the bandwidth of copying 1 GiB, which no launch of microseconds reaches; `of_same_copy` is the share of the
+bandwidth of copying as many bytes as the launches move, timed in the same way. A provider with a wrong result is
+reported and not timed. Rows are written to kernels.csv, a figure to kernels.png. The shapes are those of
+benchmarks.kernel_report. If weights and products have other dtypes than the tokens, all providers run under autocast.
 
-`--configurations` times what tuning chooses from instead, see benchmarks.kernels.configurations.
+`--configurations` times all configurations that tuning chooses from, see benchmarks.kernels.configurations.
 
-`--device cpu` measures the CPU path instead, see benchmarks.kernels.cpu. By itself the command takes a GPU, and says in
-one line where there is none.
+`--device cpu` measures the CPU path, see benchmarks.kernels.cpu. By default the command uses a GPU, and prints one line
+if there is none.
 """
 
 import argparse
@@ -47,7 +47,7 @@ COLUMNS = [
 
 
 def runners(function, arguments, leaves):
-    """{direction: thunk}. The backward runs again and again on one graph."""
+    """dict from direction to a function without arguments; the backward is repeated on one autograd graph."""
     outs = kernel_report.outputs(function(*arguments))
     gradients = [torch.randn_like(out) for out in outs]
     return {
@@ -82,7 +82,7 @@ def measure(operation, shape, bandwidth, device, clock=GPU, providers=PROVIDERS)
             calls = clock.call_ms(run)
             peak = clock.peak_memory(run)
             ms, low, high = clock.graph_ms(run)
-            # GB/s of useful bytes: the same for every provider, so that faster is more.
+            # GB/s of useful bytes, which are the same for every provider, so that a faster provider has more GB/s.
             speed = moved[direction] / ms / 1e6
             yield {
                 **row, "direction": direction, "ms": ms, "ms_20": low, "ms_80": high, "call_ms": calls,
@@ -126,7 +126,7 @@ def measured(operations, shapes, device, clock=GPU, providers=PROVIDERS):
         providers: of PROVIDERS, in the order in which they are measured.
     """
     torch.manual_seed(0)
-    # The backward is timed alone, again and again on one graph, of which a compiled one would else free parts.
+    # The backward is timed alone, repeatedly on one graph. A compiled backward would otherwise free parts of it.
     functorch.donated_buffer = False
     bandwidth = clock.copy_bandwidth(device)
     title = f"{clock.name()}, torch {torch.__version__}, copy {bandwidth:.0f} GB/s"
@@ -167,10 +167,10 @@ def main(arguments=None):
     cpu = parser.add_argument_group("with --device cpu")
     cpu.add_argument("--rounds", type=int, default=25)
     cpu.add_argument("--threads", type=int, help="CPU threads")
-    cpu.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: the processor's, on one thread")
+    cpu.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: CPU time, needs one thread")
     options = parser.parse_args(arguments)
     if options.clock == "cpu" and (options.device != "cpu" or options.threads != 1):
-        parser.error("--clock cpu goes with --device cpu --threads 1: threads that wait would count, too")
+        parser.error("--clock cpu needs --device cpu --threads 1, because threads that wait would be counted")
     if options.rounds < 1 or (options.threads is not None and options.threads < 1):
         parser.error("--rounds and --threads must be at least 1")
     if options.device == "cpu":

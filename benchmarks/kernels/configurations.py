@@ -1,11 +1,12 @@
-"""What tuning chooses from, timed on this GPU: every launch of the operations in every configuration.
+"""Time every launch of the operations on this GPU in every configuration that tuning chooses from.
 
     python -m benchmarks.kernels --configurations [--operations ...] [--quick] [--out DIR]
 
-One row per shape, launch and configuration: microseconds of the launch as a captured graph, L2 cleared before each (in
-a real step `mix` finds a part of x in L2 that `statistics` has just read), and the launch's bytes in its default
-configuration over that time, as a share of copying as many bytes. Rows go to kernels-configurations.csv. The first
-configuration of a launch is its default: what runs unless MASKALIGN_KERNELS_AUTOTUNE says otherwise, see tuning.py.
+There is one row per shape, launch and configuration. It has the microseconds of the launch as a captured graph, where
+L2 is cleared before each run (in a real step, `mix` finds a part of x in L2 because `statistics` has just read it), and
+the bandwidth of the launch's bytes in its default configuration, as a share of the bandwidth of copying as many bytes.
+Rows are written to kernels-configurations.csv. The first configuration of a launch is its default, which is used unless
+MASKALIGN_KERNELS_AUTOTUNE selects another one, see tuning.py.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ def adaln_launches(operation, tensors, subset):
 
 
 def launch_name(name, key):
-    """The name in the report's cases of what `tuning.choose` is asked for."""
+    """The name of a launch in the report's cases, from the name and key in a call of `tuning.choose`."""
     if name != "tokens":
         return name.removeprefix("alignment_").removeprefix("adaln_")
     first, second = key[-2:]
@@ -67,14 +68,14 @@ def launch_name(name, key):
 
 
 def default_bytes(operation, shape):
-    """{name of a launch: bytes that it moves in its default configuration}; the alignment has one each way."""
+    """{name of a launch: bytes that it moves in its default configuration}; the alignment has one per direction."""
     by_direction = operation == "subset_cosine_alignment"
     return {case.direction if by_direction else case.launch: case.moved for case in default_launches(operation, shape)}
 
 
 @contextlib.contextmanager
 def choosing(choose):
-    """Inside, all operations ask `choose` for a configuration, as they else ask `tuning.choose`."""
+    """Context in which all operations call `choose` for a configuration instead of `tuning.choose`."""
     modules = (alignment_launch, mix_launch, adaln_launch)
     before = [module.choose for module in modules]
     for module in modules:

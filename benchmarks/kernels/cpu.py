@@ -2,12 +2,12 @@
 
     python -m benchmarks.kernels --device cpu [--threads 1 --clock cpu] [--rounds 25] [--operations ...] [--out DIR]
 
-A pass is a forward and the backward behind it, as in training; both come from the same pass, `both` is their sum. The
-providers take turns within a round, in another order every round, after all have been checked against the chain in
-float64: one whose result is off is reported, not timed. Figures are medians over rounds with the 20th and 80th
-percentile; `x_kernel` is the median of a provider's time over the kernel's in the same round: above 1 our CPU path is
-the faster one. Rows go to kernels-cpu.csv, a figure to kernels-cpu.png. Without a C++ compiler `compiled` is left out.
-The adaLN operations are not measured: on a CPU they are the plain lines themselves.
+A pass is a forward followed by its backward, as in training. Both times are from the same pass, and `both` is their
+sum. All providers are first checked against the chain in float64; a provider with a wrong result is reported and not
+timed. They then take turns in rounds, in another order every round. Times are medians over rounds with the 20th and
+80th percentile. `x_kernel` is the median of a provider's time divided by the kernel's time in the same round; above 1
+our CPU path is faster. Rows are written to kernels-cpu.csv, a figure to kernels-cpu.png. Without a C++ compiler
+`compiled` is not measured. The adaLN operations are not measured, because on a CPU they run the plain PyTorch lines.
 """
 
 import csv
@@ -27,8 +27,9 @@ from benchmarks.steps.report import machine
 from maskalign.runtime.device import tune_host
 
 F32, F16, BF16, INT8 = torch.float32, torch.float16, torch.bfloat16, torch.int8
-# What CPUs train: 256 tokens, a half and a quarter of them kept, batch 8. The alignment is that of any preset with
-# DINOv2-B's features; the mixer that of SiT-S/2 and SiT-B/2, whose tokens and weights have one dtype on a CPU.
+# Sizes of training on a CPU: 256 tokens, a half and a quarter of them kept, batch 8. The alignment's sizes are those of
+# any preset with DINOv2-B's features. The mixer's are those of SiT-S/2 and SiT-B/2, whose tokens and weights have the
+# same dtype on a CPU.
 SHAPES = {
     "subset_cosine_alignment": [
         (8, 256, kept, 768, student, teacher)
@@ -53,7 +54,7 @@ def one_pass(function, arguments, leaves, gradient, now):
     middle = now()
     grads = torch.autograd.grad(out, leaves, gradient)
     end = now()
-    del grads  # Freed behind the clock, as the next step would find it.
+    del grads  # Freed after the clock has stopped.
     return middle - start, end - middle
 
 
@@ -80,7 +81,7 @@ def spread(values):
 
 
 def rows_of(seconds):
-    """One dict of times and ratios per provider and direction, from what `take_turns` returns."""
+    """One dict of times and ratios per provider and direction, from the result of `take_turns`."""
     rows = []
     for provider, of in seconds.items():
         for direction, taken in of.items():
@@ -94,7 +95,7 @@ def rows_of(seconds):
 
 
 def measure(operation, shape, rounds, clock, without=()):
-    """Rows (dicts with COLUMNS, but for the machine) of one shape; those of a wrong result have no times."""
+    """Rows (dicts with COLUMNS except the machine) of one shape; rows of a wrong result have no times."""
     arguments, leaves, functions = SETUPS[operation](shape, torch.device("cpu"))
     exact = functions["eager"]
     functions = {name: function for name, function in functions.items() if name not in without}
@@ -148,8 +149,8 @@ def benchmark(options, shapes=None):
     """Measure, write kernels-cpu.csv and kernels-cpu.png, and print the table; the exit status.
 
     Args:
-        options: what `benchmarks.kernels` parses.
-        shapes: other shapes than SHAPES, by operation.
+        options: the parsed options of `benchmarks.kernels`.
+        shapes: dict from operation to shapes that replace SHAPES.
     """
     device = torch.device("cpu")
     if options.threads:
@@ -158,12 +159,12 @@ def benchmark(options, shapes=None):
     torch.manual_seed(0)
     without = () if can_compile(device) else ("compiled",)
     if without:
-        print("benchmarks.kernels: no C++ compiler here, torch.compile of the chain is left out")
+        print("benchmarks.kernels: there is no C++ compiler, so torch.compile of the chain is not measured")
     ran_on = machine(device, {p: matmul_peak(device, p, options.clock) for p in ("bf16", "fp32")})
     rows = []
     for operation in options.operations:
         if operation not in (shapes or SHAPES):
-            print(f"{operation} is not measured on a CPU, where it is the plain lines", file=sys.stderr)
+            print(f"{operation} is not measured on a CPU, where it runs the plain PyTorch lines", file=sys.stderr)
         for shape in (shapes or SHAPES).get(operation, ())[: 2 if options.quick else None]:
             print(f"measuring {operation} {label(operation, shape)}", file=sys.stderr, flush=True)
             with precision(operation, shape, device):

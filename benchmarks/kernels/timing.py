@@ -1,6 +1,6 @@
-"""How `benchmarks.kernels` measures: milliseconds of a captured graph, bandwidth of a copy, peak memory.
+"""Measurements of `benchmarks.kernels`: milliseconds of a captured graph, bandwidth of a copy, peak memory.
 
-`GPU` measures on a GPU; `HOST` has the same functions with plain calls on a CPU, where the same code is rehearsed.
+`GPU` measures on a GPU. `HOST` has the same functions with plain calls on a CPU, for rehearsals of the same code.
 """
 
 import contextlib
@@ -11,11 +11,12 @@ import torch
 
 
 def captured(run):
-    """`run` as one launch of a CUDA graph: the work of the GPU without Python's part.
+    """Capture `run` as a CUDA graph, which measures the work of the GPU without Python's part.
 
-    On the current stream, which must not be the default one: autograd runs a backward where its forward ran.
+    The current stream is used and must not be the default one, because autograd runs a backward on the stream of its
+    forward.
     """
-    for _ in range(3):  # Compiles and allocates what is left to, which a capture may not.
+    for _ in range(3):  # Compile and allocate, which is not allowed during a capture.
         run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -27,7 +28,7 @@ def graph_ms(run):
     """Median, 20th and 80th percentile of the milliseconds of `run` as a graph, L2 cleared before each time."""
     import triton
 
-    # Microseconds a time: a few thousand times, most of which goes into clearing L2.
+    # A run takes microseconds, so there are a few thousand runs; most of the time is spent on clearing L2.
     return triton.testing.do_bench(captured(run), warmup=5, rep=20, quantiles=[0.5, 0.2, 0.8])
 
 
@@ -41,7 +42,7 @@ def call_ms(run):
 def copy_bandwidth(device, moved=2**31):
     """GB/s of copying on the device, `moved` bytes read and written together; by default 1 GiB is copied.
 
-    The better of the driver's copy and of an elementwise kernel, whichever this GPU is faster at.
+    This is the faster of the driver's copy and an elementwise kernel.
     """
     with torch.cuda.stream(torch.cuda.Stream()):
         return _copy_speed(device, moved, graph_ms)
@@ -55,7 +56,7 @@ def _copy_speed(device, moved, clock):
 
 
 def peak_memory(run):
-    """MiB allocated at most while `run` runs, over what was allocated before."""
+    """Peak MiB allocated while `run` runs, minus the memory allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -65,7 +66,7 @@ def peak_memory(run):
 
 
 def host_ms(run):
-    """As `graph_ms`, of five plain calls on the CPU."""
+    """As `graph_ms`, for five plain calls on the CPU."""
     taken = []
     for _ in range(5):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What `benchmarks.steps` runs of ours: the training step under a recipe's settings."""
+"""The cases of `benchmarks.steps` that run our code: the training step with a recipe's settings."""
 
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,9 +17,9 @@ from maskalign.training.parallel import make_placement
 from maskalign.training.plans import Plan
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "imagenet256"
-# These run with the keep ratio of their YAML file, the others with those of --keep-ratios.
+# These recipes run with the keep ratio of their YAML file, the others with those of --keep-ratios.
 OWN_RATIO = ("sit", "repa", "reg", "maskalign", "repa-maskalign", "maskalign-fused")
-# Recipes by name; "maskalign-fast-no-mixer" is there to state what the mixer costs, "-fused" runs `model.fused_adaln`.
+# Names of recipes. "maskalign-fast-no-mixer" is for measuring the cost of the mixer; "-fused" sets `model.fused_adaln`.
 RECIPES = (
     *OWN_RATIO,
     "maskalign-fast",
@@ -32,7 +32,7 @@ RECIPES = (
 
 
 def recipe_settings(recipe, preset, keep):
-    """The `Config` of a recipe's YAML file for a preset, at one keep ratio (None: the file's own)."""
+    """The command-line arguments of a recipe for a preset, with a keep ratio (None for that of the YAML file)."""
     folder = CONFIGS / {"S": "b2", "B": "b2", "L": "l2", "XL": "xl2"}[preset.split("-")[1].split("/")[0]]
     file = recipe.removesuffix("-no-mixer").removesuffix("-fused")
     argv = ["--config", str(folder / f"{file}.yaml"), "--model.preset", preset]
@@ -46,17 +46,17 @@ def recipe_settings(recipe, preset, keep):
 
 
 class OurCase:
-    """Our training step: `maskalign.training.step.TrainStep` as the trainer calls it.
+    """Our training step: `maskalign.training.step.TrainStep`, called as in the trainer.
 
     Args:
         recipe, preset, keep: see `recipe_settings`.
-        batch_size, precision, device, compiled: of the run.
-        data, teacher, folder: see `step_data.Batches`.
-        update: False leaves the optimizer out: a step is then forward and backward, and takes a fifth of the memory.
-        plan: `parallel.plan`; another one than none needs the environment of torchrun.
+        batch_size, precision, device, compiled: settings of the run.
+        data, teacher, folder: see `benchmarks.steps.data.Batches`.
+        update: if False, a step has only forward and backward and no optimizer, and needs a fifth of the memory.
+        plan: `parallel.plan`; plans other than none need the environment of torchrun.
     """
 
-    averages_inside = True  # the moving average is a part of the optimizer's step
+    averages_inside = True  # the optimizer's step includes the moving average
 
     def __init__(
         self, recipe, preset, keep, batch_size, precision, device, compiled=False, data="memory", teacher="cached",
@@ -97,7 +97,7 @@ class OurCase:
         return self.train_step(self.count, 0.0, inputs, labels, teachers, class_token=class_token).loss
 
     def step_seconds(self, device, clock):
-        """(seconds, loss, seconds without the optimizer's step) of one step; the last is None where it is one graph."""
+        """(seconds, loss, seconds without the optimizer's step) of one step; the last is None for a captured step."""
         losses, update = [], Clock(device, clock)
         inside = wrapped(self.optimizer, "step", update("optimizer")) if device.type == "cpu" else nullcontext()
         with inside:
@@ -111,7 +111,7 @@ class OurCase:
 
     @contextmanager
     def kernel_by_kernel(self):
-        """Inside, a step on a GPU is no graph, and its parts can be told apart."""
+        """Context in which a step on a GPU is not captured as a graph, so that its parts can be timed."""
         graphs, self.train_step.graphs = self.train_step.graphs, None
         try:
             yield
@@ -122,7 +122,7 @@ class OurCase:
         return split_of(self, device, steps, clock)
 
     def close(self):
-        """End a captured graph, and what a plan holds."""
+        """Release a captured graph and the resources of a plan."""
         self.train_step.close()
 
     def weights(self):
@@ -130,7 +130,7 @@ class OurCase:
 
     @contextmanager
     def timed(self, clock):
-        """Inside, the parts of a step report to `clock` (name -> context)."""
+        """Context in which the parts of a step are timed by `clock` (name -> context)."""
         self.clock = clock
         with (
             self.kernel_by_kernel(),
@@ -147,10 +147,10 @@ class OurCase:
 
 
 class NoUpdate:
-    """In place of the optimizer where forward and backward alone are timed: frees the gradients and keeps nothing.
+    """A replacement of the optimizer for timing forward and backward alone. It only frees the gradients.
 
     Args:
-        model: the `SiT`; its parameters take the dtype in which a step computes.
+        model: the `SiT`; its parameters are cast to `dtype`.
         dtype: float32 or bfloat16.
     """
 
@@ -160,7 +160,7 @@ class NoUpdate:
             p.data = p.data.to(dtype)
 
     def set_step(self, step):
-        """There are no averages that depend on it."""
+        """Do nothing: there is no moving average."""
 
     def step(self, lr, healthy):
         for p in self.params:
@@ -168,12 +168,12 @@ class NoUpdate:
         return torch.zeros(()), ~healthy
 
     def average_on_host(self):
-        """There are no averages."""
+        """Do nothing: there is no moving average."""
 
 
 @contextmanager
 def wrapped(owner, name, context):
-    """`owner.name` runs inside `context` (a function that makes one) until the end of the block."""
+    """Context in which every call of `owner.name` runs inside a context from the function `context`."""
     original = getattr(owner, name)
 
     def run(*args, **kwargs):

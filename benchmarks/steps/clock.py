@@ -1,4 +1,4 @@
-"""How `benchmarks.steps` measures: seconds on the wall or of the processor, parts of a step, peaks, saved bytes."""
+"""Measurements of `benchmarks.steps`: wall time or CPU time, parts of a step, peak FLOP/s, saved bytes."""
 
 import time
 from contextlib import contextmanager
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 
 PARTS = ("data", "teacher", "draws", "forward", "backward", "optimizer", "ema")
-# CPU seconds leave out the time in which other programs had the processor. With several threads they would count
-# threads that wait for each other, too: `--clock cpu` goes with one thread.
+# CPU seconds do not include the time in which other programs used the processor. With several threads they would also
+# count threads that wait for each other, so `--clock cpu` needs one thread.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
@@ -17,7 +17,7 @@ def synchronize(device):
 
 
 def seconds_of(call, device, clock="wall"):
-    """Seconds that a call takes by one of `CLOCKS`."""
+    """Seconds that a call takes, measured by one of `CLOCKS`."""
     synchronize(device)
     start = CLOCKS[clock]()
     call()
@@ -26,11 +26,11 @@ def seconds_of(call, device, clock="wall"):
 
 
 def matmul_peak(device, precision, clock="wall", size=None, tries=8, patience=10.0):
-    """FLOP/s of the best of a few square matmuls: what this machine can do in that precision.
+    """FLOP/s of the fastest of a few square matrix multiplications: the peak of this machine in a precision.
 
-    A GPU gets larger ones (`size`, by default 8192 there and 2048 on a CPU), which hide what a launch takes. A
-    processor without bf16 instructions needs a minute for one of them: where `patience` seconds would not do, the
-    matrices are smaller.
+    The matrices are larger on a GPU (`size`, by default 8192, and 2048 on a CPU), which hides the time of a launch. On
+    a processor without bf16 instructions one multiplication can take a minute. The matrices are therefore smaller if
+    the measurement would take more than `patience` seconds.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = size or (8192 if device.type == "cuda" else 2048)
@@ -105,7 +105,7 @@ def saved_bytes(case):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor  # kept alive until the backward, so no address is used twice
+        return tensor  # it stays alive until the backward, so that no address is used twice
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         case.step(batch)

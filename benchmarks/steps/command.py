@@ -4,17 +4,17 @@
         [--keep-ratios 0.5,0.25] [--reference CHECKOUT] [--teacher online:dinov2-b] [--data shards] [--no-compile]
 
 A step is forward, backward, clip, AdamW and EMA on random latents 4x32x32, 1000 classes, teacher features and class
-tokens of width 768. By default these lie in memory; --data shards reads them through the loader, --teacher online:NAME
-runs an encoder in every step. `sit`, `repa`, `reg`, `maskalign` and `repa-maskalign` keep as many tokens as their YAML
-files say, the others as many as --keep-ratios. --reference takes a checkout of REPA or of REG and tells which it is. On
-a CPU the time of forward and backward alone is taken from the same steps. --passes-only leaves the optimizer out, and
---one-at-a-time rebuilds the cases in every round: for models of which several do not fit into the memory. Our cases
-run with compiled blocks, as `training.compile` has them, where the machine has a compiler; the public code runs as it
-is published. Our cases live in one process, the public code in another, and they take turns, in
-another order every round; figures are medians over rounds, ratios are medians of the ratios within a round, and the
-spread is the 10th to 90th percentile. Further columns come from passes of their own: the parts of a step, the bytes
-that autograd saves, and the peak memory of the case alone in a process. On a machine that others use, too, `--threads 1
---clock cpu` counts the processor's seconds instead of those on the wall.
+tokens of width 768. By default these are in memory. --data shards reads them through the loader, and --teacher
+online:NAME runs an encoder in every step. `sit`, `repa`, `reg`, `maskalign` and `repa-maskalign` have the keep ratios
+of their YAML files, the other recipes those of --keep-ratios. --reference takes a checkout of REPA or REG and
+recognizes which one it is. On a CPU, the time of forward and backward is measured in the same steps. --passes-only
+omits the optimizer. --one-at-a-time rebuilds the cases in every round, for models that do not fit into memory together.
+
+Our cases run with compiled blocks, as with `training.compile`, if the machine has a compiler. The public code runs as
+published, in a separate process. All cases take turns, in another order every round. Times are medians over rounds,
+ratios are medians of the ratios within a round, and the spread is the 10th to 90th percentile. Some columns are from
+separate passes: the parts of a step, the bytes that autograd saves, and the peak memory of a case alone in a process.
+If other programs use the machine too, `--threads 1 --clock cpu` measures CPU time instead of wall time.
 """
 
 import argparse
@@ -67,14 +67,15 @@ def make_case(recipe, keep, options):
 
 
 def higher_peaks(peaks, device, clock):
-    """Measured again, the higher of each matmul peak (FLOP/s by precision): a processor that others share, or that
-    warms up, does not show at any one moment what it can do.
+    """Measure the matmul peaks (FLOP/s by precision) again, and return the higher value for each precision.
+
+    A single measurement can be too low if other programs use the processor, or while it warms up.
     """
     return {precision: max(peak, matmul_peak(device, precision, clock)) for precision, peak in peaks.items()}
 
 
 def warm_up(case, options, device):
-    """The steps before those that are timed; refuses a case that does not learn."""
+    """Run the steps before the timed ones; ends with an error if the loss is not finite."""
     for _ in range(options.warmup):
         _, loss, _ = case.step_seconds(device, options.clock)
     if not math.isfinite(loss):
@@ -82,15 +83,15 @@ def warm_up(case, options, device):
 
 
 def measure(names, options, device, peaks):
-    """Seconds of every step, in rounds in which the cases take turns.
+    """Measure the seconds of every step, in rounds in which the cases take turns.
 
     Args:
         names: (recipe, keep ratio) of the cases.
-        peaks: FLOP/s by precision; looked at again in every round.
+        peaks: FLOP/s by precision; they are measured again in every round.
 
     Returns:
         (described, seconds, peaks): a dict of `describe_case` per case; dict from case name to a list with one entry
-        per round, (seconds of a step, seconds of forward and backward or None); the higher of the peaks.
+        per round, (seconds of a step, seconds of forward and backward or None); the highest peaks.
     """
     cases = {}
     if not options.one_at_a_time:
@@ -127,7 +128,7 @@ def measure(names, options, device, peaks):
 
 
 def describe_case(case, options, device):
-    """What is to be known of a case besides its times, as a dict."""
+    """The properties of a case other than its times, as a dict."""
     return {
         "name": case.name,
         "recipe": case.recipe,
@@ -141,10 +142,10 @@ def describe_case(case, options, device):
 
 
 def peak_memory_alone(case, options):
-    """Peak MiB in a process of its own, above what Python and torch take before the model is built.
+    """Peak MiB of a case in a separate process, minus the memory of Python and torch before the model is built.
 
     Args:
-        case: of `describe_case`.
+        case: dict from `describe_case`.
     """
     of = "reference" if case["recipe"] == "reference" else case["name"]
     words = [sys.executable, "-m", "benchmarks.steps", "--peak-of", of]
@@ -161,7 +162,7 @@ def peak_memory_alone(case, options):
 
 
 def peak_rss_mib():
-    """The largest resident size of this process; getrusage would count that of the process that started it, too."""
+    """The largest resident size of this process in MiB; getrusage would include that of the parent process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
@@ -171,7 +172,7 @@ def print_peak(options, device):
     recipe, _, keep = options.peak_of.partition("@")
     if recipe != "reference":
         tune_host(device)
-    matmul_peak(device, options.precision, size=256, tries=1)  # the libraries' own buffers are not the case's
+    matmul_peak(device, options.precision, size=256, tries=1)  # the libraries' own buffers must not count
     before = peak_rss_mib()
     if recipe == "reference":
         case = ReferenceCase(*(getattr(options, name) for name in SETTINGS))
@@ -190,7 +191,7 @@ def rows_of(cases, seconds, peaks, options, device):
     """One dict per case, in the columns of the CSV.
 
     Args:
-        cases, seconds, peaks: those of `measure`.
+        cases, seconds, peaks: from `measure`.
     """
 
     def ratios(key, over, of, place=0):
@@ -218,7 +219,7 @@ def rows_of(cases, seconds, peaks, options, device):
         without = mixing.get(case["keep"]) if case["recipe"] == "maskalign-fast" else None
         parts = case["parts"]
         alone = [passes for _, passes in seconds[name] if passes is not None]
-        # On a GPU, where a step is one graph, those of the split, kernel by kernel.
+        # On a GPU, where a step is one graph, these are the times of the split, launched kernel by kernel.
         passes = statistics.median(alone) if alone else (parts["forward"] + parts["backward"]) / 1000
         row = {
             "case": name,
@@ -258,18 +259,18 @@ def quantile(ordered, share):
 
 
 def check_memory(options, names):
-    """Refuse what would not fit before minutes are spent on it (CPU only)."""
+    """End with an error if the cases would not fit into memory, before the measurement starts (CPU only)."""
     path = Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.exists() else []
     available = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
     if available is None:
-        return  # no Linux: nothing to ask
+        return  # not Linux, so the free memory is not known
     with torch.device("meta"):
         from maskalign.models import SiT
 
         count = sum(p.numel() for p in SiT.from_preset(options.preset).parameters())
     cases = 1 if options.one_at_a_time else len(names)
-    # Weights, gradients, two moments, EMA, and a bf16 copy of two of them; or weights and gradients.
+    # Weights, gradients, two moments, EMA, and bf16 copies of two of these; or only weights and gradients.
     needed = cases * count * (22 if options.update else 8)
     if needed > 0.9 * available:
         raise UsageError(
@@ -279,7 +280,7 @@ def check_memory(options, names):
 
 
 def can_compile(device):
-    """True where torch.compile finds what it needs for the device."""
+    """True if torch.compile works for the device."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None
     compilers = (os.environ.get("CXX"), "g++", "clang++")
@@ -294,11 +295,11 @@ def parse(argv):
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="fp32")
     parser.add_argument("--recipes", default="repa,reg,maskalign,maskalign-fast", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--reference", help="root of a local checkout of the public REPA or REG code (needs timm)")
-    parser.add_argument("--reference-precision", choices=("bf16", "fp32"), help="by default that of --precision")
+    parser.add_argument("--reference-precision", choices=("bf16", "fp32"), help="by default the value of --precision")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=2, help="steps of every case before the first round")
-    parser.add_argument("--steps-per-turn", type=int, default=1, help="steps of a case in a round; their median counts")
-    parser.add_argument("--one-at-a-time", action="store_true", help="rebuild a case in every round, and free it then")
+    parser.add_argument("--steps-per-turn", type=int, default=1, help="steps of a case in a round; the median is used")
+    parser.add_argument("--one-at-a-time", action="store_true", help="build and free a case in every round")
     parser.add_argument(
         "--passes-only", dest="update", action="store_false", help="forward and backward alone, without the optimizer"
     )
@@ -307,14 +308,14 @@ def parse(argv):
     parser.add_argument(
         "--compile",
         action=argparse.BooleanOptionalAction,
-        help="torch.compile the blocks of our cases; by default where there is a C++ compiler (CPU), or Triton (GPU)",
+        help="torch.compile the blocks of our cases; by default if there is a C++ compiler (CPU) or Triton (GPU)",
     )
     parser.add_argument("--teacher", default="cached", help="cached, or online:NAME to run that encoder in every step")
     parser.add_argument("--data", choices=("memory", "shards"), default="memory", help="where batches come from")
     parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: the processor's, on one thread")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: CPU time, needs one thread")
     parser.add_argument("--out", default="benchmarks/results", help="folder of the CSV and PNG")
-    parser.add_argument("--no-peak", dest="peak", action="store_false", help="leave out the peak memory, which is slow")
+    parser.add_argument("--no-peak", dest="peak", action="store_false", help="skip the peak memory, which is slow")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     parser.add_argument("--shards", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -329,7 +330,7 @@ def parse(argv):
     if options.teacher != "cached" and not options.teacher.startswith("online:"):
         parser.error(f"--teacher: {options.teacher!r} is neither cached nor online:NAME")
     if options.clock == "cpu" and options.threads != 1:
-        parser.error("--clock cpu goes with --threads 1: threads that wait for each other would count, too")
+        parser.error("--clock cpu needs --threads 1, because threads that wait for each other would be counted")
     if min(options.rounds, options.warmup, options.steps_per_turn) < 1:
         parser.error("--rounds, --warmup and --steps-per-turn must be at least 1")
     options.reference_precision = options.reference_precision or options.precision

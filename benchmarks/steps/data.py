@@ -1,4 +1,4 @@
-"""The batches of `benchmarks.steps`: from memory or through the loader, teacher features cached or computed."""
+"""The batches of `benchmarks.steps`: from memory or through the loader, with cached or computed teacher features."""
 
 import tempfile
 from contextlib import nullcontext
@@ -21,8 +21,9 @@ IMAGE_SIDE = 256
 
 
 class Batch(NamedTuple):
-    """inputs: latents, or moments where `prepare` makes latents of them; teachers: one (b, N, Dz) each, (b, 1 + N, Dz)
-    with a class token, which is then there as (b, Dz) float32, too."""
+    """A batch. inputs: latents, or moments if `prepare` converts them to latents; teachers: a list of (b, N, Dz), or of
+    (b, 1 + N, Dz) with a class token; class_token: (b, Dz) float32, or None.
+    """
 
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -37,15 +38,16 @@ class Batches:
     Args:
         data: `memory` (the same random latents every step, nothing is read) or `shards` (moments and int8 features in
             the ImageNet layout, read by the training stream in this process).
-        teacher: `cached`, or `online:NAME`: that encoder, with random weights, runs on random 256 px images every step.
-        batch_size, device: of the run.
+        teacher: `cached`, or `online:NAME`, which runs this encoder with random weights on random 256 px images in
+            every step.
+        batch_size, device: settings of the run.
         grid: (rows, columns) of the student's tokens.
-        folder: where the shards are, see `write_shards`; None for memory.
+        folder: folder of the shards, see `write_shards`; None for memory.
         aligned: False for recipes without a teacher.
-        class_token: the teacher's class token is a part of the batch.
+        class_token: True if the batch includes the teacher's class token.
 
     Raises:
-        UsageError: an online teacher whose class token needs a data set's statistics.
+        UsageError: the class token of an online teacher needs the statistics of a data set.
     """
 
     def __init__(self, data, teacher, batch_size, device, grid, folder=None, aligned=True, class_token=False):
@@ -83,11 +85,11 @@ class Batches:
 
     @property
     def latent(self):
-        """How moments become latents, as a manifest says it; None where the inputs are latents."""
+        """The scale and bias of latents as in a manifest; None if the inputs are latents."""
         return None if self.stream is None else {"scale": SCALE, "bias": 0.0}
 
     def __call__(self, part=None):
-        """The next `Batch`; `part` names the contexts that time `data` and `teacher`."""
+        """The next `Batch`; `part` is a function from `data` or `teacher` to a context that times this part."""
         part = part or (lambda name: nullcontext())
         with part("data"):
             inputs, labels, features, prepare = self.inputs, self.labels, self.features, None
@@ -113,7 +115,7 @@ class Batches:
 
 
 def with_class_row(rows, values):
-    """Teacher rows (b, N, Dz), floating or int8, with the class token (b, Dz) in front, as `Features` gives them."""
+    """Teacher rows (b, N, Dz), floating point or int8, with the class token (b, Dz) as row 0, as in `Features`."""
     first = quantize_rows(values, check=False) if rows.dtype == torch.int8 else values.to(rows.dtype)
     return torch.cat([first.unsqueeze(1), rows], dim=1)
 
@@ -123,7 +125,7 @@ def moments_to_latents(moments, noise):
 
 
 def write_shards(folder, grid, samples):
-    """A data set in the ImageNet layout: random moments (float16), int8 features on the student's grid, classes."""
+    """Write a data set in the ImageNet layout: random float16 moments, int8 features on the student's grid, classes."""
     rng, tokens, shards = np.random.default_rng(0), grid[0] * grid[1], []
 
     def members(number):

@@ -1,7 +1,7 @@
-"""The training step of the public REPA or REG code, in a process of its own with the settings that torch gives it.
+"""The training step of the public REPA or REG code, in a separate process with torch's default settings.
 
-`Reference` is the case of `benchmarks.steps`; it talks to `python -m benchmarks.steps.reference`, which runs
-`ReferenceCase` when it is asked to: one line of JSON a request, one a reply.
+`Reference` is the case of `benchmarks.steps`. It starts `python -m benchmarks.steps.reference`, which runs
+`ReferenceCase` on request. A request and a reply are one line of JSON each.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device"
 
 
 class Reference:
-    """The reference as a case that takes turns with ours.
+    """The public code as a case that takes turns with our cases.
 
-    Its process keeps torch's own allocator and matmul precision: our `tune_host` would make it 5 to 8 % faster than the
-    users of that code find it.
+    Its process has torch's default allocator settings and matmul precision. Our `tune_host` would make it 5 to 8 %
+    faster than it is for users of that code.
 
     Args:
-        options: of `benchmarks.steps`.
+        options: the parsed options of `benchmarks.steps`.
     """
 
     recipe, keep, aligned = "reference", 1.0, True
@@ -64,7 +64,7 @@ class Reference:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise RunError(f"the reference ended with status {self.process.wait()}; its own message stands above")
+            raise RunError(f"the reference ended with status {self.process.wait()}; see its own message above")
         return json.loads(answer)
 
     def step_seconds(self, device, clock):
@@ -85,11 +85,12 @@ class Reference:
 class ReferenceCase:
     """The public REPA or REG code (its model and loss) with the step of its train.py, from a local checkout.
 
-    REG's is known by its loss, which is given a class token; the settings are those of our recipe of that name.
+    REG's code is recognized by its loss, which has an argument for the class token. The settings are those of our
+    recipe with the same name.
 
-    Its own precision: float32, or bf16 by autocast around the model's forward, as accelerate does, with the loss in
-    float32; torch.optim.AdamW as its train.py makes it; clip; EMA in a loop over the parameters. One difference: its S
-    presets cannot be built (a decoder width of 768), so they are given their own width.
+    The step is that of the public code: float32, or bf16 by autocast around the model's forward as in accelerate, with
+    the loss in float32; torch.optim.AdamW as in its train.py; clip; EMA in a loop over the parameters. There is one
+    difference: the public S presets cannot be built (their decoder width is 768), so they get their own width.
 
     Attributes:
         code: `repa` or `reg`.
@@ -188,7 +189,7 @@ def load_file(path):
 def serve(settings):
     """Answer requests until the input ends."""
     replies = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # what the reference prints is no reply
+    with contextlib.redirect_stdout(sys.stderr):  # text that the public code prints must not be read as a reply
         case = ReferenceCase(*(settings[name] for name in SETTINGS))
         for line in sys.stdin:
             request = json.loads(line)
@@ -207,7 +208,7 @@ def respond(case, what, clock="wall", steps=1):
     if what == "split":
         return split_of(case, case.device, steps, clock)
     losses, taken = [], Clock(case.device, clock)
-    # Passes are told apart where that takes no waiting for the device.
+    # The passes are timed separately only if this needs no synchronization with the device.
     inside = case.timed(taken) if case.device.type == "cpu" else nullcontext()
     with inside:
         seconds = seconds_of(lambda: losses.append(case.step()), case.device, clock)

@@ -136,7 +136,7 @@ def test_real_sizes(monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--device", "cpu"], "--device cpu goes with --rehearse"),
+        (["--device", "cpu"], "--device cpu needs --rehearse"),
         (["--device", "cpu", "--rehearse", "--minutes", "0"], "--minutes: 0 is not above 0"),
         (["--device", "cpu", "--rehearse", "--out", str(command.RESULTS / "deep")], "where results are kept"),
         (["--device", "cpu", "--rehearse", "--reference", "/nowhere"], "/nowhere has no models/sit.py"),
