@@ -1,1 +1,1 @@
-"""What recipes reach in the same time: `python -m benchmarks.convergence --help`."""
+"""Compare the results of recipes after the same training time: `python -m benchmarks.convergence --help`."""

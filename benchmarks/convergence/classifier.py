@@ -1,7 +1,7 @@
-"""A small classifier of the training images, whose features tell real pictures from drawn ones.
+"""A small classifier of the training images. Its features are used for the distances of samples from real images.
 
-A model that denoises the teacher's class token is given what the teacher sees in a picture, so distances in the
-teacher's features would favor it. This network is trained by the benchmark, once per data set, and no model sees it.
+A model that denoises the teacher's class token is trained on the teacher's features of an image, so distances in these
+features would favor it. This classifier is trained by the benchmark once per data set, and no model uses it.
 """
 
 import time
@@ -65,17 +65,17 @@ def load_images(path, most=None):
 
 
 def train_classifier(train, test, path, *, epochs=EPOCHS, images=None, say=print):
-    """Train the classifier and write it to a file, or take the one that is there.
+    """Train the classifier and write it to a file, unless the file exists.
 
     Args:
-        train, test: folders of the two parts of the data; the accuracy is that of the test part.
-        path: of the file.
-        epochs: passes over the training images, with mirrored and shifted copies of them.
-        images: use the first so many training images; None for all.
-        say: where progress goes.
+        train, test: folders of the two parts of the data; the accuracy is measured on the test part.
+        path: path of the file.
+        epochs: passes over the training images, which are mirrored and shifted at random.
+        images: number of training images to use; None for all.
+        say: function that prints a line of progress.
 
     Returns:
-        dict with accuracy (of held-out images), epochs, images and seconds (of the processor).
+        dict with accuracy (on held-out images), epochs, images and seconds (CPU time).
     """
     path = Path(path)
     if path.is_file():
@@ -115,7 +115,7 @@ def train_classifier(train, test, path, *, epochs=EPOCHS, images=None, say=print
 
 
 def _jittered(images, generator):
-    """A batch mirrored or not, and shifted by up to three pixels: one draw for all of its images."""
+    """Mirror a batch or not, and shift it by up to three pixels, with one random draw for all of its images."""
     draw = torch.randint(0, 7, (2,), generator=generator).tolist()
     if torch.rand((), generator=generator) < 0.5:
         images = images.flip(3)
@@ -125,13 +125,13 @@ def _jittered(images, generator):
 
 
 def load_classifier(path):
-    """The classifier of a file, in eval mode.
+    """Load the classifier from a file, in eval mode.
 
     Raises:
-        RunError: there is none.
+        RunError: the file does not exist.
     """
     if not Path(path).is_file():
-        raise RunError(f"{path} is not there: the same command trains the classifier again")
+        raise RunError(f"{path} does not exist; the same command trains the classifier again")
     saved = torch.load(path, weights_only=True)
     model = Classifier(saved["classes"])
     model.load_state_dict(saved["state"])

@@ -1,10 +1,11 @@
-"""How a budget of seconds becomes a number of steps in `benchmarks.convergence`.
+"""Convert a budget of seconds to a number of steps in `benchmarks.convergence`.
 
-A step of a recipe takes the same time as long as its kept tokens and its alignment do not change: that is a phase. The
-phases of all recipes are timed interleaved, in one process, in another order every round, and every time is stored as
-its ratio to a step of full-token REPA in the same round (median), beside REPA's own median. A run of n steps then takes
-the sum over its steps, whatever else the machine does while it runs. With one thread on a CPU the clock is the CPU
-time of the process, which other jobs hardly touch; else it is the wall clock, and the machine must be idle.
+A phase is a part of a run in which the number of kept tokens and the alignment do not change, so that all its steps
+take the same time. The phases of all recipes are timed in one process in turns, in another order every round. A time is
+stored as its median ratio to a step of full-token REPA in the same round, with the median time of REPA's step. The time
+of a run of n steps is then defined as the sum over its steps, so it does not depend on the load of the machine during
+the run. With one thread on a CPU, the clock is the CPU time of the process, on which other jobs have little effect.
+Otherwise it is the wall clock, and the machine must be idle.
 """
 
 import gc
@@ -24,7 +25,7 @@ EMPTY = {"about": "", "clock": "", "threads": 0, "repa_key": "", "repa_seconds":
 
 
 class Phase(NamedTuple):
-    """keep: number of tokens on the route; aligned: the alignment is on; align: tokens aligned, None for all there."""
+    """keep: number of tokens on the route; aligned: True with an alignment loss; align: aligned tokens or None (all)."""
 
     keep: int
     aligned: bool
@@ -41,7 +42,7 @@ def phase_at(config, tokens, progress):
 
 
 def phases(config, tokens, resolution=1000):
-    """dict from every phase of a recipe to the first share of training at which it is met."""
+    """dict from every phase of a recipe to the first share of training in which it occurs."""
     found = {}
     for step in range(resolution):
         found.setdefault(phase_at(config, tokens, step / resolution), step / resolution)
@@ -49,7 +50,7 @@ def phases(config, tokens, resolution=1000):
 
 
 def key_of(config, phase):
-    """What a step's time depends on, as text: equal keys are timed once."""
+    """All settings that a step's time depends on, as text; phases with equal keys are timed once."""
     method, training = config.method, config.training
     sizes = model_sizes(config)
     ever = as_schedule(method.align_weight)
@@ -76,7 +77,7 @@ class Calibration:
     """Seconds of a step by phase, from the file that `calibrate` writes.
 
     Args:
-        entries: the file's content.
+        entries: the content of the file.
     """
 
     def __init__(self, entries):
@@ -84,13 +85,13 @@ class Calibration:
 
     @classmethod
     def load(cls, path):
-        """Read the file, or an empty calibration where there is none."""
+        """Read the file; an empty calibration if it does not exist."""
         if not path.is_file():
             return cls(dict(EMPTY))
         return cls(json.loads(path.read_text()))
 
     def missing(self, configs, tokens):
-        """Names of the recipes (dict name -> `Config`) of which a phase has not been timed."""
+        """Names of the recipes (of a dict name -> `Config`) with a phase that has not been timed."""
         return [
             name
             for name, config in configs.items()
@@ -105,7 +106,7 @@ class Calibration:
         return entry["x_repa"] * self.entries["repa_seconds"]
 
     def seconds(self, config, tokens, steps):
-        """Seconds that have passed after 0, 1, ..., `steps` steps of a run of `steps` steps."""
+        """The seconds after 0, 1, ..., `steps` steps of a run of `steps` steps."""
         times = (self.phase_seconds(config, phase_at(config, tokens, step / steps)) for step in range(steps))
         return list(accumulate(times, initial=0.0))
 
@@ -125,7 +126,7 @@ class Calibration:
 
 
 class TimedStep:
-    """One phase of a recipe, as the trainer runs it: read the batch, features, step."""
+    """A step in one phase of a recipe, as in the trainer: read the batch, compute the features, run the step."""
 
     def __init__(self, trainer, batches, progress):
         self.trainer, self.batches, self.progress, self.count = trainer, batches, progress, 0
@@ -138,16 +139,16 @@ class TimedStep:
 
 
 def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, machine="", say=print):
-    """Time the phases that are not in the file yet, interleaved with REPA's, and write the file.
+    """Time the phases that are not in the file yet, in turns with REPA's, and write the file.
 
     Args:
-        recipes: dict name -> (settings, overrides of recipe_config); "repa" must be among them.
+        recipes: dict name -> (settings, overrides of recipe_config); it must include "repa".
         path: the JSON file.
-        threads: CPU threads of the runs to come.
-        rounds, warmup: steps of every phase that are timed, and before these.
-        again: forget what the file holds.
-        machine: a line on what this runs on.
-        say: where progress goes.
+        threads: CPU threads of the later runs.
+        rounds, warmup: number of timed steps of every phase, and of steps before them.
+        again: time all phases again, and ignore the content of the file.
+        machine: a line of text about the machine.
+        say: function that prints a line of progress.
 
     Returns:
         Calibration.
@@ -212,7 +213,7 @@ def calibrate(recipes, path, *, threads, rounds=15, warmup=2, again=False, machi
         "about": old.entries["about"] or machine,
         "clock": old.entries["clock"] or ("CPU time of one thread" if own else "wall clock"),
         "threads": threads,
-        # Well above 1 with one thread: the machine had other work to do while this was timed.
+        # With one thread, a ratio much above 1 means that the machine had other work during the timing.
         "wall_over_cpu": statistics.median(walls),
         "repa_key": repa_key,
         "repa_seconds": old.entries["repa_seconds"] or statistics.median(taken[repa_key]),

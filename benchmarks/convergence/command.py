@@ -1,29 +1,31 @@
-"""Does it pay? Recipes trained from the same seeds on the same data for the same time, and what they reach.
+"""Compare recipes that are trained from the same seeds on the same data for the same time.
 
     python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --prepare
     python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --calibrate
     python -m benchmarks.convergence --suite rates --data cifar10-images.zip --work DIR --budget 120 --jobs 2
     python -m benchmarks.convergence --suite paper --data cifar10-images.zip --work DIR --budget 420 --jobs 2
 
-A recipe is a few settings on top of configs/convergence.yaml and runs through `maskalign train`'s own trainer. A budget
-of seconds becomes a number of steps by step times that `--calibrate` measures first, interleaved, once, on an otherwise
-idle machine, and keeps in WORK: so every run is a fixed number of steps, and is the same whatever else the machine
-does, with any number of --jobs, and after any interruption. The x axis "seconds" is that calibrated time of training:
-without checkpoints, samples and the measurements themselves. Schedules go by steps and end with the run.
+A recipe consists of a few settings on top of configs/convergence.yaml. It is trained with the trainer of `maskalign
+train`. A budget of seconds is converted to a number of steps with step times. `--calibrate` measures these once in
+turns, on an otherwise idle machine, and keeps them in WORK. Every run therefore has a fixed number of steps, and its
+result does not depend on the load of the machine, the number of --jobs, or interruptions. The x axis "seconds" is this
+calibrated training time, without checkpoints, samples and measurements. Schedules are defined in steps and end with the
+run.
 
-Each run is a folder below WORK/runs; run the same command again to resume, finished runs are not repeated. At several
-points of each run, on averaged weights: velocity loss on all tokens of held-out images by time step (and that of the
-weights themselves, which an average over too many steps would hide), alignment cosine, and Frechet and kernel distance
-of samples in the teacher's features. Where recipes denoise the teacher's class token, the distances are those in the
-features of a small classifier instead, which the benchmark trains once (`--prepare`), and losses of models with and
-without a class token are kept apart; at the end of a run come the paper's stability gap and the ratio of its heat map.
+Each run is a folder below WORK/runs. Run the same command again to resume; finished runs are not repeated. At several
+points of each run, these are measured with averaged weights: the velocity loss on all tokens of held-out images by time
+step (also with the weights themselves, because an average over too many steps would hide their loss), the alignment
+cosine, and the Frechet and kernel distance of samples in the teacher's features. If recipes denoise the teacher's class
+token, the distances are measured in the features of a small classifier instead, which the benchmark trains once
+(`--prepare`), and losses of models with and without a class token have different names. At the end of a run the paper's
+stability gap and the ratio of its heat map are measured too.
 
-The suite `rates` tries --rates for each recipe and writes the best of each to OUT/rates-DATA.csv; `paper` takes them
-from there, `ablations` the one of `maskalign`; --rate NAME=RATE comes before the file. Both measure every run also
-after as many steps as the slowest recipe makes in its budget.
+The suite `rates` tries --rates for each recipe and writes the best one of each to OUT/rates-DATA.csv. The suite `paper`
+uses these rates, and `ablations` uses the rate of `maskalign`. --rate NAME=RATE overrides the file. Both suites also
+measure every run after as many steps as the slowest recipe makes in its budget.
 
-Writes OUT/convergence-SUITE-DATA.csv, one row per number; .json, what was run; .png; and prints the table. --data takes
-a folder or archive of images, openmoji, torchvision:CIFAR10, or a built data set.
+The command writes OUT/convergence-SUITE-DATA.csv with one row per number, a .json with the settings, and a .png, and
+prints the table. --data takes a folder or archive of images, openmoji, torchvision:CIFAR10, or a built data set.
 """
 
 import argparse
@@ -59,12 +61,12 @@ def parse(argv):
     )
     add = parser.add_argument
     add("--suite", default="final", help=f"of {', '.join(SUITES)}: recipes and seeds")
-    add("--recipes", help="recipes instead of the suite's, with commas; repa should be among them")
+    add("--recipes", help="recipes instead of the suite's, separated by commas; include repa")
     add("--recipe", action="append", default=[], metavar="'NAME: --key value ...'", help="a recipe of your own, too")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all, e.g. model.width=192")
-    add("--rates", default="0.002,0.004,0.008", help="learning rates that the suite `rates` tries, with commas")
+    add("--rates", default="0.002,0.004,0.008", help="learning rates of the suite `rates`, separated by commas")
     add("--rate", action="append", default=[], metavar="NAME=RATE", help="a recipe's learning rate")
-    add("--seeds", help="seeds instead of the suite's, with commas")
+    add("--seeds", help="seeds instead of the suite's, separated by commas")
     add("--data", default="torchvision:CIFAR10", help="images, openmoji or a built data set; see above")
     add("--name", help="short name of the data for files; by default from --data")
     add("--images", type=int, help="use about this many training images")
@@ -76,18 +78,18 @@ def parse(argv):
     add("--calibrate", action="store_true", help="time the steps of the recipes that have not been timed, then end")
     add("--recalibrate", action="store_true", help="time all of them again, then exit")
     add("--rounds", type=int, default=15, help="rounds of the calibration")
-    add("--points", type=int, default=6, help="points of a run at which it is measured; of the slowest one")
-    add("--sample-points", type=int, default=3, help="of these, how many with samples; a divisor of --points")
+    add("--points", type=int, default=6, help="number of points of a run (the slowest one) at which it is measured")
+    add("--sample-points", type=int, default=3, help="number of points with samples; a divisor of --points")
     add("--samples", type=int, default=1000, help="samples for the distances")
     add("--sampler-steps", type=int, default=25, help="Euler steps for a sample")
     add("--heldout", type=int, default=512, help="held-out images for loss and cosine")
     add("--gap-images", type=int, default=256, help="held-out images for the stability gap and the heat map; 0: none")
-    add("--classifier-images", type=int, help="train the classifier on so many images; by default on all")
+    add("--classifier-images", type=int, help="number of training images of the classifier; by default all")
     add("--reference", type=int, default=5000, help="held-out images for the distances")
-    add("--jobs", type=int, default=1, help="runs side by side")
-    add("--keep-checkpoints", action="store_true", help="keep those of all points, not only the last one of a run")
+    add("--jobs", type=int, default=1, help="number of runs at the same time")
+    add("--keep-checkpoints", action="store_true", help="keep the checkpoints of all points")
     add("--threads", type=int, default=1, help="CPU threads of a run, and of the calibration")
-    add("--report-only", action="store_true", help="only write the files and the table from the runs that are finished")
+    add("--report-only", action="store_true", help="only write the files and the table from the finished runs")
     options = parser.parse_args(argv)
     for name in ("budget", "points", "sample_points", "samples", "sampler_steps", "heldout", "reference", "jobs",
                  "threads", "rounds"):  # fmt: skip
@@ -101,7 +103,7 @@ def parse(argv):
 
 
 def chosen_recipes(options):
-    """(dict name -> settings, seeds, shares by recipe) that the options ask for."""
+    """(dict name -> settings, seeds, shares by recipe) for the options."""
     if options.suite not in SUITES:
         raise UsageError(f"--suite: there is no suite {options.suite!r}; there are {', '.join(SUITES)}")
     suite = SUITES[options.suite]
@@ -143,7 +145,7 @@ def _given_rates(options, known):
 
 
 def rates_path(options):
-    """Where the suite `rates` writes what it chose."""
+    """Path of the file to which the suite `rates` writes the chosen rates."""
     return options.out / f"rates-{data_name(options)}.csv"
 
 
@@ -154,7 +156,7 @@ def data_name(options):
 
 
 class Benchmark:
-    """The options with what follows from them: data, recipes, their lengths and run folders."""
+    """The options and everything derived from them: data, recipes, their numbers of steps and run folders."""
 
     def __init__(self, options):
         self.options = options
@@ -162,7 +164,7 @@ class Benchmark:
         self.recipes, self.seeds, self.shares = chosen_recipes(options)
         self.data = data_name(options)
         for settings in self.recipes.values():
-            recipe_config(settings)  # mistakes are found before the data are built
+            recipe_config(settings)  # to find mistakes before the data are built
         self.teacher = recipe_config({}).teacher.names[0]
         self.train, self.test = prepare(
             options.data, options.work / "data" / self.data, self.teacher, images=options.images,
@@ -184,7 +186,7 @@ class Benchmark:
 
     def calibrate(self):
         base = dict(word.split("=", 1) for word in self.options.set)
-        recipes = {"repa": (base, self.overrides)}  # the unit of all times, also where it is not to be run
+        recipes = {"repa": (base, self.overrides)}  # the unit of all times, even if it is not run
         recipes |= {name: (settings, self.overrides) for name, settings in self.recipes.items() if name != "repa"}
         calibrate(
             recipes, self.calibration_path, threads=self.options.threads, rounds=self.options.rounds,
@@ -209,7 +211,7 @@ class Benchmark:
             )
 
     def steps_of(self, name, share):
-        """Length of a run in steps, a multiple of the number of points."""
+        """Number of steps of a run, a multiple of the number of points."""
         options = self.options
         if options.steps is not None:
             steps = int(options.steps * share) // options.points * options.points
@@ -232,10 +234,10 @@ class Benchmark:
         return found
 
     def _points(self, steps, slowest):
-        """(steps between checkpoints, points of measurement, of these those with samples) of a run.
+        """(steps between checkpoints, points of measurement, points with samples) of a run.
 
-        Points divide a run; or, where recipes are compared at equal steps, the run of the slowest recipe, whose points
-        all others have, too, and go on with.
+        The points divide a run into equal parts. If recipes are compared at equal steps, they divide the run of the
+        slowest recipe; all other runs have the same points, and continue with the same distance.
         """
         options = self.options
         every, stride = (slowest or steps) // options.points, options.points // options.sample_points
@@ -254,7 +256,7 @@ class Benchmark:
             "run_dir": str(folder),
             "training.max_steps": steps,
             "training.checkpoint_every": every,
-            "training.keep_every": every,  # for good, until they have been measured
+            "training.keep_every": every,  # kept until they have been measured
         }
         job = {
             "arguments": ["--config", str(BASE), *arguments({**settings, **own})],
@@ -273,12 +275,12 @@ class Benchmark:
         return job
 
     def rows(self):
-        """Rows of the CSV: what the finished runs have measured."""
+        """Rows of the CSV: the measurements of the finished runs."""
         rows = []
         for name, seed, share, folder, job in self.runs():
             if not run_folder.is_finished(folder):
                 continue
-            run_folder.write_job(folder, job)  # refuses a run with other settings
+            run_folder.write_job(folder, job)  # raises for a run with other settings
             config, steps = self.configs[name], job["steps"]
             seconds = None
             if not self.calibration.missing({name: config}, self.tokens):
@@ -341,7 +343,7 @@ class Benchmark:
         print(show(read_rows(f"{stem}.csv")))
 
     def _classifier_record(self):
-        """What is to be known of the distances in the classifier's features; nothing where there is none."""
+        """The facts about the classifier of the distances for the JSON file; empty without a classifier."""
         if self.classifier is None:
             return {}
         from benchmarks.convergence.quality import Heldout, real_distances
@@ -353,7 +355,7 @@ class Benchmark:
 
 
 def command_of(options):
-    """The command without the paths of this machine, as it is published."""
+    """The command without the paths of this machine, for publication."""
     data = Path(options.data).name if Path(options.data).exists() else options.data
     limit = f"--steps {options.steps}" if options.steps is not None else f"--budget {options.budget:g}"
     words = [f"python -m benchmarks.convergence --suite {options.suite} --data {data} {limit}"]
@@ -392,7 +394,7 @@ def say(text):
 
 
 def run_all(runs, jobs):
-    """Run what is not finished, `jobs` at a time; returns the names of runs that failed."""
+    """Run the unfinished runs, `jobs` at a time; returns the names of runs that failed."""
     waiting = [(f"{name} seed {seed} share {share:g}", folder, job) for name, seed, share, folder, job in runs]
     for _, folder, job in waiting:
         run_folder.write_job(folder, job)
@@ -408,7 +410,7 @@ def run_all(runs, jobs):
                 running[start(folder, job["threads"])] = name, folder
             if stopped:
                 for process in running:
-                    process.send_signal(signal.SIGTERM)  # once is enough: they end after the step in hand
+                    process.send_signal(signal.SIGTERM)  # once is enough: they end after the current step
                 for process in running:
                     process.wait()
             time.sleep(0.2)
@@ -427,7 +429,7 @@ def run_all(runs, jobs):
 
 
 def start(folder, threads):
-    """The process of one run; what it prints goes to RUN/log.txt. It gets no Ctrl-C of its own, only our SIGTERM."""
+    """Start the process of one run, with its output in RUN/log.txt. It does not get Ctrl-C, only our SIGTERM."""
     log = open(folder / "log.txt", "a")
     root = str(Path(__file__).resolve().parent.parent.parent)
     path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
@@ -452,7 +454,7 @@ def main(argv=None):
 
 
 def command(argv=None):
-    """`main` with its errors as one line; returns the exit status."""
+    """Call `main` and print its errors in one line; returns the exit status."""
     try:
         main(argv)
     except (UsageError, RunError) as error:

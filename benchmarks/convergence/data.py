@@ -1,4 +1,4 @@
-"""The data of `benchmarks.convergence`: a training and a held-out part with cached teacher features, each made once."""
+"""The data of `benchmarks.convergence`: a training and a held-out part with cached teacher features, built once."""
 
 import os
 from pathlib import Path
@@ -11,15 +11,16 @@ PARTS = ("train", "test")
 
 
 def prepare(source, folder, teacher, *, size=32, images=None, heldout=None, quiet=False):
-    """Build, split and encode a data set, or take what an earlier call has left.
+    """Build, split and encode a data set, or use the result of an earlier call.
 
     Args:
-        source: a folder or archive of images, `openmoji`, `torchvision:NAME`, or the folder of a built data set.
-            Where it has no parts `train` and `test`, the last tenth of its shards is held out.
-        folder: where the parts go, as `folder/train` and `folder/test`.
-        teacher: the teacher to encode with; rows are int8, minus the data set's mean token, and there are class tokens.
+        source: a folder or archive of images, `openmoji`, `torchvision:NAME`, or the folder of a built data set. If it
+            has no parts `train` and `test`, the last tenth of its shards is held out.
+        folder: folder for the parts `folder/train` and `folder/test`.
+        teacher: the teacher to encode with; rows are int8, minus the data set's mean token, with class tokens.
         size: side of the images in pixels.
-        images: keep about this many training images (whole shards), None for all; heldout: the same for the rest.
+        images: approximate number of training images (whole shards); None for all.
+        heldout: the same for the held-out images.
         quiet: print no progress.
 
     Returns:
@@ -31,17 +32,17 @@ def prepare(source, folder, teacher, *, size=32, images=None, heldout=None, quie
         if not (target / FILE_NAME).is_file():
             manifest, shards = _whole_part(source, folder, part, size, quiet)
             _cut(manifest, _first(shards, most), target)
-    # The held-out part stays as it is: its features are computed where they are used, minus the training mean token.
+    # The held-out part is not encoded. Its features are computed when they are used, minus the training mean token.
     entry = Manifest.load(str(folder / "train")).teachers.get(teacher)
     if entry is None:
         encode(str(folder / "train"), teacher=teacher, normalize="mean", quiet=quiet)
-    elif "class_token" not in entry:  # encoded before there were class tokens
+    elif "class_token" not in entry:  # encoded by an older version, without class tokens
         encode(str(folder / "train"), teacher=teacher, normalize="mean", class_token="only", quiet=quiet)
     return tuple(str(folder / part) for part in PARTS)
 
 
 def _whole_part(source, folder, part, size, quiet):
-    """(manifest, shards) of a part before it is cut to the number of images that is asked for."""
+    """(manifest, shards) of a part before it is cut to the requested number of images."""
     if (Path(source) / FILE_NAME).is_file():
         return _heldout_shards(Manifest.load(str(source)), part)
     whole = folder / f"whole-{part}"
@@ -59,7 +60,7 @@ def _whole_part(source, folder, part, size, quiet):
 
 
 def _heldout_shards(manifest, part):
-    """The last tenth of the shards is held out; a built data set is shuffled, so any tenth is as good."""
+    """The shards of a part. The last tenth is held out; a built data set is shuffled, so any tenth could be used."""
     count = len(manifest.shards)
     if count < 2:
         raise UsageError(f"--data {manifest.root}: one shard cannot be split into training and held-out images")
@@ -68,7 +69,7 @@ def _heldout_shards(manifest, part):
 
 
 def _first(shards, most):
-    """The first shards with at least `most` images together; all of them for None."""
+    """The first shards with at least `most` images in total; all shards for None."""
     kept, total = [], 0
     for shard in shards:
         if most is not None and total >= most:
@@ -79,14 +80,14 @@ def _first(shards, most):
 
 
 def _cut(manifest, shards, target):
-    """A data set of some of another's shards, by links: nothing is copied, and encoding it leaves the other alone."""
+    """Make a data set of links to some of another's shards. Encoding it does not change the other data set."""
     target.mkdir(parents=True, exist_ok=True)
     for shard in shards:
         link = target / shard.name
         link.unlink(missing_ok=True)
         try:
             os.link(manifest.shard_path(shard), link)
-        except OSError:  # another file system
+        except OSError:  # hard links do not work across file systems
             os.symlink(os.path.abspath(manifest.shard_path(shard)), link)
     manifest.shards, manifest.num_samples = shards, sum(shard.num_samples for shard in shards)
     manifest.save(target)

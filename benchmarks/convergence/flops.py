@@ -9,12 +9,12 @@ from maskalign.models.flops import step_flops
 
 
 def step_tflop(config, facts, manifest, phase):
-    """Forward and backward of one step over the whole batch; see `maskalign.models.flops` for what is counted.
+    """TFLOP of forward and backward of one step over the whole batch, counted as in `maskalign.models.flops`.
 
     Args:
-        config: of the recipe.
+        config: `Config` of the recipe.
         facts: `config.DataFacts`.
-        manifest: of the training data, for the teachers' widths.
+        manifest: `Manifest` of the training data, for the teachers' widths.
         phase: `clock.Phase`.
     """
     weight = as_schedule(config.method.align_weight)

@@ -1,7 +1,7 @@
 """The paper's two measurements (MaskAlign, arXiv 2606.08788) at the end of a run, on held-out images.
 
-They are those of `maskalign analyze`, over the arrays that all runs of the benchmark share: the same images, times,
-noise and subsets for every recipe.
+They are measured as in `maskalign analyze`, on arrays that all runs of the benchmark share, so that every recipe has
+the same images, times, noise and subsets.
 """
 
 import numpy as np
@@ -31,15 +31,15 @@ def paper_measures(model, heldout, images, path="linear"):
     Args:
         model: a `SiT` in eval mode.
         heldout: `quality.Heldout`.
-        images: use the first so many of its images.
+        images: number of images to use, the first ones.
         path: the interpolant's path.
 
     Returns:
         dict: `gap`, G_r at mask ratio 0.25, and `gap_error`, its standard error over images; `gap_matched` and
         `gap_matched_error`, an estimate of the same with less spread; `full_align_loss`, the alignment loss on all
-        tokens; `heat_ratio`, the largest over the smallest share of images in which a position is
-        among the top 10 % of alignment gradients, and `heat_ratio_chance`, up to where chance alone takes it. Empty for
-        a model without a projector.
+        tokens; `heat_ratio`, the ratio of the largest to the smallest share of images in which a position is among the
+        top 10 % of alignment gradients; and `heat_ratio_chance`, the upper limit of this ratio by chance. Empty for a
+        model without a projector.
     """
     if not can_mask(model):
         return {}
@@ -58,7 +58,8 @@ def paper_measures(model, heldout, images, path="linear"):
                 own.append(torch.stack(gaps_by_image(whole, masked, subset, class_token is not None)))
             full.append(whole.mean(dim=1).numpy())
             gaps.append(torch.stack(own).mean(dim=0).numpy())
-    # The batches of a time follow each other: (times, images), and for the gaps plain and matched first.
+    # The batches are ordered by time, so the results are (times, images); for the gaps the first axis is plain,
+    # matched.
     full = np.concatenate(full).reshape(len(TIMES), -1)
     plain, matched = np.concatenate(gaps, axis=1).reshape(2, len(TIMES), -1).mean(axis=1)
     top = top_tokens(np.concatenate(norms).reshape(len(TIMES), -1, tokens))
@@ -75,7 +76,7 @@ def paper_measures(model, heldout, images, path="linear"):
 
 
 def _batches(model, heldout, images, path):
-    """(numbers of the images, x_t, t, labels, teachers, noised class token or None), time by time."""
+    """Yield (numbers of the images, x_t, t, labels, teachers, noised class token or None), ordered by time."""
     arrays, interpolant = heldout.arrays, Interpolant(path)
     clean = arrays["images"][:images].float() / 127.5 - 1
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(SEED))

@@ -1,8 +1,9 @@
-"""What `benchmarks.convergence` measures of a checkpoint, on the moving average of its weights and held-out images.
+"""Measurements of `benchmarks.convergence` on a checkpoint: averaged weights, held-out images.
 
-Every number is a function of the checkpoint and of fixed seeds: all recipes see the same images, times, noise, labels.
-A model with a class token is given that of the held-out picture, noised as in training: its losses and cosines have
-seen a part of the answer, bear names of their own (`GIVEN_CLASS`) and are compared among such models only.
+Every number depends only on the checkpoint and fixed seeds, and all recipes have the same images, times, noise and
+labels. A model with a class token gets the class token of the held-out image, noised as in training, which contains
+information about the image. Its losses and cosines therefore have different names (`GIVEN_CLASS`) and are compared only
+with those of other such models.
 """
 
 from functools import cached_property
@@ -22,18 +23,19 @@ from maskalign.sampling.settings import Sampling
 from maskalign.teachers import load_teacher_like
 
 NOISE_SEED, CLASS_NOISE_SEED, SAMPLE_SEED = 20_260_608, 20_260_609, 7
-GIVEN_CLASS = "_given_class"  # the ending of what a model with a class token is measured by
-CLASSIFIER = "_cnn"  # the ending of distances in the classifier's features
+GIVEN_CLASS = "_given_class"  # suffix of the measurements of models with a class token
+CLASSIFIER = "_cnn"  # suffix of distances in the classifier's features
 
 
 class Heldout:
-    """Held-out images, their labels and the teacher's features, computed once and kept in a file.
+    """Held-out images, their labels and the teacher's features, which are computed once and stored in a file.
 
     Args:
-        train, test: folders of the two parts; the training part's manifest says how the teacher was normalized.
-        teacher: its name.
-        images: held-out images for the losses and the cosine; reference: images for the distances.
-        classifier: file of the network in whose features the distances are; None for the teacher.
+        train, test: folders of the two parts; the teacher's normalization is in the training part's manifest.
+        teacher: name of the teacher.
+        images: number of held-out images for the losses and the cosine.
+        reference: number of images for the distances.
+        classifier: file of the classifier for the distances; None to use the teacher.
     """
 
     def __init__(self, train, test, teacher, images, reference, classifier=None):
@@ -45,7 +47,7 @@ class Heldout:
 
     @cached_property
     def teacher(self):
-        """The live teacher, whose tokens and class tokens are those that the training part caches."""
+        """The teacher network, with the same normalization of tokens and class tokens as the cached training part."""
         entry = self.manifest.teachers[self.name]
         return load_teacher_like(self.name, entry, image_size=self.manifest.resolution)
 
@@ -63,15 +65,16 @@ class Heldout:
             return {name: torch.from_numpy(file[name]) for name in file.files}
 
     def pooled(self, images):
-        """Features of images (B, 3, H, W) uint8 for the distances: (B, D), the classifier's, or the mean over the
-        teacher's tokens."""
+        """Features (B, D) of images (B, 3, H, W) uint8 for the distances: the classifier's features, or the mean over
+        the teacher's tokens.
+        """
         if self.classifier:
             with torch.no_grad():
                 return torch.cat([self.network.features(part) for part in images.split(250)])
         return torch.cat([self.teacher(part).mean(dim=1) for part in images.split(32)])
 
     def class_tokens(self, dim):
-        """What a model with a class token of `dim` numbers is given of the n images: (n, dim) float32."""
+        """Class tokens of the n images for a model with a class token of width `dim`: (n, dim) float32."""
         values, entry = self.arrays["class_tokens"].float(), self.manifest.teachers[self.name]["class_token"]
         if dim == entry["dim"]:
             return values
@@ -102,8 +105,8 @@ def heldout_losses(model, heldout, times, path="linear", batch=64):
         path: the interpolant's path.
 
     Returns:
-        dict (metric, time) -> value: `velocity_loss` (mean squared error over all elements) and, where the model has a
-        projector, `cosine` (mean over the patches); with the ending `GIVEN_CLASS` for a model with a class token.
+        dict (metric, time) -> value: `velocity_loss` (mean squared error over all elements) and, if the model has a
+        projector, `cosine` (mean over the patches); with the suffix `GIVEN_CLASS` for a model with a class token.
     """
     arrays = heldout.arrays
     images = arrays["images"].float() / 127.5 - 1
@@ -133,11 +136,11 @@ def heldout_losses(model, heldout, times, path="linear", batch=64):
 
 
 def given(model, class_token):
-    """A model with a class token as one without: it is called as `(x, t, labels)`, and gives the patches alone."""
+    """Wrap a model with a class token, so that it is called as `(x, t, labels)` and returns only the patches."""
 
     def call(x, t, labels):
         out = model(x, t, labels, class_token=class_token)
-        # The class token is the first row, where the projector gives one more than there are patches.
+        # If the projector returns one row more than there are patches, the first row is the class token.
         aligned = [rows[:, rows.shape[1] - model.num_tokens :] for rows in out.aligned]
         return SimpleNamespace(velocity=out.velocity, aligned=aligned)
 
@@ -148,10 +151,10 @@ def given(model, class_token):
 def sample_distances(model, heldout, samples, steps, path="linear", precision="fp32"):
     """Frechet and kernel distance between samples and held-out images, in the features of `heldout`.
 
-    Samples are drawn without guidance by Euler's method, with the held-out images' labels in turn, in `precision`.
+    Samples are drawn without guidance with Euler's method, with the held-out images' labels in turn, in `precision`.
 
     Returns:
-        dict: `frechet`, `kernel`; with the ending `CLASSIFIER` in the classifier's features.
+        dict: `frechet`, `kernel`; with the suffix `CLASSIFIER` for the classifier's features.
     """
     arrays = heldout.arrays
     labels = arrays["labels"][torch.arange(samples) % len(arrays["labels"])]
@@ -161,12 +164,12 @@ def sample_distances(model, heldout, samples, steps, path="linear", precision="f
 
 
 def real_distances(heldout, train, count):
-    """What the distances are for `count` training images in place of samples: the least that can be reached."""
+    """The distances of `count` training images instead of samples: the lowest values that can be expected."""
     return distances(heldout, load_images(train, count)[0])
 
 
 def distances(heldout, pictures):
-    """Of pictures (n, 3, H, W) uint8, see `sample_distances`."""
+    """The distances of images (n, 3, H, W) uint8, see `sample_distances`."""
     features, real = heldout.pooled(pictures).double().numpy(), heldout.arrays["pooled"].double().numpy()
     ending = CLASSIFIER if heldout.classifier else ""
     return {f"frechet{ending}": frechet_distance(features, real), f"kernel{ending}": kernel_distance(features, real)}

@@ -1,18 +1,19 @@
-"""Learning rates by recipe: the search for them, and the file from which later suites take what it chose."""
+"""Learning rates by recipe: the search, and the file of chosen rates that later suites read."""
 
 import csv
 
 from maskalign.errors import UsageError
 
 COLUMNS = ("recipe", "lr", "frechet_cnn", "kernel_cnn", "chosen")
-MEASURE = "frechet_cnn"  # what decides: the lowest distance of samples at the end of a run
+MEASURE = "frechet_cnn"  # the rate with the lowest distance of samples at the end of a run is chosen
 
 
 def searched(recipes, rates):
     """dict name@rate -> settings: every recipe with every rate.
 
     Args:
-        recipes: dict name -> settings. rates: numbers, as text.
+        recipes: dict name -> settings.
+        rates: numbers, as text.
     """
     return {
         f"{name}@{rate}": {**settings, "optimizer.lr": rate} for name, settings in recipes.items() for rate in rates
@@ -20,9 +21,9 @@ def searched(recipes, rates):
 
 
 def choice(rows):
-    """Rows of the file from the CSV rows of a search: one per recipe and rate, the best of a recipe marked.
+    """Rows of the file from the CSV rows of a search: one per recipe and rate, where the best of a recipe is marked.
 
-    Only what is measured at the end of a run counts; recipes of which not all runs are finished are left out.
+    Only measurements at the end of a run are used. Recipes with unfinished runs are not included.
     """
     ends, found = {}, []
     for row in rows:
@@ -39,7 +40,7 @@ def choice(rows):
 
 
 def write_rates(found, path):
-    """The file of `read_rates`."""
+    """Write the file that `read_rates` reads."""
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -48,7 +49,7 @@ def write_rates(found, path):
 
 
 def read_rates(path):
-    """dict recipe -> the rate that a search chose, as text."""
+    """dict recipe -> the chosen rate, as text."""
     if not path.is_file():
         return {}
     with open(path, newline="") as file:
@@ -56,13 +57,13 @@ def read_rates(path):
 
 
 def with_rates(recipes, how, path, given):
-    """Recipes with the learning rates that a suite asks for.
+    """The recipes with the learning rates of a suite.
 
     Args:
         recipes: dict name -> settings.
-        how: `chosen`, or the name of the recipe whose rate all take.
+        how: `chosen` for each recipe's own rate, or the name of a recipe whose rate is used for all.
         path: the file of a search.
-        given: dict recipe -> rate, which comes before what the file says.
+        given: dict recipe -> rate, which overrides the file.
 
     Raises:
         UsageError: a rate is neither given nor in the file.

@@ -1,10 +1,11 @@
-"""The recipes that `benchmarks.convergence` compares: settings on top of configs/convergence.yaml, and nothing else.
+"""The recipes that `benchmarks.convergence` compares. A recipe is only settings on top of configs/convergence.yaml.
 
-A suite is a list of recipes with seeds and shares of the budget. A share below 1 is a run of its own whose schedules
-end there: a recipe with a full-token end phase is judged at 0.6 of the budget by a run that was planned for 0.6.
+A suite is a list of recipes with seeds and shares of the budget. A share below 1 is a separate run whose schedules end
+at this share. For example, a recipe with a full-token end phase is measured at 0.6 of the budget with a run that was
+planned for 0.6.
 
-`rates`, `paper` and `ablations` measure what the paper of MaskAlign reports (arXiv 2606.08788); the other suites are
-the stages of the search for `maskalign-fast`, before that paper could be read.
+`rates`, `paper` and `ablations` measure the results that the paper of MaskAlign reports (arXiv 2606.08788). The other
+suites are the stages of the search for `maskalign-fast`, from the time before that paper was available.
 """
 
 import shlex
@@ -26,9 +27,11 @@ def _masked(keep=0.5, begin=0.7, stop=0.5, mixer="token_mlp", **more):
     """Settings of `maskalign-fast` and its variants.
 
     Args:
-        keep: the keep ratio until `begin`, a share of training; all tokens after it. None: to the end.
-        stop: share of training at which the alignment ends. None: it does not, or there is none.
-        mixer: `model.mixer`, one layer of it; more: further settings.
+        keep: the keep ratio before `begin`.
+        begin: share of training after which all tokens are kept; None to use `keep` until the end.
+        stop: share of training at which the alignment ends; None if it does not end, or if there is no alignment.
+        mixer: `model.mixer`, with one layer.
+        more: further settings.
     """
     settings = {"method.keep_ratio": keep if begin is None else _step(keep, 1.0, begin), "model.mixer": mixer}
     settings |= {"model.mixer_layers": 1} if mixer == "attention" else {}
@@ -46,7 +49,7 @@ def _rising(begin, until, **more):
 
 
 def _paper(keep=0.75, layers=2):
-    """MaskAlign as in its paper, but for the class token: a constant keep ratio and mixing layers, and nothing else."""
+    """MaskAlign as in its paper without the class token: only a constant keep ratio and mixing layers."""
     mixer = {"model.mixer": "attention", "model.mixer_layers": layers} if layers else {"model.mixer": "none"}
     return {**mixer, "method.keep_ratio": keep}
 
@@ -54,15 +57,15 @@ def _paper(keep=0.75, layers=2):
 _constant = partial(_masked, begin=0.9, stop=None)
 _rival = partial(_masked, 0.25, begin=0.9, stop=None)
 NO_TEACHER = {"method.align_weight": 0}
-# The teacher's class token has 320 numbers and the model is 128 wide: its head, a linear, could reach 128 of them at
-# most. Their 64 leading principal components, scaled to unit variance, are a token that the model can predict.
+# The teacher's class token has width 320 and the model has width 128, so the model's linear head can predict at most
+# 128 dimensions of it. The 64 leading principal components, scaled to unit variance, are a token that it can predict.
 CLASS = {"model.class_token": "true", "model.class_token_dim": 64}
 BYPASS = {"method.route": "[2, 6]", "method.restore": "bypass"}
 FUSE = {"method.route": "[2, 6]", "method.restore": "fuse"}
-# All blocks but the first and the last: nearly the saving of route `all`, and the loss is on all tokens.
+# All blocks except the first and the last. This saves nearly as much as route `all`, and the loss is on all tokens.
 WIDE = {"method.route": "[1, 7]", "method.restore": "bypass"}
-# The papers' recipes, and ours under names of their own. Of the paper's ablations, `maskalign-mask0` is without
-# masking, `maskalign-layers0` without mixing, and without either it is `reg`.
+# The papers' recipes, and our own recipes under other names. In the paper's ablations, `maskalign-mask0` has no masking
+# and `maskalign-layers0` has no mixing; a recipe with neither is `reg`.
 PAPERS = {
     "repa": {},
     "reg": CLASS,
@@ -80,9 +83,9 @@ ABLATIONS = {
     "maskalign-layers1": {**CLASS, **_paper(layers=1)},
     "maskalign-layers3": {**CLASS, **_paper(layers=3)},
 }
-# Rivals as their papers have them, scaled from 12 blocks to 8. The early variants of `maskalign-fast` change of
-# `maskalign-step` what their names say: half of the tokens until 0.7 of training, then all. `constant` is the one
-# before the screening: aligned to the end, and all tokens in the last tenth only.
+# Competing methods as in their papers, scaled from 12 blocks to 8. The early variants of `maskalign-fast` are
+# `maskalign-step` (half of the tokens until 0.7 of training, then all) with the changes in their names. `constant` is
+# the recipe before the screening: it is aligned until the end, and keeps all tokens only in the last tenth.
 RECIPES = {
     **PAPERS,
     **ABLATIONS,
@@ -136,16 +139,17 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Suite:
-    """What one command runs.
+    """The runs of one command.
 
     Attributes:
-        recipes, seeds: of the runs.
-        shares: shares of the budget by recipe; 1 where none are named.
-        features: what the distances of samples are measured in: `teacher`, or `classifier`, a network of the
-            benchmark's own, where models have the teacher's class token in their input.
-        rates: where learning rates come from: None, the base and --set; `search`, every recipe with each of --rates;
-            `chosen`, for each recipe the one that the suite `rates` chose for it; or a recipe's name, its chosen one.
-        equal_steps: measure every run also after as many steps as the slowest recipe makes in all.
+        recipes, seeds: recipes and seeds of the runs.
+        shares: dict from recipe to its shares of the budget; 1 for recipes that are not in it.
+        features: the features for the distances of samples: `teacher`, or `classifier` (see classifier.py) if models
+            have the teacher's class token in their input.
+        rates: the source of the learning rates: None for the base settings and --set; `search` to run every recipe with
+            each of --rates; `chosen` for the rate that the suite `rates` chose for each recipe; or the name of a
+            recipe whose chosen rate is used for all.
+        equal_steps: measure every run also after as many steps as the slowest recipe makes in total.
     """
 
     recipes: tuple
@@ -156,13 +160,13 @@ class Suite:
     equal_steps: bool = False
 
 
-# What is mixed, dropped, returned and tapped, with the schedules as they are.
+# Variants of the mixer, the subset, the route and the tapped block, with unchanged schedules.
 STRUCTURE = (
     "no-mixer", "conv-mixer", "mixer8", "mixer128", "attention-mixer", "attention-keep0.25", "attention", "grid",
     "block", "bypass", "wide", "fuse", "depth2", "depth5",
 )  # fmt: skip
 RISING = ("rising0-0.7", "rising0.2-0.65", "rising0.2-0.8", "rising0.2-1", "rising0.5-1")
-BOTH = ("maskalign-fast", "maskalign-attention")  # the two that configs/imagenet256 had
+BOTH = ("maskalign-fast", "maskalign-attention")  # the two recipes that were in configs/imagenet256
 EARLY = tuple(name for name in RECIPES if name not in {**PAPERS, **ABLATIONS} or name == "maskalign-fast")
 VARIANTS = tuple(name for name in EARLY if name.startswith(("maskalign", "constant")))
 MASK_RATIOS = ("maskalign-mask0", "maskalign", "maskalign-mask0.5", "maskalign-mask0.75")
@@ -174,12 +178,12 @@ SUITES = {
         tuple(dict.fromkeys(("reg", *MASK_RATIOS, *LAYERS))), (0,), features="classifier", rates="maskalign",
         equal_steps=True,
     ),
-    # Stages of one search: what was known by one decided what the next one looked at.
+    # Stages of one search: the results of each stage decided which recipes the next stage compared.
     "screening": Suite(("repa", "repa-early-stop", "sit", *VARIANTS), (0,), {}),
     "structure": Suite(("repa", "maskalign-step", *(f"maskalign-{name}" for name in STRUCTURE)), (0,), {}),
     "rivals": Suite(("repa", *(name for name in EARLY if name not in VARIANTS), "maskalign-step", *BOTH), (0,), {}),
     "short": Suite(("repa", "maskalign-step", *BOTH), (0, 1, 2), {}),
-    # With the rival that the first look found to be the strongest.
+    # With the competing method that was best in the first stage.
     "contenders": Suite(
         ("repa", "maskalign-step", "maskalign-attention", "deferred-masking"), (0, 1, 2),
         dict.fromkeys(("maskalign-step", "maskalign-attention"), (1.0, 0.6)),
@@ -193,7 +197,7 @@ SUITES = {
 
 
 def own_recipe(text):
-    """A recipe from the command line: `NAME: --section.key value ...`, on top of a recipe with `NAME=OTHER: ...`.
+    """Parse a recipe from the command line: `NAME: --section.key value ...`, or `NAME=OTHER: ...` on top of a recipe.
 
     Returns:
         (name, settings).
@@ -211,12 +215,12 @@ def own_recipe(text):
 
 
 def arguments(settings):
-    """Settings as the command line of `maskalign train`."""
+    """The settings as command-line arguments of `maskalign train`."""
     return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
 
 
 def recipe_config(settings, base=BASE, **more):
-    """The checked `Config` of a recipe: the base, then `settings`, then `more` (dots as double underscores)."""
+    """The validated `Config` of a recipe: the base, then `settings`, then `more` (with `__` for the dots in names)."""
     from maskalign.config import parse_config
 
     more = {key.replace("__", "."): value for key, value in more.items()}

@@ -1,11 +1,12 @@
-"""One run of `benchmarks.convergence`, in a process of its own: train with the real trainer, then measure checkpoints.
+"""One run of `benchmarks.convergence`, as a process: train with the normal trainer, then measure the checkpoints.
 
-    RUN/job.json            what the run is: settings, steps, points, how it is measured
-    RUN/quality-STEP.json   what was measured at a point; the run is finished when all of them are there
-    RUN/config.yaml, metrics.csv, checkpoints/ ...   those of any run of `maskalign train`
+    RUN/job.json            definition of the run: settings, steps, points, measurements
+    RUN/quality-STEP.json   the measurements at a point; the run is finished when all these files exist
+    RUN/config.yaml, metrics.csv, checkpoints/ ...   as in any run of `maskalign train`
 
-Stopped or killed at any moment, it goes on: the trainer from its newest checkpoint, the measurements point by point.
-Checkpoints are removed once they are measured, but for the last one, unless the job says to keep them.
+The process can be stopped or killed at any moment. When it is started again, the trainer resumes from its newest
+checkpoint, and measurements that exist are not repeated. All checkpoints except the last are removed after they are
+measured, unless the job keeps them.
 """
 
 import json
@@ -24,29 +25,29 @@ def quality_path(run_dir, step):
 
 
 def is_finished(run_dir):
-    """True where every point of the run has been measured."""
+    """True if every point of the run has been measured."""
     job = read_job(run_dir)
     return job is not None and all(quality_path(run_dir, step).is_file() for step in job["points"])
 
 
 def read_job(run_dir):
-    """What the run is, or None where nothing has been started."""
+    """The definition of the run, or None if it has not been started."""
     path = Path(run_dir, JOB)
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def settings_of(job):
-    """What makes a run the same: all of its job, flag by flag, but where the checkout and the folder lie."""
+    """The settings that define a run: its whole job, flag by flag, without the paths of the checkout and the folder."""
     flags, values = job["arguments"][::2], job["arguments"][1::2]
     own = {flag: value for flag, value in zip(flags, values, strict=True) if flag not in ("--config", "--run_dir")}
     return {**{key: value for key, value in job.items() if key != "arguments"}, **own}
 
 
 def write_job(run_dir, job):
-    """Set up a run folder, or check that the one there is the same run.
+    """Set up a run folder, or check that an existing folder has the same run.
 
     Raises:
-        UsageError: it holds a run with other settings.
+        UsageError: the folder has a run with other settings.
     """
     job, old = json.loads(json.dumps(job)), read_job(run_dir)
     before, now = settings_of(old or job), settings_of(job)
@@ -61,7 +62,7 @@ def write_job(run_dir, job):
 
 
 def work(run_dir):
-    """Do what is left of a run; returns whether it is finished (False: a signal asked it to stop)."""
+    """Complete the remaining work of a run; returns True if it is finished, and False if a signal stopped it."""
     import torch
 
     from maskalign.checkpoints.layout import complete_checkpoints
@@ -88,7 +89,7 @@ def work(run_dir):
 
 
 def measure(run_dir, step, job, config, heldout):
-    """Write the quality file of one point: averaged weights, and the velocity loss of the weights themselves."""
+    """Write the measurements of one point: with averaged weights, and the velocity loss of the weights themselves."""
     from benchmarks.convergence.quality import heldout_losses, sample_distances
     from maskalign.checkpoints import load_model
 
@@ -110,7 +111,7 @@ def measure(run_dir, step, job, config, heldout):
 
 
 def precision_of(config):
-    """Samples are drawn in the precision of training, as `maskalign train` draws its previews."""
+    """The precision of the samples, which is that of training, as for the previews of `maskalign train`."""
     import torch
 
     from maskalign.runtime.device import compute_dtype
