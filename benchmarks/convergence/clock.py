@@ -25,7 +25,7 @@ EMPTY = {"about": "", "clock": "", "threads": 0, "repa_key": "", "repa_seconds":
 
 
 class Phase(NamedTuple):
-    """keep: number of tokens on the route; aligned: True with an alignment loss; align: aligned tokens or None (all)."""
+    """keep: number of tokens on the route; aligned: True with an alignment loss; align: aligned tokens, or None."""
 
     keep: int
     aligned: bool
