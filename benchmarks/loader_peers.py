@@ -41,19 +41,19 @@ PROMISES = {
         "Grain": "with the experimental ElasticIterator, which also takes another batch size",
     },
     "same global batch on any number of ranks": {
-        "maskalign": "yes, the same samples at the same places",
+        "maskalign": "yes, the same samples at the same positions",
         "MosaicML Streaming": "yes, with num_canonical_nodes fixed",
-        "Grain": "the same samples with ElasticIterator, dealt out to the ranks in another order",
+        "Grain": "the same samples with ElasticIterator, assigned to the ranks in another order",
     },
     "damaged samples": {
-        "maskalign": "checksum per sample; skipped, counted, named, up to a limit",
-        "MosaicML Streaming": "optional hash per shard, checked at download; raises",
-        "Grain": "raises; a filter may drop samples, but not under ElasticIterator",
+        "maskalign": "checksum per sample; skipped, counted and reported, up to a limit",
+        "MosaicML Streaming": "optional hash per shard, checked at download; raises an error",
+        "Grain": "raises an error; a filter may drop samples, but not with ElasticIterator",
     },
-    "readable by other tools": {
-        "maskalign": "tar, webdataset",
-        "MosaicML Streaming": "MDS, its own",
-        "Grain": "ArrayRecord, its own",
+    "format": {
+        "maskalign": "tar, readable by webdataset and other tools",
+        "MosaicML Streaming": "MDS, its own format",
+        "Grain": "ArrayRecord, its own format",
     },
 }
 

@@ -240,7 +240,7 @@ def paper_section(path, note):
 
 
 def beside_paper_section(path, note):
-    """The paper's claims beside our results, and the paper's tables; `path` is the CSV of the suite `paper`."""
+    """The paper's claims and our results, and the paper's tables; `path` is the CSV of the suite `paper`."""
     rows, record = convergence_report.read_rows(path), json.loads(path.with_suffix(".json").read_text())
     others = path.with_name(path.name.replace("convergence-paper-", "convergence-ablations-"))
     ablations = convergence_report.read_rows(others) if others.is_file() else None

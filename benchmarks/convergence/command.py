@@ -62,7 +62,7 @@ def parse(argv):
     add = parser.add_argument
     add("--suite", default="final", help=f"of {', '.join(SUITES)}: recipes and seeds")
     add("--recipes", help="recipes instead of the suite's, separated by commas; include repa")
-    add("--recipe", action="append", default=[], metavar="'NAME: --key value ...'", help="a recipe of your own, too")
+    add("--recipe", action="append", default=[], metavar="'NAME: --key value ...'", help="a further recipe")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting for all, e.g. model.width=192")
     add("--rates", default="0.002,0.004,0.008", help="learning rates of the suite `rates`, separated by commas")
     add("--rate", action="append", default=[], metavar="NAME=RATE", help="a recipe's learning rate")

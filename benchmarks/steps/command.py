@@ -322,7 +322,7 @@ def parse(argv):
     options.recipes = [name.strip() for name in options.recipes.split(",")]
     unknown = [name for name in options.recipes if name not in RECIPES]
     if unknown:
-        parser.error(f"there is no recipe {unknown[0]!r}; choose of {', '.join(RECIPES)}")
+        parser.error(f"there is no recipe {unknown[0]!r}; choose from {', '.join(RECIPES)}")
     try:
         options.keep_ratios = [float(ratio) for ratio in options.keep_ratios.split(",")]
     except ValueError:

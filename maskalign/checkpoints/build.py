@@ -1,4 +1,4 @@
-"""From settings and a `ModelSpec` to a model; the two rebuild it from a checkpoint without the data."""
+"""Build a model from settings and a `ModelSpec`. Both are in a checkpoint, so this needs no data."""
 
 from maskalign.config import model_sizes
 from maskalign.models.flash import flash_package
@@ -6,23 +6,23 @@ from maskalign.models.sit import SiT
 
 
 def build_model(config, spec):
-    """The student of a run.
+    """Build the student of a run.
 
     Args:
         config: `Config`.
         spec: `ModelSpec`.
 
     Returns:
-        SiT in float32 with fresh weights from torch's global generator.
+        SiT in float32 with initial weights from torch's global generator.
 
     Raises:
-        ValueError: the settings ask for a class token, and the spec does not say how many numbers it has.
+        ValueError: the settings have a class token, but the spec does not have its width.
     """
     sizes = model_sizes(config)
     model, method = config.model, config.method
     if model.class_token and spec.class_dim is None:
-        raise ValueError("model.class_token needs the spec's class_dim: another model would be built in silence")
-    # A trained model loads anywhere, with the same numbers; training itself has asked for the package (preflight.py).
+        raise ValueError("model.class_token needs the spec's class_dim; without it another model would be built")
+    # A trained model also loads without the package flash_attn; training requires it (preflight.py).
     attention = "auto" if model.attention == "flash_attn" and flash_package() is None else model.attention
     return SiT(
         input_size=spec.input_size,

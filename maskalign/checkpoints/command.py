@@ -16,7 +16,7 @@ from maskalign.checkpoints.weight_files import (
 from maskalign.errors import UsageError
 
 LAYOUTS = ("repa", "reg", "safetensors")
-# With .pt the layout follows from the model: REG's with a class token, else REPA's.
+# For .pt the layout depends on the model: REG's layout with a class token, otherwise REPA's.
 ENDINGS = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 
 
@@ -24,21 +24,22 @@ def convert(src, dst, to=None, weights="ema", heads=None, input_size=None):
     """Convert a checkpoint.
 
     Args:
-        src: a run or checkpoint of ours, a .pt in the layout of REPA, REG or SiT, a .safetensors file, or a name as
-            `sources.locate` knows it.
+        src: a run or checkpoint of maskalign, a .pt in the layout of REPA, REG or SiT, a .safetensors file, or a name
+            that `sources.locate` knows.
         dst: the file to write.
-        to: `repa`, `reg` or `safetensors`. None: by the ending of dst, and for .pt REG's layout where the model has a
-            class token, else REPA's.
-        weights: `ema` or `model`, the set that safetensors holds; the layouts of REPA and REG hold both.
-        heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
-        input_size: side of the latents (or pixels) that the model is for from now on, e.g. 64 for weights of 256 px
-            that continue at 512 px: positions are resampled to its grid.
+        to: `repa`, `reg` or `safetensors`. With None the ending of dst decides; for .pt the layout is REG's if the
+            model has a class token, otherwise REPA's.
+        weights: `ema` or `model`, the set of weights to write to safetensors; the layouts of REPA and REG have both.
+        heads: number of attention heads, for a file that does not contain it and whose sizes are no preset's.
+        input_size: new side of the latents (or pixels), e.g. 64 for weights of 256 px that continue at 512 px. The
+            position embedding is resampled to the new grid.
 
     Returns:
-        A line that says what was written.
+        A line of text about the written file.
 
     Raises:
-        UsageError: src cannot be read, or the layout cannot hold it. RunError: dst cannot be written.
+        UsageError: src cannot be read, or the layout cannot hold the model.
+        RunError: dst cannot be written.
     """
     src, dst = Path(src), Path(dst)
     to = to or ENDINGS.get(dst.suffix)
@@ -71,10 +72,11 @@ def convert(src, dst, to=None, weights="ema", heads=None, input_size=None):
 
 
 def resize(model, input_size):
-    """A model for another input size, with its positions resampled to the new grid.
+    """The model for another input size, with its position embedding resampled to the new grid.
 
     Raises:
-        UsageError: a mixer of token_mlp, positions that are not the fixed ones, or a size that the patches do not fill.
+        UsageError: the mixer is token_mlp, the position embedding is not the fixed one, or the size is not a multiple
+            of the patch size.
     """
     again, _ = read_model(to_repa(model), input_size=input_size)
     return again.train(model.training)
@@ -87,7 +89,7 @@ def _resized_info(info, input_size):
 
 
 def _read(src, wanted, heads):
-    """({kind: model} for the wanted of `model` and `ema`, ModelInfo, the file's dict or None for a run)."""
+    """({kind: model} for the `wanted` kinds, ModelInfo, the file's dict or None for a run)."""
     located = locate(src)
     if located.path.is_dir():
         loaded = {kind: load(src, ema=kind == "ema", heads=heads) for kind in wanted}
@@ -96,9 +98,9 @@ def _read(src, wanted, heads):
 
 
 def _optimizer(checkpoint, models, names):
-    """The optimizer's state of a file, where it is of the very parameters that are written; else None.
+    """The optimizer's state in a file if it belongs to exactly the parameters that are written, else None.
 
-    It is of no use to other ones, such as those of a SiT checkpoint whose time was reversed.
+    It cannot be used with other parameters.
     """
     if checkpoint is None:
         return None

@@ -1,8 +1,8 @@
-"""Weights in the layouts of REPA and REG and back, and from official SiT checkpoints.
+"""Convert weights from and to the layouts of REPA and REG, and from official SiT checkpoints.
 
-REPA's parameter names are ours. REG (arXiv 2507.01467) has other names for what embeds and predicts the class token,
-and a row of zeros for it in front of its position embedding. Sizes are read off the shapes, and time is reversed where
-a checkpoint runs it the other way.
+Our parameter names are those of REPA. REG (arXiv 2507.01467) has other names for the modules that embed and predict the
+class token, and its position embedding begins with a row of zeros for the class token. The model's sizes are derived
+from the shapes of the weights. Time is reversed for checkpoints with the opposite direction of time.
 """
 
 import functools
@@ -24,22 +24,23 @@ log = logging.getLogger(__name__)
 
 # Modules that neither REPA's nor REG's SiT has.
 OWN_MODULES = ("mixer.", "fuse.")
-# Our prefixes of what a class token adds, and REG's.
+# Our prefixes of the modules of a class token, and REG's.
 REG_NAMES = {
     "class_embedder.proj.": "cls_projectors2.",
     "class_embedder.norm.": "wg_norm.",
     "final_layer.class_linear.": "final_layer.linear_cls.",
 }
 CLASS_PARTS = ("class_embedder.", "final_layer.class_linear.")
-# What compilation, DDP, FSDP and recomputation put into parameter names.
+# Prefixes that compilation, DDP, FSDP and recomputation add to parameter names.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 METADATA_KEY = "maskalign"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NOTED = ("heads", "align_depth", "route", "restore", "attention", "position_grid")  # settings that shapes do not tell
+# Settings that cannot be derived from the shapes.
+NOTED = ("heads", "align_depth", "route", "restore", "attention", "position_grid")
 
 
 class HeadsUnknown(UsageError):
-    """Weights of sizes that no preset has, without a word on the number of their attention heads."""
+    """The number of attention heads is not known: the file does not contain it, and the sizes are no preset's."""
 
 
 def from_repa(
@@ -54,36 +55,37 @@ def from_repa(
     layout: str = "auto",
     **settings: Any,
 ) -> SiT:
-    """A model with the weights of a REPA, REG or SiT checkpoint or of an export of ours, sizes read off the shapes.
+    """Build a model with the weights of a REPA, REG or SiT checkpoint, or of an export of maskalign.
 
-    What shapes do not tell comes from, in this order: the arguments, what `to_repa` or `to_reg` noted, the checkpoint's
-    `args` (model, encoder_depth), the preset of these sizes. `args` also tells a SiT's path and the direction of its
-    time, and which checkpoints cannot be read at all: a DiT's, and those that predict noise or a score.
+    The sizes are derived from the shapes of the weights. Other settings are taken from, in this order: the arguments,
+    the settings that `to_repa` or `to_reg` saved, the checkpoint's `args` (model, encoder_depth), the preset of these
+    sizes. `args` also contains the path and the direction of time of a SiT. It is also used to reject checkpoints of
+    other models: DiT, and models that predict noise or a score.
 
     Args:
-        state_dict: a state dict, or the whole dict of a checkpoint (`model`, `ema`, `args`...). Prefixes that
-            torch.compile, DDP and FSDP put into names are dropped.
-        heads: attention heads; needed for sizes that no preset has where nothing else tells them. `num_heads` is
-            another name of it.
-        align_depth: the block that is aligned, counted from 1; by default after a third of the blocks.
-        mixer: kind of a mixer to add where the weights have none; a fresh one is the identity.
-        mixer_layers: layers of the mixer `attention`, by default 2 fresh ones, or as many as the weights have; further
-            ones are fresh.
-        class_dim: width of a class token to add where the weights have none. Its parts are fresh, and unlike a mixer's
-            they change what the model predicts: one more token is attended to.
-        weights: `ema` or `model`, which weights of a whole checkpoint to take.
-        layout: `repa` (also REG's); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` asks `args`, and
-            without them takes a checkpoint that predicts twice its input channels (learn_sigma) for one of SiT's.
-        settings: other arguments of `SiT`, e.g. route, restore, attention, and teacher_dims for weights that have no
+        state_dict: a state dict, or the whole dict of a checkpoint (`model`, `ema`, `args`...). Prefixes from
+            torch.compile, DDP and FSDP are removed from the names.
+        heads: number of attention heads; required if it is not known from the checkpoint or a preset. `num_heads` is
+            another name of this argument.
+        align_depth: the block that is aligned, counted from 1; by default the one after a third of the blocks.
+        mixer: kind of a mixer to add if the weights have none; a new mixer is the identity.
+        mixer_layers: number of layers of the mixer `attention`; by default as many as the weights have, or 2 for a new
+            mixer. Additional layers are new.
+        class_dim: width of a class token to add if the weights have none. Its parts have initial values. Unlike a new
+            mixer it changes the predictions of the model, because there is one more token in the attention.
+        weights: `ema` or `model`, the set of weights of a whole checkpoint to use.
+        layout: `repa` (also for REG); `sit` for official SiT checkpoints, in which t = 1 is data; `auto` to decide by
+            `args`. Without `args`, a checkpoint that predicts twice its input channels (learn_sigma) counts as SiT's.
+        settings: other arguments of `SiT`, e.g. route, restore, attention, and teacher_dims for weights without
             projectors. With another input_size the position embedding is resampled to its grid.
 
     Returns:
-        SiT in the weights' dtype (the widest of them), in training mode as torch makes it. A warning is logged where
-        nothing says how the weights were trained.
+        SiT in the widest dtype of the weights, in training mode. A warning is logged if the checkpoint does not say how
+        the weights were trained.
 
     Raises:
-        HeadsUnknown: `heads` is needed.
-        UsageError: not the weights of a SiT that predicts velocities, or settings that do not fit them.
+        HeadsUnknown: `heads` is required.
+        UsageError: these are not weights of a SiT that predicts velocities, or the settings do not fit them.
     """
     if layout not in ("auto", "repa", "sit"):
         raise ValueError(f"layout must be auto, repa or sit, got {layout!r}")
@@ -100,7 +102,7 @@ def read_model(
     checkpoint, *, heads=None, align_depth=None, mixer=None, mixer_layers=None, class_dim=None, weights="ema",
     layout="auto", **settings,
 ):  # fmt: skip
-    """`from_repa` without its warning: (model, the warning or None)."""
+    """As `from_repa`, but returns (model, warning or None) and does not log the warning."""
     origin = read_origin(checkpoint)
     state_dict = pick_weights(checkpoint, weights)
     noted = (getattr(state_dict, "_metadata", None) or {}).get(METADATA_KEY)
@@ -116,7 +118,7 @@ def read_model(
         state_dict = _turn_time(state_dict, sizes)
 
     told = {"heads": sizes["heads"] or origin.heads, "align_depth": encoder_depth or origin.align_depth}
-    told |= {name: noted[name] for name in NOTED if name in noted}  # a file from elsewhere may hold anything
+    told |= {name: noted[name] for name in NOTED if name in noted}  # not checked yet: other programs may write anything
     told |= {name: value for name, value in (("heads", heads), ("align_depth", align_depth)) if value is not None}
     sizes.update({name: value for name, value in told.items() if value is not None})
     if sizes["heads"] is None:
@@ -125,7 +127,7 @@ def read_model(
         if name == "position_grid" and sizes.get(name) is None:
             continue
         if not isinstance(sizes[name], int) or isinstance(sizes[name], bool) or sizes[name] < 1:
-            raise UsageError(f"{name} is {sizes[name]!r}, which is no number of at least 1")
+            raise UsageError(f"{name} is {sizes[name]!r}, which is not a whole number of at least 1")
     input_size = settings.pop("input_size", None)
     if input_size is not None and input_size != sizes["input_size"]:
         state_dict = _resize(state_dict, sizes, input_size)
@@ -133,7 +135,7 @@ def read_model(
     if settings.get("restore") == "fuse" and "fuse.linear.weight" not in state_dict:
         fresh.append("fuse.")
     if not sizes["teacher_dims"]:
-        fresh.append("projectors.")  # where `settings` names teachers
+        fresh.append("projectors.")  # if `settings` has teacher_dims
     try:
         model = SiT(**{**sizes, **settings})
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError, OverflowError) as error:
@@ -143,10 +145,10 @@ def read_model(
 
 
 def _resize(state_dict, sizes, input_size):
-    """Enter another input size into `sizes`; the weights with the position embedding of that size."""
+    """Set another input size in `sizes`, and return the weights with the position embedding of that size."""
     patch, old = sizes["patch_size"], sizes["input_size"] // sizes["patch_size"]
     if not isinstance(input_size, int) or input_size < 1 or input_size % patch:
-        raise UsageError(f"input_size {input_size} is no multiple of the patch size {patch}")
+        raise UsageError(f"input_size {input_size} is not a multiple of the patch size {patch}")
     if sizes["mixer"] == "token_mlp":
         raise UsageError(
             f"the mixer token_mlp has weights for {old**2} tokens, which fit no other input size; start a run from "
@@ -155,7 +157,7 @@ def _resize(state_dict, sizes, input_size):
     counted = sizes.get("position_grid") or old
     if not has_fixed_positions(state_dict["pos_embed"], (old, old), sizes.get("position_grid")):
         raise UsageError(
-            "the weights' position embedding is not the fixed sine-cosine one, and cannot be had for another input size"
+            "the weights' position embedding is not the fixed sine-cosine one, and cannot be resampled to another size"
         )
     grid = (input_size // patch,) * 2
     sizes.update(input_size=input_size, position_grid=counted if counted != grid[0] else None)
@@ -164,7 +166,7 @@ def _resize(state_dict, sizes, input_size):
 
 
 def has_fixed_positions(position, grid, counted=None):
-    """Whether a position embedding (1, N, D) is the fixed one of a grid, up to the rounding of its dtype."""
+    """True if a position embedding (1, N, D) is the fixed one of a grid, up to the rounding of its dtype."""
     if position.shape[-1] % 4 or position.shape[1] != grid[0] * grid[1]:
         return False
     own = sincos_position_embedding(position.shape[-1], grid, counted)
@@ -174,7 +176,7 @@ def has_fixed_positions(position, grid, counted=None):
 
 
 def _check_origin(origin, sizes, heads):
-    """Refuse weights that are not those that the checkpoint's `args` describe."""
+    """Raise a UsageError if the weights do not fit the checkpoint's `args`."""
     differ = [f"{name} {value}" for name, value in origin.sizes.items() if sizes[name] != value]
     if differ and heads is None:
         raise UsageError(
@@ -190,7 +192,7 @@ def _check_origin(origin, sizes, heads):
 
 
 def _guess_heads(sizes):
-    """Enter the number of heads of the preset of these sizes."""
+    """Set the number of heads to that of the preset of these sizes."""
     preset = [size for size in SIZES.values() if (size["depth"], size["width"]) == (sizes["depth"], sizes["width"])]
     if not preset:
         raise HeadsUnknown(
@@ -201,14 +203,15 @@ def _guess_heads(sizes):
 
 
 def from_reg(state_dict: Mapping[str, Any], **settings: Any) -> SiT:
-    """A model with the weights of a REG checkpoint, as `from_repa` reads them; without a class token they are refused.
+    """As `from_repa`, for a REG checkpoint; weights without a class token are an error.
 
     Args:
         state_dict: a state dict, or the whole dict of a checkpoint.
-        settings: those of `from_repa`. With `class_dim` the weights may also be REPA's or SiT's.
+        settings: as for `from_repa`. With `class_dim` the weights may also be REPA's or SiT's.
 
     Raises:
-        UsageError: weights without a class token, or what `from_repa` raises.
+        HeadsUnknown: `heads` is required.
+        UsageError: the weights have no class token, or see `from_repa`.
     """
     own, _ = _own_names(pick_weights(state_dict, settings.get("weights", "ema")))
     if "class_embedder.proj.weight" not in own and settings.get("class_dim") is None:
@@ -224,15 +227,17 @@ def to_repa(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
 
     Args:
         model: `SiT`.
-        strict: only what REPA's own SiT can load. Otherwise the mixer, the fusion and the class token's parts are kept
-            under their own names, and `from_repa(to_repa(m))` is m for every model.
+        strict: return only tensors that REPA's own SiT can load. Otherwise the mixer, the fusion and the class token's
+            parts are included under their own names, and `from_repa(to_repa(m))` is equal to m for every model.
 
     Returns:
-        OrderedDict of detached tensors that share memory with the model. Settings that shapes do not tell (heads,
-        alignment depth, route) go along as its `_metadata`, which torch.save keeps and load_state_dict ignores.
+        OrderedDict of detached tensors that share memory with the model. Settings that cannot be derived from the
+        shapes (heads, alignment depth, route) are in its `_metadata`, which torch.save keeps and load_state_dict
+        ignores.
 
     Raises:
-        UsageError: with strict, a mixer that does something, a class token, a fusion, or projectors not REPA's.
+        UsageError: with strict, the model has a mixer that is not the identity, a class token, a fusion, or other
+            projectors than REPA's.
     """
     source = model.state_dict()
     if strict:
@@ -247,15 +252,15 @@ def to_reg(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
 
     Args:
         model: `SiT` with a class token.
-        strict: only what REG's own SiT can load. Otherwise the mixer and the fusion are kept under their own names, and
-            `from_reg(to_reg(m))` is m for every model with a class token.
+        strict: return only tensors that REG's own SiT can load. Otherwise the mixer and the fusion are included under
+            their own names, and `from_reg(to_reg(m))` is equal to m for every model with a class token.
 
     Returns:
         OrderedDict as from `to_repa`; `pos_embed` is (1, 1 + N, D) with a first row of zeros.
 
     Raises:
-        UsageError: a model without a class token; with strict, a mixer that does something, a fusion, projectors that
-            are not REG's, or a class token of another width than the first teacher's rows.
+        UsageError: the model has no class token; or with strict, it has a mixer that is not the identity, a fusion,
+            other projectors than REG's, or a class token of another width than the first teacher's rows.
     """
     if model.class_dim is None:
         raise UsageError(
@@ -276,7 +281,7 @@ def to_reg(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
         renamed[name if prefix is None else REG_NAMES[prefix] + name.removeprefix(prefix)] = value
     position = renamed["pos_embed"]
     renamed["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
-    # REG's own order, by which the state of its optimizer counts.
+    # REG's own order, because the state of its optimizer refers to parameters by their number.
     last = ("projectors.", "final_layer.", "cls_projectors2.", "wg_norm.", *OWN_MODULES)
 
     def place(name):
@@ -286,7 +291,7 @@ def to_reg(model: SiT, *, strict: bool = False) -> Dict[str, torch.Tensor]:
 
 
 def _strict(model, source, layout):
-    """The part of a state dict that REPA's or REG's own code can load."""
+    """The part of a state dict that the code of REPA or REG can load."""
     if not is_identity(model.mixer):
         raise UsageError(
             f"{layout}'s layout has no place for a trained mixer; write safetensors instead (--to safetensors)"
@@ -299,7 +304,7 @@ def _strict(model, source, layout):
 
 
 def _noted(model, source):
-    """Detached weights, with the settings that shapes do not tell."""
+    """Detached weights, with the settings of `NOTED` as `_metadata`."""
     out = OrderedDict((name, value.detach()) for name, value in source.items())
     route = list(model.route) if model.route else "none"
     attention = model.blocks[0].attn.implementation
@@ -310,15 +315,15 @@ def _noted(model, source):
 
 
 def is_identity(mixer):
-    """Whether a mixer returns its input: its adaLN linear is zero, as at the start."""
+    """True if a mixer returns its input: its adaLN linear is zero, as at initialization."""
     return all(not parameter.any() for name, parameter in mixer.named_parameters() if "adaLN_modulation" in name)
 
 
 def pick_weights(checkpoint, weights="ema"):
-    """The state dict in a whole checkpoint (`weights` is `ema` or `model`), or a state dict as it is.
+    """The state dict in a whole checkpoint (`weights` is `ema` or `model`); a state dict is returned unchanged.
 
     Raises:
-        UsageError: where there is none.
+        UsageError: there is no state dict.
     """
     if not isinstance(checkpoint, dict) or not checkpoint:
         raise UsageError(f"no weights: expected a dict of tensors, got {type(checkpoint).__name__}")
@@ -336,10 +341,10 @@ def pick_weights(checkpoint, weights="ema"):
 
 
 def read_sizes(state_dict):
-    """The arguments of `SiT` that a state dict's names and shapes tell, `heads` None where they do not.
+    """The arguments of `SiT` derived from the names and shapes in a state dict; `heads` is None if not known.
 
     Raises:
-        UsageError: not the weights of a SiT.
+        UsageError: these are not weights of a SiT.
     """
     patch = _tensor(state_dict, "x_embedder.proj.weight", 4)
     positions = _tensor(state_dict, "pos_embed", 3)
@@ -362,7 +367,7 @@ def read_sizes(state_dict):
         depth=depth,
         width=width,
         heads=_heads_of_norm(state_dict, width),
-        # The model cuts width * mlp_ratio to a whole number, which must not fall one below.
+        # The model truncates width * mlp_ratio to a whole number, so the ratio must not be too small by rounding.
         mlp_ratio=hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width,
         qk_norm="blocks.0.attn.q_norm.weight" in state_dict,
         align_depth=min(depth, preset["align_depth"] if preset else max(1, round(depth / 3))),
@@ -373,7 +378,7 @@ def read_sizes(state_dict):
 
 
 def _heads_of_norm(state_dict, width):
-    """Number of heads by the width of a head, which qk_norm's weights have; None without them."""
+    """Number of heads, from the width of a head in qk_norm's weights; None without these."""
     norm = state_dict.get("blocks.0.attn.q_norm.weight")
     return width // norm.shape[0] if norm is not None and norm.dim() == 1 and norm.shape[0] else None
 
@@ -404,15 +409,15 @@ def _class_sizes(state_dict):
 
 
 def _fresh_mixer(sizes, mixer, layers):
-    """Enter a mixer that was asked for into `sizes`; prefixes of parameters that the weights may then lack."""
-    there = sizes["mixer"]
-    if mixer is not None and there not in ("none", mixer):
-        raise UsageError(f"the weights have a mixer {there!r}; it cannot be replaced by {mixer!r}")
-    sizes["mixer"] = mixer or there
+    """Set a requested mixer in `sizes`; returns the prefixes of parameters that the weights may lack."""
+    present = sizes["mixer"]
+    if mixer is not None and present not in ("none", mixer):
+        raise UsageError(f"the weights have a mixer {present!r}; it cannot be replaced by {mixer!r}")
+    sizes["mixer"] = mixer or present
     if layers is None:
-        return ["mixer."] if sizes["mixer"] != there else []
+        return ["mixer."] if sizes["mixer"] != present else []
     if sizes["mixer"] != "attention":
-        raise UsageError(f"mixer_layers goes with the mixer attention, and here the mixer is {sizes['mixer']!r}")
+        raise UsageError(f"mixer_layers needs the mixer attention, but the mixer is {sizes['mixer']!r}")
     known = sizes.get("mixer_layers", 0)
     if layers < known:
         raise UsageError(f"the weights have {known} mixing layers, which cannot become {layers}")
@@ -421,26 +426,28 @@ def _fresh_mixer(sizes, mixer, layers):
 
 
 def _fresh_class_token(sizes, class_dim):
-    """The same for a class token."""
-    there = sizes["class_dim"]
-    if class_dim is None or class_dim == there:
+    """Set a requested class token in `sizes`; returns the prefixes of parameters that the weights may lack."""
+    present = sizes["class_dim"]
+    if class_dim is None or class_dim == present:
         return []
-    if there is not None:
-        raise UsageError(f"the weights have a class token of {there} numbers, which cannot become {class_dim}")
+    if present is not None:
+        raise UsageError(f"the weights have a class token of {present} numbers, which cannot become {class_dim}")
     sizes["class_dim"] = class_dim
     return list(CLASS_PARTS)
 
 
 def _own_names(state_dict):
-    """A state dict under our names, and the alignment depth that REPA's early names tell.
+    """(state dict under our names, alignment depth or None).
 
-    REPA's first checkpoints call the blocks after the tap `decoder_blocks`; ours once had a single mixing layer, called
-    `mixer.block`.
+    In REPA's first checkpoints the blocks after the tap are called `decoder_blocks`, which gives the alignment depth.
+    An earlier version of maskalign had a single mixing layer, called `mixer.block`.
     """
     own = {}
     for name, value in state_dict.items():
         if not isinstance(name, str):
-            raise UsageError(f"the weights have an entry {name!r}, which is no name: not a SiT, REPA or REG checkpoint")
+            raise UsageError(
+                f"the weights have an entry {name!r}, which is not a name: not a SiT, REPA or REG checkpoint"
+            )
         new = own_name(WRAPPERS.sub("", name))
         if new in own:
             raise UsageError(f"the weights have {new} twice, under different prefixes: the file is two models in one")
@@ -458,7 +465,7 @@ def _own_names(state_dict):
 
 
 def own_name(name):
-    """Our name of a parameter that REG, or an earlier version of ours, calls otherwise; others stay as they are."""
+    """Our name of a parameter of REG or of an earlier version of maskalign; other names are unchanged."""
     for own, other in (*REG_NAMES.items(), ("mixer.layers.0.", "mixer.block.")):
         if name.startswith(other):
             return own + name.removeprefix(other)
@@ -466,7 +473,7 @@ def own_name(name):
 
 
 def _without_class_row(state_dict):
-    """The position embedding of the patches alone, (1, N, D): REG's has a row of zeros for the class token in front."""
+    """The position embedding of the patches, (1, N, D), without the row of zeros for the class token in REG's."""
     position = _tensor(state_dict, "pos_embed", 3)
     if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:
         return position
@@ -479,17 +486,17 @@ def _without_class_row(state_dict):
 
 
 def _turn_time(state_dict, sizes):
-    """Official SiT's weights (t = 1 is data, 2C output channels) as ours: v(x, t) = -v_SiT(x, 1 - t), exactly.
+    """Convert official SiT's weights (t = 1 is data, 2C output channels) to ours: v(x, t) = -v_SiT(x, 1 - t), exactly.
 
-    cos(w(1 - t)) and sin(w(1 - t)) are rotations of cos(wt) and sin(wt), so the first time linear absorbs the change of
-    time, and the final linear the sign.
+    cos(w(1 - t)) and sin(w(1 - t)) are rotations of cos(wt) and sin(wt). The change of time is therefore a change of
+    the weights of the first linear of the time embedding, and the sign is changed in the final linear.
     """
     out = dict(state_dict)
     p, channels = sizes["patch_size"], sizes["in_channels"]
     _check_official(state_dict, p * p * channels)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = state_dict[name].unflatten(0, (p, p, -1))
-        # The channels after the first C are the variance that learn_sigma predicts; sampling never uses them.
+        # The channels after the first C are the variance from learn_sigma, which sampling does not use.
         out[name] = -rows[:, :, :channels].flatten(0, 2)
     name = "t_embedder.mlp.0.weight"
     weight = state_dict[name]
@@ -504,7 +511,11 @@ def _turn_time(state_dict, sizes):
 
 
 def _check_official(state_dict, numbers):
-    """Refuse shapes that the turning of time cannot work on; `numbers` of a patch are predicted, or twice as many."""
+    """Raise a UsageError for shapes that `_turn_time` cannot convert.
+
+    Args:
+        numbers: the number of predicted values per patch; the weights must have this number or twice this number.
+    """
     weight, bias = (
         _tensor(state_dict, "final_layer.linear.weight", 2),
         _tensor(state_dict, "final_layer.linear.bias", 1),
@@ -520,7 +531,7 @@ def _check_official(state_dict, numbers):
 
 
 def _check_tensors(state_dict):
-    """Refuse what is no weight: anything but dense floating tensors of finite numbers."""
+    """Raise a UsageError unless all values are dense floating-point tensors of finite numbers."""
     for name, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"the weights' {name} is a {type(value).__name__}, not a tensor")
@@ -540,7 +551,7 @@ def _load(model, state_dict, fresh):
     missing = [name for name in expected if name not in state_dict and not name.startswith(tuple(fresh))]
     unknown = [name for name in state_dict if name not in expected]
     if missing or unknown:
-        what = f"lack {missing[0]}" if missing else f"have {unknown[0]}, which a SiT of these sizes has not"
+        what = f"lack {missing[0]}" if missing else f"have {unknown[0]}, which a SiT of these sizes does not have"
         more = len(missing) + len(unknown) - 1
         raise UsageError(f"the weights {what}" + (f" (and {more} more names differ)" if more else ""))
     for name, value in state_dict.items():
@@ -560,7 +571,7 @@ def _tensor(state_dict, name, rank):
 
 
 def _count(state_dict, prefix):
-    """Number of modules whose names are `prefix` and a number; they count from 0 without a hole."""
+    """Number of modules whose names are `prefix` and a number; the numbers must be 0, 1, 2... without a gap."""
     pattern = re.compile(rf"{re.escape(prefix)}(0|[1-9]\d{{0,3}})\.")
     found = {int(match.group(1)) for name in state_dict if isinstance(name, str) and (match := pattern.match(name))}
     if found != set(range(len(found))):

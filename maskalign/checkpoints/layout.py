@@ -1,13 +1,14 @@
-"""The folder of a checkpoint: what is in one, and which are complete. loading.py reads them, training/saving.py writes.
+"""The folder of a checkpoint: its files, and whether it is complete. loading.py reads it, training/saving.py writes it.
 
     RUN/checkpoints/step_00000100/
-        shard-*.safetensors   tensors by `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; a file per rank
+        shard-*.safetensors   tensors named `kind/parameter`: model, ema, exp_avg, exp_avg_sq, step; one file per rank
         state.json            step, seconds, stream position, and the `ModelSpec` (facts)
         config.yaml           the full settings
         COMPLETE              written last: size and sha256 of every file
 
-Tensors go through torch.distributed.checkpoint in safetensors files, everything else through JSON, so nothing is ever
-unpickled. A folder without a matching COMPLETE is never read; a crash while saving leaves the one before as the newest.
+Tensors are saved with torch.distributed.checkpoint in safetensors files, and everything else as JSON, so that nothing
+is ever unpickled. A folder without a matching COMPLETE is never read. After a crash while saving, the previous
+checkpoint is therefore the newest one.
 """
 
 import hashlib
@@ -21,32 +22,32 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 MARKER = "COMPLETE"
-PARTIAL = ".partial_"  # of a save in progress, or of one that was interrupted
-ASIDE = "aside_"  # damaged, or of later steps than the one that a run resumed from
-PIECE = 16 * 2**20  # bytes that are hashed or written at a time; both release the interpreter lock
+PARTIAL = ".partial_"  # prefix of a save in progress or an interrupted save
+ASIDE = "aside_"  # prefix of damaged checkpoints, and of later steps than the one that a run resumed from
+PIECE = 16 * 2**20  # bytes that are hashed or written at once; both release the interpreter lock
 
 
 def complete_checkpoints(run_dir):
-    """Paths of a run's complete checkpoints, oldest first, by the sizes of their files; `find_damage` reads all."""
+    """Paths of a run's complete checkpoints, oldest first. Only the sizes of files are checked, see `is_complete`."""
     return sorted(path for path in Path(run_dir, FOLDER).glob("step_*") if is_complete(path))
 
 
 def is_complete(path):
-    """True where the marker is there and every file that it names has its size."""
+    """True if the marker exists and every file in it has the right size; `find_damage` also checks the contents."""
     return _find_size_damage(path) is None
 
 
 def marked_files(checkpoint):
-    """dict from file name to {"size", "sha256"} as the marker has them; checkpoints of old have no sha256.
+    """dict from file name to {"size", "sha256"} in the marker; old checkpoints have no sha256.
 
     Raises:
-        OSError, ValueError: there is no marker, or none that can be read.
+        OSError, ValueError: the marker does not exist or cannot be read.
     """
     marked = json.loads(Path(checkpoint, MARKER).read_text())
     if not isinstance(marked, dict):
         raise ValueError("no table of files")
     for name, entry in marked.items():
-        # Strict: a flipped bit in a key would otherwise drop the checksum that it names.
+        # The keys are checked strictly, because a flipped bit in "sha256" would otherwise disable the checksum.
         if isinstance(entry, dict) and not (entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int)):
             raise ValueError(f"{name} without its size and checksum")
         if not isinstance(entry, (dict, int)):
@@ -72,11 +73,11 @@ def _find_size_damage(checkpoint):
 
 
 def find_damage(checkpoint, part=0, parts=1):
-    """What is wrong with a checkpoint: None, or a few words. Reads every file, and compares its checksum.
+    """Read every file of a checkpoint and compare its checksum; returns None, or the damage in a few words.
 
     Args:
-        checkpoint: its folder.
-        part, parts: look into this share of the files only, so that ranks can divide the work.
+        checkpoint: folder of the checkpoint.
+        part, parts: read only this part of the files, so that ranks can divide the work.
     """
     found = _find_size_damage(checkpoint)
     if found:
@@ -92,19 +93,19 @@ def find_damage(checkpoint, part=0, parts=1):
 
 
 def newest_sound(run_dir, share=None):
-    """The newest checkpoint of a run that is whole to the last bit.
+    """The newest undamaged checkpoint of a run; all files are read.
 
     Args:
         run_dir: the run's folder.
-        share: (rank, world size, function that gives one rank's value to all as a list) on several ranks, which look
-            at a share of the files each and come to the same answer.
+        share: (rank, world size, function that gathers the values of all ranks as a list), to divide the work over
+            several ranks, which all get the same result.
 
     Returns:
-        (path or None, line or None): the line names what was skipped, and what is used instead.
+        (path or None, line or None): the line names the skipped checkpoints, and the one that is used instead.
     """
     rank, world_size, gather = share or (0, 1, lambda value: [value])
     passed = []
-    # Another rank's view of the folder may lag behind on a network file system: rank 0's list counts.
+    # On a network file system the ranks may see different lists of files, so the list of rank 0 is used.
     candidates = gather(sorted(path.name for path in Path(run_dir, FOLDER).glob("step_*")))[0]
     chosen = None
     for name in reversed(candidates):
@@ -123,10 +124,12 @@ def newest_sound(run_dir, share=None):
 
 
 def find(run_or_checkpoint):
-    """The checkpoint that a path means: itself, or the newest sound one of a run; a damaged one is named in a warning.
+    """The path itself if it is a checkpoint, or the newest undamaged checkpoint of a run.
+
+    Damaged checkpoints that are skipped are named in a warning.
 
     Raises:
-        UsageError: there is no complete checkpoint, or the one that was asked for is damaged.
+        UsageError: there is no complete checkpoint, or the given checkpoint is damaged.
     """
     path = Path(run_or_checkpoint)
     if not path.is_dir():
@@ -151,7 +154,7 @@ def read_state(checkpoint):
     """The JSON part of a checkpoint.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the file cannot be read.
     """
     try:
         return json.loads(Path(checkpoint, "state.json").read_text())

@@ -1,4 +1,4 @@
-"""Models out of runs, checkpoints and weight files, and a checkpoint's tensors into those of a training run."""
+"""Load models from runs, checkpoints and weight files, and load a checkpoint's tensors into a training run."""
 
 import re
 import warnings
@@ -23,7 +23,7 @@ from maskalign.models.sit import SiT
 
 @dataclass
 class Loaded:
-    """A model, and what is known about it.
+    """A loaded model with its settings and information.
 
     Attributes:
         model: `SiT` in eval mode, on the CPU, without gradients.
@@ -45,21 +45,21 @@ class Loaded:
 
 
 def load(path: Union[str, Path], ema: bool = True, heads: Optional[int] = None) -> Loaded:
-    """A trained model, and what is known about it.
+    """Load a trained model with its settings and information.
 
     Args:
-        path: a run folder (its newest complete checkpoint), a checkpoint folder, saved under any plan and number of
-            ranks, a file of weights (.pt of REPA, REG or SiT, .safetensors), or a name as `sources.locate` knows it:
-            `hf-hub:USER/NAME[@REVISION][:FILE]`, or that of published weights.
-        ema: take the moving average of the weights instead of the weights. A file with one set of weights gives that.
-        heads: number of attention heads, for a file of sizes that no preset has and that does not say it.
+        path: a run folder (its newest complete checkpoint is used), a checkpoint folder (saved with any plan and number
+            of ranks), a file of weights (.pt of REPA, REG or SiT, .safetensors), or a name that `sources.locate` knows:
+            `hf-hub:USER/NAME[@REVISION][:FILE]`, or the name of published weights.
+        ema: load the moving average of the weights. If a file has only one set of weights, it is loaded.
+        heads: number of attention heads, for a file that does not contain it and whose sizes are no preset's.
 
     Returns:
         Loaded.
 
     Raises:
-        HeadsUnknown: `heads` is needed.
-        UsageError: there is nothing that can be loaded, or it does not fit its settings.
+        HeadsUnknown: `heads` is required.
+        UsageError: the path cannot be loaded, or the weights do not fit their settings.
     """
     located = locate(path)
     path = located.path
@@ -94,7 +94,7 @@ def read_config(checkpoint):
     """The settings that a checkpoint was trained with.
 
     Raises:
-        UsageError: they cannot be read.
+        UsageError: the settings cannot be read.
     """
     import yaml
 
@@ -102,52 +102,58 @@ def read_config(checkpoint):
     config = load_config(path)
     written = yaml.safe_load(path.read_text(encoding="utf-8"))
     if "mixer_layers" not in (written.get("model") or {}):
-        config.model.mixer_layers = 1  # all that the attention mixer had before there was a choice
+        config.model.mixer_layers = 1  # before this setting existed, the attention mixer had one layer
     return config
 
 
 def load_model(
     path: Union[str, Path], ema: bool = True, device: Union[str, torch.device] = "cpu", heads: Optional[int] = None
 ) -> SiT:
-    """The model of a run, a checkpoint or a file of weights, ready to sample.
+    """Load the model of a run, a checkpoint or a file of weights for sampling.
 
     Args:
         path, ema, heads: as for `load`.
-        device: where to put it.
+        device: device of the model.
 
     Returns:
         SiT in eval mode, without gradients.
 
     Raises:
-        UsageError: there is nothing that can be loaded, or it does not fit its settings.
+        HeadsUnknown: `heads` is required.
+        UsageError: the path cannot be loaded, or the weights do not fit their settings.
     """
     return load(path, ema, heads).model.to(device)
 
 
 def load_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
-    """The averaged weights at `path` (as `load` takes it) under our names: dict from name to tensor."""
+    """Load the averaged weights at `path`, see `load`, as a dict from our parameter names to tensors."""
     return to_repa(load_model(path))
 
 
 def load_tensors(checkpoint, tensors):
-    """Fill a flat dict of tensors in place; under FSDP they are DTensors, and each rank reads its shards.
+    """Load a checkpoint into a flat dict of tensors in place. With FSDP they are DTensors, and each rank reads its
+    shards.
 
-    The number of ranks and the plan may be others than when it was saved. No rank waits for another one.
+    The number of ranks and the plan may differ from those of the save. The ranks do not communicate.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        tensors: dict from `kind/parameter` to tensor.
 
     Raises:
-        UsageError: a tensor is missing or has another shape: the settings are not those of the checkpoint.
+        UsageError: a tensor is missing or has another shape, because the settings are not those of the checkpoint.
         RunError: the files cannot be read.
     """
-    there = tensor_shapes(checkpoint)
-    # Names in the checkpoint, by ours: an earlier version had other ones.
-    parts = (full.rpartition("/") for full in there)
+    saved = tensor_shapes(checkpoint)
+    # dict from our names to the names in the checkpoint, which differ for checkpoints of earlier versions.
+    parts = (full.rpartition("/") for full in saved)
     stored = {f"{kind}{slash}{own_name(name)}": f"{kind}{slash}{name}" for kind, slash, name in parts}
     for name, tensor in tensors.items():
         if name not in stored:
             raise UsageError(
                 f"{checkpoint}: has no tensor {name}; it was saved with other model settings{_of_mixer(name, stored)}"
             )
-        shape = tuple(there[stored[name]])
+        shape = tuple(saved[stored[name]])
         if shape != tuple(tensor.shape):
             raise UsageError(
                 f"{checkpoint}: {name} has shape {shape}, the model's is {tuple(tensor.shape)}; "
@@ -163,7 +169,7 @@ def load_tensors(checkpoint, tensors):
 
 
 def _of_mixer(name, stored):
-    """A word on the number of mixing layers, where that is what differs."""
+    """Text about the number of mixing layers in the checkpoint, if `name` is a tensor of a mixing layer."""
     found = re.match(r"(\w+/mixer\.layers\.)\d", name)
     numbers = [re.match(rf"{re.escape(found.group(1))}(\d+)", other) for other in stored] if found else []
     layers = max((int(number.group(1)) + 1 for number in numbers if number), default=0)
@@ -171,13 +177,13 @@ def _of_mixer(name, stored):
 
 
 def tensor_shapes(checkpoint):
-    """dict from tensor name to shape, read off the headers alone."""
+    """dict from tensor name to shape; only the headers of the files are read."""
     metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
     return {name: entry.size for name, entry in metadata.state_dict_metadata.items()}
 
 
 class ignoring_warnings(warnings.catch_warnings):
-    """For calls of DCP, which warns that no process group is there, which is what one process means."""
+    """Context for calls of DCP, which warns if there is no process group, even though one process needs none."""
 
     def __enter__(self):
         super().__enter__()

@@ -1,7 +1,7 @@
-"""What a checkpoint says about its own training: REPA's and REG's objective, SiT's, or one that no model here has.
+"""Find out from a checkpoint how it was trained: with the objective of REPA and REG, of SiT, or an unsupported one.
 
-The weights of DiT, and of SiT under other objectives, have the names and shapes of those that fit. Only the training
-arguments beside them (`args`) tell them apart.
+The weights of DiT, and of SiT with other objectives, have the same names and shapes as supported weights. They can be
+distinguished only by the training arguments in the checkpoint (`args`).
 """
 
 from argparse import Namespace
@@ -20,14 +20,14 @@ SAY = "choose a checkpoint that predicts velocities on a linear or cosine path"
 
 @dataclass(frozen=True)
 class Origin:
-    """How a checkpoint was trained, as far as it says so.
+    """The information in a checkpoint about its training.
 
     Attributes:
-        layout: `repa` (also REG's), `sit` (time runs the other way), or None where the weights' shapes have to tell.
+        layout: `repa` (also for REG), `sit` (opposite direction of time), or None if the weights' shapes must decide.
         path: the interpolant's path, `linear` or `cosine`.
         heads, align_depth, num_classes: numbers, or None.
-        sizes: depth, width and patch_size of the preset that is named, else {}.
-        stated: whether the checkpoint says how it was trained at all.
+        sizes: depth, width and patch_size of the preset that `args` names, or {}.
+        stated: True if the checkpoint says how it was trained.
     """
 
     layout: Optional[str]
@@ -44,21 +44,23 @@ class Origin:
             return None
         taken = "an official SiT's, with t = 1 at the data" if predicts_variance else "REPA's or REG's"
         return (
-            f"the file holds weights alone and does not say how they were trained; they are taken for {taken}, linear "
-            "path, velocity prediction; those of a DiT, or of another path or prediction, look the same and draw noise"
+            f"the file holds weights alone and does not say how they were trained; they are read as {taken}, linear "
+            "path, velocity prediction; weights of a DiT, or of another path or prediction, would draw only noise"
         )
 
 
 def read_origin(checkpoint):
-    """`Origin` of a whole checkpoint, of a state dict, or of what `weight_files.read_file` gave.
+    """The `Origin` of a whole checkpoint, a state dict, or a dict from `weight_files.read_file`.
 
     Raises:
-        UsageError: it was trained with an objective that cannot be mapped to a velocity model, or `args` is damaged.
+        UsageError: the objective cannot be converted to a velocity model, or `args` is damaged.
     """
     args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
     args = vars(args) if isinstance(args, Namespace) else args
     if args is not None and not isinstance(args, dict):
-        raise UsageError(f"the checkpoint's args are a {type(args).__name__}, not settings: it is damaged or another's")
+        raise UsageError(
+            f"the checkpoint's args are a {type(args).__name__}, not settings: it is damaged or of another program"
+        )
     args = {} if args is None else args
     sizes = _preset(_text(args, "model"))
     layout, path = _objective(_text(args, "path_type"), _text(args, "prediction"))
@@ -79,7 +81,7 @@ def read_origin(checkpoint):
 
 
 def _objective(path_type, prediction):
-    """(layout, path) of REPA's and SiT's arguments; None for what they do not tell."""
+    """(layout, path) from the arguments of REPA's or SiT's training, each None if it is not known."""
     if prediction is not None and prediction not in PREDICTIONS:
         raise UsageError(f"the model was trained to predict {prediction!r}, and not the velocity; {SAY}")
     layout = PREDICTIONS.get(prediction)
@@ -100,7 +102,7 @@ def _objective(path_type, prediction):
 
 
 def _preset(model):
-    """Sizes of the preset that `args.model` names; {} for another SiT."""
+    """Sizes of the preset in `args.model`; {} for a SiT that is not a preset."""
     if model is None:
         return {}
     if not model.lower().startswith("sit"):
@@ -114,12 +116,16 @@ def _preset(model):
 def _text(args, name):
     value = args.get(name)
     if value is not None and not isinstance(value, str):
-        raise UsageError(f"the checkpoint's args.{name} is {value!r}, which is no name: it is damaged or another's")
+        raise UsageError(
+            f"the checkpoint's args.{name} is {value!r}, which is not a name: it is damaged or of another program"
+        )
     return value
 
 
 def _number(args, name):
     value = args.get(name)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise UsageError(f"the checkpoint's args.{name} is {value!r}, which is no number of at least 1: it is damaged")
+        raise UsageError(
+            f"the checkpoint's args.{name} is {value!r}, which is not a whole number of at least 1: it is damaged"
+        )
     return value

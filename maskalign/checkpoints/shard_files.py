@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint's tensors get into safetensors files: straight from memory, with their checksums."""
+"""Write tensors of torch.distributed.checkpoint (DCP) to safetensors files directly from memory, with checksums."""
 
 import hashlib
 import json
@@ -24,15 +24,17 @@ NAMES = {
 
 
 class ShardWriter(HuggingFaceStorageWriter):
-    """DCP's safetensors storage, one file per rank, without the second copy of the tensors that DCP's own one makes.
+    """DCP's safetensors storage with one file per rank, without the second copy of the tensors in DCP's own writer.
 
-    DCP's writer joins a rank's tensors into one `bytes` under the interpreter lock, which stops the training beside
-    it. This one streams them, and takes the checksums from memory, not from what the disk has made of it.
+    DCP's writer joins a rank's tensors into one `bytes` object while it holds the interpreter lock, which blocks the
+    training. This writer streams the tensors. It computes the checksums from memory, so that they detect errors of the
+    disk.
 
     Args:
         path: folder to write into.
 
-    After a save `digests` has, for the files of this rank, {name: {"size": bytes, "sha256": hex}}.
+    Attributes:
+        digests: after a save, {name: {"size": bytes, "sha256": hex}} for the files of this rank.
     """
 
     def __init__(self, path):
@@ -61,13 +63,14 @@ def write_file(path, tensors, offsets):
 
     Args:
         path: the file.
-        tensors: dict from name to contiguous CPU tensor, of any rank.
-        offsets: dict from name to the place of its first element in the whole tensor, a list of integers.
+        tensors: dict from name to contiguous CPU tensor with any number of dimensions.
+        offsets: dict from name to the index of its first element in the whole tensor, a list of integers.
 
     Returns:
         dict with the file's size in bytes and its sha256 as hexadecimal digits.
     """
-    # safetensors wants tensors aligned to their own element size: the widest come first.
+    # safetensors needs tensors that are aligned to their own element size, so those with the widest elements come
+    # first.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
     sharding = json.dumps({name: {SAVED_OFFSETS_KEY: offsets[name]} for name in names})
     header = {"__metadata__": {CUSTOM_METADATA_KEY: sharding, **HEADER}}

@@ -1,7 +1,7 @@
-"""Where a run or a checkpoint is: a path, `hf-hub:USER/NAME[@REVISION][:FILE]`, or the name of published weights.
+"""Find a run or a checkpoint by a path, `hf-hub:USER/NAME[@REVISION][:FILE]`, or the name of published weights.
 
-Everything that takes a run or a checkpoint goes through `check_source`, which is quick and needs no torch, and through
-`locate`, which downloads.
+All commands that take a run or a checkpoint call `check_source`, which is fast and needs no torch, and `locate`, which
+downloads files.
 """
 
 import os
@@ -19,7 +19,7 @@ PREFIX = "hf-hub:"
 FORM = f"{PREFIX}USER/NAME, {PREFIX}USER/NAME@REVISION or {PREFIX}USER/NAME:FILE"
 PICKLE_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = (*PICKLE_ENDINGS, ".safetensors")
-EXPORT = "model.safetensors"  # what `maskalign push` writes
+EXPORT = "model.safetensors"  # name of the weights file that `maskalign push` writes
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,10 @@ class Published:
     Attributes:
         source: `hf-hub:` name, or the URL of a file.
         layout: as for `from_repa`.
-        about: what they are; conversion: what reading them does.
-        vae: the VAE of their latents. license: as their authors state it.
+        about: description of the weights.
+        conversion: changes that are made when the weights are read.
+        license: license as stated by the authors.
+        vae: the VAE of the latents.
     """
 
     source: str
@@ -53,14 +55,14 @@ PUBLISHED = {
         f"{PREFIX}Martinser/REG",
         "repa",
         "REG, SiT-XL/2 with a class token, ImageNet 256, 4M steps (the one file of weights in the repository)",
-        "REG's names of the class token become ours, and its row of zeros in pos_embed goes",
+        "REG's names of the class token become ours, and its row of zeros in pos_embed is removed",
         "MIT (github.com/Martinser/REG)",
     ),
     "sit-xl2": Published(
         f"{PREFIX}nyu-visionx/SiT-collections:SiT-XL-2-256.pt",
         "sit",
         "SiT, SiT-XL/2, ImageNet 256, 7M steps, linear path",
-        "time runs the other way and the velocity's sign changes, exactly; the predicted variance is left out",
+        "the direction of time and the sign of the velocity are reversed, exactly; the predicted variance is dropped",
         "MIT (github.com/willisma/SiT)",
     ),
 }
@@ -84,7 +86,7 @@ class Located:
 
     Attributes:
         path: Path of a folder or a file.
-        name: how to call it; None for a path of the user's own, which names itself.
+        name: name of the source; None for a path.
         published: `Published` of known weights, else None.
     """
 
@@ -94,10 +96,10 @@ class Located:
 
 
 def parse_hub_name(text):
-    """`HubName` of a text, None where it is no such name.
+    """`HubName` of a text, or None if the text does not begin with `hf-hub:`.
 
     Raises:
-        UsageError: it begins like one, and is none.
+        UsageError: the text begins with `hf-hub:`, but is not a valid name.
     """
     text = str(text)
     if not text.startswith(PREFIX):
@@ -110,20 +112,20 @@ def parse_hub_name(text):
 
 
 def is_remote(source):
-    """Whether a source is a name, and not a path that is there."""
+    """True if a source is a name and not an existing path."""
     return str(source).startswith(PREFIX) or (str(source) in PUBLISHED and not Path(source).exists())
 
 
 def check_source(source, option=None, what="a run folder, a checkpoint or a .pt file"):
-    """Refuse a source that cannot be there; quick, and without torch.
+    """Check that a path exists or that a name is valid; fast, and without torch.
 
     Args:
         source: path or name, as for `locate`.
-        option: the setting that gave it, for the message.
-        what: what was expected, for the message.
+        option: the setting with this source, for the message.
+        what: the expected kinds of sources, for the message.
 
     Raises:
-        UsageError: there is no such path, or the name is none.
+        UsageError: the path does not exist, or the name is not valid.
     """
     start = f"{option}: " if option else ""
     if is_remote(source):
@@ -137,10 +139,18 @@ def check_source(source, option=None, what="a run folder, a checkpoint or a .pt 
 
 
 def locate(source, what="a run folder, a checkpoint or a .pt file"):
-    """A source on this machine: a path as it is, and what a name stands for from the cache or the network.
+    """Find a source on this machine. A path is returned unchanged; a name is read from the cache or downloaded.
+
+    Args:
+        source: path or name.
+        what: the expected kinds of sources, for the message.
+
+    Returns:
+        Located.
 
     Raises:
-        UsageError: there is nothing of that name, or no network to fetch it. RunError: the download failed.
+        UsageError: the source does not exist, or there is no network to download it.
+        RunError: the download failed.
     """
     check_source(source, what=what)
     if not is_remote(source):
@@ -155,12 +165,13 @@ def locate(source, what="a run folder, a checkpoint or a .pt file"):
 
 
 def download(name):
-    """Path of the file that a `HubName` means, in the Hub client's cache.
+    """Download the file of a `HubName`, and return its path in the Hub client's cache.
 
-    The newest state of a branch is asked for; without an answer of the Hub what the cache has of it is taken.
+    If the Hub does not answer, the file in the cache is used; otherwise the newest state of the revision.
 
     Raises:
-        UsageError: no such repository, revision or file, no access, or no network. RunError: the download broke off.
+        UsageError: the repository, revision or file does not exist, or there is no access or no network.
+        RunError: the download failed.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -190,15 +201,15 @@ def download(name):
         if online:
             raise _failed(name, error) from None
         raise UsageError(
-            f"{name}: {name.file or 'its files'} cannot be fetched, since the hub {hub_url()} does not answer, and the "
-            "local cache has them not; try again with a network, or give a local path"
+            f"{name}: {name.file or 'its files'} cannot be fetched: the hub {hub_url()} does not answer, and the local "
+            "cache does not have them; try again with a network, or give a local path"
         ) from None
     except errors.EntryNotFoundError:
         there = ", ".join(_list(name, online)[:12])
         raise UsageError(f"{name}: the repository has no file {name.file!r}; it has {there or 'none'}") from None
     except UsageError:
         raise
-    except Exception as error:  # the client's, its HTTP library's and the system's
+    except Exception as error:  # errors of the client, its HTTP library and the system
         raise _failed(name, error) from None
     if path.as_posix() != str(before):
         _check_digest(path, name, file)
@@ -220,7 +231,7 @@ def _list(name, online):
 
 
 def _pick(name, online):
-    """The file of weights of a repository that names none."""
+    """The name of the weights file in a repository, for a `HubName` without a file."""
     files = [file for file in _list(name, online) if file.endswith(ENDINGS)]
     if EXPORT in files:
         return EXPORT
@@ -234,21 +245,21 @@ def _pick(name, online):
 
 
 def _check_digest(path, name, file):
-    """Compare a fresh download with its checksum, which is the name of a large file in the client's cache."""
+    """Compare a new download with its checksum. The client's cache uses the checksum as the name of a large file."""
     from maskalign.checkpoints.layout import file_digest
 
     blob = path.resolve()
     if re.fullmatch(r"[0-9a-f]{64}", blob.name) and file_digest(blob)["sha256"] != blob.name:
         path.unlink(missing_ok=True)
         blob.unlink(missing_ok=True)
-        raise RunError(f"{name}: {file} arrived damaged, its checksum is another one; run the command again")
+        raise RunError(f"{name}: {file} arrived damaged (its checksum is wrong); run the command again")
 
 
 def download_url(url, name):
-    """Path of a published file that is not on a hub, in torch's cache.
+    """Download a published file that is not on a hub, and return its path in torch's cache.
 
     Raises:
-        UsageError: it is neither in the cache nor can it be fetched.
+        UsageError: the file is not in the cache and cannot be downloaded.
     """
     import torch
 
@@ -269,8 +280,8 @@ def download_url(url, name):
 
 
 def published_table():
-    """Lines on the weights that are known by name."""
-    lines = ["Weights that are known by name (maskalign convert NAME OUT, maskalign sample NAME --out DIR):"]
+    """Text about the published weights that have a name."""
+    lines = ["Published weights by name (maskalign convert NAME OUT, maskalign sample NAME --out DIR):"]
     for name, entry in PUBLISHED.items():
         lines += [
             "",

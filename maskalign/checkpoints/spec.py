@@ -1,4 +1,4 @@
-"""What is kept of a model beside its weights: what rebuilds it, and what is known about it. Imports no torch."""
+"""Data about a model that are saved with its weights, to rebuild it and to describe it. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field, fields
 from typing import List, Optional
@@ -6,18 +6,19 @@ from typing import List, Optional
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """What a run takes from its data and teachers: `build_model` rebuilds the model from it and the settings.
+    """The properties of a model that depend on the data and the teachers.
 
-    A checkpoint keeps it in state.json, under `facts`.
+    `build_model` rebuilds the model from these and the settings. A checkpoint has them in state.json, under `facts`.
 
     Attributes:
-        input_size, in_channels, num_classes: of the model's input.
+        input_size, in_channels, num_classes: side and channels of the model's input, and number of classes.
         teacher_dims: width of every teacher's tokens.
-        class_dim: of the class token; None without one.
+        class_dim: width of the class token; None without one.
         position_grid: as for `SiT`.
-        teachers: names of the teachers that the model is aligned with; None in checkpoints that do not say.
-        class_names: of the data set. latent: the entry of its manifest, None for pixels.
-        data: what `training.continuing.data_record` keeps of the data; None in checkpoints from before that was kept.
+        teachers: names of the teachers that the model is aligned with; None in old checkpoints.
+        class_names: names of the data set's classes.
+        latent: the `latent` entry of the data set's manifest; None for pixels.
+        data: the record from `training.continuing.data_record`; None in old checkpoints.
     """
 
     input_size: int
@@ -32,28 +33,28 @@ class ModelSpec:
     data: Optional[dict] = None
 
     def to_dict(self):
-        """The `facts` of a checkpoint; goes through JSON."""
+        """The `facts` of a checkpoint, a dict that can be written as JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, facts):
-        """From the `facts` of a checkpoint of this version, an earlier or a later one."""
+        """Read the `facts` of a checkpoint; unknown entries of other versions are ignored."""
         return cls(**{entry.name: facts[entry.name] for entry in fields(cls) if entry.name in facts})
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known about a model that was loaded, for those who draw with it, measure it or export it.
+    """Information about a loaded model, for sampling, evaluation and export.
 
     Attributes:
-        name: of the run or the file.
-        step: optimizer steps done; None where unknown.
-        ema: whether the weights are the moving average.
-        path: of the interpolant, `linear` or `cosine`.
-        class_names: None where unknown.
-        latent: the `latent` entry of the data set's manifest; None for pixels, or where unknown.
-        vae: the decoder of latents that the run or the publisher names, or None.
-        teachers: names of the teachers that the model was aligned with; empty where unknown.
+        name: name of the run or the file.
+        step: number of optimizer steps done; None if unknown.
+        ema: True if the weights are the moving average.
+        path: the interpolant's path, `linear` or `cosine`.
+        class_names: names of the classes; None if unknown.
+        latent: the `latent` entry of the data set's manifest; None for pixels, or if unknown.
+        vae: the decoder of latents in the run's settings or from the publisher, or None.
+        teachers: names of the teachers that the model was aligned with; empty if unknown.
     """
 
     name: str = ""
@@ -67,10 +68,10 @@ class ModelInfo:
 
     @property
     def label(self):
-        """The name, with the step where it is known."""
+        """The name, with the step if it is known."""
         return self.name if self.step is None else f"{self.name}, step {self.step}"
 
     @property
     def vae_name(self):
-        """The VAE of the latents as far as it is known: the one that was named, else that of the data set, or None."""
+        """The VAE of the latents: `vae`, else the data set's VAE, or None if unknown."""
         return self.vae or (self.latent or {}).get("name")

@@ -1,4 +1,4 @@
-"""Files of weights: the .pt layouts of REPA and REG, and safetensors. Reading one never runs code that it holds."""
+"""Files of weights: the .pt layouts of REPA and REG, and safetensors. Reading a file never runs code in it."""
 
 import argparse
 import json
@@ -26,13 +26,15 @@ log = logging.getLogger(__name__)
 
 
 def read_file(path):
-    """The dict in a .pt file, or {"ema": state dict, "steps", "path"} of a .safetensors file.
+    """Read a file of weights.
 
-    Besides tensors and plain containers a .pt may hold an argparse.Namespace, which REPA's files carry, and nothing
-    else.
+    A .pt file may contain only tensors, plain containers, and an argparse.Namespace as in REPA's files.
+
+    Returns:
+        The dict in a .pt file, or {"ema": state dict, "steps", "facts", "path"} of a .safetensors file.
 
     Raises:
-        UsageError: not there, not readable, or it holds something else.
+        UsageError: the file does not exist, is not readable, or contains other objects.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,8 +47,8 @@ def read_file(path):
 def _read_pickle(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch thinks of a damaged file comes as an error as well
-            # Mapped, so that taking the averaged weights alone does not read the optimizer's state as well.
+            warnings.simplefilter("ignore")  # for a damaged file torch also raises an error
+            # The file is mapped, so that the optimizer's state is not read if only the weights are used.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         text = str(error)
@@ -56,7 +58,7 @@ def _read_pickle(path):
                 f"({_offender(text)}); ask for a file of weights alone"
             ) from None
         raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
-    except Exception:  # a damaged file fails in any of torch's, pickle's and zipfile's ways
+    except Exception:  # for a damaged file torch, pickle and zipfile raise many types of errors
         raise UsageError(f"{path}: not a readable checkpoint, it is damaged or something else") from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path}: holds a {type(checkpoint).__name__}, not a dict of weights")
@@ -64,7 +66,7 @@ def _read_pickle(path):
 
 
 def _offender(text):
-    """The name of what was refused, out of torch's message of many lines."""
+    """The name of the rejected object, from torch's message of many lines."""
     for line in text.splitlines():
         _, found, rest = line.partition("GLOBAL ")
         if found:
@@ -98,15 +100,16 @@ class NotedDict(dict):
 
 
 def read_info(checkpoint, model, name="", ema=True):
-    """What is known of the model in what `read_file` gave.
+    """The information about a model in a file.
 
     Args:
-        checkpoint: the dict that `read_file` returned.
-        model: the `SiT` in it.
-        name: how to call it. ema: whether it has the averaged weights.
+        checkpoint: the dict from `read_file`.
+        model: the `SiT` with these weights.
+        name: name of the model.
+        ema: True if the model has the averaged weights.
 
     Returns:
-        ModelInfo; class_names, latent, vae and teachers are known where our own export tells them.
+        ModelInfo; class_names, latent, vae and teachers are known only for files that maskalign has exported.
 
     Raises:
         UsageError: the file's notes do not fit its weights.
@@ -123,7 +126,7 @@ def read_info(checkpoint, model, name="", ema=True):
 
 
 def _known_notes(notes):
-    """Those of a file's notes on its model that are of the right kind; a file from elsewhere may hold anything."""
+    """The valid entries of a file's notes about its model; files of other programs may contain anything."""
 
     def texts(value):
         return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
@@ -144,17 +147,19 @@ def _known_notes(notes):
 
 
 def load_file(path, ema=True, **settings):
-    """The model in a .pt of REPA, REG or SiT, or in a .safetensors file.
+    """Load the model from a .pt of REPA, REG or SiT, or from a .safetensors file.
 
     Args:
-        ema: the moving average of the weights; a file with one set of weights gives that one.
-        settings: those of `from_repa`.
+        path: the file.
+        ema: load the moving average of the weights; if a file has only one set of weights, it is loaded.
+        settings: as for `from_repa`.
 
     Returns:
         (SiT in eval mode, ModelInfo).
 
     Raises:
-        HeadsUnknown: `heads` is needed. UsageError: not such a file.
+        HeadsUnknown: `heads` is required.
+        UsageError: the file cannot be read, or is not such a file.
     """
     models, info, _ = load_sets(path, ("ema" if ema else "model",), **settings)
     (model,) = models.values()
@@ -162,13 +167,13 @@ def load_file(path, ema=True, **settings):
 
 
 def load_sets(path, kinds, published=None, **settings):
-    """Several sets of weights of a file.
+    """Load several sets of weights from a file.
 
     Args:
         path: as for `load_file`.
-        kinds: of `ema` and `model`.
-        published: `sources.Published` of a file that is known, whose layout then needs no telling.
-        settings: those of `from_repa`.
+        kinds: the sets to load, of `ema` and `model`.
+        published: `sources.Published` of a known file, which gives the layout.
+        settings: as for `from_repa`.
 
     Returns:
         ({kind: SiT}, ModelInfo of the first kind, the dict as from `read_file`).
@@ -194,10 +199,10 @@ def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
     """The dict that REPA's train.py saves and resumes from.
 
     Args:
-        model, ema: `SiT`s whose weights they are.
-        steps: optimizer steps done.
+        model, ema: `SiT`s with the weights and the averaged weights.
+        steps: number of optimizer steps done.
         path: the interpolant's path, for `args`.
-        opt: state of REPA's AdamW; by default a fresh one, with which REPA's code can continue.
+        opt: state of REPA's AdamW; by default a new one, with which REPA's code can continue.
 
     Raises:
         UsageError: REPA's layout cannot hold the model.
@@ -206,7 +211,7 @@ def repa_checkpoint(model, ema, steps=0, path="linear", opt=None):
 
 
 def reg_checkpoint(model, ema, steps=0, path="linear", opt=None):
-    """The dict that REG's train.py saves and resumes from; arguments and errors are those of `repa_checkpoint`."""
+    """The dict that REG's train.py saves and resumes from. For arguments and errors see `repa_checkpoint`."""
     return _whole_checkpoint(to_reg, model, ema, steps, path, opt)
 
 
@@ -233,18 +238,21 @@ def _size_name(model):
 
 
 def write_repa(path, checkpoint):
-    """Write what `repa_checkpoint` or `reg_checkpoint` gave to a .pt file, completely or not at all."""
+    """Write the dict from `repa_checkpoint` or `reg_checkpoint` to a .pt file, completely or not at all."""
     _write(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def write_safetensors(path, model, info=None):
-    """Write one set of weights under our names to a .safetensors file that `load_file` reads; completely or not at all.
+    """Write one set of weights under our names to a .safetensors file that `load_file` reads, completely or not at all.
 
     Args:
         path: the file.
         model: `SiT`.
-        info: `ModelInfo`, of which everything but the name and `ema` is kept; by default nothing is known, and the path
-            of the interpolant is linear.
+        info: `ModelInfo`; everything except the name and `ema` is written. By default nothing is known, and the
+            interpolant's path is linear.
+
+    Raises:
+        RunError: the file cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -257,24 +265,24 @@ def write_safetensors(path, model, info=None):
 
 
 def _write(path, write):
-    """Have `write` make the file, under another name first, with the permissions that a new file has."""
+    """Let `write` write the file under a temporary name, rename it, and give it the permissions of a new file."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             Path(temporary).touch()
-            mode = os.stat(temporary).st_mode & 0o777  # safetensors makes files that only their owner reads
+            mode = os.stat(temporary).st_mode & 0o777  # safetensors writes files that only their owner can read
             write(temporary)
             os.chmod(temporary, mode)
     except Exception as error:
-        # torch and safetensors report a full disk as errors of their own kinds.
+        # torch and safetensors report a full disk with their own types of errors.
         if isinstance(error, UsageError):
             raise
         raise RunError(f"{path}: cannot be written ({disk_text(error)}); free space, or write elsewhere") from None
 
 
 def disk_text(error):
-    """What went wrong with a file, in a few words and without its temporary name."""
+    """The cause of an error with a file in a few words, without its temporary name."""
     cause = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__

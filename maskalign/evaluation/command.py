@@ -73,7 +73,7 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        dict: the report, as it is written.
+        dict: the report, the same as in the file.
 
     Raises:
         UsageError: the request cannot be measured.

@@ -25,7 +25,7 @@ def find_weights(asked):
     """
     if asked != "download":
         if not Path(asked).is_file():
-            raise UsageError(f"--inception: there is no weights file {asked}; give {WEIGHTS}, or say download")
+            raise UsageError(f"--inception: there is no weights file {asked}; give {WEIGHTS}, or write download")
         return Path(asked)
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 

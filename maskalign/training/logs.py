@@ -157,7 +157,7 @@ def draw_curves(rows, path, title, evaluations=()):
     axes[1, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[1, 0].yaxis.set_major_formatter("{x:g}")  # 0.2, not a power of ten times 2
     axes[1, 0].yaxis.set_minor_formatter(NullFormatter())
-    # The keep ratio is shown behind the loss, because the loss is over other tokens where it changes.
+    # The keep ratio is drawn behind the loss, because a change of it changes the tokens that the loss is over.
     keep = axes[0, 0].twinx()
     keep.fill_between(steps, [row["keep_ratio"] for row in rows], step="pre", color="gray", alpha=0.12, linewidth=0)
     keep.set_ylim(0, 1.02)

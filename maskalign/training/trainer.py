@@ -275,7 +275,7 @@ class Trainer:
         return {"step": self.step, "seconds": self.seconds, "run_dir": str(self.run_dir), "finished": finished}
 
     def progress(self):
-        """Share of the run that is done, in [0, 1]: of the steps, or of the time where that ends first."""
+        """Share of the run that is done, in [0, 1]: the larger one of the shares of steps and of time."""
         training = self.config.training
         share = self.step / training.max_steps
         if training.max_seconds is not None:

@@ -211,7 +211,7 @@ def test_how_many_mixing_layers(seed):
         from_reg(to_reg(two), mixer_layers=1)
     with pytest.raises(UsageError, match="cannot be replaced by 'token_mlp'"):
         from_reg(to_reg(two), mixer="token_mlp")
-    with pytest.raises(UsageError, match="mixer_layers goes with the mixer attention"):
+    with pytest.raises(UsageError, match="mixer_layers needs the mixer attention"):
         from_reg(to_reg(make(seed)), mixer_layers=2)
 
 

@@ -126,7 +126,7 @@ def test_a_hub_that_has_gone(hub, tmp_path, seed, monkeypatch):
     assert same(model, load_model("hf-hub:user/net"))  # the cache has it
     for name, message in {
         "hf-hub:user/other": "not in the local cache, and the hub .* does not answer",
-        "hf-hub:user/net:b.pt": "b.pt cannot be fetched, since the hub .* does not answer",
+        "hf-hub:user/net:b.pt": "b.pt cannot be fetched: the hub .* does not answer",
         "hf-hub:user/net@v9": "cannot be fetched|no revision",
     }.items():
         with pytest.raises(UsageError, match=message) as error:
@@ -190,7 +190,7 @@ def test_the_command_line(hub, tmp_path, seed, capsys):
     code, text = call("convert", "hf-hub:user/net", tmp_path / "own.pt")
     assert code == 0 and (tmp_path / "own.pt").exists()
     code, text = call("convert", "--list")
-    assert code == 0 and all(name in text for name in ("repa-xl2", "reg-xl2", "sit-xl2", "time runs the other way"))
+    assert code == 0 and all(name in text for name in ("repa-xl2", "reg-xl2", "sit-xl2", "the direction of time"))
     code, text = call("convert", "hf-hub:user/net")
     assert code == 2 and "needs SRC and DST" in text
     code, text = call("sample", "hf-hub:user/none", "--out", tmp_path / "out")

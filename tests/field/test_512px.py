@@ -82,8 +82,8 @@ def test_what_cannot_be_resized(tmp_path, seed):
     for name, size, message in (
         ("mixer", 64, "token_mlp has weights for 256 tokens"),
         ("learned", 64, "not the fixed sine-cosine"),
-        ("plain", 63, "no multiple of the patch size 2"),
-        ("plain", 0, "no multiple of the patch size 2"),
+        ("plain", 63, "not a multiple of the patch size 2"),
+        ("plain", 0, "not a multiple of the patch size 2"),
     ):
         with pytest.raises(UsageError, match=message):
             convert(tmp_path / f"{name}.safetensors", tmp_path / "out.safetensors", input_size=size)
