@@ -15,9 +15,22 @@ TEACHER = "efficientnet-lite0"
 
 
 def write_data_set(
-    folder, samples=48, shard_size=12, size=16, grid=(4, 4), dim=6, latent=False, class_token=False, seed=0
+    folder,
+    samples=48,
+    shard_size=12,
+    size=16,
+    grid=(4, 4),
+    dim=6,
+    features=True,
+    latent=False,
+    class_token=False,
+    seed=0,
 ):
-    """Random images of three classes with int8 features (latents, class tokens); returns the sorted keys."""
+    """Write random images of three classes, with int8 features, class tokens and latents; returns the sorted keys.
+
+    Args:
+        folder: where to write; must not exist. size: of the images in pixels. grid, dim: of the features.
+    """
     rng, class_rng = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     folder.mkdir(parents=True)
     shards, keys = [], []
@@ -30,18 +43,14 @@ def write_data_set(
                 keys.append(key)
                 image = io.BytesIO()
                 Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(image, "png")
-                features = io.BytesIO()
-                np.save(features, rng.integers(-127, 128, (grid[0] * grid[1], dim), dtype=np.int8))
                 members = {"cls": str(number % 3).encode(), "png": image.getvalue()}
-                members[f"{TEACHER}.npy"] = features.getvalue()
+                if features:
+                    members[f"{TEACHER}.npy"] = _npy(rng.integers(-127, 128, (grid[0] * grid[1], dim), dtype=np.int8))
                 if class_token:
-                    token = io.BytesIO()
-                    np.save(token, class_rng.normal(size=dim).astype(np.float16))
-                    members[f"{TEACHER}.class.npy"] = token.getvalue()
+                    members[f"{TEACHER}.class.npy"] = _npy(class_rng.normal(size=dim).astype(np.float16))
                 if latent:
-                    moments = io.BytesIO()
-                    np.save(moments, np.abs(rng.normal(size=(8, size // 2, size // 2))).astype(np.float16))
-                    members["moments.npy"] = moments.getvalue()
+                    moments = np.abs(rng.normal(size=(8, size // 2, size // 2)))
+                    members["moments.npy"] = _npy(moments.astype(np.float16))
                 for name, data in members.items():
                     info = tarfile.TarInfo(f"{key}.{name}")
                     info.size = len(data)
@@ -60,10 +69,16 @@ def write_data_set(
         resolution=size,
         class_names=["ant", "bee", "cat"],
         shards=shards,
-        teachers={TEACHER: teacher},
+        teachers={TEACHER: teacher} if features else {},
         latent=moments if latent else None,
     ).save(folder)
     return keys
+
+
+def _npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def arguments(data, run_dir, **changes):
