@@ -9,10 +9,17 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).parent
 FILES = [FOLDER / "test_transforms.py", *FOLDER.rglob("test_interpreted*.py")]
+SLOW = {"test_interpreted_rehearsal.py"}  # the benchmark and the gpu tests; the other files test the kernels
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session runs the files itself")
-@pytest.mark.parametrize("file", sorted(str(path.relative_to(FOLDER)) for path in FILES))
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=pytest.mark.slow if file in SLOW else ())
+        for file in sorted(str(path.relative_to(FOLDER)) for path in FILES)
+    ],
+)
 def test_kernels_in_the_interpreter(file):
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER / file)],

@@ -54,6 +54,7 @@ def losses(run_dir):
     return {row["step"]: row["loss"] for row in read_metrics(run_dir / "metrics.csv")}
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_started_again_from_the_last_checkpoint(command, run, tmp_path):
     own = dict(training__max_steps=8, training__checkpoint_every=2)
     run("whole", **own)
@@ -67,7 +68,7 @@ def test_a_killed_rank_is_started_again_from_the_last_checkpoint(command, run, t
     assert all(killed[step] == pytest.approx(whole[step], rel=1e-5) for step in whole)
 
 
-@pytest.mark.parametrize("fault", ["hang", "stop"])
+@pytest.mark.parametrize("fault", ["hang", pytest.param("stop", marks=pytest.mark.slow)])
 def test_a_hung_rank_ends_the_run_with_its_number_and_the_step(command, tmp_path, fault):
     argv = command(training__max_steps=8, training__checkpoint_every=2, training__timeout=4, parallel__plan="ddp")
     process = launch((fault, 1, 5), argv, options=["--shutdown-timeout=2"])

@@ -265,6 +265,7 @@ def test_captured_runs_on_two_ranks_are_the_plain_ones(launch, tmp_path):
         assert of_ranks[0]["digest"] == of_ranks[1]["digest"], name
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_all_ranks_launch_where_one_cannot_capture(launch, tmp_path):
     small = dict(training__max_steps=5, training__batch_size=8)

@@ -52,6 +52,7 @@ def assert_same(reference, other, what):
         assert math.isclose(row["grad_norm"], other[step]["grad_norm"], rel_tol=1e-4), (what, step)
 
 
+@pytest.mark.slow  # the same test with the paper's model below is not
 @pytest.mark.distributed
 def test_two_processes_give_the_losses_of_one(run, launch, tmp_path):
     run("one", **BASE)
@@ -97,6 +98,7 @@ def test_a_plan_in_one_process_gives_the_same_losses(run, tmp_path, plan):
     assert (tmp_path / "plan" / "samples" / "step_00000020.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_nan_on_one_rank_makes_all_ranks_skip_the_same_step(launch, tmp_path):
     small = dict(training__max_steps=5, training__batch_size=8)
