@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTHON_IN := $(VENV)/bin/python
+# One per core; each may need 3 GB of memory.
+TEST_PROCESSES ?= logical --maxprocesses 4
 RUN := runs/quickstart
 DATA := datasets/openmoji32
 MASKALIGN := $(VENV)/bin/maskalign
@@ -64,7 +66,8 @@ docs: $(VENV)/.docs
 	$(VENV)/bin/mkdocs build --strict
 
 test: install
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+# The tests start hundreds of programs, each of which would compile the package anew without its .pyc files.
+	PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(DATA) $(RUN) site build

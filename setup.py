@@ -60,6 +60,7 @@ setup(
             "pytest>=8",
             "hypothesis>=6.100",
             "pytest-benchmark>=4",
+            "pytest-xdist>=3.3",
             "wandb>=0.18",
             "diffusers>=0.30",
             "datasets>=3",

@@ -7,6 +7,9 @@ import zlib
 import hypothesis
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a process of pytest has one core
+
 GIVEN = os.environ.get("MASKALIGN_TEST_SEED")
 # A change must not be refused for numbers that it was not drawn to meet: new ones are for who looks for trouble.
 hypothesis.settings.register_profile("repeatable", derandomize=True)

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import tarfile
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -112,18 +114,22 @@ def arguments(data, run_dir, **changes):
     return [word for key, value in own.items() for word in (f"--{key}", str(value))]
 
 
-def train_with(words):
-    """Train in this process as the command line says; returns the result of `train`."""
+def train_with(words, curves=False):
+    """Train in this process as the command line says; returns the result of `train`.
+
+    Without `curves` no curves.png is drawn, which takes longer than the six steps of a tiny run.
+    """
     from maskalign.training.preflight import check_data
     from maskalign.training.trainer import train
 
     config = parse_config(words)
-    return train(config, *check_data(config))
+    with nullcontext() if curves else patch("maskalign.training.run_log.draw_curves"):
+        return train(config, *check_data(config))
 
 
-def train_on(data, run_dir, **changes):
+def train_on(data, run_dir, curves=False, **changes):
     """`train_with` the `arguments`."""
-    return train_with(arguments(data, run_dir, **changes))
+    return train_with(arguments(data, run_dir, **changes), curves)
 
 
 @pytest.fixture
@@ -141,7 +147,7 @@ def command(data_set, tmp_path):
 @pytest.fixture
 def run(command):
     """Trains in this process; returns the result of `train`."""
-    return lambda run="run", **changes: train_with(command(run, **changes))
+    return lambda run="run", curves=False, **changes: train_with(command(run, **changes), curves)
 
 
 @pytest.fixture

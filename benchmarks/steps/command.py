@@ -36,7 +36,7 @@ import torch
 from benchmarks.steps.cases import OWN_RATIO, RECIPES, OurCase
 from benchmarks.steps.clock import CLOCKS, matmul_peak
 from benchmarks.steps.data import LATENT, write_shards
-from benchmarks.steps.reference import SETTINGS, Reference, ReferenceCase
+from benchmarks.steps.reference import FILES, SETTINGS, Reference, ReferenceCase
 from benchmarks.steps.report import machine, table, write
 from maskalign.config import Config
 from maskalign.config.presets import preset_sizes
@@ -333,6 +333,9 @@ def parse(argv):
         parser.error("--clock cpu needs --threads 1, because threads that wait for each other would be counted")
     if min(options.rounds, options.warmup, options.steps_per_turn) < 1:
         parser.error("--rounds, --warmup and --steps-per-turn must be at least 1")
+    missing = [name for name in FILES if options.reference and not os.path.isfile(os.path.join(options.reference, name))]
+    if missing:
+        parser.error(f"--reference: {options.reference} has no {missing[0]}; give a checkout of the public REPA or REG")
     options.reference_precision = options.reference_precision or options.precision
     return options
 

@@ -25,6 +25,7 @@ from maskalign.config import model_sizes, parse_config
 from maskalign.errors import RunError, UsageError
 from maskalign.training.parallel import make_placement
 
+FILES = ("models/sit.py", "loss.py")  # what is run of the public code
 SETTINGS = ("reference", "preset", "batch_size", "reference_precision", "device", "data", "teacher", "shards", "update")
 
 
@@ -101,7 +102,7 @@ class ReferenceCase:
     def __init__(
         self, folder, preset, batch_size, precision, device, data="memory", teacher="cached", shards=None, update=True,
     ):  # fmt: skip
-        sit, loss = (load_file(Path(folder) / name) for name in ("models/sit.py", "loss.py"))
+        sit, loss = (load_file(Path(folder) / name) for name in FILES)
         self.code = "reg" if "cls_token" in inspect.signature(loss.SILoss.__call__).parameters else "repa"
         self.name = f"reference-{precision}" if self.code == "repa" else f"reference-reg-{precision}"
         self.bf16, self.update = precision == "bf16", update
@@ -174,10 +175,6 @@ class ReferenceCase:
 
 def load_file(path):
     """A module from one file of a checkout, without putting the checkout on the path."""
-    if not path.is_file():
-        raise UsageError(
-            f"--reference: {path} does not exist; give the root of a checkout of the public REPA or REG code"
-        )
     name = f"reference_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -1,22 +1,39 @@
 """The step benchmark: its FLOP count against torch's counter, its memory count, and one small run of the whole."""
 
 import csv
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.steps import clock
+from benchmarks.steps import clock, command
 from benchmarks.steps.cases import OurCase
 from benchmarks.steps.clock import saved_bytes, split_of
 from benchmarks.steps.command import can_compile, main, parse
 from benchmarks.steps.data import write_shards
+from maskalign.config.presets import SIZES
 from maskalign.errors import RunError
 from maskalign.models import SiT
 from maskalign.models.flops import forward_flops
 
-SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dims=(10, 7), align_depth=2,
+TINY = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dims=(10, 7), align_depth=2,
              projector_dim=12, mixer_hidden=6, num_classes=5, attention="math")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """SiT-S with an eighth of its width, and a peak of small matrices: no test needs the speed of this machine."""
+    monkeypatch.setitem(SIZES, "S", SIZES["S"] | dict(width=48))
+    monkeypatch.setattr(command, "matmul_peak", partial(clock.matmul_peak, size=256))
+
+
+@pytest.fixture
+def threads():
+    """Puts torch's number of threads back after the test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +61,7 @@ SIZES = dict(input_size=8, patch_size=2, depth=4, width=24, heads=3, teacher_dim
 )
 @pytest.mark.parametrize("kept", [8, 16])
 def test_flops_are_those_that_torch_counts(settings, kept):
-    model = SiT(**{**SIZES, **settings})
+    model = SiT(**{**TINY, **settings})
     subset = torch.arange(kept).expand(1, -1) if kept < 16 else None
     x, t, labels = torch.randn(1, 4, 8, 8), torch.rand(1), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -150,14 +167,6 @@ class SILoss:
 """
 
 
-@pytest.fixture
-def threads():
-    """Puts torch's number of threads back after the test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_reference_takes_turns_from_a_process_of_its_own(tmp_path, threads):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "sit.py").write_text(REFERENCE_MODEL)
@@ -205,9 +214,18 @@ def test_a_peak_is_measured_on_smaller_matrices_where_it_would_take_long(monkeyp
     assert peaks == [2 * 64**3, 2 * 16**3]
 
 
-def test_a_reference_that_is_not_there(tmp_path):
-    with pytest.raises(RunError, match="ended with status 2"):
-        main(["--preset", "SiT-S/8", "--batch-size", "1", "--recipes", "repa", "--reference", str(tmp_path)])
+def test_a_reference_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--recipes", "repa", "--reference", str(tmp_path)])
+    assert "has no models/sit.py; give a checkout of the public REPA or REG" in capsys.readouterr().err
+
+
+def test_a_reference_that_does_not_run(tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sit.py").write_text("raise OSError('a library is missing')")
+    (tmp_path / "loss.py").write_text("")
+    with pytest.raises(RunError, match="the reference ended with status"):
+        main(["--preset", "SiT-S/8", "--recipes", "repa", "--no-compile", "--reference", str(tmp_path)])
 
 
 def test_blocks_are_compiled_where_there_is_a_compiler(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ def test_rows_of_a_run_are_the_commands_numbers(data, tmp_path, command):
     train_on(data, run, training__max_steps=3, training__checkpoint_every=3, training__tensorboard="true", **LIGHT)
     assert [row["step"] for row in history.read_history(run / history.FILE_NAME)] == [2, 3]
     # It goes on from step 3: the row of that step is there, and stays once.
-    train_on(data, run, training__max_steps=5, training__tensorboard="true", **LIGHT)
+    train_on(data, run, curves=True, training__max_steps=5, training__tensorboard="true", **LIGHT)
     rows = history.read_history(run / history.FILE_NAME)
     assert [row["step"] for row in rows] == [2, 3, 4, 5] and all(row["time"] > 0 for row in rows)
 

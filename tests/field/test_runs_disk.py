@@ -86,7 +86,7 @@ def test_a_full_disk_wherever_the_run_writes(run, tmp_path, monkeypatch, what):
         target = (MetricsFile, "write") if what == "metrics" else (EventFile, "add_scalar")
         monkeypatch.setattr(*target, until_three)
     with pytest.raises(RunError) as error:
-        run(**own, training__max_steps=4)
+        run(**own, curves=what == "curves", training__max_steps=4)
     message = str(error.value)
     assert "\n" not in message and "No space left on device" in message and "step_00000002 is the newest" in message
     assert "free space" in message

@@ -1,8 +1,7 @@
 """Ground truth and traps that the tests of the operations share.
 
 Files called test_interpreted*.py run the Triton kernels in Triton's interpreter, which has to be chosen before Triton
-is imported. An ordinary session does not collect them; there test_interpreter.py runs each in a process of its own. By
-hand:
+is imported. An ordinary session does not collect them; there test_interpreter.py runs them in another process. By hand:
 
     TRITON_INTERPRET=1 pytest tests/kernels
 """

@@ -8,23 +8,25 @@ import sys
 import pytest
 
 FOLDER = pathlib.Path(__file__).parent
-FILES = [FOLDER / "test_transforms.py", *FOLDER.rglob("test_interpreted*.py")]
-SLOW = {"test_interpreted_rehearsal.py"}  # the benchmark and the gpu tests; the other files test the kernels
+REHEARSAL = FOLDER / "test_interpreted_rehearsal.py"
+KERNELS = [FOLDER / "test_transforms.py", *sorted(FOLDER.glob("*/test_interpreted*.py"))]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this session runs the files itself")
 @pytest.mark.parametrize(
-    "file",
+    "files",
     [
-        pytest.param(file, marks=pytest.mark.slow if file in SLOW else ())
-        for file in sorted(str(path.relative_to(FOLDER)) for path in FILES)
+        pytest.param(KERNELS, id="the kernels"),
+        pytest.param([REHEARSAL], id="the benchmark and the gpu tests", marks=pytest.mark.slow),
     ],
 )
-def test_kernels_in_the_interpreter(file):
+def test_in_the_interpreter(files):
+    """In one process: starting it, and what torch.compile and opcheck import, takes as long as the tests of a file."""
+    assert all(file.is_file() for file in files)
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER / file)],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400,
+        capture_output=True, text=True, timeout=800,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout

@@ -35,6 +35,7 @@ def tensors(run_dir):
 
 def test_a_run_leaves_what_the_design_promises(run, tmp_path):
     result = run(
+        curves=True,
         training__tensorboard="true",
         training__checkpoint_every=2,
         training__keep_checkpoints=2,
