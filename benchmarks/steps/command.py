@@ -333,7 +333,9 @@ def parse(argv):
         parser.error("--clock cpu needs --threads 1, because threads that wait for each other would be counted")
     if min(options.rounds, options.warmup, options.steps_per_turn) < 1:
         parser.error("--rounds, --warmup and --steps-per-turn must be at least 1")
-    missing = [name for name in FILES if options.reference and not os.path.isfile(os.path.join(options.reference, name))]
+    missing = [
+        name for name in FILES if options.reference and not os.path.isfile(os.path.join(options.reference, name))
+    ]
     if missing:
         parser.error(f"--reference: {options.reference} has no {missing[0]}; give a checkout of the public REPA or REG")
     options.reference_precision = options.reference_precision or options.precision

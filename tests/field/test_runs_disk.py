@@ -15,7 +15,7 @@ from maskalign.runtime.files import replacing, write_atomically
 from maskalign.training import logs, previews, run_log
 from maskalign.training.event_file import EventFile
 from maskalign.training.logs import MetricsFile, read_metrics
-from tests.tiny_runs import command, data_set, run
+from tests.tiny_runs import command, data_set, run, train_with
 
 
 def full(*arguments, **keywords):
@@ -110,16 +110,15 @@ def test_a_small_file_system_fills_up_while_a_run_resumes(command, tmp_path):
         pytest.skip("needs root, to mount a file system")
     try:
         folder = tmp_path / "small" / "run"
-        argv = [sys.executable, "-m", "maskalign", "train", *command(training__max_steps=2)]
-        argv[argv.index("--run_dir") + 1] = str(folder)
-        assert subprocess.run(argv, capture_output=True).returncode == 0
+        words = command("small/run", training__max_steps=2)
+        train_with(words)
         before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         filler = tmp_path / "small" / "filler"
         with pytest.raises(OSError), open(filler, "wb", buffering=0) as file:
             while True:
                 file.write(b"0" * 4096)
-        argv[argv.index("--training.max_steps") + 1] = "4"
-        done = subprocess.run(argv, capture_output=True, text=True)
+        words[words.index("--training.max_steps") + 1] = "4"
+        done = subprocess.run([sys.executable, "-m", "maskalign", "train", *words], capture_output=True, text=True)
         lines = [line for line in done.stderr.splitlines() if line.startswith("maskalign: ")]
         assert done.returncode == 1 and len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
         assert "No space left on device" in lines[0] and "step_00000002 is the newest" in lines[0]
@@ -128,8 +127,7 @@ def test_a_small_file_system_fills_up_while_a_run_resumes(command, tmp_path):
         (checkpoint,) = complete_checkpoints(folder)
         assert find_damage(checkpoint) is None
         filler.unlink()
-        done = subprocess.run(argv, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        train_with(words)
         assert [found["step"] for found in read_metrics(folder / "metrics.csv")] == [1, 2, 3, 4]
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)

@@ -88,7 +88,14 @@ def test_activations_are_within_a_tenth_of_what_a_real_step_saves(settings, spec
     assert memory.peak(8).activations >= 0.9 * measured
 
 
-@pytest.mark.parametrize("words", ["", "--parallel.plan fsdp", "--training.accumulation 2 --parallel.recompute block"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        pytest.param("--parallel.plan fsdp", marks=pytest.mark.slow),
+        pytest.param("--training.accumulation 2 --parallel.recompute block", marks=pytest.mark.slow),
+    ],
+)
 def test_a_larger_batch_is_what_a_trace_of_it_finds(settings, spec, words):
     config = settings(*words.split())
     memory = Memory(config, spec, HALF, shards=2)

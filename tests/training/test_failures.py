@@ -95,7 +95,7 @@ def test_what_one_rank_alone_meets_is_told_and_the_others_follow(command, tmp_pa
         assert "a fault of rank 1" in line or ("rank 0 lost contact with another rank in step 4" in line), line
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_at_one_step_with_a_marker(command, run, tmp_path, number):
     changes = dict(training__checkpoint_every=1000)
     argv = command(**changes, training__max_steps=100_000, parallel__plan="ddp")

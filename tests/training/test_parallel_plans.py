@@ -158,7 +158,7 @@ def test_recomputed_blocks_are_spread(count, expected):
     assert compiling.spread(count, 4) == expected
 
 
-@pytest.mark.parametrize("recompute", ["none", "block"])
+@pytest.mark.parametrize("recompute", ["none", pytest.param("block", marks=pytest.mark.slow)])
 def test_a_whole_run_with_a_schedule_compiles_each_part_once(run, tmp_path, monkeypatch, recompute):
     monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
     torch._dynamo.reset()
