@@ -27,7 +27,7 @@ export NEXT
 
 help:
 	@echo "make quickstart   install, build the example data, train for about seven minutes, draw pictures"
-	@echo "make test         install and run the tests (PYTEST_ARGS='-m slow' chooses others)"
+	@echo "make test         install and run the tests, one process per core (PYTEST_ARGS='-m slow' chooses others)"
 	@echo "make lint         formatting, imports, spelling, types of the public functions, and the order of the layers"
 	@echo "make docs         build the documentation into site/ and check its links"
 	@echo "make install      only create $(VENV)"
