@@ -412,3 +412,16 @@ def test_the_help_names_the_range(capsys):
     assert "(type: int, at least 1, default: 256)" in text
     assert "(type: Tuple[float, float], in [0, 1), default: (0.9, 0.999))" in text
     assert "Annotated" not in text
+
+
+def test_configs_read_one_after_another_share_nothing():
+    """The parser is kept, and what it has read is not."""
+    words = ["--model.preset", "SiT-S/2"]
+    first = parse_config(words)
+    untouched = dump_config(first)
+    first.teacher.names.append("another")
+    first.training.loggers.clear()
+    first.model.preset = "SiT-B/2"
+    assert dump_config(parse_config(words)) == untouched
+    assert parse_config([*words, "--training.max_steps", "7"]).training.max_steps == 7
+    assert dump_config(parse_config(words)) == untouched

@@ -127,7 +127,7 @@ def test_a_small_file_system_fills_up_while_a_run_resumes(command, tmp_path):
         (checkpoint,) = complete_checkpoints(folder)
         assert find_damage(checkpoint) is None
         filler.unlink()
-        train_with(words)
+        train_with(words, curves=True)
         assert [found["step"] for found in read_metrics(folder / "metrics.csv")] == [1, 2, 3, 4]
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
